@@ -1,0 +1,110 @@
+"""A model directory whose linear weights may be quantized, ours or anybody's: each weight as the matrix that a loader
+computes with. Reads only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.checkpoint.source import Checkpoint, WeightsFile, open_checkpoint, open_weights_file
+from loftq_cli.errors import InputError
+from loftq_cli.family import Family
+from loftq_cli.layouts import bitsandbytes
+from loftq_cli.targets import module_of
+from loftq_cli.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.tensors import CodebookSpec, CodebookTensor
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """`tensors` are all stored tensors; `quantized` the names of the weights that are stored quantized."""
+
+    path: Path
+    tensors: dict[str, TensorRef]
+    quantized: frozenset[str]
+    family: Family
+    config: dict[str, Any]
+    checkpoint: Checkpoint | None
+    _files: tuple[WeightsFile, ...] = ()
+
+    @classmethod
+    def open(cls, path: Path) -> BaseModel:
+        """Any model that `open_checkpoint` opens; bitsandbytes 4-bit weights are recognized by their tensors.
+
+        Raises InputError for a quantized model in another container.
+        """
+        checkpoint = open_checkpoint(path)
+        config = {}
+        if checkpoint.directory is not None and (checkpoint.directory / "config.json").exists():
+            config = read_json_object(checkpoint.directory / "config.json")
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        quantized = frozenset(bitsandbytes.quantized_names(checkpoint.tensors))
+        family = Family(plain if quantized else config)
+        return cls(path, checkpoint.tensors, quantized, family, plain, checkpoint)
+
+    @classmethod
+    def of_shards(cls, directory: Path, names: Sequence[str], family: Family) -> BaseModel:
+        """The weight files called `names`, of a directory that is not complete yet."""
+        files = tuple(open_weights_file(directory / name) for name in names)
+        tensors = {name: ref for file in files for name, ref in file.tensors.items()}
+        return cls(directory, tensors, frozenset(bitsandbytes.quantized_names(tensors)), family, {}, None, files)
+
+    def __enter__(self) -> BaseModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.checkpoint is not None:
+            self.checkpoint.close()
+
+    def load(self, name: str) -> torch.Tensor:
+        """A stored tensor as it is."""
+        if self.checkpoint is not None:
+            return self.checkpoint.load(name)
+        return next(file for file in self._files if name in file.tensors).load(name)
+
+    def codebook_tensor(self, name: str) -> CodebookTensor:
+        """The quantized weight called `name`. Raises InputError where its parts do not fit together."""
+        return bitsandbytes.unpack(name, self.load, self.tensors, self.tensors[name].file)
+
+    def stored_spec(self, name: str) -> tuple[CodebookSpec, tuple[int, int]]:
+        """Number format and shape [out, in] of the quantized weight called `name`, without its codes."""
+        file = self.tensors[name].file
+        data = self.load(bitsandbytes.state_name(name, self.tensors))
+        state = bitsandbytes.read_state(name, bytes(data.numpy()), file)
+        return bitsandbytes.spec_of(state), (state["shape"][0], state["shape"][1])
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """The weight called `name` as float32 [out, in], decoded if it is quantized."""
+        from loftq_cli.quant.formats import make_quantizer
+
+        if name in self.quantized:
+            quantized = self.codebook_tensor(name)
+            return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
+        stored = self.load(name)
+        if stored.dim() != 2:
+            raise InputError("is not a matrix", file=self.tensors[name].file, tensor=name)
+        return (stored.T if self.family.is_transposed(module_of(name)) else stored).float().contiguous()
+
+    def parts(self, name: str) -> list[str]:
+        """Names of the stored tensors that make the weight called `name`."""
+        return [part for part in bitsandbytes.parts(name) if part in self.tensors] if name in self.quantized else [name]
+
+    def sha256(self, name: str) -> str:
+        """The sha256 of a stored tensor's bytes."""
+        digest = hashlib.sha256()
+        assert self.checkpoint is not None
+        for chunk in self.checkpoint.chunks(name):
+            digest.update(chunk)
+        return digest.hexdigest()

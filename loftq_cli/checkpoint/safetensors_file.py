@@ -1,0 +1,294 @@
+"""Reading .safetensors without trusting it: every rule of the format is checked on the header before any number is
+read, also those that the reference reader leaves open (a key twice, unknown keys).
+Format: https://github.com/huggingface/safetensors#format. Headers are read without torch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.json_files import open_regular_file, parse_json_object, refuse_placeholder
+from loftq_cli.errors import InputError, StorageError, printable
+from loftq_cli.tensors import ITEMSIZE, TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "I64": "int64",
+    "U64": "uint64",
+    "F64": "float64",
+    "C64": "complex64",
+}
+
+CHUNK_NBYTES = 1 << 23  # large enough to run at the disk's speed, small beside any layer
+
+_MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
+_MAX_NDIM = 64  # torch's own limit
+_MAX_DIM = 1 << 48
+_MAX_NBYTES = 1 << 62  # above it torch overflows while it computes sizes, even for a tensor without elements
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_DAMAGED = "the file is damaged or of another kind; download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedFile:
+    """A regular file that is read by position. No descriptor stays open between reads;
+    each read makes sure that the file is still the one that was seen first.
+    """
+
+    path: Path
+    identity: tuple[int, int, int, int]  # st_ino, st_size, st_mtime_ns, st_ctime_ns
+
+    @classmethod
+    def open(cls, path: Path) -> WatchedFile:
+        """Raises InputError when there is no such regular file, it is empty or a git-LFS pointer."""
+        descriptor = open_regular_file(path)
+        try:
+            file = cls(path, _identity(os.fstat(descriptor)))
+        finally:
+            os.close(descriptor)
+        refuse_placeholder(path, file.read(0, min(file.nbytes, 64)))
+        return file
+
+    @property
+    def nbytes(self) -> int:
+        return self.identity[1]
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor for the length of the block. Raises StorageError when the file changed or the system fails."""
+        try:
+            descriptor = open_regular_file(self.path)
+        except InputError as exc:  # it was a regular file before
+            raise _changed(self.path) from exc
+        try:
+            if _identity(os.fstat(descriptor)) != self.identity:
+                raise _changed(self.path)
+            yield descriptor
+        except OSError as exc:
+            raise StorageError(f"cannot be read: {exc.strerror}", file=self.path) from exc
+        finally:
+            os.close(descriptor)
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """`nbytes` bytes from `offset` on. Raises StorageError when the file ends earlier or changed."""
+        with self.opened() as descriptor:
+            return _read_exactly(descriptor, offset, nbytes, self.path)
+
+    def chunks(self, offset: int, nbytes: int, chunk_nbytes: int) -> Iterator[memoryview]:
+        """The same bytes in pieces of at most `chunk_nbytes`, each in a buffer of its own."""
+        if chunk_nbytes < 1:
+            raise ValueError("chunk_nbytes is at least 1")
+        with self.opened() as descriptor:
+            for begin in range(offset, offset + nbytes, chunk_nbytes):
+                length = min(chunk_nbytes, offset + nbytes - begin)
+                yield memoryview(_read_exactly(descriptor, begin, length, self.path))
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when the path holds another file than was opened, or one written to since."""
+        try:
+            identity = _identity(os.stat(self.path))
+        except OSError as exc:
+            raise _changed(self.path) from exc
+        if identity != self.identity:
+            raise _changed(self.path)
+
+
+class SafetensorsFile:
+    """One .safetensors file.
+
+    tensors  : name -> TensorRef, in the order of their data
+    metadata : the file's `__metadata__`, empty when there is none
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises InputError naming the file, and the tensor, of any rule that the header breaks."""
+        self.path = path
+        self._file = WatchedFile.open(path)
+        header, data_begin = _read_header(self._file)
+        self.metadata = _checked_metadata(header.pop("__metadata__", {}), path)
+        entries = sorted(
+            (_checked_entry(name, value, path) for name, value in header.items()),
+            key=lambda entry: (entry.begin, entry.end),
+        )
+        _check_cover(entries, self._file.nbytes - data_begin, path)
+        self.tensors = {entry.ref.name: entry.ref for entry in entries}
+        self._offsets = {entry.ref.name: data_begin + entry.begin for entry in entries}
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor, contiguous on the CPU, in memory of its own. Raises StorageError when the file changed."""
+        ref = self.tensors[name]
+        return tensor_from(self._file.read(self._offsets[name], ref.nbytes), ref.dtype, ref.shape)
+
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension, [stop - start, ...]; only they are read."""
+        ref = self.tensors[name]
+        shape = rows_shape(ref.shape, start, stop)
+        row_nbytes = math.prod(shape[1:]) * ITEMSIZE[ref.dtype]
+        data = self._file.read(self._offsets[name] + start * row_nbytes, shape[0] * row_nbytes)
+        return tensor_from(data, ref.dtype, shape)
+
+    def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
+        """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
+        return self._file.chunks(self._offsets[name], self.tensors[name].nbytes, chunk_nbytes)
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when the file was replaced or rewritten since it was opened."""
+        self._file.check_unchanged()
+
+
+def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor over `buffer`, which must be exactly its size; the memory is shared."""
+    import torch
+
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if not buffer:  # frombuffer refuses empty buffers
+        return torch.empty(shape, dtype=torch_dtype)
+    return torch.frombuffer(buffer, dtype=torch_dtype).reshape(shape)
+
+
+def rows_shape(shape: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:
+    """The shape of rows [start, stop). Raises ValueError when there are no such rows."""
+    if not shape or not 0 <= start <= stop <= shape[0]:
+        raise ValueError(f"no rows {start}:{stop} in a tensor of shape {list(shape)}")
+    return (stop - start, *shape[1:])
+
+
+def checked_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
+    """`shape` as a tuple of sizes that torch can compute with. Raises ValueError saying why it is not one."""
+    if not isinstance(shape, (list, tuple)) or len(shape) > _MAX_NDIM:
+        raise ValueError(f"its shape is not a list of at most {_MAX_NDIM} sizes")
+    if not all(type(size) is int and 0 <= size <= _MAX_DIM for size in shape):
+        raise ValueError("its shape holds something that is not a size")
+    if math.prod(size or 1 for size in shape) * itemsize > _MAX_NBYTES:
+        raise ValueError("its shape is larger than any memory")
+    return tuple(shape)
+
+
+def is_tensor_name(name: object) -> bool:
+    """Whether `name` is text, not empty, and can be written as UTF-8 (a lone surrogate cannot)."""
+    try:
+        return isinstance(name, str) and len(name.encode()) > 0
+    except UnicodeEncodeError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    ref: TensorRef
+    begin: int
+    end: int
+
+
+def _read_header(file: WatchedFile) -> tuple[dict[str, Any], int]:
+    """The header's object and where the data begins."""
+    if file.nbytes < 8:
+        raise InputError("is too short for a safetensors file", file=file.path, hint=_DAMAGED)
+    header_nbytes = int.from_bytes(file.read(0, 8), "little")
+    if header_nbytes > _MAX_HEADER_NBYTES:
+        message = f"its header claims {header_nbytes} bytes; {_MAX_HEADER_NBYTES} are allowed"
+        raise InputError(message, file=file.path, hint=_DAMAGED)
+    if header_nbytes > file.nbytes - 8:
+        message = f"its header claims {header_nbytes} bytes; the file has {file.nbytes}"
+        raise InputError(message, file=file.path, hint=_DAMAGED)
+    data = file.read(8, header_nbytes)
+    if not data.startswith(b"{"):
+        raise InputError("the header does not begin with {", file=file.path, hint=_DAMAGED)
+    return parse_json_object(data, file=file.path, what="the header"), 8 + header_nbytes
+
+
+def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("the header's __metadata__ does not map text to text", file=path, hint=_DAMAGED)
+    return metadata
+
+
+def _checked_entry(name: str, entry: Any, path: Path) -> _Entry:
+    try:
+        if not is_tensor_name(name):
+            raise ValueError("its name is empty or not Unicode text")
+        if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+            raise ValueError("its header entry does not hold exactly dtype, shape and data_offsets")
+        dtype = _checked_dtype(entry["dtype"])
+        shape = checked_shape(entry["shape"], ITEMSIZE[dtype])
+        ref = TensorRef(name, dtype, shape, path)
+        begin, end = _checked_offsets(entry["data_offsets"])
+        if end - begin != ref.nbytes:
+            raise ValueError(f"its shape and dtype make {ref.nbytes} bytes, its offsets {end - begin}")
+    except ValueError as exc:
+        raise InputError(str(exc), file=path, tensor=name, hint=_DAMAGED) from None
+    return _Entry(ref, begin, end)
+
+
+def _checked_dtype(dtype: Any) -> str:
+    if not isinstance(dtype, str):
+        raise ValueError("its dtype is not text")
+    if dtype not in DTYPES:
+        raise ValueError(f"its dtype {printable(dtype, 40)} is not known")
+    return DTYPES[dtype]
+
+
+def _checked_offsets(offsets: Any) -> tuple[int, int]:
+    if isinstance(offsets, list) and len(offsets) == 2:
+        begin, end = offsets
+        if type(begin) is int and type(end) is int and 0 <= begin <= end:
+            return begin, end
+    raise ValueError("its data_offsets are not two numbers in ascending order")
+
+
+def _check_cover(entries: list[_Entry], data_nbytes: int, path: Path) -> None:
+    """The tensors must fill the data from its first byte to its last, side by side."""
+    covered = 0
+    for entry in entries:
+        if entry.begin != covered:
+            what = "overlaps the tensor before it" if entry.begin < covered else "leaves a hole before it"
+            raise InputError(f"its data {what}", file=path, tensor=entry.ref.name, hint=_DAMAGED)
+        if entry.end > data_nbytes:
+            message = f"its data ends at byte {entry.end}; the file holds {data_nbytes} bytes of data"
+            raise InputError(message, file=path, tensor=entry.ref.name, hint=_DAMAGED)
+        covered = entry.end
+    if covered != data_nbytes:
+        message = f"{data_nbytes - covered} bytes after the last tensor belong to nothing"
+        raise InputError(message, file=path, hint=_DAMAGED)
+
+
+def _read_exactly(descriptor: int, offset: int, nbytes: int, path: Path) -> bytearray:
+    buffer = bytearray(nbytes)
+    view = memoryview(buffer)
+    done = 0
+    while done < nbytes:  # one call reads at most 2 GB on Linux, and less on some network file systems
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            message = f"changed while it was being read: it ends {nbytes - done} bytes early"
+            raise StorageError(message, file=path, hint="run the command again when the file is complete")
+        done += count
+    return buffer
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _changed(path: Path) -> StorageError:
+    hint = "run the command again when nothing else writes to it"
+    return StorageError("changed while it was being read", file=path, hint=hint)

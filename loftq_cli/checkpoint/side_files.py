@@ -1,0 +1,52 @@
+"""The small files that travel with a model: tokenizer, generation settings, custom code. Copied, never read."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from loftq_cli.checkpoint.writer import storage_error
+
+# Other forms of the same weights, and what belongs to a training run or a repository: none describes our output.
+_WEIGHT_SUFFIXES = frozenset(
+    f".{suffix}"
+    for suffix in ["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "onnx", "onnx_data", "ot", "tflite", "pb", "mlmodel", "npz", "pkl", "xml"]
+)
+_SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
+MAX_NBYTES = 200_000_000  # the largest tokenizers have tens of MB; more is not a side file
+
+
+def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
+    """(copied, left): relative paths of the files beside the weights, at most one folder deep, in order.
+
+    Left are files in other weight formats and oversized ones. Hidden files and `config.json`, which we write
+    ourselves, and folders that hold an adapter are in neither.
+    """
+    copied: list[Path] = []
+    left: list[Path] = []
+    for root, folders, names in os.walk(directory):
+        here = Path(root).relative_to(directory)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if here == Path() else []
+        if here != Path() and "adapter_config.json" in names:
+            continue
+        for name in sorted(names):
+            path = here / name
+            if name.startswith(".") or (here == Path() and name in _SKIPPED_NAMES) or name.endswith(".index.json"):
+                continue
+            full = directory / path
+            is_weights = full.suffix.lower() in _WEIGHT_SUFFIXES
+            if is_weights or not full.is_file() or full.stat().st_size > MAX_NBYTES:
+                left.append(path)
+            else:
+                copied.append(path)
+    return copied, left
+
+
+def copy_side_file(source: Path, target: Path) -> None:
+    """Copy one file's bytes, with fresh normal permissions. Raises StorageError."""
+    try:
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise storage_error(error, target) from None

@@ -1,0 +1,257 @@
+"""The checkpoint a conversion reads: which files of a folder hold the weights, and their tensors in one ordered dict.
+
+All headers and the index are checked when it is opened; numbers are read when they are asked for.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, cast
+
+from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
+from loftq_cli.checkpoint.safetensors_file import CHUNK_NBYTES, WatchedFile, is_tensor_name
+from loftq_cli.errors import InputError, StorageError, printable
+from loftq_cli.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+_TORCH_FILE = "loftq_cli.checkpoint.torch_file:TorchFile"
+
+# How a weight file's name ends -> the class that reads it, imported on use.
+READERS = {
+    ".safetensors": "loftq_cli.checkpoint.safetensors_file:SafetensorsFile",
+    ".bin": _TORCH_FILE,
+    ".pt": _TORCH_FILE,
+    ".pth": _TORCH_FILE,
+}
+
+# In the order in which a model folder is searched; an index names the files to read.
+MODEL_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+_ADAPTER_FILE = "adapter_model.safetensors"
+_OTHER_KINDS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax"}
+_MAX_NAMES = 10  # more hide the sentence around them
+_LOOKED_FOR = f"looked for {', '.join(MODEL_FILES)} or one other .safetensors file"
+_DOWNLOAD = "download the missing files again"
+
+
+class WeightsFile(Protocol):
+    """What a reader offers. See SafetensorsFile for what each part promises."""
+
+    path: Path
+    tensors: dict[str, TensorRef]
+
+    def load(self, name: str) -> torch.Tensor: ...
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
+    def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]: ...
+    def check_unchanged(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint, of one file or of many. No file stays open between reads.
+
+    path       : what the user gave
+    directory  : the model's folder (where config.json is), None when a lone weight file was given
+    files      : the weight files, in the order of `tensors`
+    index_file : the index that named them, if any
+    tensors    : name -> TensorRef, by file name, then in the order of each file
+    """
+
+    path: Path
+    directory: Path | None
+    files: tuple[Path, ...]
+    index_file: Path | None
+    tensors: dict[str, TensorRef]
+    _readers: dict[Path, WeightsFile] = field(repr=False)
+    _index: WatchedFile | None = field(repr=False)
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor, contiguous on the CPU, in memory of its own.
+
+        Raises KeyError for an unknown name, StorageError when its file changed or cannot be read.
+        """
+        return self._reader(name).load(name)
+
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of the first dimension, [stop - start, ...]. Raises ValueError when there are none."""
+        return self._reader(name).load_rows(name, start, stop)
+
+    def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
+        """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
+        return self._reader(name).chunks(name, chunk_nbytes)
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when a weight file or the index was replaced or rewritten since it was opened."""
+        for reader in self._readers.values():
+            reader.check_unchanged()
+        if self._index is not None:
+            self._index.check_unchanged()
+
+    def close(self) -> None:
+        """Ends the use. There is nothing to free: each read opens its file and closes it."""
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _reader(self, name: str) -> WeightsFile:
+        return self._readers[self.tensors[name].file]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`: a model folder or one weight file.
+
+    Raises InputError when there is none, it is of a kind that is not read, or any header or its index is wrong.
+    Raises StorageError when a file or the folder cannot be read.
+    """
+    if stat.S_ISDIR(_mode_of(path)):
+        weights = _weights_in(path)
+        if weights.name.endswith(".index.json"):
+            return _open_indexed(path, weights)
+        return _open_single(path, weights, path)
+    return _open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None)
+
+
+def open_weights_file(path: Path) -> WeightsFile:
+    """The reader of one weight file, chosen by how its name ends. Raises InputError when that says nothing to us."""
+    if path.suffix not in READERS:
+        what = "is an index" if path.name.endswith(".index.json") else "is not a weight file that is read here"
+        kind = _OTHER_KINDS.get(path.suffix)
+        raise InputError(
+            f"is a {kind} file, which is not read here" if kind else what,
+            file=path,
+            hint=f"give a model folder or a file that ends in {', '.join(READERS)}",
+        )
+    module, _, name = READERS[path.suffix].partition(":")
+    return cast(WeightsFile, getattr(import_module(module), name)(path))
+
+
+def _open_single(path: Path, weights: Path, directory: Path | None) -> Checkpoint:
+    reader = open_weights_file(weights)
+    return Checkpoint(path, directory, (weights,), None, reader.tensors, {weights: reader}, None)
+
+
+def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
+    index = WatchedFile.open(index_file)
+    if index.nbytes > MAX_JSON_NBYTES:
+        message = f"is larger than the {MAX_JSON_NBYTES} bytes allowed here"
+        raise InputError(message, file=index_file, hint=_DOWNLOAD)
+    content = parse_json_object(index.read(0, index.nbytes), file=index_file)
+    file_of = _checked_weight_map(content.get("weight_map"), index_file)
+    names = sorted(set(file_of.values()))
+    missing = [name for name in names if not os.path.exists(directory / name)]
+    if missing:
+        raise InputError(f"names files that are not there: {_listed(missing)}", file=index_file, hint=_DOWNLOAD)
+    readers = {directory / name: open_weights_file(directory / name) for name in names}
+    tensors: dict[str, TensorRef] = {}
+    for reader in readers.values():
+        _check_agrees(reader, file_of, index_file)
+        tensors.update(reader.tensors)
+    return Checkpoint(directory, directory, tuple(readers), index_file, tensors, readers, index)
+
+
+def _checked_weight_map(weight_map: object, index_file: Path) -> dict[str, str]:
+    """Tensor name -> file name. The file names may not lead out of the folder."""
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError("has no weight_map", file=index_file, hint=_DOWNLOAD)
+    suffix = Path(index_file.name.removesuffix(".index.json")).suffix
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str):
+            raise InputError("its file is not given as text", file=index_file, tensor=tensor, hint=_DOWNLOAD)
+        if not _is_plain_name(name) or Path(name).suffix != suffix:
+            message = f'"{printable(name, 80)}" is not the name of a {suffix} file beside the index'
+            raise InputError(message, file=index_file, tensor=tensor, hint="do not use this checkpoint")
+    return weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return is_tensor_name(name) and name not in (".", "..") and not any(c in name for c in "/\\\0")
+
+
+def _check_agrees(reader: WeightsFile, file_of: dict[str, str], index_file: Path) -> None:
+    """The index and a weight file must name the same tensors."""
+    here = reader.path.name
+    missing = [name for name, file in file_of.items() if file == here and name not in reader.tensors]
+    if missing:
+        message = f"does not hold {_listed(missing)}, which {index_file.name} expects in it"
+        raise InputError(message, file=reader.path, hint=_DOWNLOAD)
+    unlisted = [name for name in reader.tensors if name not in file_of]
+    if unlisted:
+        message = f"holds {_listed(unlisted)}, which {index_file.name} does not list"
+        raise InputError(message, file=reader.path, hint="the files are of two versions; " + _DOWNLOAD)
+    doubled = [name for name in reader.tensors if file_of[name] != here]
+    if doubled:
+        message = f"holds {_listed(doubled)}, which {index_file.name} expects in {printable(file_of[doubled[0]])}"
+        raise InputError(message, file=reader.path, hint="the files are of two versions; " + _DOWNLOAD)
+
+
+def _weights_in(directory: Path) -> Path:
+    """The file that says where the weights of a model folder are: an index or the one weight file."""
+    names = _names_in(directory)
+    for name in MODEL_FILES:
+        if name in names:
+            return directory / name
+    others = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_FILE]
+    if "adapter_config.json" in names:
+        hint = "give the folder of the base model that it was trained on"
+        raise InputError("is an adapter, not a model", file=directory, hint=hint)
+    if len(others) == 1:
+        return directory / others[0]
+    foreign = sorted({_OTHER_KINDS[Path(name).suffix] for name in names if Path(name).suffix in _OTHER_KINDS})
+    if others:
+        message = f"holds {len(others)} .safetensors files and no index that joins them: {_listed(others)}"
+    elif foreign:
+        message = f"holds only {' and '.join(foreign)} weights, which are not read here"
+    else:
+        message = f"holds no weights; found {_listed(names)}" if names else "is an empty folder"
+    raise InputError(message, file=directory, hint=_LOOKED_FOR)
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError as exc:
+        raise StorageError(f"cannot be listed: {exc.strerror}", file=directory, hint="check its permissions") from exc
+
+
+def _mode_of(path: Path) -> int:
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError) as exc:
+        raise _missing(path) from exc
+    except OSError as exc:
+        raise StorageError(f"cannot be opened: {exc.strerror}", file=path, hint="check its permissions") from exc
+    except ValueError as exc:  # a NUL or a lone surrogate in the name
+        raise InputError("is not a possible file name", file=path, hint="check the path") from exc
+
+
+def _missing(path: Path) -> InputError:
+    if os.path.islink(path):
+        return InputError("is a link to something that is not there", file=path, hint="download the checkpoint again")
+    hint = "check the path"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path), re.ASCII) and path.suffix not in READERS:
+        hint = f"for a model of the Hugging Face hub, run first: hf download {path} --local-dir {path.name}"
+    return InputError("no such file or folder", file=path, hint=hint)
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(printable(name, 80) for name in names[:_MAX_NAMES])
+    return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"

@@ -1,0 +1,167 @@
+"""Header-first writing of a .safetensors file: the plan knows every name, dtype and shape, so the file is laid out
+first and each tensor is written into its place, in any order. Byte-identical to what safetensors itself writes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loftq_cli.errors import StorageError
+from loftq_cli.tensors import OutTensor
+
+if TYPE_CHECKING:
+    import torch
+
+# torch dtype name -> safetensors' short name, in the order by which safetensors sorts a file (widest last here).
+SAFETENSORS_DTYPES = {
+    "bool": "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0",
+    "int16": "I16",
+    "uint16": "U16",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int32": "I32",
+    "uint32": "U32",
+    "float32": "F32",
+    "complex64": "C64",
+    "float64": "F64",
+    "int64": "I64",
+    "uint64": "U64",
+}
+
+
+def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, int], int]:
+    """The header bytes, each tensor's offset in the file, and the size of the file in bytes.
+
+    Wide dtypes come first, then names in order, so that every tensor is aligned and the layout depends on nothing else.
+    `__metadata__` holds one key: with more, safetensors' own writer orders them differently in each process.
+    """
+    rank = {dtype: place for place, dtype in enumerate(SAFETENSORS_DTYPES)}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: (-rank[t.dtype], t.name.encode())):
+        entries[tensor.name] = {
+            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        offsets[tensor.name] = end
+        end += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    start = 8 + len(header)
+    return (
+        struct.pack("<Q", len(header)) + header,
+        {name: start + offset for name, offset in offsets.items()},
+        start + end,
+    )
+
+
+class SafetensorsWriter:
+    """One output file, open for writing. An existing file of the right size is kept, for a run that is resumed."""
+
+    def __init__(self, path: Path, tensors: Sequence[OutTensor]) -> None:
+        """Lay `path` out for `tensors`. Raises StorageError when that is not possible."""
+        self.path = path
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        header, self._offsets, size = safetensors_layout(tensors)
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise storage_error(error, path) from None
+        self._write_at(0, header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> str:
+        """Write a whole tensor into its place; returns the sha256 of its bytes.
+
+        Raises ValueError when dtype or shape are not the planned ones.
+        """
+        planned = self._tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+            raise ValueError(f"{name} is {dtype} {tuple(tensor.shape)}, planned were {planned.dtype} {planned.shape}")
+        return self.write_chunks(name, [tensor_bytes(tensor)])
+
+    def write_chunks(self, name: str, chunks: Iterable[memoryview]) -> str:
+        """Write a tensor's bytes, in order, into its place; returns their sha256.
+
+        Raises ValueError when they are not as many as planned.
+        """
+        digest = hashlib.sha256()
+        start = position = self._offsets[name]
+        end = start + self._tensors[name].nbytes
+        for chunk in chunks:
+            if position + len(chunk) > end:
+                raise ValueError(f"{name} has more bytes than planned")
+            self._write_at(position, chunk)
+            digest.update(chunk)
+            position += len(chunk)
+        if position != end:
+            raise ValueError(f"{name} has {position - start} bytes, planned were {end - start}")
+        return digest.hexdigest()
+
+    def sha256(self, name: str) -> str:
+        """The sha256 of the bytes that lie in the file in the tensor's place now."""
+        digest = hashlib.sha256()
+        position = self._offsets[name]
+        end = position + self._tensors[name].nbytes
+        while position < end:
+            chunk = os.pread(self._fd, min(1 << 22, end - position), position)
+            if not chunk:
+                raise StorageError("the file became shorter while it was written", file=self.path)
+            digest.update(chunk)
+            position += len(chunk)
+        return digest.hexdigest()
+
+    def close(self, *, sync: bool) -> None:
+        """Close the file; with `sync`, first make sure that it is on disk. Raises StorageError when it is not."""
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        try:
+            try:
+                if sync:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise storage_error(error, self.path) from None
+
+    def _write_at(self, position: int, data: bytes | memoryview) -> None:
+        view = memoryview(data)
+        try:
+            while view:
+                written = os.pwrite(self._fd, view, position)
+                position += written
+                view = view[written:]
+        except OSError as error:
+            raise storage_error(error, self.path) from None
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The row-major little-endian bytes of a CPU tensor, without a copy when it is contiguous."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """An OSError as one line for the user."""
+    hint = None
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        hint = "free some space or write elsewhere, then run the same command to continue"
+    return StorageError((error.strerror or "input/output error").lower(), file=path, hint=hint)

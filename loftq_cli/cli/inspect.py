@@ -1,0 +1,153 @@
+"""`loftq inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from loftq_cli import inspection
+from loftq_cli.base_model import BaseModel
+from loftq_cli.cli import options
+from loftq_cli.cli.console import megabytes, result, say, table
+from loftq_cli.convert import resolve_model
+from loftq_cli.errors import QualityError, UsageError
+from loftq_cli.metrics import LayerError, total_error
+from loftq_cli.report import REPORT_NAME, error_json
+
+
+def inspect(
+    path: options.InspectPath,
+    against: options.Against = None,
+    try_: options.Try = None,
+    sort: options.Sort = "name",
+    top: options.Top = None,
+    fail_above: options.FailAbove = None,
+    as_json: options.Json = False,
+) -> None:
+    """Report the quantization error of every layer.
+
+    On a converted directory the errors come from its report, or, with --against ORIGINAL, from the files themselves.
+    On a full-precision checkpoint: what quantize would do, and with --try the error that a quant type would give.
+    """
+    with BaseModel.open(resolve_model(path)) as base:
+        if base.quantized or (base.path / REPORT_NAME).is_file():
+            if try_:
+                raise UsageError("--try is for a full-precision checkpoint, and this one is converted", file=base.path)
+            worst = _converted(base, against, sort, top, as_json=as_json)
+        else:
+            if against:
+                raise UsageError("--against is for a converted directory, and this one is not", file=base.path)
+            worst = _checkpoint(base, tuple(try_ or ()), sort, top, as_json=as_json)
+    if fail_above is not None:
+        _gate(worst, fail_above)
+
+
+def _gate(worst: tuple[str, float] | None, limit: float) -> None:
+    if worst is None:
+        raise UsageError("--fail-above has no error to compare with", hint="--against ORIGINAL or --try TYPE gives one")
+    if worst[1] > limit:
+        raise QualityError(f"error {worst[1]:.4f} is above {limit:g}", tensor=worst[0], hint="--fail-above")
+
+
+def _converted(
+    base: BaseModel, against: str | None, sort: str, top: int | None, *, as_json: bool
+) -> tuple[str, float] | None:
+    found = inspection.inspect_converted(base, resolve_model(against) if against else None)
+    rows = inspection.sorted_rows(found.rows, sort)[:top]
+    if as_json:
+        totals: dict[str, Any] = {"layers": len(found.rows), "bits_per_weight": found.bits_per_weight}
+        totals |= error_json(found.total) if found.total else {}
+        layers = [{**asdict(row), "error": error_json(row.error) if row.error else None} for row in rows]
+        source = "files" if found.recomputed else "report"
+        result(
+            json.dumps({"path": str(base.path), "errors_from": source, "totals": totals, "layers": layers}, indent=2)
+        )
+    else:
+        _print_converted(found, rows)
+    errors = [(row.name, row.error.error) for row in found.rows if row.error]
+    return max(errors, key=lambda item: item[1], default=None)
+
+
+def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRow]) -> None:
+    table(
+        ("layer", "shape", "type", "bits", "rank", "base error", "error", "max", "SQNR dB", "delta"),
+        (
+            (
+                row.name,
+                f"{row.shape[0]}×{row.shape[1]}",
+                row.quant_type,
+                f"{row.bits_per_weight:.2f}",
+                "-" if row.rank is None else str(row.rank),
+                *_error_cells(row.error),
+            )
+            for row in rows
+        ),
+    )
+    if found.total is not None:
+        cells = _error_cells(found.total)
+        result(
+            f"{len(found.rows)} layers, {found.bits_per_weight:.2f} bits a weight: base error {cells[0]}, "
+            f"error {cells[1]}, max {cells[2]}, SQNR {cells[3]} dB"
+        )
+        say("errors recomputed from the files" if found.recomputed else "errors as reported by the conversion")
+    else:
+        say("no report of a conversion here: --against ORIGINAL computes the errors")
+
+
+def _checkpoint(
+    base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, *, as_json: bool
+) -> tuple[str, float] | None:
+    rows = list(inspection.inspect_checkpoint(base, tries))
+    key = tries[0] if tries else None
+    if sort == "numel":
+        rows.sort(key=lambda row: -base.tensors[row.name].numel)
+    elif sort == "name":
+        rows.sort(key=lambda row: row.name)
+    elif key is None:
+        raise UsageError(f"--sort {sort} needs an error", hint="--try nf4")
+    else:
+        rows.sort(key=lambda row: -row.errors[key].error if key in row.errors else 0.0)
+    totals = {quant_type: total_error(r.errors[quant_type] for r in rows if r.errors) for quant_type in tries}
+    if as_json:
+        _print_checkpoint_json(base, rows[:top], totals)
+    else:
+        table(
+            ("tensor", "shape", "dtype", "becomes", *(f"{quant_type} error" for quant_type in tries)),
+            (
+                (row.name, "×".join(map(str, row.shape)), row.dtype, row.becomes)
+                + tuple(f"{row.errors[t].error:.4f}" if t in row.errors else "" for t in tries)
+                for row in rows[:top]
+            ),
+        )
+        total_nbytes = sum(ref.nbytes for ref in base.tensors.values())
+        result(f"{len(rows)} tensors, {megabytes(total_nbytes)}")
+        for quant_type, total in totals.items():
+            result(f"{quant_type}: error {total.error:.4f}, SQNR {total.sqnr_db:.2f} dB")
+    errors = [(row.name, error.error) for row in rows for error in row.errors.values()]
+    return max(errors, key=lambda item: item[1], default=None)
+
+
+def _print_checkpoint_json(base: BaseModel, rows: list[inspection.TensorRow], totals: dict[str, LayerError]) -> None:
+    tensors = [
+        {**asdict(row), "errors": {quant_type: error_json(error) for quant_type, error in row.errors.items()}}
+        for row in rows
+    ]
+    values = {
+        "path": str(base.path),
+        "tensors": tensors,
+        "totals": {quant_type: error_json(total) for quant_type, total in totals.items()},
+    }
+    result(json.dumps(values, indent=2))
+
+
+def _error_cells(error: LayerError | None) -> tuple[str, ...]:
+    if error is None:
+        return ("-",) * 5
+    return (
+        f"{error.base_error:.4f}",
+        f"{error.error:.4f}",
+        f"{error.max_error:.4f}",
+        f"{error.sqnr_db:.2f}",
+        f"{error.delta_norm:.3f}",
+    )

@@ -1,0 +1,80 @@
+"""The commands together, and the one place where an error becomes a line on stderr and an exit status."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from loftq_cli import __version__
+from loftq_cli.cli.console import say
+from loftq_cli.cli.inspect import inspect
+from loftq_cli.cli.merge import merge
+from loftq_cli.cli.quantize import quantize
+from loftq_cli.errors import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_STORAGE, LoftqError
+
+# Typer brings its own copy of click, so its errors are found from a class that it does export.
+_CommandLineError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+_SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
+
+app = typer.Typer(
+    name="loftq",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
+    help="Quantized base weights plus LoRA tensors from a full-precision checkpoint, layer by layer, on any machine.",
+)
+app.command(context_settings=_SETTINGS)(quantize)
+app.command(context_settings=_SETTINGS)(merge)
+app.command(context_settings=_SETTINGS)(inspect)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loftq-cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    del version  # handled by its callback
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(arguments: list[str]) -> int:
+    """The exit status of one command."""
+    try:
+        status = app(arguments, standalone_mode=False)
+    except LoftqError as error:
+        say(f"error: {error}")
+        return error.exit_code
+    except _CommandLineError as error:
+        say(f"error: {error.format_message()} (loftq --help)")  # type: ignore[attr-defined]
+        return EXIT_INPUT
+    except (KeyboardInterrupt, typer.Abort):
+        say("interrupted; run the same command to continue")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
+        return EXIT_STORAGE
+    return status if isinstance(status, int) else EXIT_OK

@@ -1,0 +1,162 @@
+"""Every option of the command line, declared once: name, help, and the reason for its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq_cli.layouts.layout import LAYOUTS
+from loftq_cli.methods.method import METHODS
+from loftq_cli.quant.formats import FORMATS
+from loftq_cli.recipe import SVD_MODES, presets
+from loftq_cli.tensors import MODEL_DTYPES
+
+
+def _one_of(names: object) -> str:
+    return "|".join(names)  # type: ignore[arg-type]
+
+
+_ADAPTER, _QUANT, _SELECT, _RUN = "Adapter", "Quantized base", "Which weights", "Running"
+_PRESETS = ", ".join(f"{name} ({summary})" for name, summary in presets().items())
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face model directory, one .safetensors or torch .bin file, or builtin:NAME.",
+        show_default=False,
+    ),
+]
+Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to write.", show_default=False)]
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|NAME", help=f"A TOML file, or a preset: {_PRESETS}. Other options override it."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar=_one_of(METHODS), help="How the adapter starts. [default: loftq]", rich_help_panel=_ADAPTER),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=_ADAPTER)]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="lora_alpha; the rank by default, so that the scaling is 1.", rich_help_panel=_ADAPTER),
+]
+Rslora = Annotated[
+    bool | None,
+    typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank instead of alpha/rank.", rich_help_panel=_ADAPTER),
+]
+Iterations = Annotated[
+    int | None,
+    typer.Option(help="Alternations of LoftQ; the paper uses 5. [default: 5]", rich_help_panel=_ADAPTER),
+]
+Svd = Annotated[
+    str | None,
+    typer.Option(metavar=_one_of(SVD_MODES), help="Low-rank solver. [default: exact]", rich_help_panel=_ADAPTER),
+]
+AdapterDtype = Annotated[
+    str | None,
+    typer.Option(metavar=_one_of(MODEL_DTYPES), help="[default: float32, as PEFT trains]", rich_help_panel=_ADAPTER),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="For random adapters, together with tensor names.", rich_help_panel=_ADAPTER)
+]
+QuantType = Annotated[
+    str | None,
+    typer.Option(metavar=_one_of(FORMATS), help="Number format of the base. [default: nf4]", rich_help_panel=_QUANT),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(help="Weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=_QUANT),
+]
+DoubleQuant = Annotated[
+    bool | None,
+    typer.Option(
+        "--double-quant/--no-double-quant",
+        help="Store block constants in 8 bits: 4.13 instead of 4.5 bits a weight. [default: on]",
+        rich_help_panel=_QUANT,
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(LAYOUTS),
+        help="Container of the base; dense writes the decoded values. [default: bitsandbytes]",
+        rich_help_panel=_QUANT,
+    ),
+]
+MaxShardSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="[default: 5GB]", rich_help_panel=_QUANT, show_default=False)
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Quantize the matrices whose module name this finds, instead of all linear layers of the blocks. "
+        "Heads only when it spells their name. Repeatable.",
+        rich_help_panel=_SELECT,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="Leave these in full precision. Repeatable.", rich_help_panel=_SELECT),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=_RUN)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result under OUTPUT.", rich_help_panel=_RUN)
+]
+Restart = Annotated[
+    bool, typer.Option("--restart", help="Discard an interrupted run instead of continuing it.", rich_help_panel=_RUN)
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Do not read the result back to check its error.", rich_help_panel=_RUN),
+]
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.", rich_help_panel=_RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=_RUN)]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Every iteration's error, every copied tensor.", rich_help_panel=_RUN)
+]
+
+Base = Annotated[
+    Path,
+    typer.Argument(metavar="BASE", help="A converted directory, or a full-precision checkpoint.", show_default=False),
+]
+Adapter = Annotated[
+    Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA directory made or trained on BASE.", show_default=False)
+]
+Dtype = Annotated[
+    str | None, typer.Option(metavar=_one_of(MODEL_DTYPES), help="Of the merged weights. [default: the model's]")
+]
+Requantize = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(FORMATS),
+        help="Quantize the merged weights again. Measures how much of the adapter survives, and refuses below half.",
+    ),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Merge although the adapter was fitted to another base, or does not survive.")
+]
+
+InspectPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH", help="A converted directory, a full-precision checkpoint or builtin:NAME.", show_default=False
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="ORIGINAL", help="Recompute every error from the files, against the original checkpoint."),
+]
+Try = Annotated[
+    list[str] | None,
+    typer.Option(metavar=_one_of(FORMATS), help="On a full-precision checkpoint: the error it would have. Repeatable."),
+]
+Sort = Annotated[str, typer.Option(metavar="name|error|base_error|numel", help="Order of the layers.")]
+Top = Annotated[int | None, typer.Option(min=1, help="Only the first N layers.")]
+FailAbove = Annotated[
+    float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
+]

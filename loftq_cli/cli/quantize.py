@@ -1,0 +1,167 @@
+"""`loftq quantize`."""
+
+from __future__ import annotations
+
+import json
+
+from loftq_cli import convert
+from loftq_cli.cli import options
+from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
+from loftq_cli.plan import LayerJob, Plan
+from loftq_cli.recipe import recipe_json, recipe_toml, resolve_recipe
+from loftq_cli.report import bits_per_weight, error_json
+
+
+def quantize(
+    model: options.Model,
+    output: options.Output,
+    recipe: options.Recipe = None,
+    method: options.Method = None,
+    rank: options.Rank = None,
+    alpha: options.Alpha = None,
+    rslora: options.Rslora = None,
+    iterations: options.Iterations = None,
+    svd: options.Svd = None,
+    adapter_dtype: options.AdapterDtype = None,
+    seed: options.Seed = None,
+    quant_type: options.QuantType = None,
+    block_size: options.BlockSize = None,
+    double_quant: options.DoubleQuant = None,
+    layout: options.Layout = None,
+    max_shard_size: options.MaxShardSize = None,
+    include: options.Include = None,
+    exclude: options.Exclude = None,
+    dry_run: options.DryRun = False,
+    overwrite: options.Overwrite = False,
+    restart: options.Restart = False,
+    no_verify: options.NoVerify = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Convert MODEL to quantized base weights plus a LoRA adapter.
+
+    OUTPUT becomes a model directory that transformers and bitsandbytes load as it is, with the adapter for PEFT in
+    OUTPUT/loftq_init (qlora_init for QLoRA) and every layer's error in OUTPUT/loftq_report.json.
+    """
+    flags = {
+        "method": method,
+        "rank": rank,
+        "alpha": alpha,
+        "rslora": rslora,
+        "iterations": iterations,
+        "svd": svd,
+        "adapter_dtype": adapter_dtype,
+        "seed": seed,
+        "quant_type": quant_type,
+        "block_size": block_size,
+        "double_quant": double_quant,
+        "layout": layout,
+        "max_shard_size": max_shard_size,
+        "include": tuple(include) if include else None,
+        "exclude": tuple(exclude) if exclude else None,
+    }
+    conversion = convert.prepare(model, output, resolve_recipe(recipe, flags), overwrite=overwrite)
+    if dry_run:
+        _print_plan(conversion.plan, as_json=as_json, verbose=verbose)
+        return
+    if not overwrite and convert.already_done(conversion):
+        say(f"{output}: already done, with this input and these options")
+        return
+    if not quiet:
+        _announce(conversion.plan)
+    with ConversionProgress(len(conversion.plan.layers), quiet=quiet, verbose=verbose) as progress:
+        outcome = convert.run(conversion, progress, overwrite=overwrite, restart=restart, verify=not no_verify)
+    if not quiet:
+        say(f"done, peak memory {megabytes(peak_nbytes())}")
+    _print_outcome(conversion.plan, outcome, as_json=as_json)
+
+
+def _announce(plan: Plan) -> None:
+    """The resolved recipe and what has to be known before the work starts."""
+    for line in recipe_toml(plan.recipe).strip().splitlines():
+        say(f"  {line}" if line else "")
+    say(
+        f"{len(plan.layers)} layers to quantize, {len(plan.copies)} tensors to copy; about "
+        f"{megabytes(plan.base_nbytes + plan.adapter_nbytes)} to write, {megabytes(plan.peak_nbytes)} of memory"
+    )
+    for note in plan.notes:
+        say(f"note: {note}")
+
+
+def _print_outcome(plan: Plan, outcome: convert.Outcome, *, as_json: bool) -> None:
+    errors = {
+        "quantization_error": outcome.quantization_error,
+        **error_json(outcome.total),
+    }
+    values = {
+        "output": str(outcome.output),
+        "adapter": str(outcome.adapter),
+        "layers": len(outcome.layers),
+        "resumed_layers": outcome.resumed_layers,
+        "verified": outcome.verified,
+        "bits_per_weight": round(bits_per_weight(plan), 4),
+        "base_nbytes": plan.base_nbytes,
+        "adapter_nbytes": plan.adapter_nbytes,
+        **errors,
+    }
+    if as_json:
+        result(json.dumps(values, indent=2))
+        return
+    result(f"base     {outcome.output}  {megabytes(plan.base_nbytes)}, {bits_per_weight(plan):.2f} bits a weight")
+    result(f"adapter  {outcome.adapter}  {megabytes(plan.adapter_nbytes)}")
+    result(
+        f"error    {outcome.quantization_error:.4f} quantized alone -> {outcome.total.error:.4f} with the adapter "
+        f"({'read back and checked' if outcome.verified else 'not read back'})"
+    )
+
+
+def _print_plan(plan: Plan, *, as_json: bool, verbose: bool) -> None:
+    if as_json:
+        result(json.dumps(_plan_json(plan), indent=2))
+        return
+    _announce(plan)
+    jobs = plan.jobs if verbose else plan.layers
+    table(
+        ("tensor", "shape", "becomes", "block", "rank", "bits"),
+        (
+            (job.name, _by(job.matrix.shape), job.matrix.spec.codebook, str(job.matrix.spec.block_size))
+            + (str(job.lora.rank), f"{job.bits_per_weight:.2f}")
+            if isinstance(job, LayerJob)
+            else (job.name, _by(job.output.shape), f"{job.output.dtype} ({job.reason})", "", "", "")
+            for job in jobs
+        ),
+    )
+    for shard in plan.shards:
+        result(f"{shard.file}  {megabytes(sum(t.nbytes for t in shard.tensors))}, {len(shard.tensors)} tensors")
+    result(f"{plan.adapter_dir}/adapter_model.safetensors  {megabytes(plan.adapter_nbytes)}")
+
+
+def _plan_json(plan: Plan) -> dict[str, object]:
+    return {
+        "recipe": recipe_json(plan.recipe),
+        "dtype": plan.dtype,
+        "base_nbytes": plan.base_nbytes,
+        "adapter_nbytes": plan.adapter_nbytes,
+        "peak_nbytes": plan.peak_nbytes,
+        "bits_per_weight": round(bits_per_weight(plan), 4),
+        "layers": [
+            {
+                "name": job.name,
+                "module": job.module,
+                "shape": job.matrix.shape,
+                "quant_type": job.matrix.spec.codebook,
+                "block_size": job.matrix.spec.block_size,
+                "rank": job.lora.rank,
+                "scaling": job.lora.scaling,
+            }
+            for job in plan.layers
+        ],
+        "copied": [{"name": job.name, "dtype": job.output.dtype, "reason": job.reason} for job in plan.copies],
+        "files": [{"file": shard.file, "tensors": len(shard.tensors)} for shard in plan.shards],
+        "notes": plan.notes,
+    }
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))

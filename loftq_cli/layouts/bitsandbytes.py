@@ -1,0 +1,222 @@
+"""bitsandbytes' 4-bit container, as transformers loads it pre-quantized: nothing is quantized again at load.
+
+Codes, block constants and a JSON blob for each weight; the blob is padded with spaces to a size that the plan knows.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.errors import InputError
+from loftq_cli.layouts.layout import Fit, Loader, ModelFacts, StoredMatrix
+from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, CodebookTensor, NestedAbsmax, OutTensor
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+QUANTIZED_ON_DISK = True
+NESTED_BLOCK_SIZE = 256  # the only one that bitsandbytes implements
+STATE_PREFIX = ".quant_state.bitsandbytes__"
+
+# "-1.17549435e-38": nine digits bring every float32 back exactly.
+_OFFSET_WIDTH = 15
+# The CPU kernels of bitsandbytes ask for this many rows a time; where they cannot have them, the model does not run.
+_ROW_MULTIPLE = 32
+
+# Heads that a task class adds to a base model: absent from this checkpoint, and never to be made 4-bit at load.
+_TASK_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+
+
+def fit(spec: CodebookSpec, shape: tuple[int, int]) -> Fit:
+    """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
+
+    A block size of 32 is tried before a matrix is left in full precision.
+    """
+    out_features, in_features = shape
+    if out_features % _ROW_MULTIPLE:
+        return Fit(
+            None, f"{out_features} rows are not a multiple of {_ROW_MULTIPLE}, which bitsandbytes needs on a CPU"
+        )
+    if in_features % spec.block_size == 0:
+        return Fit(spec)
+    if in_features % 32 == 0:
+        smaller = CodebookSpec(spec.codebook, 32, spec.double_quant, spec.nested_block_size)
+        return Fit(smaller, f"block size 32: rows of {in_features} are not whole blocks of {spec.block_size}")
+    return Fit(None, f"rows of {in_features} are not whole blocks of {spec.block_size} or 32, and loaders misread them")
+
+
+def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+    """The stored tensors of one weight of [out, in]."""
+    name, spec = matrix.name, matrix.spec
+    numel = matrix.shape[0] * matrix.shape[1]
+    n_blocks = -(-numel // spec.block_size)
+    tensors = [
+        OutTensor(name, "uint8", ((numel + 1) // 2, 1)),
+        OutTensor(f"{name}.absmax", "uint8" if spec.double_quant else "float32", (n_blocks,)),
+        OutTensor(f"{name}.quant_map", "float32", (16,)),
+        OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_state(matrix, 0.0)),)),
+    ]
+    if spec.double_quant:
+        tensors += [
+            OutTensor(f"{name}.nested_absmax", "float32", (-(-n_blocks // spec.nested_block_size),)),
+            OutTensor(f"{name}.nested_quant_map", "float32", (256,)),
+        ]
+    return tuple(tensors)
+
+
+def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Tensor]:
+    """The tensors of `planned`, filled."""
+    import torch
+
+    from loftq_cli.triton_kernels.codebook import codebook_table
+
+    name, absmax = matrix.name, quantized.absmax
+    tensors = {
+        name: quantized.packed.view(-1, 1),
+        f"{name}.quant_map": codebook_table(quantized.spec.codebook),
+    }
+    offset = 0.0
+    if isinstance(absmax, NestedAbsmax):
+        offset = float(absmax.offset)
+        tensors[f"{name}.absmax"] = absmax.codes
+        tensors[f"{name}.nested_absmax"] = absmax.absmax
+        tensors[f"{name}.nested_quant_map"] = absmax.code_map
+    else:
+        tensors[f"{name}.absmax"] = absmax
+    state = _state(matrix, offset)
+    tensors[f"{name}{STATE_PREFIX}{quantized.spec.codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+    return tensors
+
+
+def unpack(name: str, load: Loader, tensors: Mapping[str, Any], file: Path) -> CodebookTensor:
+    """The weight called `name` from stored tensors, ours or anybody's; `load` gives a tensor by its name.
+
+    Raises InputError when they do not make a matrix that we decode as bitsandbytes does.
+    """
+    import torch
+
+    from loftq_cli.triton_kernels.codebook import CODEBOOKS
+
+    state = read_state(name, bytes(load(state_name(name, tensors)).numpy()), file)
+    spec = spec_of(state)
+    out_features, in_features = state["shape"]
+    numel = out_features * in_features
+    n_blocks = -(-numel // spec.block_size)
+    sizes = {name: (numel + 1) // 2, f"{name}.absmax": n_blocks}
+    if spec.double_quant:
+        sizes |= {f"{name}.nested_absmax": -(-n_blocks // NESTED_BLOCK_SIZE), f"{name}.nested_quant_map": 256}
+    for key, size in sizes.items():
+        if key not in tensors or tensors[key].numel != size:
+            raise InputError(f"does not have the {size} elements its quant_state asks for", file=file, tensor=key)
+    table = load(f"{name}.quant_map")
+    # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
+    if not torch.equal(table, torch.tensor(CODEBOOKS[spec.codebook])):
+        raise InputError("holds a table that is not the one of its quant_type", file=file, tensor=f"{name}.quant_map")
+    absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
+    if spec.double_quant:
+        absmax = NestedAbsmax(
+            absmax,
+            load(f"{name}.nested_absmax"),
+            load(f"{name}.nested_quant_map"),
+            torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
+        )
+    return CodebookTensor(load(name).view(-1), absmax, spec, (out_features, in_features), state["dtype"])
+
+
+def spec_of(state: Mapping[str, Any]) -> CodebookSpec:
+    """The number format that a checked quant_state describes."""
+    return CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
+
+
+def state_name(name: str, tensors: Mapping[str, Any]) -> str:
+    """The name of the JSON tensor of the weight called `name`; KeyError where there is none."""
+    for codebook in ("nf4", "fp4"):
+        if (key := f"{name}{STATE_PREFIX}{codebook}") in tensors:
+            return key
+    raise KeyError(name)
+
+
+def quantized_names(tensors: Mapping[str, Any]) -> list[str]:
+    """Names of the weights among `tensors` that are stored in this container."""
+    return [key.partition(STATE_PREFIX)[0] for key in tensors if STATE_PREFIX in key]
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """Every tensor name that can belong to the weight called `name`, itself first."""
+    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+    states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in ("nf4", "fp4")]
+    return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
+
+
+def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
+    """The checked JSON blob of one weight. Raises InputError."""
+    from loftq_cli.checkpoint.json_files import parse_json_object
+    from loftq_cli.triton_kernels.codebook import CODEBOOKS
+
+    state = parse_json_object(data, file=file, what=f"the quant_state of {name}")
+
+    def check(condition: bool, what: str) -> None:
+        if not condition:
+            raise InputError(f"its quant_state {what}", file=file, tensor=name)
+
+    quant_type, shape = state.get("quant_type"), state.get("shape")
+    check(quant_type in CODEBOOKS, f"has quant_type {quant_type!r}, of which we read {', '.join(CODEBOOKS)}")
+    check(state.get("dtype") in MODEL_DTYPES, f"has dtype {state.get('dtype')!r}")
+    check(type(state.get("blocksize")) is int and 2 <= state["blocksize"] <= 4096, "has no valid blocksize")
+    check(
+        isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and 0 < n < 2**40 for n in shape),
+        "has no valid shape",
+    )
+    if "nested_blocksize" in state:
+        check(state["nested_blocksize"] == NESTED_BLOCK_SIZE, f"has a nested_blocksize other than {NESTED_BLOCK_SIZE}")
+        check(type(state.get("nested_offset")) in (int, float), "has no valid nested_offset")
+    return state
+
+
+def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+    """The source's config with a `quantization_config` that makes transformers load the tensors as they are."""
+    return {
+        **config,
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": facts.spec.codebook,
+            "bnb_4bit_use_double_quant": facts.spec.double_quant,
+            "bnb_4bit_compute_dtype": facts.dtype,
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": _skip_modules(facts),
+        },
+    }
+
+
+def _skip_modules(facts: ModelFacts) -> list[str]:
+    """Every linear that stays as it is: an unlisted one loads silently and fails in its first forward pass."""
+    names = [*facts.full_precision_modules]
+    names += [head for head in _TASK_HEADS if head not in names and head not in facts.quantized_modules]
+    return [_unambiguous(name, facts.quantized_modules) for name in names]
+
+
+def _unambiguous(name: str, quantized: Any) -> str:
+    """`name`, or a pattern for it alone where transformers' suffix match would also skip a quantized module."""
+    clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
+    return f"^{re.escape(name)}$" if clash else name
+
+
+def _state(matrix: StoredMatrix, offset: float) -> bytes:
+    fields: dict[str, Any] = {
+        "quant_type": matrix.spec.codebook,
+        "blocksize": matrix.spec.block_size,
+        "dtype": matrix.dtype,
+        "shape": list(matrix.shape),
+    }
+    text = json.dumps(fields)
+    if not matrix.spec.double_quant:
+        return text.encode()
+    nested = f', "nested_blocksize": {matrix.spec.nested_block_size}, "nested_dtype": "float32", "nested_offset": '
+    return (text[:-1] + nested + f"{offset:.9g}" + "}").ljust(len(text) + len(nested) + _OFFSET_WIDTH).encode()

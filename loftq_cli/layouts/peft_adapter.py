@@ -1,0 +1,115 @@
+"""A PEFT LoRA adapter directory: tensor names, adapter_config.json, and the same read back.
+
+Lists exactly the modules that have tensors: PEFT gives any other module it is told of a fresh random adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.tensors import LoraPair, LoraSpec, OutTensor
+
+if TYPE_CHECKING:
+    import torch
+
+PREFIX = "base_model.model."
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class AdaptedModule:
+    """One adapted linear: its name in the loaded model, the shape [out, in] of its weight, and its adapter."""
+
+    module: str
+    shape: tuple[int, int]
+    lora: LoraSpec
+
+
+def tensor_names(module: str) -> tuple[str, str]:
+    """Names of lora_A [rank, in] and lora_B [out, rank]."""
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def planned(adapted: AdaptedModule) -> tuple[OutTensor, OutTensor]:
+    """The two tensors of one module."""
+    name_A, name_B = tensor_names(adapted.module)
+    out_features, in_features = adapted.shape
+    rank, dtype = adapted.lora.rank, adapted.lora.dtype
+    return OutTensor(name_A, dtype, (rank, in_features)), OutTensor(name_B, dtype, (out_features, rank))
+
+
+def pack(module: str, lora: LoraPair) -> dict[str, torch.Tensor]:
+    """The tensors of `planned`, filled."""
+    name_A, name_B = tensor_names(module)
+    return {name_A: lora.lora_A, name_B: lora.lora_B}
+
+
+def adapter_config(
+    modules: Sequence[AdaptedModule], *, base_model: str, task_type: str | None, fan_in_fan_out: bool
+) -> dict[str, Any]:
+    """adapter_config.json for `modules`; the most common rank and alpha are the default, the others are patterns.
+
+    `init_lora_weights` is true, never "loftq": with that, PEFT would initialize again and ask for a loftq_config.
+    """
+    (rank, alpha), _ = Counter((m.lora.rank, m.lora.alpha) for m in modules).most_common(1)[0]
+    others = [m for m in modules if (m.lora.rank, m.lora.alpha) != (rank, alpha)]
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "use_rslora": modules[0].lora.rslora,
+        "target_modules": [m.module for m in modules],
+        "rank_pattern": {m.module: m.lora.rank for m in others},
+        "alpha_pattern": {m.module: _number(m.lora.alpha) for m in others},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "loftq_config": {},
+    }
+
+
+def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The entry of a rank_pattern or alpha_pattern that PEFT takes for `module`: the first key, as a regular
+    expression, that matches the end of the name at a dot.
+    """
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
+    """The scaling that PEFT applies to an adapter of `rank` on `module`."""
+    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def task_type_of(architectures: Sequence[str], *, is_encoder_decoder: bool) -> str | None:
+    """PEFT's task type for a transformers class; None where PEFT would ask for a head that we do not have."""
+    name = architectures[0] if architectures else ""
+    if is_encoder_decoder and re.search(r"For(ConditionalGeneration|Seq2SeqLM)$", name):
+        return "SEQ_2_SEQ_LM"
+    if re.search(r"(ForCausalLM|LMHeadModel)$", name):
+        return "CAUSAL_LM"
+    return None
+
+
+def _number(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value
+
+
+def is_adapter_directory(path: Path) -> bool:
+    """Whether `path` holds a PEFT adapter."""
+    return (path / CONFIG_NAME).is_file()

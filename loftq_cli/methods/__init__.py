@@ -1,0 +1,6 @@
+"""How a quantized base and its adapter start: one file per method. They see neither bits nor files.
+
+method.py   the contract and the table
+loftq.py    alternating quantization and truncated SVD
+qlora.py    quantize once, adapter that adds nothing yet
+"""

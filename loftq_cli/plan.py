@@ -1,0 +1,333 @@
+"""Headers and a recipe become a plan: every job, every output tensor in its file, every size; or one error that names
+the tensor and the option. Needs no torch: `--dry-run` prints what this module returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loftq_cli import __version__
+from loftq_cli.errors import UsageError
+from loftq_cli.family import Family
+from loftq_cli.layouts import peft_adapter
+from loftq_cli.layouts.layout import Layout, ModelFacts, StoredMatrix, load_layout
+from loftq_cli.methods.method import METHODS
+from loftq_cli.recipe import Recipe, recipe_json
+from loftq_cli.targets import Target, choose_targets, module_of
+from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, LoraSpec, OutTensor, TensorRef
+
+# Measured on Linux: importing torch and its first operations, and the matrices of one LoftQ step (W, W − L, the
+# decoded Q, the residual in float32; its float64 copy and the projection on the singular vectors).
+_TORCH_NBYTES = 330_000_000
+_NBYTES_PER_WEIGHT = 28
+
+
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """One weight to quantize.
+
+    matrix            what is stored; `matrix.name` is the tensor's name in the source
+    module            the linear's name in the loaded model, by which the adapter knows it
+    base_tensors      what goes into the base; adapter_tensors what goes into the adapter
+    note              what differs from the recipe, and why
+    """
+
+    matrix: StoredMatrix
+    module: str
+    lora: LoraSpec
+    base_tensors: tuple[OutTensor, ...]
+    adapter_tensors: tuple[OutTensor, ...]
+    note: str | None
+
+    @property
+    def name(self) -> str:
+        """The tensor's name in the source."""
+        return self.matrix.name
+
+    @property
+    def numel(self) -> int:
+        """Weights in the matrix."""
+        return math.prod(self.matrix.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits of the stored base, constants included."""
+        return 8 * sum(t.nbytes for t in self.base_tensors) / self.numel
+
+
+@dataclass(frozen=True, slots=True)
+class CopyJob:
+    """One tensor that is written as it is, or in the model's dtype; and why it is not quantized."""
+
+    name: str
+    output: OutTensor
+    reason: str
+
+    @property
+    def base_tensors(self) -> tuple[OutTensor, ...]:
+        """What goes into the base."""
+        return (self.output,)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file of the base, and its tensors."""
+
+    file: str
+    tensors: tuple[OutTensor, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do."""
+
+    recipe: Recipe
+    family: Family
+    dtype: str
+    jobs: tuple[LayerJob | CopyJob, ...]
+    shards: tuple[Shard, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def layers(self) -> tuple[LayerJob, ...]:
+        """The jobs that quantize."""
+        return tuple(job for job in self.jobs if isinstance(job, LayerJob))
+
+    @cached_property
+    def copies(self) -> tuple[CopyJob, ...]:
+        """The jobs that copy."""
+        return tuple(job for job in self.jobs if isinstance(job, CopyJob))
+
+    @property
+    def adapter_dir(self) -> str:
+        """The adapter's folder inside the output."""
+        return METHODS[self.recipe.method].adapter_dir
+
+    @property
+    def adapter_tensors(self) -> tuple[OutTensor, ...]:
+        """All tensors of the adapter file."""
+        return tuple(t for job in self.layers for t in job.adapter_tensors)
+
+    @property
+    def base_nbytes(self) -> int:
+        """Bytes of all tensors of the base."""
+        return sum(t.nbytes for shard in self.shards for t in shard.tensors)
+
+    @property
+    def adapter_nbytes(self) -> int:
+        """Bytes of all tensors of the adapter."""
+        return sum(t.nbytes for t in self.adapter_tensors)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """About how much memory the conversion takes: it depends on the largest matrix, not on their number."""
+        return _TORCH_NBYTES + _NBYTES_PER_WEIGHT * max(job.numel for job in self.layers)
+
+    @property
+    def shard_of(self) -> dict[str, str]:
+        """Output tensor name -> file, as a safetensors index has it."""
+        return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+
+    def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the output."""
+        modules = [module_of(job.name) for job in self.jobs]
+        kept = [self.family.loaded_name(name, modules) for name in _unquantized_linears(self.copies)]
+        facts = ModelFacts(self.dtype, _spec(self.recipe), [job.module for job in self.layers], kept)
+        named = {} if "dtype" in config or "torch_dtype" in config or not config else {"dtype": self.dtype}
+        return load_layout(self.recipe.layout).model_config({**config, **named}, facts)
+
+    def adapter_config(self, base_model: str) -> dict[str, Any]:
+        """adapter_config.json of the output."""
+        return peft_adapter.adapter_config(
+            [peft_adapter.AdaptedModule(job.module, job.matrix.shape, job.lora) for job in self.layers],
+            base_model=base_model,
+            task_type=peft_adapter.task_type_of(
+                self.family.architectures, is_encoder_decoder=self.family.config.get("is_encoder_decoder") is True
+            ),
+            fan_in_fan_out=any(job.matrix.transposed for job in self.layers),
+        )
+
+    def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str) -> str:
+        """A hash of all that decides the bytes of the result, other than the numbers in the input."""
+        return hashlib.sha256(
+            json.dumps(
+                [
+                    [__version__, version("torch"), recipe_json(self.recipe), dict(self.family.config), base_model],
+                    sorted([ref.name, ref.dtype, ref.shape] for ref in tensors.values()),
+                ],
+                sort_keys=True,
+            ).encode()
+        ).hexdigest()
+
+
+def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
+    """The plan for a checkpoint's tensors and its config.json (empty where there is none).
+
+    Raises UsageError when an option does not fit a tensor, or nothing is left to quantize.
+    """
+    planner, jobs = _jobs(tensors, Family(config), recipe)
+    if not any(isinstance(job, LayerJob) for job in jobs):
+        raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
+    _check_overrides(recipe, jobs)
+    notes = [*planner.notes, *_summary_notes(jobs, planner.recast)]
+    shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
+    return Plan(recipe, planner.family, planner.dtype, tuple(jobs), shards, tuple(notes))
+
+
+def possible_jobs(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe
+) -> list[LayerJob | CopyJob]:
+    """The jobs of a plan, for looking at a checkpoint: it is no error when there is nothing to quantize."""
+    return _jobs(tensors, Family(config), recipe)[1]
+
+
+def _jobs(
+    tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
+) -> tuple[_Planner, list[LayerJob | CopyJob]]:
+    targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
+    dtype = family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
+    planner = _Planner(recipe, family, dtype, load_layout(recipe.layout), [module_of(name) for name in tensors])
+    return planner, [job for name, ref in tensors.items() if (job := planner.job(ref, targets[name])) is not None]
+
+
+class _Planner:
+    """Turns one tensor after the other into a job; collects what has to be said about it."""
+
+    def __init__(self, recipe: Recipe, family: Family, dtype: str, layout: Layout, modules: Sequence[str]) -> None:
+        self.recipe, self.family, self.dtype, self.layout, self.modules = recipe, family, dtype, layout, modules
+        self.notes: list[str] = []
+        self.recast = 0
+
+    def job(self, ref: TensorRef, target: Target) -> LayerJob | CopyJob | None:
+        if ref.alias_of is not None and self.family.ties_embeddings():
+            self.notes.append(f"{ref.name} is {ref.alias_of} (tied): stored once")
+            return None
+        if not target.quantize:
+            return self._copy(ref, target.reason)
+        return self._layer(ref)
+
+    def _layer(self, ref: TensorRef) -> LayerJob | CopyJob:
+        module = module_of(ref.name)
+        transposed = self.family.is_transposed(module)
+        shape = (ref.shape[1], ref.shape[0]) if transposed else (ref.shape[0], ref.shape[1])
+        asked, lora, quantize = _for_module(self.recipe, module)
+        if not quantize:
+            return self._copy(ref, "excluded by an override")
+        fit = self.layout.fit(asked, shape)
+        if fit.spec is None:
+            return self._copy(ref, fit.reason or "does not fit the container")
+        if lora.rank > min(shape):
+            raise UsageError(
+                f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
+                tensor=ref.name,
+                hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
+            )
+        matrix = StoredMatrix(ref.name, shape, fit.spec, self.dtype, transposed)
+        loaded = self.family.loaded_name(module, self.modules)
+        return LayerJob(
+            matrix=matrix,
+            module=loaded,
+            lora=lora,
+            base_tensors=self.layout.planned(matrix),
+            adapter_tensors=peft_adapter.planned(peft_adapter.AdaptedModule(loaded, shape, lora)),
+            note=fit.reason,
+        )
+
+    def _copy(self, ref: TensorRef, reason: str) -> CopyJob:
+        dtype = ref.dtype
+        # transformers keeps what is called "weight" in a 4-bit checkpoint in its stored dtype, and two float dtypes
+        # in one model do not compute: so these are stored in the model's own.
+        if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(".weight") and dtype in MODEL_DTYPES:
+            dtype = self.dtype
+        self.recast += dtype != ref.dtype
+        return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason)
+
+
+def _spec(recipe: Recipe) -> CodebookSpec:
+    return CodebookSpec(recipe.quant_type, recipe.block_size, recipe.double_quant)
+
+
+def _for_module(recipe: Recipe, module: str) -> tuple[CodebookSpec, LoraSpec, bool]:
+    """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
+    spec, quantize = _spec(recipe), True
+    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype)
+    rank, alpha = recipe.rank, None
+    for override in recipe.override:
+        if re.search(override.match, module):
+            quantize = quantize if override.quantize is None else override.quantize
+            rank, alpha = override.rank or rank, override.alpha or alpha
+            spec = replace(spec, block_size=override.block_size or spec.block_size)
+            if override.double_quant is not None:
+                spec = replace(spec, double_quant=override.double_quant)
+    # Servers apply one scaling to the whole model, so another rank brings the alpha that keeps it.
+    kept = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
+    return spec, replace(default, rank=rank, alpha=kept if alpha is None else alpha), quantize
+
+
+def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
+    for override in recipe.override:
+        if not any(re.search(override.match, module_of(job.name)) for job in jobs):
+            raise UsageError(f"the override {override.match!r} matches no module", hint="loftq inspect lists the names")
+
+
+def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[str]:
+    experts = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "expert"]
+    if experts:
+        nbytes = sum(job.output.nbytes for job in experts)
+        yield (
+            f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: loaders fuse experts into "
+            "one parameter that the container cannot hold in 4 bits"
+        )
+    if recast:
+        yield f"{recast} copied weights are converted to the model's dtype"
+    for job in jobs:
+        if isinstance(job, LayerJob) and job.note:
+            yield f"{job.name}: {job.note}"
+        elif isinstance(job, CopyJob) and "rows" in job.reason:
+            yield f"{job.name}: kept in full precision: {job.reason}"
+
+
+def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:
+    """Files for `units` in their order, each as full as `max_nbytes` allows; the tensors of one unit stay together."""
+    groups: list[list[OutTensor]] = [[]]
+    filled = 0
+    for unit in units:
+        nbytes = sum(t.nbytes for t in unit)
+        if groups[-1] and filled + nbytes > max_nbytes:
+            groups.append([])
+            filled = 0
+        groups[-1].extend(unit)
+        filled += nbytes
+    if len(groups) == 1:
+        return (Shard("model.safetensors", tuple(groups[0])),)
+    return tuple(
+        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
+    )
+
+
+def _unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
+    """Modules that a loader might take for linears to quantize: matrices, and the prefixes of experts."""
+    seen = set()
+    for job in copies:
+        module = module_of(job.name)
+        if job.reason == "expert":
+            module = re.split(r"(?<=experts)(?:\.|$)", module, maxsplit=1)[0]
+        elif len(job.output.shape) != 2 or not job.name.endswith(".weight"):
+            continue
+        if module not in seen:
+            seen.add(module)
+            yield module
+
+
+def source_name(path: Path) -> str:
+    """How a checkpoint is called in reports: its last path component."""
+    return path.name or path.resolve().name

@@ -1,0 +1,250 @@
+"""What the user asks for: one frozen record, from defaults < preset or TOML file < command-line flags.
+
+Decides nothing about a particular checkpoint; needs no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.layouts.layout import LAYOUTS
+from loftq_cli.methods.method import METHODS
+from loftq_cli.quant.formats import FORMATS
+from loftq_cli.tensors import MODEL_DTYPES
+
+SVD_MODES = ("exact",)
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Override:
+    """Other values for the layers whose module name `match` (a regular expression) finds. Later overrides win.
+
+    A layer with another rank keeps the model's scaling unless its own alpha is given.
+    """
+
+    match: str
+    quantize: bool | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
+    rank: int | None = None
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Everything that decides the bytes of a conversion. `alpha` of None means: equal to `rank`, scaling 1."""
+
+    method: str = "loftq"
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    rank: int = 16
+    alpha: float | None = None
+    rslora: bool = False
+    iterations: int = 5
+    svd: str = "exact"
+    adapter_dtype: str = "float32"
+    seed: int = 0
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layout: str = "bitsandbytes"
+    max_shard_size: str = "5GB"
+    override: tuple[Override, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        _choice("method", self.method, METHODS)
+        _choice("quant_type", self.quant_type, FORMATS)
+        _choice("svd", self.svd, SVD_MODES)
+        _choice("adapter_dtype", self.adapter_dtype, MODEL_DTYPES)
+        _choice("layout", self.layout, LAYOUTS)
+        _at_least("rank", self.rank, 1)
+        _at_least("iterations", self.iterations, 1)
+        _at_least("seed", self.seed, 0)
+        _positive("alpha", self.alpha)
+        self._check_block_size(self.block_size)
+        for name in ("include", "exclude"):
+            for pattern in getattr(self, name):
+                _regex(name, pattern)
+        parse_size(self.max_shard_size)
+        for override in self.override:
+            self._check_override(override)
+
+    def _check_override(self, override: Override) -> None:
+        _regex("match", override.match)
+        self._check_block_size(override.block_size)
+        _positive("alpha", override.alpha)
+        if override.rank is not None:
+            _at_least("rank", override.rank, 1)
+
+    def _check_block_size(self, block_size: int | None) -> None:
+        allowed = FORMATS[self.quant_type].block_sizes
+        if block_size is not None and block_size not in allowed:
+            raise UsageError(
+                f"block_size {block_size} does not exist for {self.quant_type}",
+                hint=f"one of {', '.join(map(str, allowed))}",
+            )
+
+    @property
+    def max_shard_nbytes(self) -> int:
+        """`max_shard_size` in bytes."""
+        return parse_size(self.max_shard_size)
+
+
+def resolve_recipe(source: str | None, flags: Mapping[str, Any]) -> Recipe:
+    """Defaults < `source` (a preset's name or a TOML file) < `flags` (field name -> value; None is not given)."""
+    values = {} if source is None else _read_recipe(source)
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return Recipe(**values)
+
+
+def preset_directory() -> Path:
+    """Where the packaged presets lie: inside the package, or beside it in a source tree."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def presets() -> dict[str, str]:
+    """Name of each preset -> the first line of its comment."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for path in sorted(preset_directory().glob("*.toml"))
+    }
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML that `--recipe` reads back to an equal one."""
+    lines = []
+    for name, value in _set_fields(recipe).items():
+        if name != "override":
+            lines.append(f"{name} = {_toml_value(value)}")
+    for override in recipe.override:
+        lines.append("\n[[override]]")
+        lines += [f"{name} = {_toml_value(value)}" for name, value in _set_fields(override).items()]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as JSON values; what is None is left out."""
+    values = _set_fields(recipe)
+    values["override"] = [_set_fields(override) for override in recipe.override]
+    return values
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500 MB", "1GiB" or "1000000". Raises UsageError for anything else, and for less than 1 MB."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise UsageError(f"{text!r} is not a size", hint="write it like 5GB or 500MB")
+    nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    if nbytes < 10**6:
+        raise UsageError(f"max_shard_size {text} is less than 1 MB", hint="a shard holds at least one tensor anyway")
+    return nbytes
+
+
+def _read_recipe(source: str) -> dict[str, Any]:
+    path = preset_directory() / f"{source}.toml" if source in presets() else Path(source)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(
+            f"no recipe {source!r}", hint=f"a TOML file, or one of the presets {', '.join(presets())}"
+        ) from None
+    except OSError as error:
+        raise StorageError(error.strerror or "cannot be read", file=path) from None
+    try:
+        table = tomllib.loads(data.decode("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"not valid TOML: {error}", file=path) from None
+    overrides = table.pop("override", [])
+    if not isinstance(overrides, list) or not all(isinstance(entry, dict) for entry in overrides):
+        raise UsageError("override must be a list of tables", file=path, hint="write [[override]]")
+    values = _typed(Recipe, table, path)
+    values["override"] = tuple(_override(entry, path) for entry in overrides)
+    return values
+
+
+def _override(entry: dict[str, Any], path: Path) -> Override:
+    if "match" not in entry:
+        raise UsageError("an [[override]] has no match", file=path, hint="match = 'regular expression'")
+    return Override(**_typed(Override, entry, path))
+
+
+def _typed(record: type, table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`table` with its keys and types checked against the fields of `record`."""
+    hints = get_type_hints(record)
+    values = {}
+    for name, value in table.items():
+        key = name.replace("-", "_")
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise UsageError(
+                f"unknown key {name}",
+                file=path,
+                hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}",
+            )
+        values[key] = _convert(value, hints[key], name, path)
+    return values
+
+
+def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
+    wanted = [kind for kind in get_args(hint) if kind is not type(None)] if type(None) in get_args(hint) else [hint]
+    kind = wanted[0]
+    if kind == tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UsageError(f"{name} must be a list of strings", file=path)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{name} must be {_KIND_NAMES[kind]}, not {value!r}", file=path)
+    return value
+
+
+_KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _set_fields(record: Recipe | Override) -> dict[str, Any]:
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    # JSON strings, numbers and booleans are TOML too.
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _choice(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} {value!r} does not exist", hint=f"one of {', '.join(choices)}")
+
+
+def _at_least(name: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise UsageError(f"{name} must be at least {smallest}, not {value}")
+
+
+def _positive(name: str, value: float | None) -> None:
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UsageError(f"{name} must be a positive number, not {value}")
+
+
+def _regex(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError) as error:
+        raise UsageError(f"{name} {pattern!r} is not a regular expression: {error}") from None

@@ -1,0 +1,193 @@
+"""What a conversion measured, as records and as the files that ship with it: loftq_report.json, the provenance of the
+adapter, the model card. The same conversion gives the same bytes, so there are no times in them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli import __version__
+from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.errors import InputError
+from loftq_cli.methods.method import METHODS
+from loftq_cli.metrics import LayerError, total_error
+from loftq_cli.plan import LayerJob, Plan
+from loftq_cli.recipe import recipe_json
+
+REPORT_NAME = "loftq_report.json"
+RECIPE_NAME = "loftq_recipe.toml"
+PROVENANCE_NAME = "loftq_provenance.json"
+TOOL = {"tool": "loftq-cli", "version": __version__}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """One quantized layer. `quantization_error` is that of quantizing W alone; `error` is of what was written."""
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    transposed: bool
+    quant_type: str
+    block_size: int
+    double_quant: bool
+    bits_per_weight: float
+    rank: int
+    alpha: float
+    scaling: float
+    quantization_error: float
+    iteration_errors: tuple[float, ...]
+    best_iteration: int
+    error: LayerError
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; the derived errors stand beside the sums they come from."""
+        values = dataclasses.asdict(self)
+        values["error"] = error_json(self.error)
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> LayerResult:
+        """The inverse of `to_json`. Raises KeyError or TypeError for values of another shape."""
+        sums = {field.name: float(values["error"][field.name]) for field in dataclasses.fields(LayerError)}
+        return cls(
+            **{
+                **{field.name: values[field.name] for field in dataclasses.fields(cls)},
+                "shape": tuple(values["shape"]),
+                "iteration_errors": tuple(values["iteration_errors"]),
+                "error": LayerError(**sums),
+            }
+        )
+
+
+def layer_result(
+    job: LayerJob, error: LayerError, quantization_error: float, iteration_errors: Sequence[float], best_iteration: int
+) -> LayerResult:
+    """The result of one job of the plan."""
+    spec = job.matrix.spec
+    return LayerResult(
+        name=job.name,
+        module=job.module,
+        shape=job.matrix.shape,
+        transposed=job.matrix.transposed,
+        quant_type=spec.codebook,
+        block_size=spec.block_size,
+        double_quant=spec.double_quant,
+        bits_per_weight=round(job.bits_per_weight, 4),
+        rank=job.lora.rank,
+        alpha=job.lora.alpha,
+        scaling=job.lora.scaling,
+        quantization_error=quantization_error,
+        iteration_errors=tuple(iteration_errors),
+        best_iteration=best_iteration,
+        error=error,
+    )
+
+
+def error_json(error: LayerError) -> dict[str, float | None]:
+    """The sums of an error and what follows from them; an infinite ratio is null, since JSON has no infinity."""
+    derived = {
+        "base_error": error.base_error,
+        "error": error.error,
+        "sqnr_db": error.sqnr_db,
+        "delta_norm": error.delta_norm,
+    }
+    finite = {name: value if value < float("inf") else None for name, value in derived.items()}
+    return {**dataclasses.asdict(error), **finite}
+
+
+def report_json(
+    plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str, base_fingerprint: str
+) -> dict[str, Any]:
+    """loftq_report.json."""
+    return {
+        "format_version": 1,
+        **TOOL,
+        "source": source,
+        "base_model": base_model,
+        "base_fingerprint": base_fingerprint,
+        "adapter_dir": plan.adapter_dir,
+        "recipe": recipe_json(plan.recipe),
+        "dtype": plan.dtype,
+        "totals": {
+            "layers": len(layers),
+            "weights": sum(job.numel for job in plan.layers),
+            "bits_per_weight": round(bits_per_weight(plan), 4),
+            "base_nbytes": plan.base_nbytes,
+            "adapter_nbytes": plan.adapter_nbytes,
+            **error_json(total_error(layer.error for layer in layers)),
+        },
+        "layers": [layer.to_json() for layer in layers],
+        "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
+        "notes": list(plan.notes),
+    }
+
+
+def bits_per_weight(plan: Plan) -> float:
+    """True bits of all quantized weights, constants included."""
+    stored = sum(t.nbytes for job in plan.layers for t in job.base_tensors)
+    return 8 * stored / sum(job.numel for job in plan.layers)
+
+
+def read_report(directory: Path) -> tuple[dict[str, Any], list[LayerResult]] | None:
+    """The report in a converted directory and its layers; None where there is none.
+
+    Raises InputError for a report that is not one of ours.
+    """
+    path = directory / REPORT_NAME
+    if not path.is_file():
+        return None
+    values = read_json_object(path)
+    try:
+        str(values["base_fingerprint"]), str(values["recipe"]["method"]), str(values["adapter_dir"])
+        return values, [LayerResult.from_json(layer) for layer in values["layers"]]
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise InputError("is not a report of this tool", file=path, hint="convert again") from None
+
+
+def fingerprint_of(sums: Mapping[str, str]) -> str:
+    """One hash for a set of tensors, from the sha256 of each by name."""
+    return hashlib.sha256("".join(f"{sums[name]} {name}\n" for name in sorted(sums)).encode()).hexdigest()
+
+
+def provenance_json(plan: Plan, *, base_model: str, base_fingerprint: str) -> dict[str, Any]:
+    """The side file of an adapter: which base it was fitted to."""
+    return {**TOOL, "method": plan.recipe.method, "base_model": base_model, "base_fingerprint": base_fingerprint}
+
+
+def dump_json(values: Mapping[str, Any]) -> str:
+    """How every JSON file of ours is written."""
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
+    """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
+    recipe, total = plan.recipe, total_error(layer.error for layer in layers)
+    auto = "AutoModelForCausalLM" if plan.adapter_config("")["task_type"] == "CAUSAL_LM" else "AutoModel"
+    return f"""---
+library_name: peft
+tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
+---
+
+# {source}, {recipe.quant_type.upper()} base with a {recipe.method} adapter
+
+{METHODS[recipe.method].summary[0].upper()}{METHODS[recipe.method].summary[1:]}. {len(layers)} linear layers in
+{recipe.quant_type.upper()}, block size {recipe.block_size}, {bits_per_weight(plan):.2f} bits a weight, rank {recipe.rank}.
+Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
+
+```python
+from transformers import {auto}
+from peft import PeftModel
+model = {auto}.from_pretrained("{base_model}")
+model = PeftModel.from_pretrained(model, "{base_model}", subfolder="{plan.adapter_dir}", is_trainable=True)
+```
+
+The adapter belongs to this base and to no other. Made by loftq-cli {__version__}; `{REPORT_NAME}` has every layer,
+`{RECIPE_NAME}` every option.
+"""

@@ -1,0 +1,1 @@
+"""Benchmarks: the built-in model's training and what it scores. Not collected by the test run, nothing here ships."""

@@ -1,0 +1,146 @@
+"""JSON files are read strictly: each way in which one can lie, be damaged or be of another kind is refused by name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from loftq_cli.checkpoint.json_files import parse_json_object, read_json_object
+from loftq_cli.errors import InputError, StorageError
+
+HERE = Path("config.json")
+
+
+def test_a_config_is_read_with_its_types_kept(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1, "b": [true, null, 1.5], "c": {"d": "\\u00e9"}, "limit": 1000000000000000019884624838656}')
+
+    content = read_json_object(path)
+
+    assert content == {"a": 1, "b": [True, None, 1.5], "c": {"d": "é"}, "limit": int(1e30)}
+    assert type(content["a"]) is int
+
+
+def test_a_linked_file_is_read(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_text('{"a": 1}')
+    (tmp_path / "config.json").symlink_to(tmp_path / "blob")
+
+    assert read_json_object(tmp_path / "config.json") == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"r": 8, "r": 16}', "the key r stands twice"),
+        (b'{"a": {"r": 8, "r": 8}}', "the key r stands twice"),
+        (b'{"a\\u001b[31m": 1, "a\\u001b[31m": 1}', r"the key a\x1b[31m stands twice"),
+        (b'{"alpha": NaN}', "NaN is not a JSON number"),
+        (b'{"alpha": -Infinity}', "-Infinity is not a JSON number"),
+        (b'{"alpha": 1e400}', "the number 1e400 is too large"),
+        (b'{"alpha": -1e999}', "the number -1e999 is too large"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "a number of 5000 digits is too large"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
+        (b"[1, 2]", "not a JSON object"),
+        (b"null", "not a JSON object"),
+        (b'{"a": 1} {"b": 2}', "not valid JSON: Extra data"),
+        (b'{"a": 1', "not valid JSON: Expecting ',' delimiter"),
+        (b"<html>404</html>", "not valid JSON: Expecting value"),
+    ],
+)
+def test_what_is_not_one_strict_object_is_refused(text: bytes, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_json_object(text, file=HERE)
+
+    assert message in caught.value.message
+    assert caught.value.file == "config.json"
+    assert caught.value.hint is not None
+
+
+def test_the_message_says_which_part_of_the_file_is_wrong() -> None:
+    with pytest.raises(InputError, match=r"^config\.json: the header is not a JSON object"):
+        parse_json_object(b"[]", file=HERE, what="the header")
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(InputError, match=r"^/nowhere/config\.json: no such file \(check the path"):
+        read_json_object(Path("/nowhere/config.json"))
+
+
+def test_a_dangling_link_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to(tmp_path / "gone")
+
+    with pytest.raises(InputError, match="is a link to a file that is not there"):
+        read_json_object(tmp_path / "config.json")
+
+
+def test_an_empty_file_is_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+
+    with pytest.raises(InputError, match="is empty"):
+        read_json_object(tmp_path / "config.json")
+
+
+def test_a_git_lfs_pointer_is_recognised(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 10\n")
+
+    with pytest.raises(InputError, match="is a git-LFS pointer") as caught:
+        read_json_object(path)
+
+    assert caught.value.hint is not None and "git lfs pull" in caught.value.hint
+
+
+def test_a_file_above_the_limit_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.touch()
+    os.truncate(path, 1 << 40)  # a sparse file: reading it whole would need 1 TB
+
+    with pytest.raises(InputError, match="is larger than the 1000 bytes allowed here"):
+        read_json_object(path, max_nbytes=1000)
+
+
+def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(b'{"a": 1}')
+
+    assert read_json_object(tmp_path / "config.json", max_nbytes=8) == {"a": 1}
+
+
+def test_a_pipe_is_refused_without_waiting_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.json")
+
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_json_object(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/"])
+def test_devices_and_folders_are_refused(path: str) -> None:
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_json_object(Path(path))
+
+
+def test_an_error_of_the_system_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "a.json").symlink_to(tmp_path / "b.json")
+    (tmp_path / "b.json").symlink_to(tmp_path / "a.json")
+
+    with pytest.raises(StorageError, match=r"a\.json: cannot be opened: Too many levels of symbolic links"):
+        read_json_object(tmp_path / "a.json")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_a_storage_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    path.chmod(0)
+
+    with pytest.raises(StorageError, match="cannot be opened: Permission denied"):
+        read_json_object(path)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="is not a possible file name"):
+        read_json_object(Path(name))

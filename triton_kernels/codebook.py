@@ -1,0 +1,72 @@
+"""Block-wise codebook quantization: the contract. Blocks run over the flattened row-major tensor, so they cross rows;
+the last one may be short. Two 4-bit codes a byte, the first element in the high nibble.
+
+NF4 is the table of QLoRA (arXiv 2305.14314, appendix E).
+"""
+
+from __future__ import annotations
+
+import torch
+from loftq_cli.triton_kernels.backend import implementation
+
+CODEBOOKS: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+}
+
+
+def codebook_table(codebook: str) -> torch.Tensor:
+    """The table of `codebook`, float32 [16], ascending. Raises ValueError for an unknown name."""
+    if codebook not in CODEBOOKS:
+        raise ValueError(f"unknown codebook {codebook!r}; known: {', '.join(CODEBOOKS)}")
+    return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32)
+
+
+def quantize_codebook(weight: torch.Tensor, codebook: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)] of a float32 tensor.
+
+    The code of w is the number of midpoints of neighbouring table entries strictly below w / absmax; a zero block
+    takes the code of 0.0. absmax is NaN or Inf exactly where its block holds one: the caller decides what that means.
+    Raises ValueError unless `weight` is contiguous float32 and `block_size` even and positive.
+    """
+    if weight.dtype != torch.float32 or not weight.is_contiguous():
+        raise ValueError("weight must be contiguous float32")
+    if block_size < 2 or block_size % 2:
+        raise ValueError("block_size must be even and positive")
+    table = codebook_table(codebook).to(weight.device)
+    packed, absmax = implementation("codebook", weight.device.type).quantize(weight.view(-1), table, block_size)
+    return packed, absmax
+
+
+def dequantize_codebook(
+    packed: torch.Tensor, absmax: torch.Tensor, codebook: str, block_size: int, numel: int
+) -> torch.Tensor:
+    """float32 [numel]: table[code] * absmax of its block, the inverse of `quantize_codebook`.
+
+    Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
+    """
+    if packed.dtype != torch.uint8 or packed.numel() != (numel + 1) // 2:
+        raise ValueError(f"packed must be uint8 with {(numel + 1) // 2} elements")
+    if absmax.dtype != torch.float32 or absmax.numel() != -(-numel // block_size):
+        raise ValueError(f"absmax must be float32 with {-(-numel // block_size)} elements")
+    table = codebook_table(codebook).to(packed.device)
+    values: torch.Tensor = implementation("codebook", packed.device.type).dequantize(
+        packed.reshape(-1), absmax.reshape(-1), table, block_size, numel
+    )
+    return values

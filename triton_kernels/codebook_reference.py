@@ -1,0 +1,71 @@
+"""The definition of block-wise codebook quantization in plain torch; byte for byte what bitsandbytes computes on a CPU.
+
+Works in pieces that stay in the processor's cache, so its scratch does not grow with the tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+
+PIECE_NUMEL = 1 << 17  # elements a pass: 512 KB of float32 runs 3 to 6 times faster than a whole large tensor
+
+# bitsandbytes' floor under the divisor: it leaves blocks of normal numbers alone, and keeps 0 / 0 out of a zero one.
+SMALLEST_ABSMAX = 1e-38
+
+
+def quantize(weight: torch.Tensor, table: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [ceil(n / 2)] and float32 [ceil(n / block_size)] of float32 [n]. See codebook.py."""
+    numel = weight.numel()
+    thresholds = ((table[:-1] + table[1:]) / 2).tolist()
+    packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
+    whole = numel - numel % block_size
+    piece = max(PIECE_NUMEL // block_size, 1) * block_size
+    for start in range(0, whole, piece):
+        stop = min(start + piece, whole)
+        blocks = weight[start:stop].view(-1, block_size)  # [blocks, block_size]
+        largest = torch.linalg.vector_norm(blocks, float("inf"), dim=1)  # [blocks]
+        absmax[start // block_size : stop // block_size] = largest
+        scaled = blocks * (1.0 / largest.clamp(min=SMALLEST_ABSMAX))[:, None]
+        packed[start // 2 : stop // 2] = _pack(_encode(scaled.view(-1), thresholds))
+    if whole < numel:
+        tail = weight[whole:]
+        largest = tail.abs().max().clamp(min=SMALLEST_ABSMAX)
+        absmax[-1] = largest
+        # bitsandbytes divides here, where it multiplies by the reciprocal elsewhere: the last bit can differ.
+        packed[whole // 2 :] = _pack(_encode(tail / largest, thresholds))
+    return packed, absmax
+
+
+def dequantize(
+    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, numel: int
+) -> torch.Tensor:
+    """float32 [numel]. See codebook.py."""
+    values = torch.empty(numel, dtype=torch.float32, device=packed.device)
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # [256, 2]: a byte holds two values
+    piece = max(PIECE_NUMEL // block_size, 1) * block_size
+    for start in range(0, numel, piece):
+        stop = min(start + piece, numel)
+        decoded = pairs[packed[start // 2 : (stop + 1) // 2].int()].view(-1)[: stop - start]
+        scales = absmax[start // block_size : -(-stop // block_size)]
+        torch.mul(decoded, scales.repeat_interleave(block_size)[: stop - start], out=values[start:stop])
+    return values
+
+
+def _encode(scaled: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
+    """uint8 [n]: how many thresholds lie strictly below each element. Compares into float32: measured 4 times
+    faster on a CPU than a binary search.
+    """
+    scaled = scaled.clamp(-1.0, 1.0)
+    codes = torch.zeros_like(scaled)
+    above = torch.empty_like(scaled)
+    for threshold in thresholds:
+        codes += torch.gt(scaled, threshold, out=above)
+    return codes.to(torch.uint8)
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """Two codes a byte; an odd end is filled with the code of 0.0, as bitsandbytes does."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_full((1,), 7)])
+    return (codes[0::2] << 4) | codes[1::2]

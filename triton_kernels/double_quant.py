@@ -1,0 +1,59 @@
+"""Double quantization of block constants (QLoRA, arXiv 2305.14314, section 3): the contract.
+
+absmax ~ dynamic_map[code] * nested_absmax[block // nested_block_size] + offset, with the 8-bit dynamic map of
+"8-bit Approximations for Parallelism in Deep Learning" (arXiv 1511.04561) and offset = mean(absmax).
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from loftq_cli.triton_kernels.backend import implementation
+
+
+@cache
+def dynamic_map() -> torch.Tensor:
+    """The signed 8-bit dynamic map, float32 [256], ascending. Treat it as read-only.
+
+    Seven decades 10^-6 .. 10^0; decade i has 2^i values, the means of neighbouring points of an even grid on
+    [0.1, 1], with both signs; then 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        grid = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (grid[:-1] + grid[1:]) / 2.0
+        decade = (10 ** (exponent - 6)) * means
+        values += decade.tolist() + (-decade).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32)
+
+
+def double_quantize(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)] and offset float32 [] of float32 [n].
+
+    Raises ValueError unless `absmax` is contiguous float32 with one dimension.
+    """
+    if absmax.dtype != torch.float32 or absmax.dim() != 1 or not absmax.is_contiguous():
+        raise ValueError("absmax must be contiguous float32 with one dimension")
+    codes, nested_absmax, offset = implementation("double_quant", absmax.device.type).quantize(
+        absmax, dynamic_map().to(absmax.device), nested_block_size
+    )
+    return codes, nested_absmax, offset
+
+
+def double_dequantize(
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    code_map: torch.Tensor,
+    offset: torch.Tensor,
+    nested_block_size: int,
+) -> torch.Tensor:
+    """float32 [n]: the absmax that a loader computes from the stored constants (any 256-entry `code_map`)."""
+    if codes.dtype != torch.uint8 or code_map.numel() != 256:
+        raise ValueError("codes must be uint8 and code_map must have 256 entries")
+    if nested_absmax.numel() != -(-codes.numel() // nested_block_size):
+        raise ValueError(f"nested_absmax must have {-(-codes.numel() // nested_block_size)} elements")
+    absmax: torch.Tensor = implementation("double_quant", codes.device.type).dequantize(
+        codes, nested_absmax, code_map, offset, nested_block_size
+    )
+    return absmax

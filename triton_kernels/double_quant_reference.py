@@ -1,0 +1,59 @@
+"""The definition of double quantization in plain torch; byte for byte what bitsandbytes computes on a CPU."""
+
+from __future__ import annotations
+
+import torch
+
+GRID = 65535  # bitsandbytes' CPU code rounds to this many steps on [-1, 1] and looks the nearest map entry up
+
+
+def quantize(
+    absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """uint8 [n], float32 [ceil(n / nested_block_size)], float32 []. See double_quant.py."""
+    numel = absmax.numel()
+    offset = _mean(absmax)
+    centred = absmax - offset
+    n_nested = -(-numel // nested_block_size)
+    padded = torch.zeros(n_nested * nested_block_size, dtype=torch.float32, device=absmax.device)
+    padded[:numel] = centred
+    padded = padded.view(n_nested, nested_block_size)
+    nested_absmax = padded.abs().amax(dim=1)
+    # A block of equal constants has nothing left to store: its scale is 0 and any code decodes to the offset.
+    reciprocal = torch.where(nested_absmax > 0, 1.0 / nested_absmax, torch.zeros_like(nested_absmax))
+    scaled = (padded * reciprocal[:, None]).clamp_(-1.0, 1.0)
+    cell = ((scaled + 1.0) * 0.5 * GRID + 0.5).to(torch.int64)
+    codes = _nearest_entry(code_map)[cell]
+    codes = torch.where(nested_absmax[:, None] > 0, codes, torch.zeros_like(codes))
+    return codes.view(-1)[:numel].contiguous(), nested_absmax, offset
+
+
+def dequantize(
+    codes: torch.Tensor,
+    nested_absmax: torch.Tensor,
+    code_map: torch.Tensor,
+    offset: torch.Tensor,
+    nested_block_size: int,
+) -> torch.Tensor:
+    """float32 [n]. See double_quant.py."""
+    scales = nested_absmax.repeat_interleave(nested_block_size)[: codes.numel()]
+    return code_map[codes.int()] * scales + offset
+
+
+def _nearest_entry(code_map: torch.Tensor) -> torch.Tensor:
+    """uint8 [GRID + 1]: the index of the map entry nearest to each grid point."""
+    points = torch.arange(GRID + 1, dtype=torch.float32, device=code_map.device) / GRID * 2.0 - 1.0
+    midpoints = (code_map[:-1] + code_map[1:]) / 2
+    return torch.bucketize(points, midpoints).to(torch.uint8)
+
+
+def _mean(absmax: torch.Tensor) -> torch.Tensor:
+    """The float32 mean as one thread computes it: with more, torch's summation order depends on their number, and
+    the same checkpoint would get other bytes on another machine.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return absmax.mean()
+    finally:
+        torch.set_num_threads(threads)
