@@ -2,37 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME, PREFIX, pattern_value, scaling_of
+from loftq_cli.targets import module_of
 from loftq_cli.tensors import WEIGHT_DTYPES
 
-_LORA = re.compile(r"(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_embedding_A|lora_embedding_B)")
-_FACTORS = {
-    "lora_A.weight": "lora_A",
-    "lora_embedding_A": "lora_A",
-    "lora_B.weight": "lora_B",
-    "lora_embedding_B": "lora_B",
-    "lora_B.bias": "lora_bias",
-}
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_BIAS = "lora_B.bias"
+_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS)))})")
 
-# Config values that mean arithmetic other than W + s·B·A on the base as it is stored.
+# What PEFT puts around a module of the base: LoRA's wrapper, and the trained copy beside the original.
+_WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_TRAINED_COPY = ".modules_to_save."
+_ORIGINAL = ".original_module"
+
+# Config values that mean arithmetic other than W + s·B·A on the base as it is stored (peft 0.21).
 _REFUSED = {
     "use_dora": "DoRA scales the merged weight by a magnitude",
     "use_qalora": "QA-LoRA adapters read pooled inputs",
+    "use_bdlora": "its factors are block-diagonal",
+    "kasa_config": "KaSA truncates the base's weights and scales between the factors",
+    "monteclora_config": "MonteCLoRA draws its weights",
     "target_parameters": "adapters of fused expert parameters are not merged",
     "layer_replication": "layers are replicated",
     "trainable_token_indices": "single token embeddings were trained",
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
     "arrow_config": "Arrow routes between adapters",
 }
+_MERGED_SWITCHES = {"use_rslora"}
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base's weights in memory
 
 
@@ -50,13 +58,45 @@ class LoraTensors:
 
 @dataclass(frozen=True)
 class AdapterSource:
-    """`lora` by module name in the loaded model; `whole` maps a base tensor's loaded name to the tensor replacing it."""
+    """One adapter; no tensor of its file is in none of the three tables.
+
+    lora     by module name in the loaded model
+    whole    a base tensor's loaded name -> the tensor that takes its place
+    unused   tensors that PEFT writes and does not read, and why
+    """
 
     path: Path
     config: Mapping[str, Any]
     weights: WeightsFile
     lora: dict[str, LoraTensors] = field(default_factory=dict)
     whole: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+
+    def names_in(self, base: BaseModel) -> dict[str, str]:
+        """What the adapter calls each tensor of `base`.
+
+        An adapter that was trained through another class of the same model (the "LlamaModel" in a "LlamaForCausalLM")
+        has one leading part more or less in all its names.
+        """
+        names = base.loaded_names()
+        known, wanted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
+        if not wanted or wanted & known:
+            return names
+        for prefix in {f"{module.partition('.')[0]}." for module in wanted}:
+            if {module.removeprefix(prefix) for module in wanted} <= known:
+                return {name: prefix + loaded for name, loaded in names.items()}
+        for prefix in sorted({f"{module.partition('.')[0]}." for module in known}):
+            if {prefix + module for module in wanted} <= known:
+                return {name: loaded.removeprefix(prefix) for name, loaded in names.items()}
+        return names
+
+    def is_same(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same bytes."""
+        digests = [hashlib.sha256(), hashlib.sha256()]
+        for digest, tensor in zip(digests, (name, other), strict=True):
+            for chunk in self.weights.chunks(tensor):
+                digest.update(chunk)
+        return digests[0].digest() == digests[1].digest()
 
 
 def open_adapter(path: Path) -> AdapterSource:
@@ -66,26 +106,14 @@ def open_adapter(path: Path) -> AdapterSource:
     whose tensors do not fit its config.
     """
     if not (path / CONFIG_NAME).is_file():
-        raise InputError(f"holds no {CONFIG_NAME}", file=path, hint="name a PEFT adapter directory")
+        what = f"holds no {CONFIG_NAME}" if path.is_dir() else "is no directory"
+        raise InputError(what, file=path, hint="name a PEFT adapter directory")
     config = read_json_object(path / CONFIG_NAME)
     _check_config(config, path / CONFIG_NAME)
-    weights = open_weights_file(_weights_path(path))
-    source = AdapterSource(path, config, weights)
-    factors: dict[str, dict[str, str]] = {}
-    for name, ref in weights.tensors.items():
-        if ref.dtype not in WEIGHT_DTYPES:
-            raise MismatchError(f"is {ref.dtype}, not floating point", file=weights.path, tensor=name)
-        key = name.removeprefix(PREFIX)
-        if match := _LORA.fullmatch(key):
-            factors.setdefault(match[1], {})[match[2]] = name
-        elif "lora_" in key:
-            raise MismatchError("is of a kind that merging does not know", file=weights.path, tensor=name)
-        else:
-            source.whole[re.sub(r"\.modules_to_save(\.default)?|\.base_layer", "", key)] = name
-    for module, parts in factors.items():
-        source.lora[module] = _lora_tensors(module, parts, source)
-    if not source.lora and not source.whole:
-        raise MismatchError("holds no tensor", file=weights.path)
+    source = AdapterSource(path, config, open_weights_file(_weights_path(path)))
+    if not source.weights.tensors:
+        raise MismatchError("holds no tensor", file=source.weights.path)
+    _sort_tensors(source)
     return source
 
 
@@ -100,20 +128,34 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise MismatchError(f"peft_type {kind!r} is not merged", file=file, hint="merge it with PEFT")
-    for name, why in _REFUSED.items():
-        if config.get(name):
+    for name, value in config.items():
+        unknown = "is not known to merging" if name.startswith("use_") and name not in _MERGED_SWITCHES else None
+        why = _REFUSED.get(name, unknown)
+        if value and why:
             raise MismatchError(f"{name}: {why}", file=file, hint="merge it with PEFT")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_REBASING):
         raise MismatchError(
             f"init_lora_weights {init!r} changed the base's weights before training",
             file=file,
-            hint="save the adapter with PEFT's path_initial_model_for_weight_conversion first",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT",
         )
+    _check_numbers(config, file)
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        raise InputError("modules_to_save is not a list of names", file=file)
+
+
+def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(name) or {}
         if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
             raise InputError(f"{name} is not a table of positive numbers", file=file)
+        for key in pattern:
+            try:
+                re.compile(rf"(.*\.)?({key})$")
+            except (re.error, OverflowError, RecursionError):
+                raise InputError(f"{name} has the key {key!r}, no regular expression", file=file) from None
     if type(config.get("r", 8)) is not int or config.get("r", 8) < 1:
         raise InputError(f"r is {config.get('r')!r}, not a positive whole number", file=file)
     alpha = config.get("lora_alpha", 8)
@@ -121,25 +163,67 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise InputError(f"lora_alpha is {alpha!r}, not a positive number", file=file)
 
 
+def _sort_tensors(source: AdapterSource) -> None:
+    """Fill the tables of `source`. Raises MismatchError for a tensor that has no place, or whose place is taken."""
+    factors: dict[str, dict[str, str]] = {}
+    originals: list[str] = []
+    file = source.weights.path
+    for name, ref in source.weights.tensors.items():
+        key = name.removeprefix(PREFIX)
+        if ref.dtype not in WEIGHT_DTYPES:
+            raise MismatchError(f"is {ref.dtype}, not floating point", file=file, tensor=name)
+        if match := _LORA.fullmatch(key):
+            other = factors.setdefault(match[1], {}).setdefault(match[2], name)
+            if other != name:
+                raise MismatchError(f"has the same place as {other}", file=file, tensor=name)
+        elif re.search(r"(?:^|\.)lora_", key):
+            raise MismatchError("is of a kind that merging does not know", file=file, tensor=name)
+        elif f"{_ORIGINAL}." in key:
+            originals.append(name)
+        else:
+            _place_whole(source, name, key)
+    for module, parts in factors.items():
+        source.lora[module] = _lora_tensors(module, parts, source)
+    for name in originals:  # with bias="all" PEFT saves these too
+        if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in source.whole:
+            raise MismatchError("is left over: no trained copy is beside it", file=file, tensor=name)
+        source.unused[name] = "the untrained original beside its trained copy"
+
+
+def _place_whole(source: AdapterSource, name: str, key: str) -> None:
+    target = _WRAPPERS.sub("", key)
+    other = source.whole.setdefault(target, name)
+    if other == name:
+        return
+    # With bias="all" PEFT saves the bias of a trained copy under both names, and reads the plain one.
+    written_twice = [n for n in (name, other) if _TRAINED_COPY in n]
+    if len(written_twice) != 1:
+        raise MismatchError(f"has the same place as {other}", file=source.weights.path, tensor=name)
+    source.whole[target] = other if written_twice == [name] else name
+    source.unused[written_twice[0]] = f"PEFT reads {source.whole[target]} instead"
+
+
 def _lora_tensors(module: str, parts: Mapping[str, str], source: AdapterSource) -> LoraTensors:
-    names = {_FACTORS[part]: name for part, name in parts.items()}
-    any_name = next(iter(names.values()))
-    for factor in ("lora_A", "lora_B"):
-        if factor not in names:
-            raise MismatchError(f"has no {factor} beside it", file=source.weights.path, tensor=any_name)
-    is_embedding = "lora_embedding_A" in parts
-    tensors = source.weights.tensors
-    shape_A, shape_B = tensors[names["lora_A"]].shape, tensors[names["lora_B"]].shape
-    if len(shape_A) != 2 or len(shape_B) != 2 or shape_A[0] != shape_B[1]:
-        raise MismatchError(
-            f"is {shape_B} and lora_A is {shape_A}: their ranks differ",
-            file=source.weights.path,
-            tensor=names["lora_B"],
-        )
+    file, any_name = source.weights.path, next(iter(parts.values()))
+    is_embedding = any(part in parts for part in _EMBEDDING)
+    part_A, part_B = _EMBEDDING if is_embedding else _LINEAR
+    for part in (part_A, part_B):
+        if part not in parts:
+            raise MismatchError(f"has no {part.removesuffix('.weight')} beside it", file=file, tensor=any_name)
+    if is_embedding and len(parts) > len(_EMBEDDING):
+        extra = next(name for part, name in parts.items() if part not in _EMBEDDING)
+        raise MismatchError("belongs to a linear layer, and its module is an embedding", file=file, tensor=extra)
+    tensors, name_A, name_B = source.weights.tensors, parts[part_A], parts[part_B]
+    shape_A, shape_B = tensors[name_A].shape, tensors[name_B].shape
+    for name, shape in ((name_A, shape_A), (name_B, shape_B)):
+        if len(shape) != 2:
+            raise MismatchError(f"is {shape}, not a matrix", file=file, tensor=name)
+    if shape_A[0] != shape_B[1]:
+        raise MismatchError(f"is {shape_B} and lora_A is {shape_A}: their ranks differ", file=file, tensor=name_B)
     rank = pattern_value(source.config.get("rank_pattern") or {}, module, source.config.get("r", 8))
     if shape_A[0] != rank:
-        raise MismatchError(
-            f"has rank {shape_A[0]}, and {CONFIG_NAME} says {rank}", file=source.weights.path, tensor=names["lora_A"]
-        )
-    scaling = scaling_of(source.config, module, rank)
-    return LoraTensors(module, names["lora_A"], names["lora_B"], names.get("lora_bias"), scaling, is_embedding)
+        raise MismatchError(f"has rank {shape_A[0]}, and {CONFIG_NAME} says {rank}", file=file, tensor=name_A)
+    bias = parts.get(_BIAS)
+    if bias is not None and tensors[bias].shape != shape_B[:1]:
+        raise MismatchError(f"is {tensors[bias].shape} and lora_B is {shape_B}", file=file, tensor=bias)
+    return LoraTensors(module, name_A, name_B, bias, scaling_of(source.config, module, rank), is_embedding)

@@ -16,13 +16,14 @@ from loftq_cli.checkpoint.source import Checkpoint, WeightsFile, open_checkpoint
 from loftq_cli.errors import InputError
 from loftq_cli.family import Family
 from loftq_cli.layouts import bitsandbytes
+from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch
 
-    from loftq_cli.tensors import CodebookSpec, CodebookTensor
+    from loftq_cli.tensors import CodebookTensor
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class BaseModel:
     def open(cls, path: Path) -> BaseModel:
         """Any model that `open_checkpoint` opens; bitsandbytes 4-bit weights are recognized by their tensors.
 
-        Raises InputError for a quantized model in another container.
+        Raises InputError for a quantized model in another container, and for a 4-bit weight that lacks a part.
         """
         checkpoint = open_checkpoint(path)
         config = {}
@@ -49,6 +50,10 @@ class BaseModel:
             config = read_json_object(checkpoint.directory / "config.json")
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
         quantized = frozenset(bitsandbytes.quantized_names(checkpoint.tensors))
+        for name in sorted(quantized):
+            for part in (name, f"{name}.absmax", f"{name}.quant_map"):
+                if part not in checkpoint.tensors:
+                    raise InputError("is missing, and its quant_state is there", file=path, tensor=part)
         family = Family(plain if quantized else config)
         return cls(path, checkpoint.tensors, quantized, family, plain, checkpoint)
 
@@ -58,6 +63,12 @@ class BaseModel:
         files = tuple(open_weights_file(directory / name) for name in names)
         tensors = {name: ref for file in files for name, ref in file.tensors.items()}
         return cls(directory, tensors, frozenset(bitsandbytes.quantized_names(tensors)), family, {}, None, files)
+
+    @property
+    def folder(self) -> Path:
+        """The directory of the model, also where one weight file of it was named."""
+        directory = None if self.checkpoint is None else self.checkpoint.directory
+        return directory or self.path
 
     def __enter__(self) -> BaseModel:
         return self
@@ -74,16 +85,34 @@ class BaseModel:
             return self.checkpoint.load(name)
         return next(file for file in self._files if name in file.tensors).load(name)
 
+    def raw(self, name: str) -> bytes:
+        """The bytes of a small stored tensor; needs no torch."""
+        assert self.checkpoint is not None
+        return b"".join(self.checkpoint.chunks(name))
+
     def codebook_tensor(self, name: str) -> CodebookTensor:
         """The quantized weight called `name`. Raises InputError where its parts do not fit together."""
         return bitsandbytes.unpack(name, self.load, self.tensors, self.tensors[name].file)
 
-    def stored_spec(self, name: str) -> tuple[CodebookSpec, tuple[int, int]]:
-        """Number format and shape [out, in] of the quantized weight called `name`, without its codes."""
+    def stored_matrix(self, name: str) -> StoredMatrix:
+        """What the quantized weight called `name` is, without its codes."""
         file = self.tensors[name].file
-        data = self.load(bitsandbytes.state_name(name, self.tensors))
-        state = bitsandbytes.read_state(name, bytes(data.numpy()), file)
-        return bitsandbytes.spec_of(state), (state["shape"][0], state["shape"][1])
+        state = bitsandbytes.read_state(name, self.raw(bitsandbytes.state_name(name, self.tensors)), file)
+        shape = (state["shape"][0], state["shape"][1])
+        transposed = self.family.is_transposed(module_of(name))
+        return StoredMatrix(name, shape, bitsandbytes.spec_of(state), state["dtype"], transposed)
+
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""
+        if name in self.quantized:
+            return self.stored_matrix(name).shape
+        shape = self.tensors[name].shape
+        return shape[::-1] if self.family.is_transposed(module_of(name)) else shape
+
+    def loaded_names(self) -> dict[str, str]:
+        """What each stored tensor is called in the loaded model."""
+        modules = [module_of(name) for name in self.tensors]
+        return {name: self.family.loaded_name(name, modules) for name in self.tensors}
 
     def matrix(self, name: str) -> torch.Tensor:
         """The weight called `name` as float32 [out, in], decoded if it is quantized."""

@@ -110,7 +110,7 @@ def builtin_models() -> list[str]:
     return sorted(path.name for path in _BUILTIN.iterdir() if (path / "config.json").is_file())
 
 
-def prepare(model: str, output: Path, recipe: Recipe, *, overwrite: bool) -> Conversion:
+def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     """Open the source, read its headers and plan. Writes nothing; needs no torch.
 
     Raises LoftqError for everything that can be known to go wrong before the first number is read.
@@ -120,10 +120,7 @@ def prepare(model: str, output: Path, recipe: Recipe, *, overwrite: bool) -> Con
     check_apart(output, [checkpoint.directory or path])
     config = read_config(checkpoint)
     plan = build_plan(checkpoint.tensors, config, recipe)
-    conversion = Conversion(checkpoint, config, plan, output, output.as_posix())
-    if not (output / "checksums.json").is_file() or overwrite:
-        check_output(output, overwrite=overwrite)
-    return conversion
+    return Conversion(checkpoint, config, plan, output, output.as_posix())
 
 
 def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -133,9 +130,15 @@ def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_json_object(checkpoint.directory / "config.json")
 
 
-def already_done(conversion: Conversion) -> bool:
-    """Whether the output is the complete, undamaged result of this very conversion."""
-    return finished_fingerprint(conversion.output) == conversion.fingerprint
+def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
+    """Whether the output is the complete, undamaged result of this very conversion, and nobody wants it replaced.
+
+    Raises UsageError when something else stands there.
+    """
+    if not overwrite and finished_fingerprint(conversion.output) == conversion.fingerprint:
+        return True
+    check_output(conversion.output, overwrite=overwrite)
+    return False
 
 
 def run(conversion: Conversion, observer: Observer, *, overwrite: bool, restart: bool, verify: bool) -> Outcome:

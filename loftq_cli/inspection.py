@@ -5,6 +5,7 @@ conversion would make of it. Reads only; works without transformers, PEFT or bit
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,16 +14,15 @@ from typing import TYPE_CHECKING
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
-from loftq_cli.errors import MismatchError, UsageError
+from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.methods.method import METHODS
 from loftq_cli.metrics import LayerError, total_error
 from loftq_cli.plan import LayerJob, possible_jobs
 from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.recipe import Recipe
-from loftq_cli.report import LayerResult, read_report
+from loftq_cli.report import REPORT_NAME, LayerResult, read_report
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import CodebookSpec
 
 if TYPE_CHECKING:
     from loftq_cli.tensors import LoraPair
@@ -74,16 +74,22 @@ class TensorRow:
 def inspect_converted(base: BaseModel, against: Path | None) -> Inspection:
     """Every quantized layer of `base`; with `against`, its error recomputed from the files of both.
 
-    Raises MismatchError when `against` lacks a layer or has it in another shape.
+    Raises MismatchError when `against` lacks a layer or has it in another shape, InputError when the report names a
+    layer that `base` lacks.
     """
-    report = read_report(base.path)
+    report = read_report(base.folder)
     known = {layer.name: layer for layer in report[1]} if report else {}
+    for name in known:
+        if name not in base.tensors:
+            raise InputError(f"is in {REPORT_NAME} and not in the files", file=base.path, tensor=name)
     adapter = _Adapter.beside(base, report[0]["adapter_dir"] if report else None)
+    modules = {name: module_of(loaded) for name, loaded in base.loaded_names().items()}
     names = [name for name in base.tensors if name in base.quantized or name in known]
-    rows = [_layer_row(base, name, known.get(name), adapter) for name in names]
+    rows = [_layer_row(base, name, modules[name], known.get(name), adapter) for name in names]
     if against is not None:
         with BaseModel.open(against) as original:
-            rows = [_recomputed(base, row, adapter, original) for row in rows]
+            name_of = _names_in(original, base)
+            rows = [_recomputed(base, row, modules[row.name], adapter, (original, name_of)) for row in rows]
     errors = [row.error for row in rows if row.error is not None]
     bits = sum(row.bits_per_weight * row.numel for row in rows) / max(1, sum(row.numel for row in rows))
     total = total_error(errors) if errors and len(errors) == len(rows) else None
@@ -110,14 +116,36 @@ def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str]) -> Iterator[
 
 
 def sorted_rows(rows: Sequence[LayerRow], key: str) -> list[LayerRow]:
-    """`rows` by name, or by the largest first of "error", "base_error" or "numel". Raises UsageError for others."""
-    if key not in SORT_KEYS:
-        raise UsageError(f"--sort {key!r} does not exist", hint=f"one of {', '.join(SORT_KEYS)}")
+    """`rows` by name, or the largest "error", "base_error" or "numel" first.
+
+    Raises UsageError for another key, and for one that the rows do not have.
+    """
+    check_sort_key(key)
     if key == "name":
         return sorted(rows, key=lambda row: row.name)
     if key == "numel":
         return sorted(rows, key=lambda row: -row.numel)
-    return sorted(rows, key=lambda row: -getattr(row.error, key) if row.error else 0.0)
+    if not all(row.error for row in rows):
+        raise UsageError(f"--sort {key} needs errors", hint="--against ORIGINAL computes them")
+    return sorted(rows, key=lambda row: -getattr(row.error, key))
+
+
+def sorted_tensors(rows: Sequence[TensorRow], key: str) -> list[TensorRow]:
+    """The same for a full-precision checkpoint; by error of the first quant type that was tried."""
+    check_sort_key(key)
+    if key == "name":
+        return sorted(rows, key=lambda row: row.name)
+    if key == "numel":
+        return sorted(rows, key=lambda row: -math.prod(row.shape))
+    if not any(row.errors for row in rows):
+        raise UsageError(f"--sort {key} needs errors", hint="--try nf4 computes them")
+    return sorted(rows, key=lambda row: -max((getattr(e, key) for e in [*row.errors.values()][:1]), default=-1.0))
+
+
+def check_sort_key(key: str) -> None:
+    """Raises UsageError for a key that nothing can be sorted by."""
+    if key not in SORT_KEYS:
+        raise UsageError(f"--sort {key!r} does not exist", hint=f"one of {', '.join(SORT_KEYS)}")
 
 
 @dataclass(frozen=True)
@@ -125,73 +153,99 @@ class _Adapter:
     """The adapter that lies inside a converted directory."""
 
     weights: WeightsFile
+    config_file: Path
     config: dict[str, object]
 
     @classmethod
-    def beside(cls, base: BaseModel, folder: str | None) -> _Adapter | None:
-        known = [folder] if folder else [entry.adapter_dir for entry in METHODS.values()]
-        for name in known:
-            directory = base.path / Path(name).name
-            if peft_adapter.is_adapter_directory(directory):
+    def beside(cls, base: BaseModel, reported: str | None) -> _Adapter | None:
+        """The places that methods write to are tried first: a report that was changed cannot hide an adapter."""
+        for name in (*(entry.adapter_dir for entry in METHODS.values()), reported or ""):
+            directory = base.folder / Path(name).name
+            if name and peft_adapter.is_adapter_directory(directory):
                 weights = open_weights_file(directory / peft_adapter.WEIGHTS_NAME)
-                return cls(weights, read_json_object(directory / peft_adapter.CONFIG_NAME))
+                config_file = directory / peft_adapter.CONFIG_NAME
+                return cls(weights, config_file, read_json_object(config_file))
         return None
 
     def rank(self, module: str) -> int | None:
         ref = self.weights.tensors.get(peft_adapter.tensor_names(module)[0])
-        return None if ref is None else ref.shape[0]
+        return ref.shape[0] if ref is not None and ref.shape else None
 
     def scaling(self, module: str) -> float | None:
         rank = self.rank(module)
-        return None if not rank else peft_adapter.scaling_of(self.config, module, rank)
+        try:
+            return None if not rank else peft_adapter.scaling_of(self.config, module, rank)
+        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error):
+            raise InputError(f"gives no scaling for {module}", file=self.config_file, hint="convert again") from None
 
-    def pair(self, module: str) -> LoraPair | None:
+    def pair(self, module: str, shape: tuple[int, int]) -> LoraPair | None:
         from loftq_cli.tensors import LoraPair
 
-        scaling = self.scaling(module)
+        scaling, tensors = self.scaling(module), self.weights.tensors
         if scaling is None:
             return None
         name_A, name_B = peft_adapter.tensor_names(module)
+        rank = tensors[name_A].shape[0]
+        if tensors[name_A].shape != (rank, shape[1]) or name_B not in tensors or tensors[name_B].shape != (shape[0], rank):
+            raise MismatchError(f"does not fit a layer of {shape}", file=self.weights.path, tensor=name_A)
         return LoraPair(self.weights.load(name_A), self.weights.load(name_B), scaling)
 
 
-def _module(base: BaseModel, name: str) -> str:
-    return base.family.loaded_name(module_of(name), [module_of(other) for other in base.tensors])
-
-
-def _layer_row(base: BaseModel, name: str, known: LayerResult | None, adapter: _Adapter | None) -> LayerRow:
-    module = known.module if known else _module(base, name)
+def _layer_row(
+    base: BaseModel, name: str, module: str, known: LayerResult | None, adapter: _Adapter | None
+) -> LayerRow:
+    rank, scaling = (adapter.rank(module), adapter.scaling(module)) if adapter else (None, None)
+    error = known.error if known else None
+    nbytes = sum(base.tensors[part].nbytes for part in base.parts(name))
     if name in base.quantized:
-        spec, shape = base.stored_spec(name)
+        stored = base.stored_matrix(name)
+        shape, spec = stored.shape, stored.spec
+        form = (spec.codebook, spec.block_size, spec.double_quant)
     else:
         assert known is not None  # a dense layer is listed because the report knows it
-        spec, shape = CodebookSpec(known.quant_type, known.block_size, known.double_quant), known.shape
-    nbytes = sum(base.tensors[part].nbytes for part in base.parts(name))
-    return LayerRow(
-        name=name,
-        shape=shape,
-        quant_type=spec.codebook,
-        block_size=spec.block_size,
-        double_quant=spec.double_quant,
-        bits_per_weight=8 * nbytes / math.prod(shape),
-        rank=adapter.rank(module) if adapter else None,
-        scaling=adapter.scaling(module) if adapter else None,
-        error=known.error if known else None,
-    )
+        shape = _matrix_shape(base, name)
+        form = (known.quant_type, known.block_size, known.double_quant)
+    return LayerRow(name, shape, *form, 8 * nbytes / math.prod(shape), rank, scaling, error)
 
 
-def _recomputed(base: BaseModel, row: LayerRow, adapter: _Adapter | None, original: BaseModel) -> LayerRow:
+def _matrix_shape(base: BaseModel, name: str) -> tuple[int, int]:
+    shape = base.matrix_shape(name)
+    if len(shape) != 2 or 0 in shape:
+        raise InputError(f"is a layer in {REPORT_NAME} and no matrix in the files", file=base.path, tensor=name)
+    return (shape[0], shape[1])
+
+
+def _names_in(original: BaseModel, base: BaseModel) -> dict[str, str]:
+    """The original's name for each tensor of `base`: the same, or the one that is called so once it is loaded."""
+    loaded = {name: key for key, name in original.loaded_names().items()}
+    return {
+        name: name if name in original.tensors else loaded.get(called, name)
+        for name, called in base.loaded_names().items()
+    }
+
+
+def _recomputed(
+    base: BaseModel, row: LayerRow, module: str, adapter: _Adapter | None, against: tuple[BaseModel, dict[str, str]]
+) -> LayerRow:
     from loftq_cli.metrics import layer_error
 
-    if row.name not in original.tensors:
+    original, name_of = against
+    name = name_of[row.name]
+    if name not in original.tensors:
         raise MismatchError("is not in the original", file=original.path, tensor=row.name)
-    weight = original.matrix(row.name)
-    if tuple(weight.shape) != row.shape:
+    if name in original.quantized:
         raise MismatchError(
-            f"is {tuple(weight.shape)} in the original and {row.shape} here", file=original.path, tensor=row.name
+            "is quantized there too", file=original.path, tensor=name, hint="--against the full-precision checkpoint"
         )
-    pair = adapter.pair(_module(base, row.name)) if adapter else None
-    return replace(row, error=layer_error(weight, base.matrix(row.name), pair))
+    if original.matrix_shape(name) != row.shape:
+        shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
+        raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
+    pair = adapter.pair(module, row.shape) if adapter else None
+    error = layer_error(original.matrix(name), base.matrix(row.name), pair)
+    for model, amount in ((original, error.squared_weight), (base, error.squared_error)):
+        if not math.isfinite(amount):
+            raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)
+    return replace(row, error=error)
 
 
 def _tried(base: BaseModel, job: LayerJob, quant_type: str) -> LayerError:
@@ -199,4 +253,7 @@ def _tried(base: BaseModel, job: LayerJob, quant_type: str) -> LayerError:
 
     weight = base.matrix(job.name)
     quantizer = make_quantizer(replace(job.matrix.spec, codebook=quant_type), job.matrix.dtype)
-    return layer_error(weight, quantizer.dequantize(quantizer.quantize(weight)), None)
+    try:
+        return layer_error(weight, quantizer.dequantize(quantizer.quantize(weight)), None)
+    except NumericError as error:
+        raise error.at(file=base.tensors[job.name].file, tensor=job.name) from None

@@ -21,7 +21,7 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     tall = (matrix.T if wide else matrix).double()  # [long, short]
     try:
         _, vectors = torch.linalg.eigh(tall.T @ tall)  # ascending
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         raise NumericError("its residual has no singular value decomposition that LAPACK finds") from None
     right = vectors[:, -rank:].flip(1)  # [short, rank], by descending singular value
     projected = tall @ right  # [long, rank] = U·S of the tall matrix

@@ -4,6 +4,7 @@ the original weights included, its effect is wrong.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.report import PROVENANCE_NAME, fingerprint_of, read_report
 
 _FORCE = "merge it into the base it was made for, or --force"
+_FORCED = "merged all the same (--force)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,7 @@ class Provenance:
 
     expected   the base's fingerprint that must be found, or None where none is known
     layers     names of the base's weights that the fingerprint covers
-    notes      what was checked, and what could not be
+    notes      what the records say, and what could not be checked
     """
 
     expected: str | None
@@ -31,70 +33,79 @@ class Provenance:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What a base says about itself: its report, its fingerprint and the weights that it covers."""
+
+    model: BaseModel
+    report: Mapping[str, Any] | None
+    layers: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> str | None:
+        return None if self.report is None else str(self.report["base_fingerprint"])
+
+    def provenance(self, note: str, *, expected: str | None = None) -> Provenance:
+        return Provenance(expected or self.fingerprint, self.layers, (note,))
+
+
 def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], *, force: bool) -> Provenance:
     """What the records of both sides say. Raises MismatchError when they contradict each other, unless `force`."""
-    report = read_report(base.path)
+    report = read_report(base.folder)
     layers = tuple(layer.name for layer in report[1]) if report else tuple(sorted(base.quantized))
-    found = str(report[0]["base_fingerprint"]) if report else None
+    known = _Base(base, report[0] if report else None, layers)
     side_file = adapter / PROVENANCE_NAME
-    if side_file.is_file():
-        made_for = read_json_object(side_file)
-        if not isinstance(made_for.get("base_fingerprint"), str) or not isinstance(made_for.get("method"), str):
-            raise InputError("is not a provenance file of this tool", file=side_file, hint="delete it to merge without")
-        return _by_fingerprint(base, layers, found, made_for, force=force)
-    return _by_path(base, layers, found, report[0] if report else None, config, force=force)
+    if not side_file.is_file():
+        return _by_path(known, config, force=force)
+    made_for = read_json_object(side_file)
+    if not isinstance(made_for.get("base_fingerprint"), str) or not isinstance(made_for.get("method"), str):
+        raise InputError("is not a provenance file of this tool", file=side_file, hint="delete it to merge without")
+    return _by_fingerprint(known, made_for, force=force)
 
 
-def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> None:
-    """Hash the base's quantized weights and compare. Raises MismatchError when they were changed, unless `force`."""
+def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> str | None:
+    """Hash the base's quantized weights and compare; returns what came out of it, None for a base that has none.
+
+    Raises MismatchError when they are not those of the records, unless `force`.
+    """
     if provenance.expected is None:
-        return
+        return "could not check the base's quantized weights: nothing records them" if provenance.layers else None
     sums = {part: base.sha256(part) for name in provenance.layers if name in base.tensors for part in base.parts(name)}
-    if fingerprint_of(sums) != provenance.expected and not force:
-        raise MismatchError("its weights are not those the adapter was made for", file=base.path, hint=_FORCE)
+    if fingerprint_of(sums) == provenance.expected:
+        return "the base's quantized weights have the recorded sha256"
+    what = "its quantized weights are not those the adapter was made for"
+    if not force:
+        raise MismatchError(what, file=base.path, hint=_FORCE)
+    return f"base: {what}, {_FORCED}"
 
 
-def _by_fingerprint(
-    base: BaseModel, layers: tuple[str, ...], found: str | None, made_for: Mapping[str, Any], *, force: bool
-) -> Provenance:
+def _by_fingerprint(base: _Base, made_for: Mapping[str, Any], *, force: bool) -> Provenance:
     expected, method = str(made_for["base_fingerprint"]), str(made_for["method"])
-    if found == expected or (found is None and layers):
-        return Provenance(expected, layers, ("the adapter was made for this base",))
-    what = "is another quantized base" if layers else "is not quantized"
+    if base.fingerprint == expected or (base.fingerprint is None and base.layers):
+        return base.provenance(f"{PROVENANCE_NAME} in the adapter names this base", expected=expected)
+    what = "is another quantized base" if base.layers else "is not quantized"
+    said = f"the {method} adapter was made for {made_for.get('base_model')}, and this base {what}"
     if method == "loftq" and not force:
-        raise MismatchError(
-            f"the LoftQ adapter was made for {made_for.get('base_model')}, and this base {what}",
-            file=base.path,
-            hint=_FORCE,
-        )
-    return Provenance(
-        None, layers, (f"the {method} adapter was made for {made_for.get('base_model')}, and this base {what}",)
-    )
+        raise MismatchError(said, file=base.model.path, hint=_FORCE)
+    # An adapter that starts at zero holds no base's error, so another base is worth a note and no refusal.
+    return base.provenance(f"{said}, {_FORCED}" if method == "loftq" else said)
 
 
-def _by_path(
-    base: BaseModel,
-    layers: tuple[str, ...],
-    found: str | None,
-    report: Mapping[str, Any] | None,
-    config: Mapping[str, Any],
-    *,
-    force: bool,
-) -> Provenance:
+def _by_path(base: _Base, config: Mapping[str, Any], *, force: bool) -> Provenance:
     """Without a side file (PEFT does not keep it): by `base_model_name_or_path` and the reports of both bases."""
     named = config.get("base_model_name_or_path")
-    trained_on = Path(named) if isinstance(named, str) and named else None
-    if trained_on is not None and trained_on.is_dir():
-        if trained_on.resolve() == base.path.resolve():
-            return Provenance(found, layers, ("the adapter names this base by its path",))
-        other = read_report(trained_on)
-        if other is not None and other[0]["base_fingerprint"] == found:
-            return Provenance(found, layers, (f"the adapter names {named}, which is the same base",))
-        if other is not None and other[0]["recipe"]["method"] == "loftq" and not force:
-            raise MismatchError(f"the adapter was trained on {named}, another base", file=base.path, hint=_FORCE)
-        return Provenance(found, layers, (f"the adapter names {named}, another base",))
-    if report is not None and named == report["base_model"]:
-        return Provenance(found, layers, ("the adapter names this base as it was called when it was converted",))
-    return Provenance(
-        found, layers, (f"could not check that the adapter belongs to this base: it names {named!r}, not found here",)
-    )
+    if not isinstance(named, str) or not os.path.isdir(named):
+        if base.report is not None and named == base.report["base_model"]:
+            return base.provenance("the adapter names this base as it was called when it was converted")
+        return base.provenance(f"could not check that the adapter belongs to this base: it names {named!r}, not found")
+    if os.path.realpath(named) == os.path.realpath(base.model.folder):
+        return base.provenance("the adapter names this base by its path")
+    other = read_report(Path(named))
+    if other is not None and other[0]["base_fingerprint"] == base.fingerprint:
+        return base.provenance(f"the adapter names {named}, which is the same base")
+    if other is None or other[0]["recipe"]["method"] != "loftq":
+        return base.provenance(f"the adapter names {named}, another directory")
+    said = f"the adapter was trained on {named}, another base with a LoftQ adapter of its own"
+    if not force:
+        raise MismatchError(said, file=base.model.path, hint=_FORCE)
+    return base.provenance(f"{said}, {_FORCED}")

@@ -178,7 +178,7 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 # {source}, {recipe.quant_type.upper()} base with a {recipe.method} adapter
 
 {METHODS[recipe.method].summary[0].upper()}{METHODS[recipe.method].summary[1:]}. {len(layers)} linear layers in
-{recipe.quant_type.upper()}, block size {recipe.block_size}, {bits_per_weight(plan):.2f} bits a weight, rank {recipe.rank}.
+{recipe.quant_type.upper()}, block size {recipe.block_size}, rank {recipe.rank}: {bits_per_weight(plan):.2f} bits a weight.
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python

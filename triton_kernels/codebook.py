@@ -7,6 +7,7 @@ NF4 is the table of QLoRA (arXiv 2305.14314, appendix E).
 from __future__ import annotations
 
 import torch
+
 from loftq_cli.triton_kernels.backend import implementation
 
 CODEBOOKS: dict[str, tuple[float, ...]] = {

@@ -9,6 +9,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+
 from loftq_cli.triton_kernels.backend import implementation
 
 
@@ -31,6 +32,7 @@ def dynamic_map() -> torch.Tensor:
 def double_quantize(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)] and offset float32 [] of float32 [n].
 
+    The offset is infinite where the mean overflows float32: the caller decides what that means.
     Raises ValueError unless `absmax` is contiguous float32 with one dimension.
     """
     if absmax.dtype != torch.float32 or absmax.dim() != 1 or not absmax.is_contiguous():

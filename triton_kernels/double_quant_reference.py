@@ -21,7 +21,8 @@ def quantize(
     nested_absmax = padded.abs().amax(dim=1)
     # A block of equal constants has nothing left to store: its scale is 0 and any code decodes to the offset.
     reciprocal = torch.where(nested_absmax > 0, 1.0 / nested_absmax, torch.zeros_like(nested_absmax))
-    scaled = (padded * reciprocal[:, None]).clamp_(-1.0, 1.0)
+    # Where the mean overflows float32 nothing can be scaled; the offset says so, and the codes must still be indices.
+    scaled = (padded * reciprocal[:, None]).clamp_(-1.0, 1.0).nan_to_num_(0.0)
     cell = ((scaled + 1.0) * 0.5 * GRID + 0.5).to(torch.int64)
     codes = _nearest_entry(code_map)[cell]
     codes = torch.where(nested_absmax[:, None] > 0, codes, torch.zeros_like(codes))

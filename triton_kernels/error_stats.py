@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from loftq_cli.triton_kernels.backend import implementation
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from loftq_cli.checkpoint.writer import storage_error
 
 # Other forms of the same weights, and what belongs to a training run or a repository: none describes our output.
-_WEIGHT_SUFFIXES = frozenset(
-    f".{suffix}"
-    for suffix in ["safetensors", "bin", "pt", "pth", "ckpt", "h5", "msgpack", "gguf", "ggml", "onnx", "onnx_data", "ot", "tflite", "pb", "mlmodel", "npz", "pkl", "xml"]
-)
+_WEIGHT_SUFFIXES = {
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz"),
+    *(".h5", ".msgpack", ".ot", ".tflite", ".pb", ".mlmodel", ".onnx", ".onnx_data", ".xml"),
+    *(".gguf", ".ggml"),
+}
 _SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
 MAX_NBYTES = 200_000_000  # the largest tokenizers have tens of MB; more is not a side file
 

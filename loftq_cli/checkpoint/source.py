@@ -247,7 +247,7 @@ def _missing(path: Path) -> InputError:
     if os.path.islink(path):
         return InputError("is a link to something that is not there", file=path, hint="download the checkpoint again")
     hint = "check the path"
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path), re.ASCII) and path.suffix not in READERS:
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path), re.ASCII) and path.suffix not in READERS:
         hint = f"for a model of the Hugging Face hub, run first: hf download {path} --local-dir {path.name}"
     return InputError("no such file or folder", file=path, hint=hint)
 

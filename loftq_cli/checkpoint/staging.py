@@ -32,7 +32,7 @@ class JournalEntry:
 
 
 class Staging:
-    """A locked staging directory: `path` is where to write, `publish` gives it its name, `close` lets go of the lock."""
+    """A locked staging directory: `path` is where to write, `publish` names it, `close` lets go of the lock."""
 
     def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool) -> None:
         """Raises UsageError when `output` is taken, and StorageError when another process is writing it.
@@ -45,8 +45,6 @@ class Staging:
         self._replaced = self.output.parent / f".{self.output.name}.replaced"
         self._fingerprint = fingerprint
         self._fd = -1
-        if not self.output.parent.is_dir():
-            raise UsageError("its parent directory does not exist", file=output, hint=f"mkdir -p {self.output.parent}")
         if not self._replaced.exists():
             check_output(output, overwrite=overwrite)
         try:
@@ -136,6 +134,9 @@ class Staging:
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises UsageError when something stands under `output` that a result may not replace."""
+    parent = Path(os.path.abspath(output)).parent
+    if not parent.is_dir():
+        raise UsageError("its parent directory does not exist", file=output, hint=f"mkdir -p {parent}")
     if not os.path.lexists(output):
         return
     if not output.is_dir():

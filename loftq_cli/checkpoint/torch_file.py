@@ -11,6 +11,7 @@ import math
 import os
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -296,7 +297,8 @@ def _read_state_dict(file: WatchedFile, member: _Member) -> dict[str, _Tensor]:
         message = f"its data.pkl has {member.nbytes} bytes; {_MAX_PICKLE_NBYTES} are allowed"
         raise InputError(message, file=file.path, hint=_CONVERT)
     try:
-        return _state_dict(_Interpreter(member.nbytes).run(file.read(member.offset, member.nbytes)))
+        with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # pickletools on odd backslashes
+            return _state_dict(_Interpreter(member.nbytes).run(file.read(member.offset, member.nbytes)))
     except ValueError as exc:
         raise InputError(f"its data.pkl {exc}", file=file.path, hint=_CONVERT) from exc
 

@@ -18,16 +18,15 @@ from loftq_cli.cli.quantize import quantize
 from loftq_cli.errors import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_STORAGE, LoftqError
 
 # Typer brings its own copy of click, so its errors are found from a class that it does export.
-_CommandLineError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_CommandLineError: type[Exception] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
 
 app = typer.Typer(
     name="loftq",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="markdown",
     context_settings=_SETTINGS,
     help="Quantized base weights plus LoRA tensors from a full-precision checkpoint, layer by layer, on any machine.",
 )
@@ -64,7 +63,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _run(arguments: list[str]) -> int:
     """The exit status of one command."""
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments or ["--help"], standalone_mode=False)
     except LoftqError as error:
         say(f"error: {error}")
         return error.exit_code
@@ -72,9 +71,10 @@ def _run(arguments: list[str]) -> int:
         say(f"error: {error.format_message()} (loftq --help)")  # type: ignore[attr-defined]
         return EXIT_INPUT
     except (KeyboardInterrupt, typer.Abort):
-        say("interrupted; run the same command to continue")
-        return EXIT_INTERRUPTED
+        status = EXIT_INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
         return EXIT_STORAGE
+    if status == EXIT_INTERRUPTED:  # Typer turns a KeyboardInterrupt into this status without a word
+        say("interrupted; run the same command to continue")
     return status if isinstance(status, int) else EXIT_OK

@@ -7,6 +7,8 @@ import json
 from loftq_cli import merge as merging
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say, table
+from loftq_cli.merge_plan import Merge, MergeOptions, prepare
+from loftq_cli.merge_report import MergedLayer, MergeOutcome, layer_json, total_retention
 
 
 def merge(
@@ -27,30 +29,33 @@ def merge(
     Arithmetic is float32. BASE is a converted directory or a dense checkpoint; ADAPTER any PEFT LoRA directory on it,
     ours or trained from ours.
     """
-    choices = merging.MergeOptions(
-        dtype=dtype, requantize=requantize, max_shard_size=max_shard_size or "5GB", force=force
-    )
-    prepared = merging.prepare(base, adapter, output, choices, overwrite=overwrite)
+    choices = MergeOptions(dtype=dtype, requantize=requantize, max_shard_size=max_shard_size or "5GB", force=force)
+    prepared = prepare(base, adapter, output, choices, overwrite=overwrite)
     if not quiet:
-        for note in prepared.provenance.notes:
-            say(f"note: {note}")
         say(f"{len(prepared.adapter.lora)} layers to merge, {megabytes(prepared.nbytes)} to write")
     if dry_run:
+        for note in prepared.provenance.notes:
+            say(f"note: {note}")
         _print_plan(prepared, as_json=as_json)
         return
-    layers = merging.run(prepared, _Progress(len(prepared.adapter.lora), quiet=quiet), overwrite=overwrite)
+    outcome = merging.run(prepared, _Progress(len(prepared.adapter.lora), quiet=quiet), overwrite=overwrite)
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
-    _print_outcome(prepared, layers, as_json=as_json)
+    _print_outcome(prepared, outcome, as_json=as_json)
 
 
 class _Progress:
-    """One line per merged layer on stderr."""
+    """One line per note and merged layer on stderr."""
 
     def __init__(self, n_layers: int, *, quiet: bool) -> None:
         self._n_layers, self._quiet, self._done = n_layers, quiet, 0
 
-    def layer_merged(self, layer: merging.MergedLayer) -> None:
+    def note(self, text: str) -> None:
+        """What was checked, and what could not be."""
+        if not self._quiet:
+            say(f"note: {text}")
+
+    def layer_merged(self, layer: MergedLayer) -> None:
         """A finished layer."""
         self._done += 1
         if not self._quiet:
@@ -58,7 +63,7 @@ class _Progress:
             say(f"[{self._done}/{self._n_layers}] {layer.name}: changed by {layer.relative_delta:.2%}{kept}")
 
 
-def _print_plan(prepared: merging.Merge, *, as_json: bool) -> None:
+def _print_plan(prepared: Merge, *, as_json: bool) -> None:
     outputs = [tensor for job in prepared.jobs for tensor in job.outputs]
     if as_json:
         values = [{"name": t.name, "dtype": t.dtype, "shape": t.shape} for t in outputs]
@@ -67,8 +72,8 @@ def _print_plan(prepared: merging.Merge, *, as_json: bool) -> None:
     table(("tensor", "shape", "dtype"), ((t.name, "×".join(map(str, t.shape)), t.dtype) for t in outputs))
 
 
-def _print_outcome(prepared: merging.Merge, layers: tuple[merging.MergedLayer, ...], *, as_json: bool) -> None:
-    total = merging.total_retention(layers)
+def _print_outcome(prepared: Merge, outcome: MergeOutcome, *, as_json: bool) -> None:
+    total = total_retention(outcome.layers)
     if as_json:
         values = {
             "output": str(prepared.output),
@@ -76,12 +81,12 @@ def _print_outcome(prepared: merging.Merge, layers: tuple[merging.MergedLayer, .
             "requantize": prepared.options.requantize,
             "nbytes": prepared.nbytes,
             "retention": total,
-            "notes": prepared.provenance.notes,
-            "layers": [merging.layer_json(layer) for layer in layers],
+            "notes": outcome.notes,
+            "layers": [layer_json(layer) for layer in outcome.layers],
         }
         result(json.dumps(values, indent=2))
         return
     form = prepared.options.requantize or prepared.dtype
-    result(f"merged   {prepared.output}  {megabytes(prepared.nbytes)}, {len(layers)} layers, {form}")
+    result(f"merged   {prepared.output}  {megabytes(prepared.nbytes)}, {len(outcome.layers)} layers, {form}")
     if total is not None:
         result(f"retained {total:.1%} of the adapter")

@@ -153,7 +153,11 @@ Against = Annotated[
 ]
 Try = Annotated[
     list[str] | None,
-    typer.Option(metavar=_one_of(FORMATS), help="On a full-precision checkpoint: the error it would have. Repeatable."),
+    typer.Option(
+        "--try",
+        metavar=_one_of(FORMATS),
+        help="On a full-precision checkpoint: the error that this quant type would give. Repeatable.",
+    ),
 ]
 Sort = Annotated[str, typer.Option(metavar="name|error|base_error|numel", help="Order of the layers.")]
 Top = Annotated[int | None, typer.Option(min=1, help="Only the first N layers.")]

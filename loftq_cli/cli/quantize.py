@@ -61,15 +61,19 @@ def quantize(
         "include": tuple(include) if include else None,
         "exclude": tuple(exclude) if exclude else None,
     }
-    conversion = convert.prepare(model, output, resolve_recipe(recipe, flags), overwrite=overwrite)
+    conversion = convert.prepare(model, output, resolve_recipe(recipe, flags))
+    done = convert.already_done(conversion, overwrite=overwrite)
     if dry_run:
         _print_plan(conversion.plan, as_json=as_json, verbose=verbose)
         return
-    if not overwrite and convert.already_done(conversion):
+    if done:
         say(f"{output}: already done, with this input and these options")
         return
     if not quiet:
         _announce(conversion.plan)
+        if verbose:
+            for job in conversion.plan.copies:
+                say(f"copied: {job.name} ({job.reason})")
     with ConversionProgress(len(conversion.plan.layers), quiet=quiet, verbose=verbose) as progress:
         outcome = convert.run(conversion, progress, overwrite=overwrite, restart=restart, verify=not no_verify)
     if not quiet:

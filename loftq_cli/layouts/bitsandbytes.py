@@ -117,10 +117,11 @@ def unpack(name: str, load: Loader, tensors: Mapping[str, Any], file: Path) -> C
     # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
     if not torch.equal(table, torch.tensor(CODEBOOKS[spec.codebook])):
         raise InputError("holds a table that is not the one of its quant_type", file=file, tensor=f"{name}.quant_map")
-    absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
+    stored = load(f"{name}.absmax")
+    absmax: torch.Tensor | NestedAbsmax = stored
     if spec.double_quant:
         absmax = NestedAbsmax(
-            absmax,
+            stored,
             load(f"{name}.nested_absmax"),
             load(f"{name}.nested_quant_map"),
             torch.tensor(float(state["nested_offset"]), dtype=torch.float32),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
 from loftq_cli.tensors import OutTensor
@@ -82,5 +82,4 @@ Loader = Callable[[str], "torch.Tensor"]
 
 def load_layout(name: str) -> Layout:
     """The container called `name`."""
-    layout: Layout = import_module(LAYOUTS[name])  # type: ignore[assignment]
-    return layout
+    return cast(Layout, import_module(LAYOUTS[name]))

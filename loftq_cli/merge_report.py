@@ -1,0 +1,150 @@
+"""What a merge measured, as records, and the files that ship with the merged weights: config, index, report, card."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.side_files import copy_side_file, find_side_files
+from loftq_cli.convert import index_json, write_texts
+from loftq_cli.layouts.layout import ModelFacts, load_layout
+from loftq_cli.layouts.peft_adapter import CONFIG_NAME
+from loftq_cli.merge_plan import Merge
+from loftq_cli.plan import source_name
+from loftq_cli.report import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, TOOL, dump_json
+from loftq_cli.targets import module_of
+
+MERGE_REPORT_NAME = "loftq_merge_report.json"
+
+# What is true of the base only. An adapter_config.json would make transformers look for an adapter in a merged model.
+_NOT_COPIED = {REPORT_NAME, RECIPE_NAME, PROVENANCE_NAME, MERGE_REPORT_NAME, "checksums.json", CONFIG_NAME}
+
+
+@dataclass(frozen=True, slots=True)
+class MergedLayer:
+    """One merged weight.
+
+    squared_weight   ||dequant(Q)||²
+    squared_delta    ||s·B·A||² = ||Δ||²
+    retained         <requantized − base, Δ>; None where it is not quantized again
+    """
+
+    name: str
+    rank: int
+    scaling: float
+    squared_weight: float
+    squared_delta: float
+    retained: float | None
+
+    @property
+    def retention(self) -> float | None:
+        """The share of Δ that survives quantizing again: <requantized − base, Δ> / <Δ, Δ>."""
+        return None if self.retained is None else retention(self.retained, self.squared_delta)
+
+    @property
+    def relative_delta(self) -> float:
+        """||Δ|| / ||dequant(Q)||."""
+        return math.sqrt(self.squared_delta / self.squared_weight) if self.squared_weight else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOutcome:
+    """What a finished merge reports. `notes` say what was checked about base and adapter, and what could not be."""
+
+    layers: tuple[MergedLayer, ...]
+    notes: tuple[str, ...]
+
+
+def total_retention(layers: Sequence[MergedLayer]) -> float | None:
+    """The share of the whole adapter that survives; None where nothing was quantized again."""
+    measured = [layer for layer in layers if layer.retained is not None]
+    if not measured:
+        return None
+    return retention(math.fsum(x.retained or 0.0 for x in measured), math.fsum(x.squared_delta for x in measured))
+
+
+def retention(retained: float, squared_delta: float) -> float:
+    """<change, Δ> / <Δ, Δ>; an adapter that adds nothing loses nothing."""
+    return retained / squared_delta if squared_delta else 1.0
+
+
+def layer_json(layer: MergedLayer) -> dict[str, Any]:
+    """One merged layer as JSON values."""
+    return {
+        "name": layer.name,
+        "rank": layer.rank,
+        "scaling": layer.scaling,
+        "relative_delta": layer.relative_delta,
+        "retention": layer.retention,
+    }
+
+
+def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> None:
+    """Tokenizer and the like, config, index, report and card. Raises StorageError."""
+    base = merge.base
+    if base.checkpoint is not None and base.checkpoint.directory is not None:
+        ours = (base.folder / REPORT_NAME).is_file()
+        for path in find_side_files(base.folder)[0]:
+            if path.as_posix() in _NOT_COPIED or (ours and path == Path("README.md")):
+                continue
+            target = Path("SOURCE_README.md") if path == Path("README.md") else path
+            copy_side_file(base.folder / path, directory / target)
+    texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
+    if len(merge.shards) > 1:
+        shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}
+        texts["model.safetensors.index.json"] = index_json(shard_of, merge.nbytes)
+    if base.config:
+        texts["config.json"] = dump_json(_model_config(merge))
+    write_texts(directory, texts)
+
+
+def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
+    return {
+        **TOOL,
+        "base": source_name(merge.base.path),
+        "adapter": source_name(merge.adapter.path),
+        "dtype": merge.dtype,
+        "requantize": merge.options.requantize,
+        "notes": list(outcome.notes),
+        "retention": total_retention(outcome.layers),
+        "layers": [layer_json(layer) for layer in outcome.layers],
+        "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
+        "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],
+        "biases": [job.name for job in merge.jobs if job.lora_bias is not None],
+    }
+
+
+def _model_config(merge: Merge) -> dict[str, Any]:
+    """The base's config, true of what was written: its dtype, whether the head is tied, how it is quantized."""
+    config = {key: value for key, value in merge.base.config.items() if key != "torch_dtype"} | {"dtype": merge.dtype}
+    nested = config.get("text_config")
+    if isinstance(nested, dict):
+        named = {"dtype": merge.dtype} if "dtype" in nested or "torch_dtype" in nested else {}
+        config["text_config"] = {key: value for key, value in nested.items() if key != "torch_dtype"} | named
+    if merge.unties:
+        parts = [config, config.get("text_config")]
+        for part in parts:
+            if isinstance(part, dict) and "tie_word_embeddings" in part:
+                part["tie_word_embeddings"] = False
+    matrices = [job.matrix for job in merge.jobs if job.matrix is not None]
+    if not matrices:
+        return config
+    loaded = merge.base.loaded_names()
+    kept = [
+        module_of(loaded.get(job.name, job.name))
+        for job in merge.jobs
+        if job.matrix is None and job.name.endswith(".weight") and len(job.outputs[0].shape) == 2
+    ]
+    facts = ModelFacts(merge.dtype, matrices[0].spec, [module_of(loaded[m.name]) for m in matrices], kept)
+    return load_layout("bitsandbytes").model_config(config, facts)
+
+
+def _model_card(merge: Merge) -> str:
+    form = f"quantized again to {merge.options.requantize}" if merge.options.requantize else f"dense, {merge.dtype}"
+    return (
+        f"# {source_name(merge.base.path)} merged with {source_name(merge.adapter.path)}\n\n"
+        f"{form}; merged in float32 by loftq-cli. `{MERGE_REPORT_NAME}` lists every merged layer.\n"
+    )

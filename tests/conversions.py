@@ -1,0 +1,74 @@
+"""Running a conversion in a test, in this process or as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from loftq_cli import convert
+from loftq_cli.recipe import Recipe
+from loftq_cli.report import LayerResult
+
+
+class Silent:
+    """An observer that only remembers."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[LayerResult, bool]] = []
+
+    def layer_started(self, name: str) -> None:
+        pass
+
+    def layer_done(self, result: LayerResult, *, resumed: bool) -> None:
+        self.done.append((result, resumed))
+
+    def phase(self, text: str) -> None:
+        pass
+
+
+class StopAfter(Silent):
+    """An observer that interrupts the run after some layers, as Ctrl-C would."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def layer_done(self, result: LayerResult, *, resumed: bool) -> None:
+        super().layer_done(result, resumed=resumed)
+        if len(self.done) == self.layers:
+            raise KeyboardInterrupt
+
+
+def run_conversion(
+    model: Path | str,
+    output: Path,
+    *,
+    observer: Silent | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    verify: bool = True,
+    **recipe: Any,
+) -> convert.Outcome:
+    """Convert with the library, with what `loftq quantize` does by default."""
+    conversion = convert.prepare(str(model), output, Recipe(**recipe))
+    return convert.run(conversion, observer or Silent(), overwrite=overwrite, restart=restart, verify=verify)
+
+
+def loftq(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "loftq_cli", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file below `directory`, by relative name."""
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
