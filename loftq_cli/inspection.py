@@ -23,6 +23,7 @@ from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import REPORT_NAME, LayerResult, read_report
 from loftq_cli.targets import module_of
+from loftq_cli.tensors import WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from loftq_cli.tensors import LoraPair
@@ -186,7 +187,11 @@ class _Adapter:
             return None
         name_A, name_B = peft_adapter.tensor_names(module)
         rank = tensors[name_A].shape[0]
-        if tensors[name_A].shape != (rank, shape[1]) or name_B not in tensors or tensors[name_B].shape != (shape[0], rank):
+        if (
+            tensors[name_A].shape != (rank, shape[1])
+            or name_B not in tensors
+            or tensors[name_B].shape != (shape[0], rank)
+        ):
             raise MismatchError(f"does not fit a layer of {shape}", file=self.weights.path, tensor=name_A)
         return LoraPair(self.weights.load(name_A), self.weights.load(name_B), scaling)
 
@@ -233,10 +238,9 @@ def _recomputed(
     name = name_of[row.name]
     if name not in original.tensors:
         raise MismatchError("is not in the original", file=original.path, tensor=row.name)
-    if name in original.quantized:
-        raise MismatchError(
-            "is quantized there too", file=original.path, tensor=name, hint="--against the full-precision checkpoint"
-        )
+    if name in original.quantized or original.tensors[name].dtype not in WEIGHT_DTYPES:
+        hint = "--against the full-precision checkpoint"
+        raise MismatchError("is not in full precision there", file=original.path, tensor=name, hint=hint)
     if original.matrix_shape(name) != row.shape:
         shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
         raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)

@@ -221,7 +221,7 @@ class _Planner:
         transposed = self.base.family.is_transposed(module_of(name))
         if self.adapter.config.get("fan_in_fan_out") and is_dense and not transposed and not lora.is_embedding:
             raise MismatchError(
-                f"fan_in_fan_out says that weights are stored [in, out], and the base's config knows {name} as [out, in]",
+                f"fan_in_fan_out: weights are stored [in, out], and by the base's config {name} is [out, in]",
                 file=self.adapter.path / CONFIG_NAME,
                 hint="is config.json beside the base's weights?",
             )

@@ -24,7 +24,7 @@ transformers.utils.logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Loaded:
-    """A converted directory in memory. `info` is transformers' account of the load, `said` what any library warned of."""
+    """A converted directory in memory. `info` is transformers' account of the load, `said` are all warnings."""
 
     output: Path
     adapter: Path

@@ -201,7 +201,7 @@ def test_weights_too_large_for_double_quantization_are_refused_with_the_remedy(r
     assert status == 2
     assert f"tensor {NAME}" in err
     assert "--no-double-quant" in err
-    status, _, _ = run("quantize", model, "out", *FAST, "--method", "qlora", "-q", "--no-double-quant")
+    status, _, _ = run("quantize", model, "out", *FAST, "--method", "qlora", "-q", "--no-double-quant", "--restart")
     assert status == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -423,9 +424,11 @@ def test_an_error_of_the_system_is_a_storage_error(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "a")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_listed_is_a_storage_error(tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir(mode=0)
+def test_a_folder_that_may_not_be_listed_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(_: object) -> list[str]:  # root may list every folder
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "listdir", refusing)
 
     with pytest.raises(StorageError, match="cannot be listed: Permission denied"):
-        open_checkpoint(tmp_path / "model")
+        open_checkpoint(tmp_path)

@@ -140,6 +140,11 @@ def test_a_file_that_may_not_be_read_is_a_storage_error(tmp_path: Path) -> None:
         read_json_object(path)
 
 
+def test_a_failing_disk_is_a_storage_error() -> None:
+    with pytest.raises(StorageError, match=r"^/proc/self/mem: cannot be read: Input/output error"):
+        read_json_object(Path("/proc/self/mem"))  # opens as a regular file; its first page cannot be read
+
+
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="is not a possible file name"):

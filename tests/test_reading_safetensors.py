@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -107,6 +108,26 @@ def test_chunks_join_to_the_tensors_bytes_and_keep_their_bound(tmp_path: Path, c
     assert max(piece.nbytes for piece in pieces) <= chunk_nbytes
 
 
+def test_chunks_of_no_size_are_the_callers_mistake(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+
+    with pytest.raises(ValueError, match="chunk_nbytes is at least 1"):
+        list(SafetensorsFile(tmp_path / "a.safetensors").chunks("w", 0))
+
+
+def test_a_failing_disk_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+
+    def failing(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", failing)
+
+    with pytest.raises(StorageError, match=r"a\.safetensors: cannot be read: Input/output error"):
+        file.load("w")
+
+
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"w": torch.arange(100.0)}, tmp_path / "a.safetensors")
     preadv = os.preadv
@@ -179,6 +200,8 @@ def test_headers_are_read_without_torch(tmp_path: Path) -> None:
         ({**F32_2, "data_offsets": [0, 8, 8]}, "its data_offsets are not two numbers in ascending order"),
         ({**F32_2, "data_offsets": [0.0, 8.0]}, "its data_offsets are not two numbers in ascending order"),
         ({**F32_2, "data_offsets": [False, 8]}, "its data_offsets are not two numbers in ascending order"),
+        ({**F32_2, "data_offsets": [0, True]}, "its data_offsets are not two numbers in ascending order"),
+        ({**F32_2, "data_offsets": 8}, "its data_offsets are not two numbers in ascending order"),
         ({**F32_2, "data_offsets": {"begin": 0}}, "its data_offsets are not two numbers in ascending order"),
         ({**F32_2, "data_offsets": [4, 12]}, "its data leaves a hole before it"),
         ({"dtype": "U8", "shape": [9], "data_offsets": [0, 9]}, "its data ends at byte 9; the file holds 8"),

@@ -215,6 +215,80 @@ def test_the_pickle_is_read_without_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", program, tmp_path / "a.bin"], check=True, timeout=60)
 
 
+NO_PICKLE = "holds no folder/data.pkl, where torch.save puts its pickle"
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ"
+BYTES = STORAGE.replace(b"ctorch\nFloatStorage\nX", b"ctorch.storage\nUntypedStorage\nX").replace(b"K\x06", b"K\x18")
+VIEW = b"K\x00K\x06\x85K\x01\x85\x89}"  # offset 0, shape [6], stride [1], no gradient, no hooks
+V2 = b"ctorch._utils\n_rebuild_tensor_v2\n("
+V3 = b"ctorch._utils\n_rebuild_tensor_v3\n("
+TENSOR = V2 + STORAGE + VIEW + b"tR"
+PARAMETER = b"ctorch._utils\n_rebuild_parameter\n("
+
+
+def with_entry(path: Path, entry: bytes) -> Path:
+    """A file whose dict maps "w" to what this piece of a pickle makes; storage 0 holds six float32."""
+    data = b"\x80\x02}X\x01\0\0\0w" + entry + b"s."
+    return zipped(path, {"a/data.pkl": data, "a/data/0": bytes(torch.arange(6.0).view(torch.uint8).tolist())})
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        TENSOR,
+        PARAMETER + TENSOR + b"\x88}tR",
+        V3 + BYTES + VIEW + b"ctorch\nfloat32\ntR",
+        V2 + STORAGE + b"K\x00K\x01K\x06\x86K\x00K\x01\x86\x89}tR",  # [1, 6]: no step is ever taken along the 0
+    ],
+)
+def test_a_hand_made_tensor_is_read(tmp_path: Path, entry: bytes) -> None:
+    assert TorchFile(with_entry(tmp_path / "a.bin", entry)).load("w").flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("entry", "name"),
+    [
+        (PARAMETER + b"N\x88}tR", "torch._utils._rebuild_parameter"),
+        (PARAMETER + TENSOR + b"\x88tR", "torch._utils._rebuild_parameter"),
+        (PARAMETER + TENSOR + b"\x88}NtR", "torch._utils._rebuild_parameter"),
+        (PARAMETER + TENSOR + b"\x88}X\x01\0\0\0hNstR", "torch._utils._rebuild_parameter"),
+        (b"ctorch\nFloatStorage\n(" + TENSOR + b"\x88}tR", "torch.FloatStorage"),
+        (b"ctorch\nFloatStorage\n(" + STORAGE + VIEW + b"tR", "torch.FloatStorage"),
+        (V2 + TENSOR + VIEW + b"tR", "torch._utils._rebuild_tensor_v2"),
+        (V2 + STORAGE + VIEW + b"}X\x04\0\0\0conj\x88stR", "torch._utils._rebuild_tensor_v2"),
+        (V2 + BYTES + VIEW + b"tR", "torch._utils._rebuild_tensor_v2"),
+        (V2 + BYTES + VIEW + b"ctorch\nfloat32\ntR", "torch._utils._rebuild_tensor_v2"),
+        (V3 + BYTES + VIEW + b"tR", "torch._utils._rebuild_tensor_v3"),
+        (V3 + BYTES + VIEW + b"NtR", "torch._utils._rebuild_tensor_v3"),
+        (V3 + BYTES + VIEW + b"ctorch\nFloatStorage\ntR", "torch._utils._rebuild_tensor_v3"),
+        (V3 + STORAGE + VIEW + b"ctorch\nfloat32\ntR", "torch._utils._rebuild_tensor_v3"),
+    ],
+)
+def test_a_rebuilder_called_in_another_way_is_refused_by_name(tmp_path: Path, entry: bytes, name: str) -> None:
+    message = f"its data.pkl calls {name} in a way that torch.save does not for plain tensors"
+
+    assert refusal(with_entry(tmp_path / "a.bin", entry)).message == message
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"storage", b"pickles"),
+        (b"X\x03\0\0\0cpu", b"N"),
+        (b"X\x03\0\0\0cpu", b""),
+        (b"X\x01\0\0\x000", b"N"),
+        (b"K\x06", b"X\x01\0\0\x006"),
+        (b"K\x06", b"K\x06K\x06"),
+        (b"K\x06", b"J\xff\xff\xff\xff"),
+        (b"ctorch\nFloatStorage\n", b"X\x12\0\0\0torch.FloatStorage"),
+        (b"ctorch\nFloatStorage\n", b"ctorch\nfloat32\n"),
+    ],
+)
+def test_a_storage_described_in_another_way_is_refused(tmp_path: Path, old: bytes, new: bytes) -> None:
+    path = with_entry(tmp_path / "a.bin", TENSOR.replace(old, new, 1))
+
+    assert refusal(path).message == "its data.pkl describes a storage in an unknown way"
+
+
 def test_a_call_to_the_shell_is_refused_by_name_and_not_run(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
 
@@ -265,6 +339,9 @@ def test_a_call_in_a_later_pickle_protocol_is_refused_by_name(tmp_path: Path, pr
         (b"\x80\x02ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage in a way"),
         (b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R.", "calls torch._utils._rebuild_tensor_v2 in a way"),
         (b"\x80\x02}}X\x01\0\0\0aNsb.", "sets attributes on an object"),
+        (b"\x80\x02}]b.", "sets attributes on an object"),
+        (b"\x80\x04NX\x06\0\0\0system\x93.", "names something by STACK_GLOBAL"),
+        (b"\x80\x04X\x05\0\0\0posixN\x93.", "names something by STACK_GLOBAL"),
         (b"\x80\x02}X\x01\0\0\0aNX\x01\0\0\0aNs.", "is not well formed"),
         (b"\x80\x02}(X\x01\0\0\0aNX\x01\0\0\0aNu.", "holds the key a twice"),
         (b"\x80\x02})Ns.", "holds a key that is neither text nor a number"),
@@ -275,12 +352,14 @@ def test_a_call_in_a_later_pickle_protocol_is_refused_by_name(tmp_path: Path, pr
         (b"\x80\x02(q\x00.", "is not well formed"),
         (b"\x80\x02Ne.", "is not well formed"),
         (b"\x80\x02.", "is not well formed"),
+        (b"\x80\x02Nt.", "is not well formed"),
         (b"\x80\x02(.", "is not well formed"),
         (b"\x80\x02}.}", "goes on after its end"),
         (b"\x80\x02}", "pickle exhausted before seeing STOP"),
         (b"\x80\x02X\xff\xff\xff\x7fa.", "expected 2147483647 bytes"),
         (b"\x80\x02\xff.", "opcode b'\\xff' unknown"),
         (b"\x80\x02].", "does not hold a dict of tensors"),
+        (b"N.", "does not hold a dict of tensors"),
         (b"\x80\x02K\x01" + b"\x85" * 200_000 + b".", "needs more memory than its size allows"),
         (b"\x80\x02" + b"}" * 200_000 + b".", "needs more memory than its size allows"),
         (b"\x80\x02" + b"K\x01" * 70_000 + b".", "needs more memory than its size allows"),
@@ -427,14 +506,47 @@ def test_a_member_that_stands_twice_is_refused(tmp_path: Path) -> None:
     assert "its member a/data/0 stands twice" in refusal(path).message
 
 
+def test_a_member_of_two_sizes_is_refused(tmp_path: Path) -> None:
+    path = with_pickle(tmp_path / "a.bin", b"\x80\x02}.")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"PK\x01\x02") + 20] = 1  # the compressed size in the directory
+    path.write_bytes(content)
+
+    assert "its member archive/data.pkl has two sizes" in refusal(path).message
+
+
+def test_a_member_name_with_a_hidden_end_is_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.bin", {"a/data.pkl": b"\x80\x02}.", "a/data/0~x": b""})
+    path.write_bytes(path.read_bytes().replace(b"a/data/0~x", b"a/data/0\0x"))
+
+    assert r"its member a/data/0\x00x has a name that leads elsewhere" in refusal(path).message
+
+
+def test_a_zip_directory_above_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = with_pickle(tmp_path / "a.bin", b"\x80\x02}.")
+    end = bytearray(path.read_bytes()[-22:])
+    end[12:16] = (1 << 25).to_bytes(4, "little")  # the size of the directory
+    os.truncate(path, 1 << 26)
+    with path.open("ab") as stream:
+        stream.write(end)
+
+    assert refusal(path).message == "is not a usable torch file: its directory claims 33554432 bytes"
+
+
 def test_two_pickles_are_refused(tmp_path: Path) -> None:
     path = zipped(tmp_path / "a.bin", {"a/data.pkl": b"\x80\x02}.", "a/b/data.pkl": b"\x80\x02}."})
 
     assert refusal(path).message == "holds 2 pickles named data.pkl, not one"
 
 
+def test_a_pickle_outside_a_folder_is_refused(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "a.bin", {"data.pkl": b"\x80\x02}."})
+
+    assert refusal(path).message == NO_PICKLE
+
+
 def test_a_zip_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    assert refusal(zipped(tmp_path / "a.bin", {"a.txt": b""})).message == "holds 0 pickles named data.pkl, not one"
+    assert refusal(zipped(tmp_path / "a.bin", {"a.txt": b""})).message == NO_PICKLE
 
 
 def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:

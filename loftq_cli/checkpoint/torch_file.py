@@ -55,7 +55,6 @@ _ALLOWED = {*_STORAGE_DTYPES, *_DTYPES, _ORDERED_DICT, _PARAMETER, _TENSOR, _TEN
 
 _MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may have
 _MAX_DIRECTORY_NBYTES = 1 << 24  # 120,000 members at the 130 bytes that torch.save spends on each
-_TAIL_NBYTES = 1 << 17  # a zip file's end record and its comment have at most 65,557 bytes
 _MAX_STACK = 1 << 16  # pickle writes dicts in batches of 1000 pairs, so a real stack stays below 5000
 _MAX_VIEWS = 4  # times a storage's own size that different views of it may add up to; tied weights need 2
 
@@ -206,9 +205,7 @@ class _BoundedInput(io.FileIO):
     """A file whose zip directory cannot be larger than we allow: zipfile reads it whole."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if size is None or size < 0:  # the tail in which zipfile looks for the end record
-            size = _TAIL_NBYTES
-        if size > _MAX_DIRECTORY_NBYTES:
+        if size is not None and size > _MAX_DIRECTORY_NBYTES:
             raise zipfile.BadZipFile(f"its directory claims {size} bytes")
         return super().read(size)
 
@@ -281,8 +278,10 @@ def _data_offset(descriptor: int, info: zipfile.ZipInfo) -> int:
 
 def _archive_root(members: dict[str, _Member], path: Path) -> str:
     """What stands before "data.pkl" in the member names, with its slash."""
-    pickles = [name for name in members if name.rpartition("/")[2] == "data.pkl"]
-    if len(pickles) != 1 or "/" not in pickles[0]:
+    pickles = [name for name in members if name.endswith("/data.pkl")]
+    if not pickles:
+        raise InputError("holds no folder/data.pkl, where torch.save puts its pickle", file=path, hint=_CONVERT)
+    if len(pickles) > 1:
         raise InputError(f"holds {len(pickles)} pickles named data.pkl, not one", file=path, hint=_CONVERT)
     return pickles[0].removesuffix("data.pkl")
 

@@ -30,8 +30,9 @@ def inspect(
     On a converted directory the errors come from its report, or, with --against ORIGINAL, from the files themselves.
     On a full-precision checkpoint: what quantize would do, and with --try the error that a quant type would give.
     """
+    inspection.check_sort_key(sort)
     with BaseModel.open(resolve_model(path)) as base:
-        if base.quantized or (base.path / REPORT_NAME).is_file():
+        if base.quantized or (base.folder / REPORT_NAME).is_file():
             if try_:
                 raise UsageError("--try is for a full-precision checkpoint, and this one is converted", file=base.path)
             worst = _converted(base, against, sort, top, as_json=as_json)
@@ -46,7 +47,7 @@ def inspect(
 def _gate(worst: tuple[str, float] | None, limit: float) -> None:
     if worst is None:
         raise UsageError("--fail-above has no error to compare with", hint="--against ORIGINAL or --try TYPE gives one")
-    if worst[1] > limit:
+    if not worst[1] <= limit:
         raise QualityError(f"error {worst[1]:.4f} is above {limit:g}", tensor=worst[0], hint="--fail-above")
 
 
@@ -99,33 +100,29 @@ def _checkpoint(
     base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, *, as_json: bool
 ) -> tuple[str, float] | None:
     rows = list(inspection.inspect_checkpoint(base, tries))
-    key = tries[0] if tries else None
-    if sort == "numel":
-        rows.sort(key=lambda row: -base.tensors[row.name].numel)
-    elif sort == "name":
-        rows.sort(key=lambda row: row.name)
-    elif key is None:
-        raise UsageError(f"--sort {sort} needs an error", hint="--try nf4")
-    else:
-        rows.sort(key=lambda row: -row.errors[key].error if key in row.errors else 0.0)
+    shown = inspection.sorted_tensors(rows, sort)[:top]
     totals = {quant_type: total_error(r.errors[quant_type] for r in rows if r.errors) for quant_type in tries}
     if as_json:
-        _print_checkpoint_json(base, rows[:top], totals)
+        _print_checkpoint_json(base, shown, totals)
     else:
-        table(
-            ("tensor", "shape", "dtype", "becomes", *(f"{quant_type} error" for quant_type in tries)),
-            (
-                (row.name, "×".join(map(str, row.shape)), row.dtype, row.becomes)
-                + tuple(f"{row.errors[t].error:.4f}" if t in row.errors else "" for t in tries)
-                for row in rows[:top]
-            ),
-        )
+        _print_checkpoint(shown, totals)
         total_nbytes = sum(ref.nbytes for ref in base.tensors.values())
         result(f"{len(rows)} tensors, {megabytes(total_nbytes)}")
         for quant_type, total in totals.items():
             result(f"{quant_type}: error {total.error:.4f}, SQNR {total.sqnr_db:.2f} dB")
     errors = [(row.name, error.error) for row in rows for error in row.errors.values()]
     return max(errors, key=lambda item: item[1], default=None)
+
+
+def _print_checkpoint(rows: list[inspection.TensorRow], totals: dict[str, LayerError]) -> None:
+    table(
+        ("tensor", "shape", "dtype", "becomes", *(f"{quant_type} error" for quant_type in totals)),
+        (
+            (row.name, "×".join(map(str, row.shape)), row.dtype, row.becomes)
+            + tuple(f"{row.errors[t].error:.4f}" if t in row.errors else "" for t in totals)
+            for row in rows
+        ),
+    )
 
 
 def _print_checkpoint_json(base: BaseModel, rows: list[inspection.TensorRow], totals: dict[str, LayerError]) -> None:
