@@ -4,9 +4,8 @@ numbers, the containers and the files are other modules'.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,18 +14,18 @@ from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.side_files import copy_side_file, find_side_files
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import (
-    JournalEntry,
     Staging,
     check_apart,
     check_output,
     check_space,
     finished_fingerprint,
 )
-from loftq_cli.checkpoint.writer import SafetensorsWriter, storage_error
-from loftq_cli.errors import InputError, LoftqError, StorageError, UsageError
+from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.jobs import OutputFiles, as_matrix, is_intact, run_job
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.metrics import LayerError, relative, total_error
-from loftq_cli.plan import CopyJob, LayerJob, Plan, build_plan, source_name
+from loftq_cli.model_files import index_json, write_texts
+from loftq_cli.plan import LayerJob, Plan, build_plan, source_name
 from loftq_cli.recipe import Recipe, recipe_toml
 from loftq_cli.report import (
     PROVENANCE_NAME,
@@ -36,17 +35,15 @@ from loftq_cli.report import (
     LayerResult,
     dump_json,
     fingerprint_of,
-    layer_result,
     model_card,
     provenance_json,
     report_json,
 )
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 _BUILTIN = Path(__file__).parent / "builtin"
-_SLAB_NUMEL = 1 << 22  # elements converted at once when a copy changes dtype: 16 MB of float32
 _VERIFY_TOLERANCE = 1e-6  # the same sums over the same numbers; only the order of additions could differ
 
 
@@ -169,7 +166,7 @@ def _run_jobs(
 ) -> tuple[list[LayerResult], dict[str, str], int]:
     """Every job of the plan; returns the layers' results, the sha256 of their base tensors, and how many were kept."""
     plan = conversion.plan
-    files = _Files(plan, staging.path)
+    files = OutputFiles(plan, staging.path)
     results: list[LayerResult] = []
     sums: dict[str, str] = {}
     resumed = 0
@@ -178,9 +175,9 @@ def _run_jobs(
             if isinstance(job, LayerJob):
                 observer.layer_started(job.name)
             entry = staging.entries.get(job.name)
-            kept = entry is not None and _is_intact(conversion.checkpoint, entry, files)
+            kept = entry is not None and is_intact(conversion.checkpoint, entry, files)
             if entry is None or not kept:
-                entry = _run_job(conversion, job, files)
+                entry = run_job(conversion.checkpoint, plan.recipe, job, files)
                 staging.record(entry)
             if isinstance(job, LayerJob):
                 results.append(LayerResult.from_json(entry.result))
@@ -191,130 +188,6 @@ def _run_jobs(
     finally:
         files.close(sync=False)
     return results, sums, resumed
-
-
-class _Files:
-    """All output files of a plan, open for writing; a tensor finds its file by its name."""
-
-    def __init__(self, plan: Plan, directory: Path) -> None:
-        (directory / plan.adapter_dir).mkdir(exist_ok=True)
-        self._writers = [SafetensorsWriter(directory / shard.file, shard.tensors) for shard in plan.shards]
-        adapter = SafetensorsWriter(directory / plan.adapter_dir / peft_adapter.WEIGHTS_NAME, plan.adapter_tensors)
-        by_file = {writer.path.name: writer for writer in self._writers}
-        self._writer_of = {name: by_file[file] for name, file in plan.shard_of.items()}
-        self._writer_of |= {tensor.name: adapter for tensor in plan.adapter_tensors}
-        self._writers.append(adapter)
-
-    def __getitem__(self, name: str) -> SafetensorsWriter:
-        return self._writer_of[name]
-
-    def close(self, *, sync: bool) -> None:
-        for writer in self._writers:
-            writer.close(sync=sync)
-
-
-def _run_job(conversion: Conversion, job: LayerJob | CopyJob, files: _Files) -> JournalEntry:
-    if isinstance(job, CopyJob):
-        digest = hashlib.sha256()
-        chunks = _copied_chunks(conversion.checkpoint, job, digest)
-        written = {job.output.name: files[job.output.name].write_chunks(job.output.name, chunks)}
-        return JournalEntry(job.name, digest.hexdigest(), written, {})
-    file = conversion.checkpoint.tensors[job.name].file
-    try:
-        tensors, result, input_sha256 = _quantize_layer(conversion, job)
-    except LoftqError as error:
-        raise error if error.tensor else error.at(file=file, tensor=job.name) from None
-    written = {name: files[name].write(name, tensor) for name, tensor in tensors.items()}
-    return JournalEntry(job.name, input_sha256, written, result.to_json())
-
-
-def _quantize_layer(conversion: Conversion, job: LayerJob) -> tuple[dict[str, torch.Tensor], LayerResult, str]:
-    """The tensors to write, what they are worth, and the sha256 of the weight they come from."""
-    import torch
-
-    from loftq_cli.checkpoint.writer import tensor_bytes
-    from loftq_cli.layouts.layout import load_layout
-    from loftq_cli.methods.method import load_method
-    from loftq_cli.metrics import layer_error
-    from loftq_cli.quant.formats import make_quantizer
-
-    recipe = conversion.plan.recipe
-    stored = conversion.checkpoint.load(job.name)
-    input_sha256 = hashlib.sha256(tensor_bytes(stored)).hexdigest()
-    weight = as_matrix(stored, transposed=job.matrix.transposed)
-    del stored
-    quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype)
-    initial = load_method(recipe.method)(
-        weight,
-        quantizer,
-        job.lora,
-        iterations=recipe.iterations,
-        svd=recipe.svd,
-        generator=torch.Generator().manual_seed(_seed(recipe.seed, job.name)),
-    )
-    tensors = load_layout(recipe.layout).pack(job.matrix, initial.quantized)
-    tensors |= peft_adapter.pack(job.module, initial.lora)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"{name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}",
-                hint="a wider dtype holds it: --adapter-dtype float32",
-            )
-    error = layer_error(weight, quantizer.dequantize(initial.quantized), initial.lora)
-    result = layer_result(job, error, initial.quantization_error, initial.iteration_errors, initial.best_iteration)
-    return tensors, result, input_sha256
-
-
-def as_matrix(stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """A stored weight as contiguous float32 [out, in]."""
-    return (stored.T if transposed else stored).float().contiguous()
-
-
-def _seed(seed: int, name: str) -> int:
-    """A seed for one tensor: the order of the jobs cannot change what is drawn."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
-
-
-def _copied_chunks(checkpoint: Checkpoint, job: CopyJob, digest: Any) -> Iterator[memoryview]:
-    """The bytes of a copied tensor, in pieces; `digest` takes in what was read."""
-    ref = checkpoint.tensors[job.name]
-    if job.output.dtype == ref.dtype:
-        for chunk in checkpoint.chunks(job.name):
-            digest.update(chunk)
-            yield chunk
-        return
-    yield from recast_chunks(checkpoint, job.name, job.output.dtype, digest)
-
-
-def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) -> Iterator[memoryview]:
-    """The bytes of a floating-point tensor in another dtype, a slab of rows at a time.
-
-    Raises InputError when a finite number becomes infinite.
-    """
-    import torch
-
-    from loftq_cli.checkpoint.writer import tensor_bytes
-
-    ref = checkpoint.tensors[name]
-    rows = ref.shape[0] if ref.shape else 1
-    step = max(1, _SLAB_NUMEL * rows // max(ref.numel, 1))
-    for start in range(0, rows, step):
-        slab = checkpoint.load_rows(name, start, min(start + step, rows)) if ref.shape else checkpoint.load(name)
-        digest.update(tensor_bytes(slab))
-        cast = slab.to(getattr(torch, dtype))
-        if not torch.equal(torch.isfinite(cast), torch.isfinite(slab)):
-            raise InputError(f"has numbers too large for {dtype}", file=ref.file, tensor=name)
-        yield tensor_bytes(cast)
-
-
-def _is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: _Files) -> bool:
-    """Whether a finished unit can be kept: its input and its output are re-hashed, existence proves nothing."""
-    digest = hashlib.sha256()
-    for chunk in checkpoint.chunks(entry.unit):
-        digest.update(chunk)
-    if digest.hexdigest() != entry.input_sha256:
-        return False
-    return all(files[name].sha256(name) == sha256 for name, sha256 in entry.outputs.items())
 
 
 def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResult]) -> None:
@@ -370,17 +243,3 @@ def _write_side_files(
     if config:
         texts["config.json"] = dump_json(config)
     write_texts(directory, texts)
-
-
-def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
-    """Write small files by relative name. Raises StorageError."""
-    for name, text in texts.items():
-        try:
-            (directory / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise storage_error(error, directory / name) from None
-
-
-def index_json(shard_of: Mapping[str, str], total_nbytes: int) -> str:
-    """model.safetensors.index.json."""
-    return dump_json({"metadata": {"total_size": total_nbytes}, "weight_map": dict(sorted(shard_of.items()))})

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.checkpoint.staging import Staging, check_space
 from loftq_cli.checkpoint.writer import SafetensorsWriter
-from loftq_cli.convert import as_matrix, recast_chunks
 from loftq_cli.errors import InputError, NumericError, QualityError
+from loftq_cli.jobs import as_matrix, recast_chunks
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.merge_plan import Merge, MergeJob
 from loftq_cli.merge_report import MergedLayer, MergeOutcome, total_retention, write_side_files

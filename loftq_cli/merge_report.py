@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.side_files import copy_side_file, find_side_files
-from loftq_cli.convert import index_json, write_texts
 from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_plan import Merge
+from loftq_cli.model_files import index_json, write_texts
 from loftq_cli.plan import source_name
 from loftq_cli.report import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, TOOL, dump_json
 from loftq_cli.targets import module_of

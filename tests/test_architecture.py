@@ -28,8 +28,8 @@ FLOORS = [
     ("targets",),
     ("plan", "base_model"),
     ("report",),
-    ("convert", "inspection", "adapter_source", "provenance"),
-    ("merge_plan",),
+    ("jobs", "model_files", "inspection", "adapter_source", "provenance"),
+    ("convert", "merge_plan"),
     ("merge_report",),
     ("merge",),
     ("cli",),
@@ -39,7 +39,8 @@ FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 
 def modules() -> list[tuple[str, Path]]:
-    tool = [(p.relative_to(ROOT).with_suffix("").as_posix(), p) for p in (ROOT / "loftq_cli").rglob("*.py")]
+    files = [p for p in (ROOT / "loftq_cli").rglob("*.py") if "triton_kernels" not in p.parts]
+    tool = [(p.relative_to(ROOT).with_suffix("").as_posix(), p) for p in files]
     kernels = [(f"loftq_cli/triton_kernels/{p.stem}", p) for p in (ROOT / "triton_kernels").glob("*.py")]
     return [(name.replace("/", "."), path) for name, path in tool + kernels]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import models
 import pytest
@@ -66,7 +67,7 @@ def test_json_is_the_whole_result(run, source):
     assert values["layers"] == 14
     assert values["verified"] is True
     assert 0 < values["error"] < values["base_error"] < 0.2
-    report = json.loads(open("out/loftq_report.json").read())
+    report = json.loads(Path("out/loftq_report.json").read_text())
     assert report["totals"]["error"] == values["error"]
 
 

@@ -25,6 +25,7 @@ from adapters import (
     lora_tensors,
     made_by_peft,
     names_in,
+    one_thread,
     quietly,
     state_of,
     tensors_of,
@@ -33,10 +34,11 @@ from adapters import (
 from bitsandbytes.nn import Linear4bit
 from conversions import loftq, run_conversion
 from loading import load
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from loftq_cli.cli.main import _run
 
+__all__ = ["one_thread"]
 SEQ_CLS = "AutoModelForSequenceClassification"
 
 
@@ -314,8 +316,6 @@ def test_a_4_bit_base_of_somebody_else_merges(checkpoints, tmp_path):
     shutil.copy(checkpoints / "llama" / "config.json", tmp_path / "base")
     edit_json(tmp_path / "base" / "config.json", quantization_config={"quant_method": "bitsandbytes"})
     parts = {f"{name}.{key}": value for key, value in state.as_dict(packed=True).items()}
-    from safetensors.torch import save_file
-
     save_file({**weights, name: packed, **parts}, tmp_path / "base" / "model.safetensors")
     module = name.removesuffix(".weight")
     adapter = write_adapter(tmp_path / "adapter", lora_tensors(module, (128, 128)))

@@ -26,7 +26,7 @@ RANKS = (4, 16)
 # Its error is a float32 norm of float32 matrices; 1e-4 is the promise, and a wrong scaling is off by 0.01 and more.
 TOLERANCE = 1e-4
 
-# k_proj and v_proj come after q_proj in half of these, so a key that matched more than its own module would show.
+# One matrix of every layer and one of the first layer alone: a pattern that matched another module would show.
 RANK_8 = Override(match=r"q_proj|0\.mlp\.down_proj", rank=8)
 OVERRIDES: dict[str, dict[str, Any]] = {
     "another rank": {"override": (RANK_8,)},

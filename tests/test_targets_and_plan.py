@@ -1,4 +1,4 @@
-"""From headers alone: which tensors are quantized and why, how they are laid out, and what is refused before any work."""
+"""From headers alone: which tensors are quantized and why, how they are laid out, what is refused before any work."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Files on disk. The only place that opens weight files; knows no number format and no method.
 
+watched_file.py       a file that must not change while it is read
 json_files.py         strict JSON
 safetensors_file.py   header-checked reading of one .safetensors file
 torch_file.py         reading of one torch zip file, with no code of it ever run
+torch_pickle.py       the pickle inside it, as data
 source.py             a checkpoint as a whole: which files it consists of, and its tensors
 writer.py             header-first writing of one .safetensors file
 staging.py            the output directory: hidden until it is complete

@@ -7,10 +7,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 from pathlib import Path
 from typing import Any, NoReturn
 
+from loftq_cli.checkpoint.watched_file import open_regular_file, refuse_placeholder
 from loftq_cli.errors import InputError, StorageError, printable
 
 MAX_JSON_NBYTES = 100_000_000  # what safetensors allows a header; the largest published index is a fifth of it
@@ -60,35 +60,6 @@ def parse_json_object(data: bytes | bytearray, *, file: Path, what: str = "the f
     if not isinstance(value, dict):
         raise InputError(f"{what} is not a JSON object", file=file, hint=_DAMAGED)
     return value
-
-
-def open_regular_file(path: Path) -> int:
-    """A descriptor of `path`, open for reading; a link to a regular file is fine. The caller closes it.
-
-    A FIFO or a device is refused and never waited for.
-    Raises InputError when there is no such regular file, StorageError when it may not be opened.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-    except FileNotFoundError as exc:
-        missing = "is a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise InputError(missing, file=path, hint="check the path, or download the file again") from exc
-    except OSError as exc:
-        raise StorageError(f"cannot be opened: {exc.strerror}", file=path, hint="check its permissions") from exc
-    except ValueError as exc:  # a NUL or a lone surrogate in the name
-        raise InputError("is not a possible file name", file=path, hint="check the path") from exc
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise InputError("is not a regular file", file=path, hint="give a file, not a folder, a pipe or a device")
-
-
-def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:
-    """Raises InputError when `head`, the first bytes of `path`, shows that the file itself was never downloaded."""
-    if not head:
-        raise InputError("is empty", file=path, hint=_DAMAGED)
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError("is a git-LFS pointer, not the file itself", file=path, hint="run git lfs pull in its folder")
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,26 +6,26 @@ Format: https://github.com/huggingface/safetensors#format. Headers are read with
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.json_files import open_regular_file, parse_json_object, refuse_placeholder
-from loftq_cli.errors import InputError, StorageError, printable
+from loftq_cli.checkpoint.json_files import parse_json_object
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
+from loftq_cli.errors import InputError, printable
 from loftq_cli.tensors import ITEMSIZE, TensorRef
 
 if TYPE_CHECKING:
     import torch
 
+# Short name -> torch dtype name, in the order by which safetensors' own writer sorts a file (the last ones first).
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
     "F8_E8M0": "float8_e8m0fnu",
     "I16": "int16",
     "U16": "uint16",
@@ -34,13 +34,11 @@ DTYPES = {
     "I32": "int32",
     "U32": "uint32",
     "F32": "float32",
+    "C64": "complex64",
+    "F64": "float64",
     "I64": "int64",
     "U64": "uint64",
-    "F64": "float64",
-    "C64": "complex64",
 }
-
-CHUNK_NBYTES = 1 << 23  # large enough to run at the disk's speed, small beside any layer
 
 _MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
 _MAX_NDIM = 64  # torch's own limit
@@ -48,70 +46,6 @@ _MAX_DIM = 1 << 48
 _MAX_NBYTES = 1 << 62  # above it torch overflows while it computes sizes, even for a tensor without elements
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _DAMAGED = "the file is damaged or of another kind; download it again"
-
-
-@dataclass(frozen=True, slots=True)
-class WatchedFile:
-    """A regular file that is read by position. No descriptor stays open between reads;
-    each read makes sure that the file is still the one that was seen first.
-    """
-
-    path: Path
-    identity: tuple[int, int, int, int]  # st_ino, st_size, st_mtime_ns, st_ctime_ns
-
-    @classmethod
-    def open(cls, path: Path) -> WatchedFile:
-        """Raises InputError when there is no such regular file, it is empty or a git-LFS pointer."""
-        descriptor = open_regular_file(path)
-        try:
-            file = cls(path, _identity(os.fstat(descriptor)))
-        finally:
-            os.close(descriptor)
-        refuse_placeholder(path, file.read(0, min(file.nbytes, 64)))
-        return file
-
-    @property
-    def nbytes(self) -> int:
-        return self.identity[1]
-
-    @contextmanager
-    def opened(self) -> Iterator[int]:
-        """A descriptor for the length of the block. Raises StorageError when the file changed or the system fails."""
-        try:
-            descriptor = open_regular_file(self.path)
-        except InputError as exc:  # it was a regular file before
-            raise _changed(self.path) from exc
-        try:
-            if _identity(os.fstat(descriptor)) != self.identity:
-                raise _changed(self.path)
-            yield descriptor
-        except OSError as exc:
-            raise StorageError(f"cannot be read: {exc.strerror}", file=self.path) from exc
-        finally:
-            os.close(descriptor)
-
-    def read(self, offset: int, nbytes: int) -> bytearray:
-        """`nbytes` bytes from `offset` on. Raises StorageError when the file ends earlier or changed."""
-        with self.opened() as descriptor:
-            return _read_exactly(descriptor, offset, nbytes, self.path)
-
-    def chunks(self, offset: int, nbytes: int, chunk_nbytes: int) -> Iterator[memoryview]:
-        """The same bytes in pieces of at most `chunk_nbytes`, each in a buffer of its own."""
-        if chunk_nbytes < 1:
-            raise ValueError("chunk_nbytes is at least 1")
-        with self.opened() as descriptor:
-            for begin in range(offset, offset + nbytes, chunk_nbytes):
-                length = min(chunk_nbytes, offset + nbytes - begin)
-                yield memoryview(_read_exactly(descriptor, begin, length, self.path))
-
-    def check_unchanged(self) -> None:
-        """Raises StorageError when the path holds another file than was opened, or one written to since."""
-        try:
-            identity = _identity(os.stat(self.path))
-        except OSError as exc:
-            raise _changed(self.path) from exc
-        if identity != self.identity:
-            raise _changed(self.path)
 
 
 class SafetensorsFile:
@@ -270,25 +204,3 @@ def _check_cover(entries: list[_Entry], data_nbytes: int, path: Path) -> None:
     if covered != data_nbytes:
         message = f"{data_nbytes - covered} bytes after the last tensor belong to nothing"
         raise InputError(message, file=path, hint=_DAMAGED)
-
-
-def _read_exactly(descriptor: int, offset: int, nbytes: int, path: Path) -> bytearray:
-    buffer = bytearray(nbytes)
-    view = memoryview(buffer)
-    done = 0
-    while done < nbytes:  # one call reads at most 2 GB on Linux, and less on some network file systems
-        count = os.preadv(descriptor, [view[done:]], offset + done)
-        if count == 0:
-            message = f"changed while it was being read: it ends {nbytes - done} bytes early"
-            raise StorageError(message, file=path, hint="run the command again when the file is complete")
-        done += count
-    return buffer
-
-
-def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
-def _changed(path: Path) -> StorageError:
-    hint = "run the command again when nothing else writes to it"
-    return StorageError("changed while it was being read", file=path, hint=hint)

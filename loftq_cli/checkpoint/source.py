@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, cast
 
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
-from loftq_cli.checkpoint.safetensors_file import CHUNK_NBYTES, WatchedFile, is_tensor_name
+from loftq_cli.checkpoint.safetensors_file import is_tensor_name
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.errors import InputError, StorageError, printable
 from loftq_cli.tensors import TensorRef
 

@@ -13,32 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loftq_cli.checkpoint.safetensors_file import DTYPES
 from loftq_cli.errors import StorageError
 from loftq_cli.tensors import OutTensor
 
 if TYPE_CHECKING:
     import torch
-
-# torch dtype name -> safetensors' short name, in the order by which safetensors sorts a file (widest last here).
-SAFETENSORS_DTYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e8m0fnu": "F8_E8M0",
-    "int16": "I16",
-    "uint16": "U16",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "int32": "I32",
-    "uint32": "U32",
-    "float32": "F32",
-    "complex64": "C64",
-    "float64": "F64",
-    "int64": "I64",
-    "uint64": "U64",
-}
 
 
 def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, int], int]:
@@ -47,13 +27,14 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
     Wide dtypes come first, then names in order, so that every tensor is aligned and the layout depends on nothing else.
     `__metadata__` holds one key: with more, safetensors' own writer orders them differently in each process.
     """
-    rank = {dtype: place for place, dtype in enumerate(SAFETENSORS_DTYPES)}
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    short_name = {dtype: name for name, dtype in DTYPES.items()}
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets: dict[str, int] = {}
     end = 0
     for tensor in sorted(tensors, key=lambda t: (-rank[t.dtype], t.name.encode())):
         entries[tensor.name] = {
-            "dtype": SAFETENSORS_DTYPES[tensor.dtype],
+            "dtype": short_name[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [end, end + tensor.nbytes],
         }

@@ -1,0 +1,132 @@
+"""A file that must not change while it is read, and how a file is opened at all: regular files only, never waited for.
+
+Knows nothing of what is in the file.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_cli.errors import InputError, StorageError
+
+CHUNK_NBYTES = 1 << 23  # large enough to run at the disk's speed, small beside any layer
+
+
+@dataclass(frozen=True, slots=True)
+class WatchedFile:
+    """A regular file that is read by position. No descriptor stays open between reads;
+    each read makes sure that the file is still the one that was seen first.
+    """
+
+    path: Path
+    identity: tuple[int, int, int, int]  # st_ino, st_size, st_mtime_ns, st_ctime_ns
+
+    @classmethod
+    def open(cls, path: Path) -> WatchedFile:
+        """Raises InputError when there is no such regular file, it is empty or a git-LFS pointer."""
+        descriptor = open_regular_file(path)
+        try:
+            file = cls(path, _identity(os.fstat(descriptor)))
+        finally:
+            os.close(descriptor)
+        refuse_placeholder(path, file.read(0, min(file.nbytes, 64)))
+        return file
+
+    @property
+    def nbytes(self) -> int:
+        return self.identity[1]
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor for the length of the block. Raises StorageError when the file changed or the system fails."""
+        try:
+            descriptor = open_regular_file(self.path)
+        except InputError as exc:  # it was a regular file before
+            raise _changed(self.path) from exc
+        try:
+            if _identity(os.fstat(descriptor)) != self.identity:
+                raise _changed(self.path)
+            yield descriptor
+        except OSError as exc:
+            raise StorageError(f"cannot be read: {exc.strerror}", file=self.path) from exc
+        finally:
+            os.close(descriptor)
+
+    def read(self, offset: int, nbytes: int) -> bytearray:
+        """`nbytes` bytes from `offset` on. Raises StorageError when the file ends earlier or changed."""
+        with self.opened() as descriptor:
+            return _read_exactly(descriptor, offset, nbytes, self.path)
+
+    def chunks(self, offset: int, nbytes: int, chunk_nbytes: int) -> Iterator[memoryview]:
+        """The same bytes in pieces of at most `chunk_nbytes`, each in a buffer of its own."""
+        if chunk_nbytes < 1:
+            raise ValueError("chunk_nbytes is at least 1")
+        with self.opened() as descriptor:
+            for begin in range(offset, offset + nbytes, chunk_nbytes):
+                length = min(chunk_nbytes, offset + nbytes - begin)
+                yield memoryview(_read_exactly(descriptor, begin, length, self.path))
+
+    def check_unchanged(self) -> None:
+        """Raises StorageError when the path holds another file than was opened, or one written to since."""
+        try:
+            identity = _identity(os.stat(self.path))
+        except OSError as exc:
+            raise _changed(self.path) from exc
+        if identity != self.identity:
+            raise _changed(self.path)
+
+
+def open_regular_file(path: Path) -> int:
+    """A descriptor of `path`, open for reading; a link to a regular file is fine. The caller closes it.
+
+    A FIFO or a device is refused and never waited for.
+    Raises InputError when there is no such regular file, StorageError when it may not be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+    except FileNotFoundError as exc:
+        missing = "is a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise InputError(missing, file=path, hint="check the path, or download the file again") from exc
+    except OSError as exc:
+        raise StorageError(f"cannot be opened: {exc.strerror}", file=path, hint="check its permissions") from exc
+    except ValueError as exc:  # a NUL or a lone surrogate in the name
+        raise InputError("is not a possible file name", file=path, hint="check the path") from exc
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise InputError("is not a regular file", file=path, hint="give a file, not a folder, a pipe or a device")
+
+
+def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:
+    """Raises InputError when `head`, the first bytes of `path`, shows that the file itself was never downloaded."""
+    if not head:
+        raise InputError("is empty", file=path, hint="download it again, or take it from its source")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError("is a git-LFS pointer, not the file itself", file=path, hint="run git lfs pull in its folder")
+
+
+def _read_exactly(descriptor: int, offset: int, nbytes: int, path: Path) -> bytearray:
+    buffer = bytearray(nbytes)
+    view = memoryview(buffer)
+    done = 0
+    while done < nbytes:  # one call reads at most 2 GB on Linux, and less on some network file systems
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            message = f"changed while it was being read: it ends {nbytes - done} bytes early"
+            raise StorageError(message, file=path, hint="run the command again when the file is complete")
+        done += count
+    return buffer
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _changed(path: Path) -> StorageError:
+    hint = "run the command again when nothing else writes to it"
+    return StorageError("changed while it was being read", file=path, hint=hint)
