@@ -24,6 +24,40 @@ _FULL_PRECISION = {
     **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk2", "mistral_large4"), ("indexer.weights_proj",)),
 }
 
+# Linears on which PEFT takes no adapter (0.21): where the projections of experts are fused, it moves every adapter of
+# these names to the experts, from shared ones and dense layers too; and it refuses these names in Mamba models.
+_MOVED_TO_EXPERTS = (
+    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
+    *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
+    *("longcat_flash", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "solar_open"),
+)
+_NO_ADAPTER = {
+    **dict.fromkeys(_MOVED_TO_EXPERTS, ("gate_proj", "up_proj", "down_proj")),
+    **dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")),
+}
+
+# Linears of a class of their own, which transformers 5 does not replace by 4-bit ones.
+_OWN_LINEAR_CLASS = ("falcon",)
+
+# Renamings that transformers applies to older checkpoints of these families while it loads a head class.
+_LLAVA_RENAMINGS = (
+    (r"^language_model\.lm_head", "lm_head"),
+    (r"^language_model\.(?:model\.)?", "model.language_model."),
+    (r"^(?=(?:vision_tower|audio_tower|multi_modal_projector)\.)", "model."),
+)
+_QWEN_VL_RENAMINGS = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+)
+_LLAVA_LIKE = (
+    *("aria", "aya_vision", "gemma3", "got_ocr2", "internvl", "llava", "llava_next", "llava_next_video"),
+    *("llava_onevision", "mistral3", "paligemma", "qwen2_audio", "vipllava"),
+)
+_RENAMINGS = {
+    **dict.fromkeys(_LLAVA_LIKE, _LLAVA_RENAMINGS),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL_RENAMINGS),
+}
+
 # The attribute under which a head class holds the base model. Checkpoints saved from the base model (gpt2, bloom on
 # the hub) lack it in their names, and loaders add it: an adapter must name modules as they are then called.
 _FAMILIES_OF_PREFIX = {
@@ -76,6 +110,14 @@ class Family:
         """Whether transformers refuses to hold `module` in 4 bits."""
         return module.endswith(_FULL_PRECISION.get(self.model_type, ()))
 
+    def takes_adapter(self, module: str) -> bool:
+        """Whether PEFT can put an adapter on `module` and nowhere else."""
+        return module.rpartition(".")[2] not in _NO_ADAPTER.get(self.model_type, ())
+
+    def loads_in_4_bit(self) -> bool:
+        """Whether transformers replaces the linears of this family by 4-bit ones."""
+        return self.model_type not in _OWN_LINEAR_CLASS
+
     def ties_embeddings(self) -> bool:
         """Whether the config says that the head shares the embedding's weight."""
         nested = self.config.get("text_config")
@@ -95,8 +137,13 @@ class Family:
 
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
         """What `module` is called in a model loaded with the class that the config names; `modules` are all."""
+        if not self.architectures:
+            return module
+        if _HEAD_CLASS.search(self.architectures[0]):
+            for pattern, new in _RENAMINGS.get(self.model_type, ()):
+                module = re.sub(pattern, new, module)
         prefix = _PREFIX_OF.get(self.model_type)
-        if prefix is None or not self.architectures:
+        if prefix is None:
             return module
         has_prefix = any(name.startswith(f"{prefix}.") for name in modules)
         if _HEAD_CLASS.search(self.architectures[0]):

@@ -174,7 +174,12 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
 
     Raises UsageError when an option does not fit a tensor, or nothing is left to quantize.
     """
-    planner, jobs = _jobs(tensors, Family(config), recipe)
+    family = Family(config)
+    planner, jobs = _jobs(tensors, family, recipe)
+    if load_layout(recipe.layout).QUANTIZED_ON_DISK and not family.loads_in_4_bit():
+        raise UsageError(
+            f"transformers cannot hold the linear layers of {family.model_type} in 4 bits", hint="--layout dense"
+        )
     if not any(isinstance(job, LayerJob) for job in jobs):
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)
@@ -287,6 +292,9 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
             f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: loaders fuse experts into "
             "one parameter that the container cannot hold in 4 bits"
         )
+    without = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
+    if without:
+        yield f"{len(without)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
     if recast:
         yield f"{recast} copied weights are converted to the model's dtype"
     for job in jobs:

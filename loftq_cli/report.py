@@ -170,7 +170,10 @@ def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_m
     """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
     recipe, total = plan.recipe, total_error(layer.error for layer in layers)
     summary = METHODS[recipe.method].summary
-    auto = "AutoModelForCausalLM" if plan.adapter_config("")["task_type"] == "CAUSAL_LM" else "AutoModel"
+    architectures = plan.family.architectures
+    auto = architectures[0] if architectures else "AutoModel"
+    if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
+        auto = "AutoModelForCausalLM"
     return f"""---
 library_name: peft
 tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]

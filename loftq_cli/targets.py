@@ -22,6 +22,7 @@ _NEVER = {
     "router": "a router, which loaders hold in full precision",
     "expert": "an expert, which loaders fuse into one parameter that no 4-bit container of theirs holds",
     "kept in float32": "a layer that transformers keeps in float32",
+    "no adapter": "a layer of this family on which PEFT takes no adapter",
 }
 
 
@@ -71,6 +72,8 @@ def kind_of(ref: TensorRef, family: Family) -> str:
         return "router"
     if family.is_kept_in_float32(module):
         return "kept in float32"
+    if not family.takes_adapter(module):
+        return "no adapter"
     return "head" if _HEADS.search(module) else "linear"
 
 

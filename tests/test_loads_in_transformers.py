@@ -324,7 +324,7 @@ def test_the_loaded_model_computes_with_the_weights_we_report_on(converted: Conv
     )
 
 
-@only("llama", "gpt2", "minilm")
+@only("llama", "gpt2")
 def test_the_adapter_brings_the_outputs_closer_to_the_originals(converted: Converted) -> None:
     original = outputs(converted, converted.original)
     converted.peft.eval()
@@ -334,7 +334,7 @@ def test_the_adapter_brings_the_outputs_closer_to_the_originals(converted: Conve
     assert relative_error(original, adapted) < 0.95 * relative_error(original, bare)
 
 
-def test_loftq_starts_closer_to_the_original_than_qlora_on_real_sentences(convert_once: Converter) -> None:
+def test_a_real_model_starts_closer_to_the_original_with_loftq_than_without(convert_once: Converter) -> None:
     loftq, qlora = convert_once("minilm"), convert_once("minilm qlora")
     tokenizer = transformers.AutoTokenizer.from_pretrained(loftq.output)
     batch = tokenizer(SENTENCES, return_tensors="pt", padding=True)
@@ -345,7 +345,10 @@ def test_loftq_starts_closer_to_the_original_than_qlora_on_real_sentences(conver
             return (model.eval()(**batch).last_hidden_state * mask).sum(1) / mask.sum(1)
 
     original = embed(loftq.original)
-    assert relative_error(original, embed(loftq.peft)) < 0.95 * relative_error(original, embed(qlora.peft))
+    error = relative_error(original, embed(loftq.peft))
+    with loftq.peft.disable_adapter():
+        assert error < 0.95 * relative_error(original, embed(loftq.peft))
+    assert error < 0.95 * relative_error(original, embed(qlora.peft))
 
 
 @only("llama", "gpt2 without prefix", "bert", "bert base", "bert with a tied head", "t5", "minilm")

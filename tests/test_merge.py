@@ -400,7 +400,7 @@ def test_a_dry_run_lists_the_output_and_writes_nothing(converted, tmp_path, caps
 
 
 def test_the_json_of_a_merge_is_complete(converted, tmp_path):
-    run = loftq("merge", converted, converted / "loftq_init", tmp_path / "out", "--json")
+    run = loftq("merge", converted, converted / "loftq_init", tmp_path / "out", "--json", OMP_NUM_THREADS="1")
 
     assert run.returncode == 0
     values = json.loads(run.stdout)
@@ -520,7 +520,7 @@ def test_retention_is_the_projection_of_what_changed_on_what_was_added(converted
 def test_quantizing_most_of_the_adapter_away_is_refused(converted, tmp_path):
     adapter = random_update(converted, tmp_path / "adapter", 0.01)
 
-    run = loftq("merge", converted, adapter, tmp_path / "out", "--requantize", "nf4")
+    run = loftq("merge", converted, adapter, tmp_path / "out", "--requantize", "nf4", OMP_NUM_THREADS="1")
 
     assert run.returncode == 5
     assert "of the adapter would survive" in run.stderr

@@ -28,8 +28,13 @@ _OFFSET_WIDTH = 15
 # The CPU kernels of bitsandbytes ask for this many rows a time; where they cannot have them, the model does not run.
 _ROW_MULTIPLE = 32
 
-# Heads that a task class adds to a base model: absent from this checkpoint, and never to be made 4-bit at load.
-_TASK_HEADS = ("lm_head", "classifier", "score", "qa_outputs")
+# Heads that may be absent from a checkpoint, tied to the embedding or added by a task class, and must not be made 4-bit
+# at load for that. Names of transformers' own classes.
+_TASK_HEADS = (
+    *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
+    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector"),
+    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense"),
+)
 
 
 def fit(spec: CodebookSpec, shape: tuple[int, int]) -> Fit:
