@@ -95,12 +95,25 @@ class BaseModel:
         return bitsandbytes.unpack(name, self.load, self.tensors, self.tensors[name].file)
 
     def stored_matrix(self, name: str) -> StoredMatrix:
-        """What the quantized weight called `name` is, without its codes."""
+        """What the quantized weight called `name` is, from headers and its quant_state alone.
+
+        Raises InputError where its parts are not those of such a matrix.
+        """
         file = self.tensors[name].file
         state = bitsandbytes.read_state(name, self.raw(bitsandbytes.state_name(name, self.tensors)), file)
         shape = (state["shape"][0], state["shape"][1])
         transposed = self.family.is_transposed(module_of(name))
-        return StoredMatrix(name, shape, bitsandbytes.spec_of(state), state["dtype"], transposed)
+        matrix = StoredMatrix(name, shape, bitsandbytes.spec_of(state), state["dtype"], transposed)
+        for part in bitsandbytes.planned(matrix):
+            ref = self.tensors.get(part.name)
+            if bitsandbytes.STATE_PREFIX in part.name:
+                continue
+            # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
+            if ref is None or ref.dtype != part.dtype or part.shape not in (ref.shape, (ref.numel, 1)):
+                found = "missing" if ref is None else f"{ref.dtype} {ref.shape}"
+                expected = f"its quant_state asks for {part.dtype} {part.shape}"
+                raise InputError(f"is {found}, and {expected}", file=file, tensor=part.name)
+        return matrix
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
         """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""

@@ -36,8 +36,9 @@ _NO_ADAPTER = {
     **dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")),
 }
 
-# Linears of a class of their own, which transformers 5 does not replace by 4-bit ones.
-_OWN_LINEAR_CLASS = ("falcon",)
+# Families that transformers 5 cannot load from 4-bit tensors: Falcon's linears are of a class of its own, which is not
+# replaced, and with a quantization config Llama 4's fused experts are replaced by others.
+_NEVER_IN_4_BIT = ("falcon", "llama4", "llama4_text")
 
 # Renamings that transformers applies to older checkpoints of these families while it loads a head class.
 _LLAVA_RENAMINGS = (
@@ -115,8 +116,8 @@ class Family:
         return module.rpartition(".")[2] not in _NO_ADAPTER.get(self.model_type, ())
 
     def loads_in_4_bit(self) -> bool:
-        """Whether transformers replaces the linears of this family by 4-bit ones."""
-        return self.model_type not in _OWN_LINEAR_CLASS
+        """Whether transformers loads linears of this family from 4-bit tensors."""
+        return self.model_type not in _NEVER_IN_4_BIT
 
     def ties_embeddings(self) -> bool:
         """Whether the config says that the head shares the embedding's weight."""

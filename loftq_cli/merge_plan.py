@@ -139,6 +139,9 @@ class _Planner:
         self.loaded = adapter.names_in(base)
         self.lora, self.whole = dict(adapter.lora), dict(adapter.whole)
         self.biases = {f"{module}.bias": entry for module, entry in self.lora.items() if entry.lora_bias}
+        if options.requantize and not base.family.loads_in_4_bit():
+            what = f"transformers cannot load {base.family.model_type} from 4-bit tensors"
+            raise UsageError(what, hint="merge without --requantize")
 
     def jobs(self) -> Iterator[MergeJob]:
         """A job for every base tensor, in order, then for every new one. Raises MismatchError for leftovers."""
@@ -172,7 +175,7 @@ class _Planner:
     def _new(self, loaded: str, name: str) -> MergeJob:
         ref, saved = self.adapter.weights.tensors[name], self.adapter.config.get("modules_to_save") or []
         untied = self.base.family.ties_embeddings() and _is_vocabulary_head(module_of(loaded))
-        if not untied and not any(f".{module}." in f".{loaded}" for module in saved):
+        if loaded in self.base.tensors or not (untied or any(f".{module}." in f".{loaded}" for module in saved)):
             raise MismatchError("is left over: the base has no such tensor", file=self.file, tensor=name)
         return MergeJob(loaded, replacement=name, outputs=(OutTensor(loaded, self.dtype, ref.shape),))
 

@@ -177,9 +177,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     family = Family(config)
     planner, jobs = _jobs(tensors, family, recipe)
     if load_layout(recipe.layout).QUANTIZED_ON_DISK and not family.loads_in_4_bit():
-        raise UsageError(
-            f"transformers cannot hold the linear layers of {family.model_type} in 4 bits", hint="--layout dense"
-        )
+        raise UsageError(f"transformers cannot load {family.model_type} from 4-bit tensors", hint="--layout dense")
     if not any(isinstance(job, LayerJob) for job in jobs):
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)

@@ -7,13 +7,11 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional
-import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -29,15 +27,6 @@ class Made:
 
     path: Path
     merged: dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For modules that import it: with matrices this small, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def quietly(function: Any, *arguments: Any, **keywords: Any) -> Any:

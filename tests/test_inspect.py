@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,15 +13,13 @@ import bitsandbytes.functional
 import models
 import pytest
 import torch
-from adapters import PREFIX, decoded, delta, edit_json, edit_tensors, one_thread, tensors_of
+from adapters import PREFIX, decoded, delta, edit_json, edit_tensors, tensors_of
 from conversions import loftq, run_conversion
 from safetensors.torch import load_file, save_file
 
 from loftq_cli.cli.main import _run
 
-__all__ = ["one_thread"]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 CONV1D = ("attn.c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
@@ -156,7 +153,7 @@ def test_a_layer_above_the_limit_fails_with_its_own_status(flags, original, conv
 
 
 def test_the_gate_prints_the_rows_it_judged(converted):
-    run = loftq("inspect", converted, "--fail-above", "0.01", "--json", **ONE_THREAD)
+    run = loftq("inspect", converted, "--fail-above", "0.01", "--json")
 
     assert run.returncode == 5
     assert len(json.loads(run.stdout)["layers"]) == 7
@@ -466,7 +463,7 @@ sys.exit(_run(sys.argv[1:]))
 def run_without(blocked: set[str], *arguments: object) -> subprocess.CompletedProcess[str]:
     code = _WITHOUT.replace("{blocked}", repr(blocked))
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, **ONE_THREAD})
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_inspection_and_merging_need_no_library_that_loads_the_results(original, converted, tmp_path):

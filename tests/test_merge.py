@@ -25,7 +25,6 @@ from adapters import (
     lora_tensors,
     made_by_peft,
     names_in,
-    one_thread,
     quietly,
     state_of,
     tensors_of,
@@ -38,7 +37,6 @@ from safetensors.torch import load_file, save_file
 
 from loftq_cli.cli.main import _run
 
-__all__ = ["one_thread"]
 SEQ_CLS = "AutoModelForSequenceClassification"
 
 
@@ -232,6 +230,19 @@ def assert_something_changed(base: Path, auto: str, made: Made) -> None:
     assert any(not torch.equal(before[key], value) for key, value in made.merged.items())
 
 
+def test_an_adapted_embedding_starts_from_the_copy_that_peft_saved_with_it(checkpoints, tmp_path):
+    made = made_by_peft(checkpoints / "llama", tmp_path / "adapter", target_modules=["embed_tokens", "lm_head"])
+    copies = [f"{PREFIX}{module}.base_layer.weight" for module in ("model.embed_tokens", "lm_head")]
+    # as after a training that resized or trained the embeddings themselves
+    edit_tensors(made.path / "adapter_model.safetensors", lambda t: [t[copy].add_(0.5) for copy in copies])
+
+    assert merge(checkpoints / "llama", made.path, tmp_path / "out", "--dtype", "float32") == 0
+
+    merged = tensors_of(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.allclose(merged[name], made.merged[name] + 0.5, rtol=1e-6, atol=1e-7)
+
+
 def test_a_head_of_its_own_unties_the_model(checkpoints, tmp_path):
     made = made_by_peft(checkpoints / "tied_llama", tmp_path / "adapter", **QV, modules_to_save=["lm_head"])
 
@@ -400,7 +411,7 @@ def test_a_dry_run_lists_the_output_and_writes_nothing(converted, tmp_path, caps
 
 
 def test_the_json_of_a_merge_is_complete(converted, tmp_path):
-    run = loftq("merge", converted, converted / "loftq_init", tmp_path / "out", "--json", OMP_NUM_THREADS="1")
+    run = loftq("merge", converted, converted / "loftq_init", tmp_path / "out", "--json")
 
     assert run.returncode == 0
     values = json.loads(run.stdout)
@@ -520,7 +531,7 @@ def test_retention_is_the_projection_of_what_changed_on_what_was_added(converted
 def test_quantizing_most_of_the_adapter_away_is_refused(converted, tmp_path):
     adapter = random_update(converted, tmp_path / "adapter", 0.01)
 
-    run = loftq("merge", converted, adapter, tmp_path / "out", "--requantize", "nf4", OMP_NUM_THREADS="1")
+    run = loftq("merge", converted, adapter, tmp_path / "out", "--requantize", "nf4")
 
     assert run.returncode == 5
     assert "of the adapter would survive" in run.stderr

@@ -19,7 +19,6 @@ from adapters import (
     lora_tensors,
     made_by_peft,
     names_in,
-    one_thread,
     tensors_of,
     write_adapter,
 )
@@ -27,7 +26,6 @@ from conversions import loftq, run_conversion
 
 from loftq_cli.cli.main import _run
 
-__all__ = ["one_thread"]
 Q0 = "model.layers.0.self_attn.q_proj"
 QV = {"target_modules": ["q_proj", "v_proj"]}
 SEQ_CLS = "AutoModelForSequenceClassification"
@@ -328,6 +326,69 @@ def test_something_that_is_no_adapter_is_refused(arrange: Callable[[Path], Any],
     status, line = refused(capsys, checkpoints / "llama", adapter, tmp_path / "out")
 
     assert (status, says in line) == (2, True), line
+
+
+def test_one_factor_under_two_names_is_refused(checkpoints, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+    again = {f"{Q0}.lora_B.weight": torch.ones(128, 4)}  # without PEFT's prefix
+    edit_tensors(adapter / "adapter_model.safetensors", lambda tensors: tensors.update(again))
+
+    status, line = refused(capsys, checkpoints / "llama", adapter, tmp_path / "out")
+
+    assert (status, f"has the same place as {PREFIX}{Q0}.lora_B.weight" in line) == (4, True), line
+
+
+def test_quantizing_what_no_loader_holds_in_4_bits_is_refused(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "llama", tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", model_type="falcon")
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+
+    status, line = refused(capsys, tmp_path / "base", adapter, tmp_path / "out", "--requantize", "nf4")
+
+    assert (status, "transformers cannot load falcon from 4-bit tensors" in line) == (2, True), line
+
+
+PARTS = {
+    "codes as float": ("", lambda t: t.float(), "is float32 (8192, 1)"),
+    "too few codes": ("", lambda t: t[:-1].clone(), "is uint8 (8191, 1)"),
+    "constants as float": (".absmax", lambda t: t.float(), "is float32 (256,)"),
+    "constants as a matrix": (".absmax", lambda t: t.view(16, 16), "is uint8 (16, 16)"),
+    "too few constants": (".absmax", lambda t: t[1:].clone(), "is uint8 (255,)"),
+    "a table in another dtype": (".nested_quant_map", lambda t: t.double(), "is float64 (256,)"),
+    "another table": (".quant_map", lambda t: t.flip(0).contiguous(), "not the one of its quant_type"),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_a_4_bit_weight_whose_parts_do_not_fit_is_refused(case, checkpoints, tmp_path, capsys):
+    part, change, says = PARTS[case]
+    base, name = tmp_path / "base", f"{Q0}.weight{part}"
+    shutil.copytree(checkpoints / "converted", base)
+    (base / "loftq_report.json").unlink()
+    edit_tensors(base / "model.safetensors", lambda tensors: tensors.update({name: change(tensors[name])}))
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+
+    status, line = refused(capsys, base, adapter, tmp_path / "out")
+
+    assert (status, f"tensor {name}: " in line, says in line) == (2, True, True), line
+    assert names_in(tmp_path) == ["adapter", "base"]
+
+
+HOSTILE = [None, True, 0, -1, 1.5, 10**40, "", "(", [1], ["("], {"(": 1}, {"a": None}, [[0, 1]], {"a": {"b": 1}}]
+KEYS = ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "modules_to_save"]
+KEYS += ["fan_in_fan_out", "init_lora_weights", "bias", "base_model_name_or_path", "target_modules", "use_x"]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_no_config_value_brings_down_more_than_the_merge(key, checkpoints, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+    config = (adapter / "adapter_config.json").read_text()
+
+    for value in HOSTILE:
+        edit_json(adapter / "adapter_config.json", **{key: value})
+        arguments = ["merge", str(checkpoints / "converted"), str(adapter), str(tmp_path / "out"), "--dry-run"]
+        assert _run(arguments) in (0, 2, 4)
+        (adapter / "adapter_config.json").write_text(config)
 
 
 def test_an_adapter_without_tensors_is_refused(checkpoints, tmp_path, capsys):

@@ -16,7 +16,6 @@ from adapters import (
     edit_tensors,
     lora_tensors,
     names_in,
-    one_thread,
     quietly,
     tensors_of,
     write_adapter,
@@ -26,7 +25,6 @@ from loading import load
 
 from loftq_cli.cli.main import _run
 
-__all__ = ["one_thread"]
 Q0 = "model.layers.0.self_attn.q_proj"
 
 

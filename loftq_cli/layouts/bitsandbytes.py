@@ -32,8 +32,8 @@ _ROW_MULTIPLE = 32
 # at load for that. Names of transformers' own classes.
 _TASK_HEADS = (
     *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
-    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector"),
-    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense"),
+    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
+    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense", "pooler"),
 )
 
 

@@ -99,7 +99,8 @@ def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 def task_type_of(architectures: Sequence[str], *, is_encoder_decoder: bool) -> str | None:
     """PEFT's task type for a transformers class; None where PEFT would ask for a head that we do not have."""
     name = architectures[0] if architectures else ""
-    if is_encoder_decoder and re.search(r"For(ConditionalGeneration|Seq2SeqLM)$", name):
+    # PEFT's class for it passes `input_ids` on, which models that listen do not take.
+    if is_encoder_decoder and re.search(r"(?<!Whisper)(?<!Speech)For(ConditionalGeneration|Seq2SeqLM)$", name):
         return "SEQ_2_SEQ_LM"
     if re.search(r"(ForCausalLM|LMHeadModel)$", name):
         return "CAUSAL_LM"
