@@ -158,7 +158,8 @@ def test_the_help_lists_every_preset_and_command(run):
         (("quantize", "builtin:tiny-llama", "out", "--block-size", "20"), "block_size 20 does not exist"),
         (("inspect", "builtin:tiny-llama", "--try", "int9"), "--try 'int9' does not exist"),
         (("inspect", "builtin:tiny-llama", "--sort", "colour"), "--sort"),
-        (("merge", "builtin:tiny-llama", "adapter", "out"), "error: builtin:tiny-llama: no such file"),
+        (("merge", "builtin:none", "adapter", "out"), "error: no built-in model 'none'"),
+        (("merge", "builtin:tiny-llama", "adapter", "out"), "error: adapter: is no directory"),
     ],
 )
 def test_a_mistake_is_one_line_with_status_2(run, tmp_path, arguments, message):

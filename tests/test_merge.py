@@ -592,4 +592,6 @@ def test_a_dense_base_is_quantized_where_the_adapter_is(checkpoints, tmp_path):
     for name, weight in quantized.items():
         error = (weight.double() - made.merged[name].double()).norm() / made.merged[name].double().norm()
         assert 0.05 < float(error) < 0.11  # NF4's own error
-    loaded(tmp_path / "out")
+    model = loaded(tmp_path / "out")
+    linears = {key for key, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert {f"{key}.weight" for key in linears} == set(quantized)

@@ -42,6 +42,8 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def megabytes(nbytes: int) -> str:
     """Bytes for people."""
+    if nbytes < 1e6:
+        return f"{nbytes / 1e3:.1f} kB"
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 

@@ -7,6 +7,7 @@ import json
 from loftq_cli import merge as merging
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say, table
+from loftq_cli.convert import resolve_model
 from loftq_cli.merge_plan import Merge, MergeOptions, prepare
 from loftq_cli.merge_report import MergedLayer, MergeOutcome, layer_json, total_retention
 
@@ -30,7 +31,7 @@ def merge(
     ours or trained from ours.
     """
     choices = MergeOptions(dtype=dtype, requantize=requantize, max_shard_size=max_shard_size or "5GB", force=force)
-    prepared = prepare(base, adapter, output, choices, overwrite=overwrite)
+    prepared = prepare(resolve_model(base), adapter, output, choices, overwrite=overwrite)
     if not quiet:
         say(f"{len(prepared.adapter.lora)} layers to merge, {megabytes(prepared.nbytes)} to write")
     if dry_run:

@@ -121,8 +121,10 @@ Verbose = Annotated[
 ]
 
 Base = Annotated[
-    Path,
-    typer.Argument(metavar="BASE", help="A converted directory, or a full-precision checkpoint.", show_default=False),
+    str,
+    typer.Argument(
+        metavar="BASE", help="A converted directory, a full-precision checkpoint or builtin:NAME.", show_default=False
+    ),
 ]
 Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA directory made or trained on BASE.", show_default=False)

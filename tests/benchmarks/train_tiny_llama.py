@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.train_tiny_llama OUTPUT_DIR
 
-With the default arguments this is the run that made the shipped weights: 2 CPU cores, about 40 minutes. Another CPU
-or torch release rounds differently, so it gives equally good weights, not the same bits. Where other programs use the
-same cores, OMP_WAIT_POLICY=PASSIVE in the environment saves most of what waiting threads would burn. The package
-imports nothing from here.
+With the default arguments this is the run that made the shipped weights: 2 CPU cores, about 42 minutes beside other
+work. Another CPU or torch release rounds differently, so it gives equally good weights, not the same bits. Where other
+programs use the same cores, OMP_WAIT_POLICY=PASSIVE in the environment saves most of what waiting threads would burn.
+The package imports nothing from here.
 """
 
 from __future__ import annotations
