@@ -38,7 +38,7 @@ class Observer(Protocol):
     def layer_merged(self, layer: MergedLayer) -> None: ...
 
 
-def run(merge: Merge, observer: Observer, *, overwrite: bool) -> MergeOutcome:
+def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> MergeOutcome:
     """Merge, check, publish; or leave nothing behind.
 
     Raises QualityError when quantizing again erases more than half of the adapter, unless forced.
@@ -48,7 +48,7 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool) -> MergeOutcome:
     for note in notes:
         observer.note(note)
     check_space(merge.output, merge.nbytes)
-    staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=True)
+    staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
     published = False
     try:
         outcome = MergeOutcome(_run_jobs(merge, staging.path, observer), notes)

@@ -146,7 +146,10 @@ def read_report(directory: Path) -> tuple[dict[str, Any], list[LayerResult]] | N
     values = read_json_object(path)
     try:
         str(values["base_fingerprint"]), str(values["recipe"]["method"]), str(values["adapter_dir"])
-        return values, [LayerResult.from_json(layer) for layer in values["layers"]]
+        layers = [LayerResult.from_json(layer) for layer in values["layers"]]
+        if not all(isinstance(x.name, str) and min(dataclasses.astuple(x.error)) >= 0 for x in layers):
+            raise ValueError
+        return values, layers
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError("is not a report of this tool", file=path, hint="convert again") from None
 

@@ -271,3 +271,18 @@ def test_too_little_space_is_said_before_the_work_begins(source, out, monkeypatc
     with pytest.raises(StorageError, match=r"needs 0\.00 GB and 0\.00 GB are free"):
         run_conversion(source, out, **RECIPE)
     assert not partial(out).exists()
+
+
+def test_a_merge_does_not_discard_an_unfinished_conversion_of_the_same_name(source, out):
+    base = out.parent / "base"
+    run_conversion(source, base, **RECIPE)
+    with pytest.raises(KeyboardInterrupt):
+        run_conversion(source, out, observer=StopAfter(3), **RECIPE)
+    merge = ("merge", base, base / "loftq_init", "out", "-q")
+    refused = loftq(*merge)
+    assert refused.returncode == 2
+    assert "unfinished run" in refused.stderr
+    second = Silent()
+    run_conversion(source, out, observer=second, **RECIPE)
+    assert sum(resumed for _, resumed in second.done) == 3
+    assert loftq(*merge, "--overwrite", "--restart").returncode == 0

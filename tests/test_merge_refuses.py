@@ -460,7 +460,7 @@ def test_an_interrupted_merge_leaves_nothing(checkpoints, tmp_path):
     merge = prepare(checkpoints / "llama", adapter, tmp_path / "out", MergeOptions(), overwrite=False)
 
     with pytest.raises(KeyboardInterrupt):
-        merging.run(merge, Interrupts(), overwrite=False)
+        merging.run(merge, Interrupts(), overwrite=False, restart=False)
 
     assert names_in(tmp_path) == ["adapter"]
 

@@ -22,6 +22,7 @@ def merge(
     force: options.Force = False,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
+    restart: options.Restart = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -39,7 +40,9 @@ def merge(
             say(f"note: {note}")
         _print_plan(prepared, as_json=as_json)
         return
-    outcome = merging.run(prepared, _Progress(len(prepared.adapter.lora), quiet=quiet), overwrite=overwrite)
+    outcome = merging.run(
+        prepared, _Progress(len(prepared.adapter.lora), quiet=quiet), overwrite=overwrite, restart=restart
+    )
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
     _print_outcome(prepared, outcome, as_json=as_json)

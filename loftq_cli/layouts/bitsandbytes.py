@@ -10,8 +10,10 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
 from loftq_cli.layouts.layout import Fit, Loader, ModelFacts, StoredMatrix
+from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, CodebookTensor, NestedAbsmax, OutTensor
 
 if TYPE_CHECKING:
@@ -161,9 +163,6 @@ def parts(name: str) -> tuple[str, ...]:
 
 def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
     """The checked JSON blob of one weight. Raises InputError."""
-    from loftq_cli.checkpoint.json_files import parse_json_object
-    from loftq_cli.triton_kernels.codebook import CODEBOOKS
-
     state = parse_json_object(data, file=file, what=f"the quant_state of {name}")
 
     def check(condition: bool, what: str) -> None:
@@ -171,7 +170,7 @@ def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
             raise InputError(f"its quant_state {what}", file=file, tensor=name)
 
     quant_type, shape = state.get("quant_type"), state.get("shape")
-    check(quant_type in CODEBOOKS, f"has quant_type {quant_type!r}, of which we read {', '.join(CODEBOOKS)}")
+    check(quant_type in list(FORMATS), f"has quant_type {quant_type!r}, of which we read {', '.join(FORMATS)}")
     check(state.get("dtype") in MODEL_DTYPES, f"has dtype {state.get('dtype')!r}")
     check(type(state.get("blocksize")) is int and 2 <= state["blocksize"] <= 4096, "has no valid blocksize")
     check(
