@@ -1,13 +1,19 @@
 """loftq-cli: quantized base weights plus LoRA tensors from a full-precision checkpoint.
 
-Floors, each importing only from those above it in this list:
-errors, tensors            what everything else speaks in
-checkpoint/                files on disk: readers, writer, staging directory
-quant/ lowrank metrics     numbers: formats, truncated SVD, what an error is
-methods/ layouts/          LoftQ and QLoRA; on-disk containers
-recipe targets plan        what will be done, decided from headers alone
-convert merge inspection report   doing it
-cli/                       the command line
+The map, floor by floor; each imports only from those above it in this list.
+errors, tensors                  what everything else speaks in
+triton_kernels/                  numeric primitives, which know nothing of the rest
+checkpoint/                      files on disk: readers, writer, staging directory
+quant/ lowrank metrics           number formats, truncated SVD, what an error is
+methods/ layouts/                LoftQ and QLoRA; on-disk containers
+recipe family targets plan       what will be done, decided from headers and configs alone
+base_model                       a converted or dense model, read back as matrices
+report                           what was measured, and the files that say so
+jobs convert                     one tensor; the whole conversion
+inspection                       what a directory holds
+adapter_source provenance        a PEFT adapter, and whether it belongs to a base
+merge_plan merge_report merge    base plus adapter
+cli/                             the command line
 """
 
 __version__ = "0.1.0"

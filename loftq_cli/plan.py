@@ -25,10 +25,7 @@ from loftq_cli.recipe import Recipe, recipe_json
 from loftq_cli.targets import Target, choose_targets, module_of
 from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, LoraSpec, OutTensor, TensorRef
 
-# Measured on Linux: importing torch and its first operations, and the matrices of one LoftQ step (W, W − L, the
-# decoded Q, the residual in float32; its float64 copy and the projection on the singular vectors).
-_TORCH_NBYTES = 330_000_000
-_NBYTES_PER_WEIGHT = 28
+_TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +127,11 @@ class Plan:
     @property
     def peak_nbytes(self) -> int:
         """About how much memory the conversion takes: it depends on the largest matrix, not on their number."""
-        return _TORCH_NBYTES + _NBYTES_PER_WEIGHT * max(job.numel for job in self.layers)
+        method = METHODS[self.recipe.method]
+        return _TORCH_NBYTES + max(
+            method.nbytes_per_weight * job.numel + method.nbytes_per_gram * min(job.matrix.shape) ** 2
+            for job in self.layers
+        )
 
     @property
     def shard_of(self) -> dict[str, str]:

@@ -46,21 +46,36 @@ class Method(Protocol):
         ...
 
 
-# adapter_dir: LoftQ's models on the hub keep their adapter in "loftq_init"; QLoRA follows.
 @dataclass(frozen=True, slots=True)
 class MethodEntry:
-    """One row of the table."""
+    """One row of the table.
+
+    adapter_dir          LoftQ's models on the hub keep their adapter in "loftq_init"; QLoRA follows
+    nbytes_per_weight    peak memory for each weight of a matrix, measured; with nbytes_per_gram for each entry of the
+                         smaller Gram matrix that the SVD works on
+    """
 
     module: str
     adapter_dir: str
     summary: str
+    nbytes_per_weight: int
+    nbytes_per_gram: int = 0
 
 
 METHODS: dict[str, MethodEntry] = {
     "loftq": MethodEntry(
-        "loftq_cli.methods.loftq", "loftq_init", "adapter fitted to the quantization error (arXiv 2310.08659)"
+        module="loftq_cli.methods.loftq",
+        adapter_dir="loftq_init",
+        summary="adapter fitted to the quantization error (arXiv 2310.08659)",
+        nbytes_per_weight=28,
+        nbytes_per_gram=32,
     ),
-    "qlora": MethodEntry("loftq_cli.methods.qlora", "qlora_init", "adapter that starts at zero (arXiv 2305.14314)"),
+    "qlora": MethodEntry(
+        module="loftq_cli.methods.qlora",
+        adapter_dir="qlora_init",
+        summary="adapter that starts at zero (arXiv 2305.14314)",
+        nbytes_per_weight=16,
+    ),
 }
 
 
