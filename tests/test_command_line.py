@@ -297,3 +297,9 @@ def test_the_checksums_are_those_of_the_files(run, source, tmp_path):
     files = files_of(tmp_path / "out")
     files.pop("checksums.json")
     assert listed == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+def test_a_terminal_that_knows_only_ascii_is_no_reason_to_stop():
+    done = loftq("inspect", "builtin:tiny-llama", "--top", 2, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "288?192" in done.stdout

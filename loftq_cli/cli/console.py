@@ -63,16 +63,18 @@ class ConversionProgress:
         self._bar: Progress | None = None
         if not quiet and sys.stderr.isatty():
             self._bar = Progress(
-                BarColumn(bar_width=24),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
-                TextColumn("{task.description}", markup=False),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 TextColumn("peak {task.fields[peak]}", markup=False),
+                TextColumn("{task.fields[change]}", markup=False),
+                # Last, where a narrow terminal cuts it off.
+                TextColumn("{task.description}", markup=False),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("", total=n_layers, peak=megabytes(peak_nbytes()))
+            self._task = self._bar.add_task("", total=n_layers, peak=megabytes(peak_nbytes()), change="")
 
     def __enter__(self) -> ConversionProgress:
         if self._bar is not None:
@@ -86,7 +88,7 @@ class ConversionProgress:
             self._bar.stop()
 
     def layer_started(self, name: str) -> None:
-        """The next layer's name on the bar."""
+        """The next layer's name on the bar, beside the error of the one before."""
         if self._bar is not None:
             self._bar.update(self._task, description=printable(name, 60), peak=megabytes(peak_nbytes()))
 
@@ -97,12 +99,7 @@ class ConversionProgress:
             return
         change = f"error {result.quantization_error:.4f} -> {result.error.error:.4f}"
         if self._bar is not None:
-            self._bar.update(
-                self._task,
-                advance=1,
-                description=f"{printable(result.name, 60)} {change}",
-                peak=megabytes(peak_nbytes()),
-            )
+            self._bar.update(self._task, advance=1, change=change, peak=megabytes(peak_nbytes()))
         else:
             seconds = time.monotonic() - self._started
             left = seconds / self._done * (self._n_layers - self._done)
