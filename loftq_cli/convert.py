@@ -14,14 +14,15 @@ from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.side_files import copy_side_file, find_side_files
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import (
+    JournalEntry,
     Staging,
     check_apart,
     check_output,
     check_space,
-    finished_fingerprint,
+    finished_mark,
 )
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.jobs import OutputFiles, as_matrix, is_intact, run_job
+from loftq_cli.jobs import OutputFiles, as_matrix, input_sha256, is_intact, run_job
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.metrics import LayerError, relative, total_error
 from loftq_cli.model_files import index_json, write_texts
@@ -132,8 +133,14 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
 
     Raises UsageError when something else stands there.
     """
-    if not overwrite and finished_fingerprint(conversion.output) == conversion.fingerprint:
-        return True
+    mark = None if overwrite else finished_mark(conversion.output)
+    # The fingerprint covers headers and options; whether the weights are the same, only their bytes can tell.
+    if mark is not None and mark.get("fingerprint") == conversion.fingerprint:
+        checkpoint = conversion.checkpoint
+        if mark.get("input_sha256") == fingerprint_of(
+            {j.name: input_sha256(checkpoint, j.name) for j in conversion.plan.jobs}
+        ):
+            return True
     check_output(conversion.output, overwrite=overwrite)
     return False
 
@@ -147,14 +154,15 @@ def run(conversion: Conversion, observer: Observer, *, overwrite: bool, restart:
     check_space(output, plan.base_nbytes + plan.adapter_nbytes)
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
     try:
-        results, sums, resumed = _run_jobs(conversion, staging, observer)
+        results, entries, resumed = _run_jobs(conversion, staging, observer)
         if verify:
             observer.phase("verifying what was written")
             _verify(conversion, staging.path, results)
         observer.phase("publishing")
-        _write_side_files(conversion, staging.path, results, fingerprint_of(sums))
+        _write_side_files(conversion, staging.path, results, _base_fingerprint(plan, entries))
         conversion.checkpoint.check_unchanged()
-        staging.publish(TOOL)
+        inputs = {name: entry.input_sha256 for name, entry in entries.items()}
+        staging.publish({**TOOL, "input_sha256": fingerprint_of(inputs)})
     finally:
         staging.close()
     total = total_error(result.error for result in results)
@@ -163,12 +171,12 @@ def run(conversion: Conversion, observer: Observer, *, overwrite: bool, restart:
 
 def _run_jobs(
     conversion: Conversion, staging: Staging, observer: Observer
-) -> tuple[list[LayerResult], dict[str, str], int]:
-    """Every job of the plan; returns the layers' results, the sha256 of their base tensors, and how many were kept."""
+) -> tuple[list[LayerResult], dict[str, JournalEntry], int]:
+    """Every job of the plan; returns the layers' results, all journal entries, and how many layers were kept."""
     plan = conversion.plan
     files = OutputFiles(plan, staging.path)
     results: list[LayerResult] = []
-    sums: dict[str, str] = {}
+    entries: dict[str, JournalEntry] = {}
     resumed = 0
     try:
         for job in plan.jobs:
@@ -179,15 +187,21 @@ def _run_jobs(
             if entry is None or not kept:
                 entry = run_job(conversion.checkpoint, plan.recipe, job, files)
                 staging.record(entry)
+            entries[job.name] = entry
             if isinstance(job, LayerJob):
                 results.append(LayerResult.from_json(entry.result))
-                sums |= {tensor.name: entry.outputs[tensor.name] for tensor in job.base_tensors}
                 resumed += kept
                 observer.layer_done(results[-1], resumed=kept)
         files.close(sync=True)
     finally:
         files.close(sync=False)
-    return results, sums, resumed
+    return results, entries, resumed
+
+
+def _base_fingerprint(plan: Plan, entries: Mapping[str, JournalEntry]) -> str:
+    """One hash for all quantized weights of the base: what an adapter of it belongs to."""
+    tensors = ((job.name, tensor.name) for job in plan.layers for tensor in job.base_tensors)
+    return fingerprint_of({tensor: entries[name].outputs[tensor] for name, tensor in tensors})
 
 
 def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResult]) -> None:

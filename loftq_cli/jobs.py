@@ -140,11 +140,16 @@ def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) ->
         yield tensor_bytes(cast)
 
 
+def input_sha256(checkpoint: Checkpoint, name: str) -> str:
+    """The sha256 of a stored tensor's row-major bytes."""
+    digest = hashlib.sha256()
+    for chunk in checkpoint.chunks(name):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: OutputFiles) -> bool:
     """Whether a finished unit can be kept: its input and its output are re-hashed, existence proves nothing."""
-    digest = hashlib.sha256()
-    for chunk in checkpoint.chunks(entry.unit):
-        digest.update(chunk)
-    if digest.hexdigest() != entry.input_sha256:
+    if input_sha256(checkpoint, entry.unit) != entry.input_sha256:
         return False
     return all(files[name].sha256(name) == sha256 for name, sha256 in entry.outputs.items())

@@ -15,7 +15,7 @@ import models
 import pytest
 from conversions import Silent, StopAfter, files_of, loftq, run_conversion
 
-from loftq_cli.checkpoint.staging import Staging, check_apart, finished_fingerprint
+from loftq_cli.checkpoint.staging import Staging, check_apart, finished_mark
 from loftq_cli.errors import StorageError, UsageError
 
 RECIPE = {"rank": 4, "iterations": 2}
@@ -161,11 +161,24 @@ def test_the_same_command_on_a_finished_result_does_nothing(source, out):
 
 def test_a_damaged_result_does_not_count_as_done(source, out):
     run_conversion(source, out, **RECIPE)
-    assert finished_fingerprint(out)
+    assert finished_mark(out)
     with open(out / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
-    assert finished_fingerprint(out) is None
+    assert finished_mark(out) is None
+
+
+def test_a_result_of_other_weights_under_the_same_headers_does_not_count_as_done(source, out, tmp_path):
+    changing = tmp_path / "changing"
+    shutil.copytree(source, changing)
+    run_conversion(changing, out, **RECIPE)
+    first = sorted(changing.glob("*.safetensors"))[0]
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    again = loftq("quantize", changing, out, "--rank", 4, "--iterations", 2)
+    assert again.returncode == 2
+    assert "exists already (--overwrite replaces it)" in again.stderr
 
 
 def test_overwrite_replaces_a_result_and_leaves_nothing_behind(source, out):
