@@ -136,10 +136,9 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
     mark = None if overwrite else finished_mark(conversion.output)
     # The fingerprint covers headers and options; whether the weights are the same, only their bytes can tell.
     if mark is not None and mark.get("fingerprint") == conversion.fingerprint:
-        checkpoint = conversion.checkpoint
-        if mark.get("input_sha256") == fingerprint_of(
-            {j.name: input_sha256(checkpoint, j.name) for j in conversion.plan.jobs}
-        ):
+        names = [job.name for job in conversion.plan.jobs]
+        inputs = fingerprint_of({name: input_sha256(conversion.checkpoint, name) for name in names})
+        if mark.get("input_sha256") == inputs:
             return True
     check_output(conversion.output, overwrite=overwrite)
     return False

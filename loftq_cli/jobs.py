@@ -61,11 +61,11 @@ def run_job(checkpoint: Checkpoint, recipe: Recipe, job: LayerJob | CopyJob, fil
         return JournalEntry(job.name, digest.hexdigest(), written, {})
     file = checkpoint.tensors[job.name].file
     try:
-        tensors, result, input_sha256 = _quantize_layer(checkpoint, recipe, job)
+        tensors, result, sha256 = _quantize_layer(checkpoint, recipe, job)
     except LoftqError as error:
         raise error if error.tensor else error.at(file=file, tensor=job.name) from None
     written = {name: files[name].write(name, tensor) for name, tensor in tensors.items()}
-    return JournalEntry(job.name, input_sha256, written, result.to_json())
+    return JournalEntry(job.name, sha256, written, result.to_json())
 
 
 def _quantize_layer(
@@ -75,7 +75,7 @@ def _quantize_layer(
     import torch
 
     stored = checkpoint.load(job.name)
-    input_sha256 = hashlib.sha256(tensor_bytes(stored)).hexdigest()
+    sha256 = hashlib.sha256(tensor_bytes(stored)).hexdigest()
     weight = as_matrix(stored, transposed=job.matrix.transposed)
     del stored
     quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype)
@@ -93,11 +93,11 @@ def _quantize_layer(
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise InputError(
                 f"{name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}",
-                hint="a wider dtype holds it: --adapter-dtype float32",
+                hint="--adapter-dtype float32 holds more" if "lora_" in name else "--exclude it",
             )
     error = layer_error(weight, quantizer.dequantize(initial.quantized), initial.lora)
     result = layer_result(job, error, initial.quantization_error, initial.iteration_errors, initial.best_iteration)
-    return tensors, result, input_sha256
+    return tensors, result, sha256
 
 
 def as_matrix(stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:
