@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import models
@@ -303,3 +306,13 @@ def test_a_terminal_that_knows_only_ascii_is_no_reason_to_stop():
     done = loftq("inspect", "builtin:tiny-llama", "--top", 2, PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert "288?192" in done.stdout
+
+
+def test_a_reader_that_goes_away_is_status_3_without_a_traceback(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "loftq_cli", "inspect", "builtin:tiny-llama"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 3
+    assert "Traceback" not in done.stderr

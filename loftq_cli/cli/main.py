@@ -76,7 +76,7 @@ def _run(arguments: list[str]) -> int:
         return EXIT_INPUT
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # whoever read stdout has gone; Typer answers that by SystemExit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
         return EXIT_STORAGE
     if status == EXIT_INTERRUPTED:  # Typer turns a KeyboardInterrupt into this status without a word
