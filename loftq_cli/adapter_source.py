@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,8 +11,9 @@ from typing import Any
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
+from loftq_cli.checkpoint.watched_file import sha256_of
 from loftq_cli.errors import InputError, MismatchError
-from loftq_cli.layouts.peft_adapter import CONFIG_NAME, PREFIX, pattern_value, scaling_of
+from loftq_cli.layouts.peft_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, pattern_value, scaling_of
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import WEIGHT_DTYPES
 
@@ -92,11 +92,7 @@ class AdapterSource:
 
     def is_same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bytes."""
-        digests = [hashlib.sha256(), hashlib.sha256()]
-        for digest, tensor in zip(digests, (name, other), strict=True):
-            for chunk in self.weights.chunks(tensor):
-                digest.update(chunk)
-        return digests[0].digest() == digests[1].digest()
+        return sha256_of(self.weights.chunks(name)) == sha256_of(self.weights.chunks(other))
 
 
 def open_adapter(path: Path) -> AdapterSource:
@@ -118,10 +114,10 @@ def open_adapter(path: Path) -> AdapterSource:
 
 
 def _weights_path(path: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in (WEIGHTS_NAME, "adapter_model.bin"):
         if (path / name).exists():
             return path / name
-    raise InputError("holds no adapter_model.safetensors", file=path)
+    raise InputError(f"holds no {WEIGHTS_NAME}", file=path)
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:

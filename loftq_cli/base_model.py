@@ -4,15 +4,13 @@ computes with. Reads only.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.checkpoint.source import Checkpoint, WeightsFile, open_checkpoint, open_weights_file
+from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError
 from loftq_cli.family import Family
 from loftq_cli.layouts import bitsandbytes
@@ -35,8 +33,7 @@ class BaseModel:
     quantized: frozenset[str]
     family: Family
     config: dict[str, Any]
-    checkpoint: Checkpoint | None
-    _files: tuple[WeightsFile, ...] = ()
+    checkpoint: Checkpoint
 
     @classmethod
     def open(cls, path: Path) -> BaseModel:
@@ -45,9 +42,7 @@ class BaseModel:
         Raises InputError for a quantized model in another container, and for a 4-bit weight that lacks a part.
         """
         checkpoint = open_checkpoint(path)
-        config = {}
-        if checkpoint.directory is not None and (checkpoint.directory / "config.json").exists():
-            config = read_json_object(checkpoint.directory / "config.json")
+        config = checkpoint.config()
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
         quantized = frozenset(bitsandbytes.quantized_names(checkpoint.tensors))
         for name in sorted(quantized):
@@ -60,15 +55,14 @@ class BaseModel:
     @classmethod
     def of_shards(cls, directory: Path, names: Sequence[str], family: Family) -> BaseModel:
         """The weight files called `names`, of a directory that is not complete yet."""
-        files = tuple(open_weights_file(directory / name) for name in names)
-        tensors = {name: ref for file in files for name, ref in file.tensors.items()}
-        return cls(directory, tensors, frozenset(bitsandbytes.quantized_names(tensors)), family, {}, None, files)
+        checkpoint = open_files(directory, names)
+        quantized = frozenset(bitsandbytes.quantized_names(checkpoint.tensors))
+        return cls(directory, checkpoint.tensors, quantized, family, {}, checkpoint)
 
     @property
     def folder(self) -> Path:
         """The directory of the model, also where one weight file of it was named."""
-        directory = None if self.checkpoint is None else self.checkpoint.directory
-        return directory or self.path
+        return self.checkpoint.directory or self.path
 
     def __enter__(self) -> BaseModel:
         return self
@@ -76,18 +70,14 @@ class BaseModel:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.checkpoint is not None:
-            self.checkpoint.close()
+        self.checkpoint.close()
 
     def load(self, name: str) -> torch.Tensor:
         """A stored tensor as it is."""
-        if self.checkpoint is not None:
-            return self.checkpoint.load(name)
-        return next(file for file in self._files if name in file.tensors).load(name)
+        return self.checkpoint.load(name)
 
     def raw(self, name: str) -> bytes:
         """The bytes of a small stored tensor; needs no torch."""
-        assert self.checkpoint is not None
         return b"".join(self.checkpoint.chunks(name))
 
     def codebook_tensor(self, name: str) -> CodebookTensor:
@@ -142,11 +132,3 @@ class BaseModel:
     def parts(self, name: str) -> list[str]:
         """Names of the stored tensors that make the weight called `name`."""
         return [part for part in bitsandbytes.parts(name) if part in self.tensors] if name in self.quantized else [name]
-
-    def sha256(self, name: str) -> str:
-        """The sha256 of a stored tensor's bytes."""
-        digest = hashlib.sha256()
-        assert self.checkpoint is not None
-        for chunk in self.checkpoint.chunks(name):
-            digest.update(chunk)
-        return digest.hexdigest()

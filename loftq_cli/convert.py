@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.checkpoint.side_files import copy_side_file, find_side_files
+from loftq_cli.checkpoint.side_files import copy_side_files
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import (
     JournalEntry,
@@ -21,8 +20,9 @@ from loftq_cli.checkpoint.staging import (
     check_space,
     finished_mark,
 )
+from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.jobs import OutputFiles, as_matrix, input_sha256, is_intact, run_job
+from loftq_cli.jobs import as_matrix, is_intact, run_job
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.metrics import LayerError, relative, total_error
 from loftq_cli.model_files import index_json, write_texts
@@ -116,16 +116,9 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path])
-    config = read_config(checkpoint)
+    config = checkpoint.config()
     plan = build_plan(checkpoint.tensors, config, recipe)
     return Conversion(checkpoint, config, plan, output, output.as_posix())
-
-
-def read_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json beside the weights; empty where there is none."""
-    if checkpoint.directory is None or not (checkpoint.directory / "config.json").exists():
-        return {}
-    return read_json_object(checkpoint.directory / "config.json")
 
 
 def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
@@ -133,11 +126,11 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
 
     Raises UsageError when something else stands there.
     """
-    mark = None if overwrite else finished_mark(conversion.output)
+    mark = None if overwrite else finished_mark(conversion.output, conversion.fingerprint)
     # The fingerprint covers headers and options; whether the weights are the same, only their bytes can tell.
-    if mark is not None and mark.get("fingerprint") == conversion.fingerprint:
+    if mark is not None:
         names = [job.name for job in conversion.plan.jobs]
-        inputs = fingerprint_of({name: input_sha256(conversion.checkpoint, name) for name in names})
+        inputs = fingerprint_of({name: conversion.checkpoint.sha256(name) for name in names})
         if mark.get("input_sha256") == inputs:
             return True
     check_output(conversion.output, overwrite=overwrite)
@@ -173,7 +166,8 @@ def _run_jobs(
 ) -> tuple[list[LayerResult], dict[str, JournalEntry], int]:
     """Every job of the plan; returns the layers' results, all journal entries, and how many layers were kept."""
     plan = conversion.plan
-    files = OutputFiles(plan, staging.path)
+    adapter = {f"{plan.adapter_dir}/{peft_adapter.WEIGHTS_NAME}": plan.adapter_tensors}
+    files = OutputFiles(staging.path, {shard.file: shard.tensors for shard in plan.shards} | adapter)
     results: list[LayerResult] = []
     entries: dict[str, JournalEntry] = {}
     resumed = 0
@@ -236,9 +230,7 @@ def _write_side_files(
     plan, base_model = conversion.plan, conversion.base_model
     source = source_name(conversion.checkpoint.path)
     if conversion.checkpoint.directory is not None:
-        for path in find_side_files(conversion.checkpoint.directory)[0]:
-            target = Path("SOURCE_README.md") if path == Path("README.md") else path
-            copy_side_file(conversion.checkpoint.directory / path, directory / target)
+        copy_side_files(conversion.checkpoint.directory, directory)
     texts = {
         f"{plan.adapter_dir}/{peft_adapter.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.staging import JournalEntry
-from loftq_cli.checkpoint.writer import SafetensorsWriter, tensor_bytes
+from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.methods.method import load_method
 from loftq_cli.metrics import layer_error
-from loftq_cli.plan import CopyJob, LayerJob, Plan
+from loftq_cli.plan import CopyJob, LayerJob
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import LayerResult, layer_result
@@ -27,26 +26,6 @@ if TYPE_CHECKING:
     import torch
 
 _SLAB_NUMEL = 1 << 22  # elements converted at once when a copy changes dtype: 16 MB of float32
-
-
-class OutputFiles:
-    """All output files of a plan, open for writing; a tensor finds its file by its name."""
-
-    def __init__(self, plan: Plan, directory: Path) -> None:
-        (directory / plan.adapter_dir).mkdir(exist_ok=True)
-        self._writers = [SafetensorsWriter(directory / shard.file, shard.tensors) for shard in plan.shards]
-        adapter = SafetensorsWriter(directory / plan.adapter_dir / peft_adapter.WEIGHTS_NAME, plan.adapter_tensors)
-        by_file = {writer.path.name: writer for writer in self._writers}
-        self._writer_of = {name: by_file[file] for name, file in plan.shard_of.items()}
-        self._writer_of |= {tensor.name: adapter for tensor in plan.adapter_tensors}
-        self._writers.append(adapter)
-
-    def __getitem__(self, name: str) -> SafetensorsWriter:
-        return self._writer_of[name]
-
-    def close(self, *, sync: bool) -> None:
-        for writer in self._writers:
-            writer.close(sync=sync)
 
 
 def run_job(checkpoint: Checkpoint, recipe: Recipe, job: LayerJob | CopyJob, files: OutputFiles) -> JournalEntry:
@@ -140,16 +119,8 @@ def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) ->
         yield tensor_bytes(cast)
 
 
-def input_sha256(checkpoint: Checkpoint, name: str) -> str:
-    """The sha256 of a stored tensor's row-major bytes."""
-    digest = hashlib.sha256()
-    for chunk in checkpoint.chunks(name):
-        digest.update(chunk)
-    return digest.hexdigest()
-
-
 def is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: OutputFiles) -> bool:
     """Whether a finished unit can be kept: its input and its output are re-hashed, existence proves nothing."""
-    if input_sha256(checkpoint, entry.unit) != entry.input_sha256:
+    if checkpoint.sha256(entry.unit) != entry.input_sha256:
         return False
     return all(files[name].sha256(name) == sha256 for name, sha256 in entry.outputs.items())

@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.checkpoint.staging import Staging, check_space
-from loftq_cli.checkpoint.writer import SafetensorsWriter
+from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import InputError, NumericError, QualityError
 from loftq_cli.jobs import as_matrix, recast_chunks
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.merge_plan import Merge, MergeJob
 from loftq_cli.merge_report import MergedLayer, MergeOutcome, total_retention, write_side_files
+from loftq_cli.metrics import adapter_delta
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL
 from loftq_cli.targets import module_of
+from loftq_cli.tensors import LoraPair
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,6 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> 
         outcome = MergeOutcome(_run_jobs(merge, staging.path, observer), notes)
         _check_retention(merge, outcome.layers)
         write_side_files(merge, staging.path, outcome)
-        assert merge.base.checkpoint is not None
         merge.base.checkpoint.check_unchanged()
         merge.adapter.weights.check_unchanged()
         staging.publish(TOOL)
@@ -71,49 +72,45 @@ def _unused_notes(merge: Merge) -> list[str]:
 
 
 def _run_jobs(merge: Merge, directory: Path, observer: Observer) -> tuple[MergedLayer, ...]:
-    writers = {shard.file: SafetensorsWriter(directory / shard.file, shard.tensors) for shard in merge.shards}
-    writer_of = {tensor.name: writers[shard.file] for shard in merge.shards for tensor in shard.tensors}
+    files = OutputFiles(directory, {shard.file: shard.tensors for shard in merge.shards})
     layers = []
     try:
         for job in merge.jobs:
-            layer = _run_job(merge, job, writer_of)
+            layer = _run_job(merge, job, files)
             if layer is not None:
                 layers.append(layer)
                 observer.layer_merged(layer)
-        for writer in writers.values():
-            writer.close(sync=True)
+        files.close(sync=True)
     finally:
-        for writer in writers.values():
-            writer.close(sync=False)
+        files.close(sync=False)
     return tuple(layers)
 
 
-def _run_job(merge: Merge, job: MergeJob, writer_of: Mapping[str, SafetensorsWriter]) -> MergedLayer | None:
+def _run_job(merge: Merge, job: MergeJob, files: OutputFiles) -> MergedLayer | None:
     if job.is_copied:
-        _copy(merge, job, writer_of)
+        _copy(merge, job, files)
         return None
     output = job.outputs[0]
     if job.lora is None and job.matrix is None and job.name not in merge.base.quantized:
-        writer_of[output.name].write(output.name, _finite(merge, job, _vector(merge, job)))
+        files[output.name].write(output.name, _finite(merge, job, _vector(merge, job)))
         return None
     try:
         tensors, layer = _merged(merge, job)
     except NumericError as error:
         raise error.at(file=merge.base.path, tensor=job.name) from None
     for name, tensor in tensors.items():
-        writer_of[name].write(name, tensor)
+        files[name].write(name, tensor)
     return layer
 
 
-def _copy(merge: Merge, job: MergeJob, writer_of: Mapping[str, SafetensorsWriter]) -> None:
+def _copy(merge: Merge, job: MergeJob, files: OutputFiles) -> None:
     checkpoint = merge.base.checkpoint
-    assert checkpoint is not None
     for output in job.outputs:
         if output.dtype == checkpoint.tensors[output.name].dtype:
             chunks = checkpoint.chunks(output.name)
         else:
             chunks = recast_chunks(checkpoint, output.name, output.dtype, hashlib.sha256())
-        writer_of[output.name].write_chunks(output.name, chunks)
+        files[output.name].write_chunks(output.name, chunks)
 
 
 def _vector(merge: Merge, job: MergeJob) -> torch.Tensor:
@@ -136,7 +133,7 @@ def _merged(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merge
     layer, delta, merged = None, None, weight
     if job.lora is not None:
         lora_A, lora_B = _adapter_tensor(merge, job.lora.lora_A), _adapter_tensor(merge, job.lora.lora_B)
-        delta = (lora_B.float() @ lora_A.float()).mul_(job.lora.scaling)
+        delta = adapter_delta(LoraPair(lora_A, lora_B, job.lora.scaling))
         squared_delta = error_stats(delta, delta).squared_weight
         layer = MergedLayer(job.name, lora_A.shape[0], job.lora.scaling, squared_weight, squared_delta, None)
         merged = weight + delta

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.side_files import copy_side_file, find_side_files
+from loftq_cli.checkpoint.side_files import copy_side_files
+from loftq_cli.checkpoint.staging import CHECKSUMS
 from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_plan import Merge
@@ -20,7 +21,7 @@ from loftq_cli.targets import module_of
 MERGE_REPORT_NAME = "loftq_merge_report.json"
 
 # What is true of the base only. An adapter_config.json would make transformers look for an adapter in a merged model.
-_NOT_COPIED = {REPORT_NAME, RECIPE_NAME, PROVENANCE_NAME, MERGE_REPORT_NAME, "checksums.json", CONFIG_NAME}
+_NOT_COPIED = {REPORT_NAME, RECIPE_NAME, PROVENANCE_NAME, MERGE_REPORT_NAME, CHECKSUMS, CONFIG_NAME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,9 @@ def layer_json(layer: MergedLayer) -> dict[str, Any]:
 def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> None:
     """Tokenizer and the like, config, index, report and card. Raises StorageError."""
     base = merge.base
-    if base.checkpoint is not None and base.checkpoint.directory is not None:
-        ours = (base.folder / REPORT_NAME).is_file()
-        for path in find_side_files(base.folder)[0]:
-            if path.as_posix() in _NOT_COPIED or (ours and path == Path("README.md")):
-                continue
-            target = Path("SOURCE_README.md") if path == Path("README.md") else path
-            copy_side_file(base.folder / path, directory / target)
+    if base.checkpoint.directory is not None:
+        card = {"README.md"} if (base.folder / REPORT_NAME).is_file() else set()
+        copy_side_files(base.folder, directory, leave=_NOT_COPIED | card)
     texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
     if len(merge.shards) > 1:
         shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}

@@ -63,11 +63,15 @@ class LayerJob:
 
 @dataclass(frozen=True, slots=True)
 class CopyJob:
-    """One tensor that is written as it is, or in the model's dtype; and why it is not quantized."""
+    """One tensor that is written as it is, or in the model's dtype; and why it is not quantized.
+
+    note   what has to be said about it, beside its reason
+    """
 
     name: str
     output: OutTensor
     reason: str
+    note: str | None = None
 
     @property
     def base_tensors(self) -> tuple[OutTensor, ...]:
@@ -228,7 +232,8 @@ class _Planner:
             return self._copy(ref, "excluded by an override")
         fit = self.layout.fit(asked, shape)
         if fit.spec is None:
-            return self._copy(ref, fit.reason or "does not fit the container")
+            reason = fit.reason or "does not fit the container"
+            return self._copy(ref, reason, note=f"kept in full precision: {reason}")
         if lora.rank > min(shape):
             raise UsageError(
                 f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
@@ -246,14 +251,14 @@ class _Planner:
             note=fit.reason,
         )
 
-    def _copy(self, ref: TensorRef, reason: str) -> CopyJob:
+    def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
         dtype = ref.dtype
         # transformers keeps what is called "weight" in a 4-bit checkpoint in its stored dtype, and two float dtypes
         # in one model do not compute: so these are stored in the model's own.
         if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(".weight") and dtype in MODEL_DTYPES:
             dtype = self.dtype
         self.recast += dtype != ref.dtype
-        return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason)
+        return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)
 
 
 def _spec(recipe: Recipe) -> CodebookSpec:
@@ -296,11 +301,7 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
         yield f"{len(without)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
     if recast:
         yield f"{recast} copied weights are converted to the model's dtype"
-    for job in jobs:
-        if isinstance(job, LayerJob) and job.note:
-            yield f"{job.name}: {job.note}"
-        elif isinstance(job, CopyJob) and "rows" in job.reason:
-            yield f"{job.name}: kept in full precision: {job.reason}"
+    yield from (f"{job.name}: {job.note}" for job in jobs if job.note)
 
 
 def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:

@@ -70,7 +70,12 @@ def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> s
     """
     if provenance.expected is None:
         return "could not check the base's quantized weights: nothing records them" if provenance.layers else None
-    sums = {part: base.sha256(part) for name in provenance.layers if name in base.tensors for part in base.parts(name)}
+    sums = {
+        part: base.checkpoint.sha256(part)
+        for name in provenance.layers
+        if name in base.tensors
+        for part in base.parts(name)
+    }
     if fingerprint_of(sums) == provenance.expected:
         return "the base's quantized weights have the recorded sha256"
     what = "its quantized weights are not those the adapter was made for"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,15 +123,6 @@ SENTENCES = [
     "Prices fell in March, but nobody in the market seemed surprised.",
 ]
 FLOAT32 = ["bfloat16 llama called float32", "gpt2", "gpt2 without prefix", "bert", "bert base", "t5", "minilm"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Matrices of this size are slower on two threads, and much slower on two busy cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from loftq_cli.checkpoint.writer import storage_error
@@ -15,6 +16,7 @@ _WEIGHT_SUFFIXES = {
     *(".gguf", ".ggml"),
 }
 _SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
+SOURCE_CARD = "SOURCE_README.md"
 MAX_NBYTES = 200_000_000  # the largest tokenizers have tens of MB; more is not a side file
 
 
@@ -44,10 +46,17 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
     return copied, left
 
 
-def copy_side_file(source: Path, target: Path) -> None:
-    """Copy one file's bytes, with fresh normal permissions. Raises StorageError."""
-    try:
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(source, target)
-    except OSError as error:
-        raise storage_error(error, target) from None
+def copy_side_files(source: Path, target: Path, *, leave: Collection[str] = ()) -> None:
+    """Copy what `find_side_files` finds in `source`, but for the names in `leave`, with fresh normal permissions.
+
+    The source's README.md becomes SOURCE_README.md: a result has a card of its own. Raises StorageError.
+    """
+    for path in find_side_files(source)[0]:
+        if path.as_posix() in leave:
+            continue
+        copy = target / (SOURCE_CARD if path == Path("README.md") else path)
+        try:
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / path, copy)
+        except OSError as error:
+            raise storage_error(error, copy) from None

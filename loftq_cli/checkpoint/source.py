@@ -8,16 +8,16 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
+from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object, read_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
-from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile, sha256_of
 from loftq_cli.errors import InputError, StorageError, printable
 from loftq_cli.tensors import TensorRef
 
@@ -95,6 +95,16 @@ class Checkpoint:
         """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
         return self._reader(name).chunks(name, chunk_nbytes)
 
+    def sha256(self, name: str) -> str:
+        """The sha256 of the bytes that `chunks` gives."""
+        return sha256_of(self.chunks(name))
+
+    def config(self) -> dict[str, Any]:
+        """config.json beside the weights; empty where there is none. Raises InputError for a damaged one."""
+        if self.directory is None or not (self.directory / "config.json").exists():
+            return {}
+        return read_json_object(self.directory / "config.json")
+
     def check_unchanged(self) -> None:
         """Raises StorageError when a weight file or the index was replaced or rewritten since it was opened."""
         for reader in self._readers.values():
@@ -129,6 +139,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
             return _open_indexed(path, weights)
         return _open_single(path, weights, path)
     return _open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None)
+
+
+def open_files(directory: Path, names: Sequence[str]) -> Checkpoint:
+    """The checkpoint of exactly the weight files called `names`, in a directory that may not be complete yet."""
+    readers = {directory / name: open_weights_file(directory / name) for name in names}
+    tensors = {name: ref for reader in readers.values() for name, ref in reader.tensors.items()}
+    return Checkpoint(directory, directory, tuple(readers), None, tensors, readers, None)
 
 
 def open_weights_file(path: Path) -> WeightsFile:

@@ -153,12 +153,17 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError("exists already", file=output, hint="--overwrite replaces it")
 
 
-def finished_mark(output: Path) -> dict[str, Any] | None:
-    """The completeness mark of the result under `output`, when every file of it is as it was written."""
+def finished_mark(output: Path, fingerprint: str) -> dict[str, Any] | None:
+    """The completeness mark of the result under `output`, when it is that of `fingerprint` and every file of it is as
+    it was written.
+    """
     try:
         mark = read_json_object(output / CHECKSUMS)
         files = mark["files"]
-        if all(file_sha256(output / name) == expected for name, expected in files.items()):
+        # In this order: a result of something else is not worth reading through.
+        if mark["fingerprint"] == fingerprint and all(
+            file_sha256(output / name) == expected for name, expected in files.items()
+        ):
             return mark
     except (InputError, StorageError, OSError, KeyError, AttributeError):
         pass

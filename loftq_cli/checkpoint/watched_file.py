@@ -5,9 +5,10 @@ Knows nothing of what is in the file.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,14 @@ class WatchedFile:
             raise _changed(self.path) from exc
         if identity != self.identity:
             raise _changed(self.path)
+
+
+def sha256_of(chunks: Iterable[memoryview]) -> str:
+    """The sha256 of bytes that come in pieces."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def open_regular_file(path: Path) -> int:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +130,31 @@ class SafetensorsWriter:
                 view = view[written:]
         except OSError as error:
             raise storage_error(error, self.path) from None
+
+
+class OutputFiles:
+    """Several output files, open for writing; a tensor finds its file by its name."""
+
+    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]]) -> None:
+        """`files`: relative name -> its tensors. Raises StorageError when one cannot be laid out."""
+        self._writers: list[SafetensorsWriter] = []
+        self._writer_of: dict[str, SafetensorsWriter] = {}
+        for name, tensors in files.items():
+            try:
+                (directory / name).parent.mkdir(exist_ok=True)
+            except OSError as error:
+                raise storage_error(error, directory / name) from None
+            writer = SafetensorsWriter(directory / name, tensors)
+            self._writers.append(writer)
+            self._writer_of |= {tensor.name: writer for tensor in tensors}
+
+    def __getitem__(self, name: str) -> SafetensorsWriter:
+        return self._writer_of[name]
+
+    def close(self, *, sync: bool) -> None:
+        """Close all of them; see `SafetensorsWriter.close`."""
+        for writer in self._writers:
+            writer.close(sync=sync)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -7,6 +7,7 @@ import json
 from loftq_cli import convert
 from loftq_cli.cli import options
 from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
+from loftq_cli.layouts.peft_adapter import WEIGHTS_NAME
 from loftq_cli.plan import LayerJob, Plan
 from loftq_cli.recipe import recipe_json, recipe_toml, resolve_recipe
 from loftq_cli.report import bits_per_weight, error_json
@@ -138,7 +139,7 @@ def _print_plan(plan: Plan, *, as_json: bool, verbose: bool) -> None:
     )
     for shard in plan.shards:
         result(f"{shard.file}  {megabytes(sum(t.nbytes for t in shard.tensors))}, {len(shard.tensors)} tensors")
-    result(f"{plan.adapter_dir}/adapter_model.safetensors  {megabytes(plan.adapter_nbytes)}")
+    result(f"{plan.adapter_dir}/{WEIGHTS_NAME}  {megabytes(plan.adapter_nbytes)}")
 
 
 def _plan_json(plan: Plan) -> dict[str, object]:
