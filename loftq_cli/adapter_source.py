@@ -13,9 +13,16 @@ from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
 from loftq_cli.checkpoint.watched_file import sha256_of
 from loftq_cli.errors import InputError, MismatchError
-from loftq_cli.layouts.peft_adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, pattern_value, scaling_of
+from loftq_cli.layouts.peft_adapter import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    pattern_value,
+    pooling_of,
+    scaling_of,
+)
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import WEIGHT_DTYPES
+from loftq_cli.tensors import WEIGHT_DTYPES, Pooling
 
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
@@ -30,7 +37,6 @@ _ORIGINAL = ".original_module"
 # Config values that mean arithmetic other than W + s·B·A on the base as it is stored (peft 0.21).
 _REFUSED = {
     "use_dora": "DoRA scales the merged weight by a magnitude",
-    "use_qalora": "QA-LoRA adapters read pooled inputs",
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "KaSA truncates the base's weights and scales between the factors",
     "monteclora_config": "MonteCLoRA draws its weights",
@@ -40,13 +46,13 @@ _REFUSED = {
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
     "arrow_config": "Arrow routes between adapters",
 }
-_MERGED_SWITCHES = {"use_rslora"}
+_MERGED_SWITCHES = {"use_rslora", "use_qalora"}
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base's weights in memory
 
 
 @dataclass(frozen=True, slots=True)
 class LoraTensors:
-    """Tensor names of one adapted module, and the factor its product is scaled by."""
+    """Tensor names of one adapted module, the factor its product is scaled by, and how its input is pooled."""
 
     module: str
     lora_A: str
@@ -54,6 +60,7 @@ class LoraTensors:
     lora_bias: str | None
     scaling: float
     is_embedding: bool
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,10 @@ def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
     alpha = config.get("lora_alpha", 8)
     if type(alpha) not in (int, float) or alpha <= 0:
         raise InputError(f"lora_alpha is {alpha!r}, not a positive number", file=file)
+    try:
+        pooling_of(config)
+    except ValueError as error:
+        raise InputError(str(error), file=file) from None
 
 
 def _sort_tensors(source: AdapterSource) -> None:
@@ -222,4 +233,5 @@ def _lora_tensors(module: str, parts: Mapping[str, str], source: AdapterSource) 
     bias = parts.get(_BIAS)
     if bias is not None and tensors[bias].shape != shape_B[:1]:
         raise MismatchError(f"is {tensors[bias].shape} and lora_B is {shape_B}", file=file, tensor=bias)
-    return LoraTensors(module, name_A, name_B, bias, scaling_of(source.config, module, rank), is_embedding)
+    pooling = None if is_embedding else pooling_of(source.config)
+    return LoraTensors(module, name_A, name_B, bias, scaling_of(source.config, module, rank), is_embedding, pooling)

@@ -204,16 +204,17 @@ def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResu
     """
     from loftq_cli.base_model import BaseModel
     from loftq_cli.metrics import layer_error
-    from loftq_cli.tensors import LoraPair
+    from loftq_cli.tensors import lora_pair
 
     plan = conversion.plan
     checkpoint = conversion.checkpoint
     adapter = open_weights_file(directory / plan.adapter_dir / peft_adapter.WEIGHTS_NAME)
-    with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], plan.family) as base:
+    config = plan.model_config(conversion.config)
+    with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
             weight = as_matrix(checkpoint.load(job.name), transposed=job.matrix.transposed)
             name_A, name_B = peft_adapter.tensor_names(job.module)
-            pair = LoraPair(adapter.load(name_A), adapter.load(name_B), job.lora.scaling)
+            pair = lora_pair(adapter.load(name_A), adapter.load(name_B), job.lora.scaling, job.lora.pooling)
             on_disk = layer_error(weight, base.matrix(job.name), pair).error
             if not abs(on_disk - result.error.error) <= _VERIFY_TOLERANCE * max(1.0, on_disk):
                 raise StorageError(

@@ -16,17 +16,18 @@ from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
 from loftq_cli.layouts import peft_adapter
+from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.methods.method import METHODS
-from loftq_cli.metrics import LayerError, total_error
+from loftq_cli.metrics import GroupErrors, LayerError, total_error
 from loftq_cli.plan import LayerJob, possible_jobs
-from loftq_cli.quant.formats import FORMATS, make_quantizer
+from loftq_cli.quant.formats import FORMATS, QuantSpec, make_quantizer, size_of
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import REPORT_NAME, LayerResult, read_report
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import WEIGHT_DTYPES
+from loftq_cli.tensors import WEIGHT_DTYPES, AffineSpec, LoraPair, Pooling, lora_pair
 
 if TYPE_CHECKING:
-    from loftq_cli.tensors import LoraPair
+    import torch
 
 SORT_KEYS = ("name", "error", "base_error", "numel")
 
@@ -37,13 +38,12 @@ class LayerRow:
 
     name: str
     shape: tuple[int, int]
-    quant_type: str
-    block_size: int
-    double_quant: bool
+    spec: QuantSpec
     bits_per_weight: float
     rank: int | None
     scaling: float | None
     error: LayerError | None
+    groups: GroupErrors | None = None
 
     @property
     def numel(self) -> int:
@@ -109,8 +109,9 @@ def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str]) -> Iterator[
         ref = base.tensors[job.name]
         if isinstance(job, LayerJob):
             spec = job.matrix.spec
-            becomes = f"{spec.codebook}, block {spec.block_size}"
-            errors = {quant_type: _tried(base, job, quant_type) for quant_type in quant_types}
+            becomes = f"{spec.quant_type}, {size_of(spec)}"
+            tried = {quant_type: _tried(base, job, quant_type) for quant_type in quant_types}
+            errors = {quant_type: error for quant_type, error in tried.items() if error is not None}
         else:
             becomes, errors = f"copied: {job.reason}", {}
         yield TensorRow(job.name, ref.shape, ref.dtype, becomes, errors)
@@ -179,21 +180,27 @@ class _Adapter:
         except (ArithmeticError, AttributeError, TypeError, ValueError, re.error):
             raise InputError(f"gives no scaling for {module}", file=self.config_file, hint="convert again") from None
 
-    def pair(self, module: str, shape: tuple[int, int]) -> LoraPair | None:
-        from loftq_cli.tensors import LoraPair
+    def pooling(self) -> Pooling | None:
+        try:
+            return peft_adapter.pooling_of(self.config)
+        except ValueError as error:
+            raise InputError(str(error), file=self.config_file, hint="convert again") from None
 
+    def pair(self, module: str, shape: tuple[int, int]) -> LoraPair | None:
         scaling, tensors = self.scaling(module), self.weights.tensors
         if scaling is None:
             return None
         name_A, name_B = peft_adapter.tensor_names(module)
-        rank = tensors[name_A].shape[0]
+        rank, pooling = tensors[name_A].shape[0], self.pooling()
+        group_size = pooling.group_size if pooling else 1
         if (
-            tensors[name_A].shape != (rank, shape[1])
+            tensors[name_A].shape != (rank, shape[1] // group_size)
+            or shape[1] % group_size
             or name_B not in tensors
             or tensors[name_B].shape != (shape[0], rank)
         ):
             raise MismatchError(f"does not fit a layer of {shape}", file=self.weights.path, tensor=name_A)
-        return LoraPair(self.weights.load(name_A), self.weights.load(name_B), scaling)
+        return lora_pair(self.weights.load(name_A), self.weights.load(name_B), scaling, pooling)
 
 
 def _layer_row(
@@ -201,16 +208,13 @@ def _layer_row(
 ) -> LayerRow:
     rank, scaling = (adapter.rank(module), adapter.scaling(module)) if adapter else (None, None)
     error = known.error if known else None
-    nbytes = sum(base.tensors[part].nbytes for part in base.parts(name))
+    nbytes = sum(part.nbytes for part in base.parts(name))
     if name in base.quantized:
-        stored = base.stored_matrix(name)
-        shape, spec = stored.shape, stored.spec
-        form = (spec.codebook, spec.block_size, spec.double_quant)
+        shape, spec = base.quantized[name].shape, base.quantized[name].spec
     else:
         assert known is not None  # a dense layer is listed because the report knows it
-        shape = _matrix_shape(base, name)
-        form = (known.quant_type, known.block_size, known.double_quant)
-    return LayerRow(name, shape, *form, 8 * nbytes / math.prod(shape), rank, scaling, error)
+        shape, spec = _matrix_shape(base, name), known.spec
+    return LayerRow(name, shape, spec, 8 * nbytes / math.prod(shape), rank, scaling, error)
 
 
 def _matrix_shape(base: BaseModel, name: str) -> tuple[int, int]:
@@ -245,18 +249,40 @@ def _recomputed(
         shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
         raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
     pair = adapter.pair(module, row.shape) if adapter else None
-    error = layer_error(original.matrix(name), base.matrix(row.name), pair)
+    weight, dequantized = original.matrix(name), base.matrix(row.name)
+    error = layer_error(weight, dequantized, pair)
     for model, amount in ((original, error.squared_weight), (base, error.squared_error)):
         if not math.isfinite(amount):
             raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)
-    return replace(row, error=error)
+    return replace(row, error=error, groups=_group_errors(weight, dequantized, pair, row.spec))
 
 
-def _tried(base: BaseModel, job: LayerJob, quant_type: str) -> LayerError:
+def _group_errors(
+    weight: torch.Tensor, dequantized: torch.Tensor, pair: LoraPair | None, spec: QuantSpec
+) -> GroupErrors | None:
+    from loftq_cli.metrics import adapter_delta, group_errors
+
+    if not isinstance(spec, AffineSpec):
+        return None
+    return group_errors(weight, dequantized if pair is None else adapter_delta(pair).add_(dequantized), spec.group_size)
+
+
+def _as_type(base: BaseModel, job: LayerJob, quant_type: str) -> StoredMatrix | None:
+    """How quantize would store the weight of `job` in a format with its default options; None where it does not fit."""
+    layout = "dense" if FORMATS[quant_type].is_affine else None
+    recipe = Recipe(method="qlora", rank=1, quant_type=quant_type, layout=layout)
+    found = possible_jobs({job.name: base.tensors[job.name]}, base.config, recipe)
+    return next((other.matrix for other in found if isinstance(other, LayerJob)), None)
+
+
+def _tried(base: BaseModel, job: LayerJob, quant_type: str) -> LayerError | None:
     from loftq_cli.metrics import layer_error
 
+    matrix = _as_type(base, job, quant_type)
+    if matrix is None:
+        return None
     weight = base.matrix(job.name)
-    quantizer = make_quantizer(replace(job.matrix.spec, codebook=quant_type), job.matrix.dtype)
+    quantizer = make_quantizer(matrix.spec, matrix.dtype)
     try:
         return layer_error(weight, quantizer.dequantize(quantizer.quantize(weight)), None)
     except NumericError as error:

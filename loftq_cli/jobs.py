@@ -57,16 +57,17 @@ def _quantize_layer(
     sha256 = hashlib.sha256(tensor_bytes(stored)).hexdigest()
     weight = as_matrix(stored, transposed=job.matrix.transposed)
     del stored
-    quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype)
+    quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype, recipe.ranges)
     initial = load_method(recipe.method)(
         weight,
         quantizer,
         job.lora,
         iterations=recipe.iterations,
         svd=recipe.svd,
+        init=recipe.init,
         generator=torch.Generator().manual_seed(_seed(recipe.seed, job.name)),
     )
-    tensors = load_layout(recipe.layout).pack(job.matrix, initial.quantized)
+    tensors = load_layout(str(recipe.layout)).pack(job.matrix, initial.quantized)
     tensors |= peft_adapter.pack(job.module, initial.lora)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

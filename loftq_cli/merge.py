@@ -1,5 +1,5 @@
-"""Base plus adapter to a deployment checkpoint: dequant(Q) + s·B·A in float32, one tensor at a time. Every adapter
-tensor is merged, copied or refused; nothing is dropped.
+"""Base plus adapter to a deployment checkpoint: dequant(Q) + s·B·A in float32, one tensor at a time; or, of a pooled
+adapter, into the offsets of the base's groups. Every adapter tensor is merged, copied or refused; nothing is dropped.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from loftq_cli.adapter_source import LoraTensors
 from loftq_cli.checkpoint.staging import Staging, check_space
 from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import InputError, NumericError, QualityError
 from loftq_cli.jobs import as_matrix, recast_chunks
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.merge_plan import Merge, MergeJob
-from loftq_cli.merge_report import MergedLayer, MergeOutcome, total_retention, write_side_files
-from loftq_cli.metrics import adapter_delta
+from loftq_cli.merge_report import MergedLayer, MergeOutcome, total_lost, total_retention, write_side_files
+from loftq_cli.metrics import adapter_delta, group_delta
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import LoraPair
+from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, lora_pair
 
 if TYPE_CHECKING:
     import torch
 
 LEAST_RETENTION = 0.5  # below this, most of what was trained would be gone from the deployed model
+EXACT = 1e-6  # of the largest weight: what float32 offsets may differ by from float64 ones
 _SLAB_ROWS = 1024  # rows multiplied in float64 at once
 
 
@@ -43,7 +45,8 @@ class Observer(Protocol):
 def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> MergeOutcome:
     """Merge, check, publish; or leave nothing behind.
 
-    Raises QualityError when quantizing again erases more than half of the adapter, unless forced.
+    Raises QualityError when quantizing again, or rounding zero points, erases more than half of the adapter, unless
+    forced.
     """
     contents = check_contents(merge.base, merge.provenance, force=merge.options.force)
     notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge))
@@ -95,7 +98,7 @@ def _run_job(merge: Merge, job: MergeJob, files: OutputFiles) -> MergedLayer | N
         files[output.name].write(output.name, _finite(merge, job, _vector(merge, job)))
         return None
     try:
-        tensors, layer = _merged(merge, job)
+        tensors, layer = _moved(merge, job) if job.keeps_codes else _merged(merge, job)
     except NumericError as error:
         raise error.at(file=merge.base.path, tensor=job.name) from None
     for name, tensor in tensors.items():
@@ -132,10 +135,10 @@ def _merged(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merge
         raise NumericError("holds NaN or infinite values")
     layer, delta, merged = None, None, weight
     if job.lora is not None:
-        lora_A, lora_B = _adapter_tensor(merge, job.lora.lora_A), _adapter_tensor(merge, job.lora.lora_B)
-        delta = adapter_delta(LoraPair(lora_A, lora_B, job.lora.scaling))
+        pair = _pair(merge, job.lora)
+        delta = adapter_delta(pair)
         squared_delta = error_stats(delta, delta).squared_weight
-        layer = MergedLayer(job.name, lora_A.shape[0], job.lora.scaling, squared_weight, squared_delta, None)
+        layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
         merged = weight + delta
     if job.matrix is None:
         if _is_turned(merge, job):
@@ -146,7 +149,44 @@ def _merged(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merge
     if layer is not None and delta is not None:
         change = quantizer.dequantize(quantized).sub_(weight)
         layer = replace(layer, retained=_inner_product(change, delta))
-    return load_layout("bitsandbytes").pack(job.matrix, quantized), layer
+    return load_layout(merge.form.layout).pack(job.matrix, quantized), layer
+
+
+def _moved(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
+    """The base's codes with the adapter in their offsets, and how far that is from the exact sum, measured.
+
+    Raises NumericError where float32 offsets are not exact.
+    """
+    from loftq_cli.quant.affine import move_offsets, offset_difference
+    from loftq_cli.triton_kernels.error_stats import error_stats
+
+    base, matrix = merge.base.quantized_tensor(job.name), job.matrix
+    assert isinstance(base, AffineTensor) and matrix is not None and isinstance(matrix.spec, AffineSpec)
+    size = base.spec.group_size
+    delta, pair = base.scales.new_zeros(base.scales.shape).float(), None
+    if job.lora is not None:
+        pair = _pair(merge, job.lora)
+        delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
+    moved = move_offsets(base, delta, matrix.spec, matrix.dtype)
+    found = offset_difference(moved, base, delta)
+    is_exact = found.max_difference <= EXACT * found.max_weight
+    if matrix.spec.scale_dtype == "float32" and matrix.spec.zero_point == "float" and not is_exact:
+        raise NumericError(f"merged, it differs by {found.max_difference:g} from the exact sum")
+    tensors = load_layout(merge.form.layout).pack(matrix, moved)
+    if pair is None:
+        return tensors, None
+    weight = merge.base.matrix(job.name)
+    squared_weight, squared_delta = (
+        error_stats(weight, weight).squared_weight,
+        size * float(delta.double().square().sum()),
+    )
+    layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
+    return tensors, replace(layer, difference=found)
+
+
+def _pair(merge: Merge, lora: LoraTensors) -> LoraPair:
+    lora_A, lora_B = _adapter_tensor(merge, lora.lora_A), _adapter_tensor(merge, lora.lora_B)
+    return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling)
 
 
 def _weight(merge: Merge, job: MergeJob) -> torch.Tensor:
@@ -192,11 +232,19 @@ def _finite(merge: Merge, job: MergeJob, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
-    total = total_retention(layers)
-    if total is None or total >= LEAST_RETENTION or merge.options.force:
+    retained, lost = total_retention(layers), total_lost(layers)
+    if merge.options.force:
         return
-    raise QualityError(
-        f"quantized again to {merge.options.requantize}, {total:.1%} of the adapter would survive",
-        file=merge.base.path,
-        hint="merge without --requantize, which keeps all of it; or keep base and adapter apart; or --force",
-    )
+    if retained is not None and retained < LEAST_RETENTION:
+        raise QualityError(
+            f"quantized again to {merge.options.requantize}, {retained:.1%} of the adapter would survive",
+            file=merge.base.path,
+            hint="merge without --requantize, which keeps all of it; or keep base and adapter apart; or --force",
+        )
+    if lost is not None and lost > 1 - LEAST_RETENTION:
+        rounded = "with rounded zero points" if merge.options.round_zeros else "with such offsets"
+        raise QualityError(
+            f"{rounded}, {lost:.1%} of the update would be lost",
+            file=merge.base.path,
+            hint="float32 offsets keep all of it: --layout metal or mlx; or --force",
+        )

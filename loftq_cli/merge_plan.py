@@ -8,23 +8,23 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.staging import check_apart, check_output
 from loftq_cli.errors import MismatchError, UsageError
-from loftq_cli.layouts import bitsandbytes
-from loftq_cli.layouts.layout import StoredMatrix
+from loftq_cli.layouts.layout import StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
-from loftq_cli.plan import Shard, pack_shards
+from loftq_cli.merge_form import MergeForm, MergeOptions, choose_form
+from loftq_cli.plan import Shard, decoded_dtype, pack_shards
 from loftq_cli.provenance import Provenance, check_provenance
-from loftq_cli.quant.formats import FORMATS
+from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.recipe import parse_size
 from loftq_cli.report import TOOL
 from loftq_cli.targets import kind_of, module_of
-from loftq_cli.tensors import MODEL_DTYPES, WEIGHT_DTYPES, CodebookSpec, OutTensor
+from loftq_cli.tensors import WEIGHT_DTYPES, AffineSpec, CodebookSpec, OutTensor, Pooling
 
 # The output layer over the vocabulary, and classes that have none: only the former can share the embedding's weight.
 _VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
@@ -41,6 +41,7 @@ class MergeJob:
     lora_bias     the adapter whose bias is added to this bias, if any
     replacement   the adapter's tensor that takes its place first, if any
     matrix        how it is stored quantized, if it is
+    keeps_codes   what is stored are the base's codes with other offsets
     outputs       what is written
     is_copied     what is written are the base's bytes, or its numbers in another dtype
     """
@@ -50,6 +51,7 @@ class MergeJob:
     lora_bias: LoraTensors | None = None
     replacement: str | None = None
     matrix: StoredMatrix | None = None
+    keeps_codes: bool = False
     outputs: tuple[OutTensor, ...] = ()
     is_copied: bool = False
 
@@ -57,22 +59,6 @@ class MergeJob:
     def is_touched(self) -> bool:
         """Whether the adapter changes it."""
         return self.lora is not None or self.lora_bias is not None or self.replacement is not None
-
-
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """How to merge. `dtype` of None is the model's own."""
-
-    dtype: str | None = None
-    requantize: str | None = None
-    max_shard_size: str = "5GB"
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        if self.dtype is not None and self.dtype not in MODEL_DTYPES:
-            raise UsageError(f"--dtype {self.dtype!r} does not exist", hint=f"one of {', '.join(MODEL_DTYPES)}")
-        if self.requantize is not None and self.requantize not in FORMATS:
-            raise UsageError(f"--requantize {self.requantize!r} does not exist", hint=f"one of {', '.join(FORMATS)}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +69,7 @@ class Merge:
     adapter: AdapterSource
     output: Path
     options: MergeOptions
+    form: MergeForm
     dtype: str
     jobs: tuple[MergeJob, ...]
     shards: tuple[Shard, ...]
@@ -98,8 +85,7 @@ class Merge:
         """A hash of the options and of both inputs' headers."""
         refs = [*self.base.tensors.values(), *self.adapter.weights.tensors.values()]
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
-        options = [self.options.dtype, self.options.requantize, self.options.max_shard_size]
-        values = [TOOL, options, self.dtype, dict(self.adapter.config), headers]
+        values = [TOOL, asdict(self.options), self.dtype, dict(self.adapter.config), headers]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -121,9 +107,11 @@ def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOpt
     check_output(output, overwrite=overwrite)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
     dtype = options.dtype or base.family.dtype(base.tensors.values())
-    jobs = tuple(_Planner(base, adapter, options, dtype).jobs())
+    pooled = options.pooling is not None or any(entry.pooling for entry in adapter.lora.values())
+    form = choose_form(options, base, is_pooled=pooled)
+    jobs = tuple(_Planner(base, adapter, options, form, dtype).jobs())
     shards = pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size))
-    return Merge(base, adapter, output, options, dtype, jobs, shards, provenance)
+    return Merge(base, adapter, output, options, form, dtype, jobs, shards, provenance)
 
 
 def _is_vocabulary_head(module: str) -> bool:
@@ -133,23 +121,24 @@ def _is_vocabulary_head(module: str) -> bool:
 class _Planner:
     """Gives every tensor of the adapter its place; `lora`, `biases` and `whole` hold those that have none yet."""
 
-    def __init__(self, base: BaseModel, adapter: AdapterSource, options: MergeOptions, dtype: str) -> None:
-        self.base, self.adapter, self.options, self.dtype = base, adapter, options, dtype
+    def __init__(
+        self, base: BaseModel, adapter: AdapterSource, options: MergeOptions, form: MergeForm, dtype: str
+    ) -> None:
+        self.base, self.adapter, self.options, self.form, self.dtype = base, adapter, options, form, dtype
         self.file = adapter.weights.path
         self.loaded = adapter.names_in(base)
         self.lora, self.whole = dict(adapter.lora), dict(adapter.whole)
         self.biases = {f"{module}.bias": entry for module, entry in self.lora.items() if entry.lora_bias}
-        if options.requantize and not base.family.loads_in_4_bit():
-            what = f"transformers cannot load {base.family.model_type} from 4-bit tensors"
-            raise UsageError(what, hint="merge without --requantize")
+        if form.is_quantized and not base.family.loads_in_4_bit():
+            what = f"transformers cannot load {base.family.model_type} from quantized tensors"
+            raise UsageError(what, hint="--layout dense")
 
     def jobs(self) -> Iterator[MergeJob]:
         """A job for every base tensor, in order, then for every new one. Raises MismatchError for leftovers."""
         self._check_tied()
-        parts = {part for name in self.base.quantized for part in self.base.parts(name)} - self.base.quantized
         for name, ref in self.base.tensors.items():
             is_tied = ref.alias_of is not None and self.base.family.ties_embeddings()
-            if name not in parts and not (is_tied and self.loaded[name] not in self.whole):
+            if not (is_tied and self.loaded[name] not in self.whole):
                 yield self._job(name)
         for entry in self.lora.values():
             known = next((n for n in self.loaded.values() if n.endswith(".weight")), "none")
@@ -164,7 +153,7 @@ class _Planner:
         lora = self.lora.pop(module_of(loaded), None) if name.endswith(".weight") else None
         lora_bias, replacement = self.biases.pop(loaded, None), self.whole.pop(loaded, None)
         if lora is not None:
-            self._check_lora(name, lora)
+            lora = self._checked_lora(name, lora)
         if replacement is not None:
             self._check_replacement(name, replacement)
         if lora_bias is not None and lora_bias.lora_bias is not None:
@@ -193,30 +182,56 @@ class _Planner:
         return shape[::-1] if self.base.family.is_transposed(module_of(name)) else shape
 
     def _quantized(self, job: MergeJob) -> MergeJob | None:
-        """The job that stores its weight quantized again; None for one that is not, or that no loader would read."""
-        name, codebook = job.name, self.options.requantize
-        if codebook is None:
+        """The job that stores its weight quantized; None for one that is not, or that no loader would read."""
+        stored = self.base.quantized.get(job.name)
+        if not self.form.is_quantized:
             return None
-        if name in self.base.quantized:
-            stored = self.base.stored_matrix(name)
-            if not job.is_touched and stored.spec.codebook == codebook and stored.dtype == self.dtype:
-                # Its values lie on the grid already, and encoding them again would move some.
-                refs = [self.base.tensors[part] for part in self.base.parts(name)]
-                outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in refs)
-                return replace(job, matrix=stored, outputs=outputs, is_copied=True)
-        elif job.lora is None or kind_of(self.base.tensors[name], self.base.family) not in ("linear", "head"):
+        if self.form.keeps_codes:
+            # A replaced weight has no codes to keep.
+            return self._with_offsets(job, stored) if stored is not None and job.replacement is None else None
+        spec = self.form.spec
+        assert spec is not None
+        if stored is not None:
+            if isinstance(spec, CodebookSpec) and isinstance(stored.spec, CodebookSpec):
+                spec = replace(stored.spec, codebook=spec.codebook)
+            shape, transposed = stored.shape, stored.transposed
+        elif job.lora is None or kind_of(self.base.tensors[job.name], self.base.family) not in ("linear", "head"):
             return None
         else:
-            out_features, in_features = self.base.matrix_shape(name)
-            transposed = self.base.family.is_transposed(module_of(name))
-            stored = StoredMatrix(name, (out_features, in_features), CodebookSpec(), self.dtype, transposed)
-        spec = bitsandbytes.fit(replace(stored.spec, codebook=codebook), stored.shape).spec
-        if spec is None:
+            out_features, in_features = self.base.matrix_shape(job.name)
+            shape, transposed = (out_features, in_features), self.base.family.is_transposed(module_of(job.name))
+        fitting = load_layout(self.form.layout).fit(spec, shape, transposed=transposed).spec
+        if fitting is None:
             return None
-        matrix = replace(stored, spec=spec, dtype=self.dtype)
-        return replace(job, matrix=matrix, outputs=bitsandbytes.planned(matrix))
+        matrix = self._stored(job.name, shape, fitting, transposed=transposed)
+        if not job.is_touched and matrix == stored and self.base.layout == self.form.layout:
+            # Its values lie on the grid already, and encoding them again would move some.
+            outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in self.base.parts(job.name))
+            return replace(job, matrix=matrix, outputs=outputs, is_copied=True)
+        return replace(job, matrix=matrix, outputs=load_layout(self.form.layout).planned(matrix))
 
-    def _check_lora(self, name: str, lora: LoraTensors) -> None:
+    def _with_offsets(self, job: MergeJob, stored: StoredMatrix) -> MergeJob:
+        """The job that moves the offsets of a quantized weight. Raises MismatchError for groups that do not fit."""
+        assert isinstance(stored.spec, AffineSpec)
+        groups, size = job.lora.pooling if job.lora else None, stored.spec.group_size
+        if job.lora is not None and groups is None:
+            what = f"has no pooled input, so no zero point of {job.name} can hold it"
+            raise MismatchError(what, file=self.file, tensor=job.lora.lora_A, hint="--layout dense")
+        if job.lora is not None and groups is not None and groups.group_size % size:
+            what = f"pools groups of {groups.group_size}, which are not unions of the groups of {size} of {job.name}"
+            raise MismatchError(what, file=self.file, tensor=job.lora.lora_A, hint="--layout dense")
+        layout, spec = load_layout(self.form.layout), self.form.spec_for(stored.spec)
+        fit = layout.fit(spec, stored.shape, transposed=stored.transposed)
+        if fit.spec is None:
+            raise UsageError(f"--layout {self.form.layout}: {fit.reason}", tensor=job.name, hint="--layout dense")
+        matrix = self._stored(job.name, stored.shape, spec, transposed=False)
+        return replace(job, matrix=matrix, keeps_codes=True, outputs=layout.planned(matrix))
+
+    def _stored(self, name: str, shape: tuple[int, int], spec: QuantSpec, *, transposed: bool) -> StoredMatrix:
+        return StoredMatrix(name, shape, spec, decoded_dtype(self.form.layout, spec, self.dtype), transposed)
+
+    def _checked_lora(self, name: str, lora: LoraTensors) -> LoraTensors:
+        """`lora` with its pooling settled. Raises MismatchError where it does not fit the weight called `name`."""
         ref, tensors = self.base.tensors[name], self.adapter.weights.tensors
         is_dense = name not in self.base.quantized
         if is_dense and ref.dtype not in WEIGHT_DTYPES:
@@ -229,7 +244,27 @@ class _Planner:
                 hint="is config.json beside the base's weights?",
             )
         shape = ref.shape[::-1] if lora.is_embedding else self.base.matrix_shape(name)
-        self._check_shape(lora.lora_B, name, shape, (tensors[lora.lora_B].shape[0], tensors[lora.lora_A].shape[1]))
+        pooled = tensors[lora.lora_A].shape[1]
+        lora = self._pooled(name, lora, pooled, shape[-1])
+        in_features = pooled * (lora.pooling.group_size if lora.pooling else 1)
+        hint = None
+        if lora.pooling is None and pooled and shape[-1] % pooled == 0 and not lora.is_embedding:
+            hint = "a QA-LoRA adapter whose config does not say so? --pooling peft, paper or repo"
+        self._check_shape(lora.lora_B, name, shape, (tensors[lora.lora_B].shape[0], in_features), hint=hint)
+        return lora
+
+    def _pooled(self, name: str, lora: LoraTensors, pooled: int, in_features: int) -> LoraTensors:
+        """`lora` with the pooling that its shape, its config and the options tell."""
+        if pooled == in_features or lora.is_embedding:
+            # PEFT pools only on GPTQ layers, and trains an ordinary adapter on every other one.
+            return replace(lora, pooling=None)
+        if self.options.pooling is None:
+            return lora
+        group_size = lora.pooling.group_size if lora.pooling else in_features // max(pooled, 1)
+        if pooled * group_size != in_features:
+            what = f"reads {pooled} inputs, which are no equal groups of the {in_features} of {name}"
+            raise MismatchError(what, file=self.file, tensor=lora.lora_A)
+        return replace(lora, pooling=Pooling(self.options.pooling, group_size))
 
     def _check_replacement(self, name: str, replacement: str) -> None:
         self._check_shape(replacement, name, self._file_shape(name), hint="resize the base's embeddings first")

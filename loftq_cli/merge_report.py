@@ -6,17 +6,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.side_files import copy_side_files
 from loftq_cli.checkpoint.staging import CHECKSUMS
 from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_plan import Merge
+from loftq_cli.metrics import relative
 from loftq_cli.model_files import index_json, write_texts
 from loftq_cli.plan import source_name
 from loftq_cli.report import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, TOOL, dump_json
 from loftq_cli.targets import module_of
+
+if TYPE_CHECKING:
+    from loftq_cli.quant.affine import OffsetDifference
 
 MERGE_REPORT_NAME = "loftq_merge_report.json"
 
@@ -31,6 +35,7 @@ class MergedLayer:
     squared_weight   ||dequant(Q)||²
     squared_delta    ||s·B·A||² = ||Δ||²
     retained         <requantized − base, Δ>; None where it is not quantized again
+    difference       of the stored values from the exact sum, where codes are kept
     """
 
     name: str
@@ -38,12 +43,24 @@ class MergedLayer:
     scaling: float
     squared_weight: float
     squared_delta: float
-    retained: float | None
+    retained: float | None = None
+    difference: OffsetDifference | None = None
 
     @property
     def retention(self) -> float | None:
         """The share of Δ that survives quantizing again: <requantized − base, Δ> / <Δ, Δ>."""
         return None if self.retained is None else retention(self.retained, self.squared_delta)
+
+    @property
+    def lost(self) -> float | None:
+        """||W_merged − W_exact|| / ||Δ||, where codes are kept."""
+        return None if self.difference is None else relative(self.difference.squared_difference, self.squared_delta)
+
+    @property
+    def relative_difference(self) -> float | None:
+        """max|W_merged − W_exact| / max|W_exact|, where codes are kept."""
+        found = self.difference
+        return None if found is None else found.max_difference / (found.max_weight or 1.0)
 
     @property
     def relative_delta(self) -> float:
@@ -72,6 +89,21 @@ def retention(retained: float, squared_delta: float) -> float:
     return retained / squared_delta if squared_delta else 1.0
 
 
+def total_lost(layers: Sequence[MergedLayer]) -> float | None:
+    """The share of the whole update that offsets do not hold; None where no codes were kept."""
+    measured = [layer for layer in layers if layer.difference is not None]
+    if not measured:
+        return None
+    squares = math.fsum(x.difference.squared_difference for x in measured if x.difference)
+    return relative(squares, math.fsum(x.squared_delta for x in measured))
+
+
+def largest_difference(layers: Sequence[MergedLayer]) -> tuple[float, float] | None:
+    """The largest difference from the exact sum, absolute and relative; None where no codes were kept."""
+    found = [(x.difference.max_difference, x.relative_difference or 0.0) for x in layers if x.difference]
+    return (max(a for a, _ in found), max(b for _, b in found)) if found else None
+
+
 def layer_json(layer: MergedLayer) -> dict[str, Any]:
     """One merged layer as JSON values."""
     return {
@@ -80,7 +112,15 @@ def layer_json(layer: MergedLayer) -> dict[str, Any]:
         "scaling": layer.scaling,
         "relative_delta": layer.relative_delta,
         "retention": layer.retention,
+        "lost": _finite(layer.lost),
+        "max_difference": None if layer.difference is None else layer.difference.max_difference,
+        "relative_difference": layer.relative_difference,
     }
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no infinity: a loss where nothing was to be added is left out."""
+    return value if value is None or math.isfinite(value) else None
 
 
 def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> None:
@@ -104,9 +144,12 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "base": source_name(merge.base.path),
         "adapter": source_name(merge.adapter.path),
         "dtype": merge.dtype,
+        "layout": merge.form.layout,
         "requantize": merge.options.requantize,
+        "round_zeros": merge.options.round_zeros,
         "notes": list(outcome.notes),
         "retention": total_retention(outcome.layers),
+        "lost": _finite(total_lost(outcome.layers)),
         "layers": [layer_json(layer) for layer in outcome.layers],
         "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
         "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],
@@ -136,11 +179,15 @@ def _model_config(merge: Merge) -> dict[str, Any]:
         if job.matrix is None and job.name.endswith(".weight") and len(job.outputs[0].shape) == 2
     ]
     facts = ModelFacts(merge.dtype, matrices[0].spec, [module_of(loaded[m.name]) for m in matrices], kept)
-    return load_layout("bitsandbytes").model_config(config, facts)
+    return load_layout(merge.form.layout).model_config(config, facts)
 
 
 def _model_card(merge: Merge) -> str:
-    form = f"quantized again to {merge.options.requantize}" if merge.options.requantize else f"dense, {merge.dtype}"
+    form = f"{merge.form.layout}, {merge.dtype}"
+    if merge.options.requantize:
+        form = f"quantized again to {merge.options.requantize}"
+    elif merge.form.keeps_codes:
+        form = f"{merge.form.layout}, the base's codes with the adapter in their offsets"
     return (
         f"# {source_name(merge.base.path)} merged with {source_name(merge.adapter.path)}\n\n"
         f"{form}; merged in float32 by loftq-cli. `{MERGE_REPORT_NAME}` lists every merged layer.\n"

@@ -51,6 +51,20 @@ class LayerError:
         return math.sqrt(self.squared_delta)
 
 
+@dataclass(frozen=True, slots=True)
+class GroupErrors:
+    """Relative error of each group of an integer format, √(||error||² / ||W||²) over the group.
+
+    worst_row, worst_group   the group whose error is `max_error`; groups of zeros are left out
+    """
+
+    groups: int
+    mean_error: float
+    max_error: float
+    worst_row: int
+    worst_group: int
+
+
 def relative(squared_error: float, squared_weight: float) -> float:
     """√(squared_error / squared_weight); 0 for an exact copy of a zero matrix, infinite for a wrong one."""
     if squared_weight == 0.0:
@@ -77,7 +91,31 @@ def total_error(layers: Iterable[LayerError]) -> LayerError:
 
 def adapter_delta(lora: LoraPair) -> torch.Tensor:
     """s·B·A in float32 [out, in], from the factors as they are stored."""
+    delta = group_delta(lora)
+    return delta if lora.group_size == 1 else delta.repeat_interleave(lora.group_size, dim=1)
+
+
+def group_delta(lora: LoraPair) -> torch.Tensor:
+    """s·B·A in float32 [out, in / group_size]: what is added to every weight of a group."""
     return (lora.lora_B.float() @ lora.lora_A.float()).mul_(lora.scaling)
+
+
+def group_errors(weight: torch.Tensor, approximation: torch.Tensor, group_size: int) -> GroupErrors:
+    """The errors of the groups of `group_size` neighbouring columns; both matrices float32 [out, in]."""
+    out_features, in_features = weight.shape
+    shape = (out_features, in_features // group_size, group_size)
+    squared_weight = weight.view(shape).square().sum(dim=2)  # [out, groups in a row]
+    squared_error = (weight - approximation).view(shape).square().sum(dim=2)
+    errors = (squared_error / squared_weight).sqrt().where(squared_weight > 0, 0.0)
+    worst = int(errors.argmax())
+    count = int((squared_weight > 0).sum())
+    return GroupErrors(
+        groups=errors.numel(),
+        mean_error=float(errors.double().sum()) / max(count, 1),
+        max_error=float(errors.view(-1)[worst]) if errors.numel() else 0.0,
+        worst_row=worst // shape[1],
+        worst_group=worst % shape[1],
+    )
 
 
 def layer_error(weight: torch.Tensor, dequantized: torch.Tensor, lora: LoraPair | None) -> LayerError:

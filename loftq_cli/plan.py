@@ -19,11 +19,12 @@ from loftq_cli import __version__
 from loftq_cli.errors import UsageError
 from loftq_cli.family import Family
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.layouts.layout import Layout, ModelFacts, StoredMatrix, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, Layout, ModelFacts, StoredMatrix, load_layout
 from loftq_cli.methods.method import METHODS
+from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.recipe import Recipe, recipe_json
 from loftq_cli.targets import Target, choose_targets, module_of
-from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, LoraSpec, OutTensor, TensorRef
+from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, CodebookSpec, LoraSpec, OutTensor, Pooling, TensorRef
 
 _TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
 
@@ -109,6 +110,11 @@ class Plan:
         return tuple(job for job in self.jobs if isinstance(job, CopyJob))
 
     @property
+    def layout(self) -> str:
+        """The container of the base."""
+        return str(self.recipe.layout)
+
+    @property
     def adapter_dir(self) -> str:
         """The adapter's folder inside the output."""
         return METHODS[self.recipe.method].adapter_dir
@@ -146,9 +152,11 @@ class Plan:
         """config.json of the output."""
         modules = [module_of(job.name) for job in self.jobs]
         kept = [self.family.loaded_name(name, modules) for name in _unquantized_linears(self.copies)]
-        facts = ModelFacts(self.dtype, _spec(self.recipe), [job.module for job in self.layers], kept)
-        named = {} if "dtype" in config or "torch_dtype" in config or not config else {"dtype": self.dtype}
-        return load_layout(self.recipe.layout).model_config({**config, **named}, facts)
+        facts = ModelFacts(self.dtype, _spec(self.recipe, self.dtype), [job.module for job in self.layers], kept)
+        layout = load_layout(self.layout)
+        # Loaders of quantized weights decode to what the config says; nothing else would name it.
+        unnamed = (layout.QUANTIZED_ON_DISK or config) and not ("dtype" in config or "torch_dtype" in config)
+        return layout.model_config({**config, "dtype": self.dtype} if unnamed else config, facts)
 
     def adapter_config(self, base_model: str) -> dict[str, Any]:
         """adapter_config.json of the output."""
@@ -181,9 +189,12 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     """
     family = Family(config)
     planner, jobs = _jobs(tensors, family, recipe)
-    if load_layout(recipe.layout).QUANTIZED_ON_DISK and not family.loads_in_4_bit():
-        raise UsageError(f"transformers cannot load {family.model_type} from 4-bit tensors", hint="--layout dense")
+    if planner.layout.QUANTIZED_ON_DISK and not family.loads_in_4_bit():
+        raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint="--layout dense")
     if not any(isinstance(job, LayerJob) for job in jobs):
+        unfit = next((job.reason for job in jobs if isinstance(job, CopyJob) and job.note), None)
+        if unfit:
+            raise UsageError(f"no weight to quantize: {unfit}", hint="--layout dense holds every matrix")
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)
     notes = [*planner.notes, *_summary_notes(jobs, planner.recast)]
@@ -203,7 +214,7 @@ def _jobs(
 ) -> tuple[_Planner, list[LayerJob | CopyJob]]:
     targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
     dtype = family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
-    planner = _Planner(recipe, family, dtype, load_layout(recipe.layout), [module_of(name) for name in tensors])
+    planner = _Planner(recipe, family, dtype, load_layout(str(recipe.layout)), [module_of(name) for name in tensors])
     return planner, [job for name, ref in tensors.items() if (job := planner.job(ref, targets[name])) is not None]
 
 
@@ -227,20 +238,22 @@ class _Planner:
         module = module_of(ref.name)
         transposed = self.family.is_transposed(module)
         shape = (ref.shape[1], ref.shape[0]) if transposed else (ref.shape[0], ref.shape[1])
-        asked, lora, quantize = _for_module(self.recipe, module)
+        asked, lora, quantize = _for_module(self.recipe, module, self.dtype)
         if not quantize:
             return self._copy(ref, "excluded by an override")
-        fit = self.layout.fit(asked, shape)
+        fit = self.layout.fit(asked, shape, transposed=transposed)
         if fit.spec is None:
             reason = fit.reason or "does not fit the container"
             return self._copy(ref, reason, note=f"kept in full precision: {reason}")
+        # A pooled adapter may have more rank than its input has groups: PEFT trains such ones.
         if lora.rank > min(shape):
             raise UsageError(
                 f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
                 tensor=ref.name,
                 hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
             )
-        matrix = StoredMatrix(ref.name, shape, fit.spec, self.dtype, transposed)
+        dtype = decoded_dtype(str(self.recipe.layout), fit.spec, self.dtype)
+        matrix = StoredMatrix(ref.name, shape, fit.spec, dtype, transposed)
         loaded = self.family.loaded_name(module, self.modules)
         return LayerJob(
             matrix=matrix,
@@ -253,7 +266,7 @@ class _Planner:
 
     def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
         dtype = ref.dtype
-        # transformers keeps what is called "weight" in a 4-bit checkpoint in its stored dtype, and two float dtypes
+        # transformers keeps what is called "weight" in a quantized checkpoint in its stored dtype, and two float dtypes
         # in one model do not compute: so these are stored in the model's own.
         if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(".weight") and dtype in MODEL_DTYPES:
             dtype = self.dtype
@@ -261,22 +274,50 @@ class _Planner:
         return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)
 
 
-def _spec(recipe: Recipe) -> CodebookSpec:
-    return CodebookSpec(recipe.quant_type, recipe.block_size, recipe.double_quant)
+def _spec(recipe: Recipe, dtype: str) -> QuantSpec:
+    """The number format of a recipe for a model of `dtype`."""
+    if not FORMATS[recipe.quant_type].is_affine:
+        return CodebookSpec(recipe.quant_type, int(recipe.block_size or 0), bool(recipe.double_quant))
+    return affine_spec(
+        str(recipe.layout),
+        recipe.quant_type,
+        int(recipe.group_size or 0),
+        symmetric=bool(recipe.symmetric),
+        dtype=dtype,
+        scale_dtype=recipe.scale_dtype,
+    )
 
 
-def _for_module(recipe: Recipe, module: str) -> tuple[CodebookSpec, LoraSpec, bool]:
+def affine_spec(
+    layout: str, quant_type: str, group_size: int, *, symmetric: bool, dtype: str, scale_dtype: str | None
+) -> AffineSpec:
+    """An integer format as the container called `layout` holds it, in a model of `dtype`."""
+    row = LAYOUTS[layout]
+    scales = scale_dtype or row.scale_dtype or dtype
+    return AffineSpec(FORMATS[quant_type].bits, group_size, symmetric, row.zero_point, scales)
+
+
+def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
+    """What the loaders of a container decode a matrix to, in a model of `dtype`."""
+    if LAYOUTS[layout].keeps_dtype or not isinstance(spec, AffineSpec):
+        return dtype
+    return spec.scale_dtype
+
+
+def _for_module(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
     """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
-    spec, quantize = _spec(recipe), True
-    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype)
+    spec, quantize = _spec(recipe, dtype), True
+    pooling = Pooling(recipe.pooling, int(recipe.group_size or 0)) if recipe.pooling else None
+    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, pooling)
     rank, alpha = recipe.rank, None
     for override in recipe.override:
         if re.search(override.match, module):
             quantize = quantize if override.quantize is None else override.quantize
             rank, alpha = override.rank or rank, override.alpha or alpha
-            spec = replace(spec, block_size=override.block_size or spec.block_size)
-            if override.double_quant is not None:
-                spec = replace(spec, double_quant=override.double_quant)
+            if isinstance(spec, CodebookSpec):
+                spec = replace(spec, block_size=override.block_size or spec.block_size)
+                if override.double_quant is not None:
+                    spec = replace(spec, double_quant=override.double_quant)
     # Servers apply one scaling to the whole model, so another rank brings the alpha that keeps it.
     kept = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
     return spec, replace(default, rank=rank, alpha=kept if alpha is None else alpha), quantize
@@ -294,7 +335,7 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
         nbytes = sum(job.output.nbytes for job in experts)
         yield (
             f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: loaders fuse experts into "
-            "one parameter that the container cannot hold in 4 bits"
+            "one parameter that the container does not hold"
         )
     without = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if without:

@@ -13,7 +13,7 @@ from typing import Any
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.errors import InputError, MismatchError
-from loftq_cli.report import PROVENANCE_NAME, fingerprint_of, read_report
+from loftq_cli.report import PROVENANCE_NAME, fingerprint_of, is_fitted, read_report
 
 _FORCE = "merge it into the base it was made for, or --force"
 _FORCED = "merged all the same (--force)"
@@ -71,7 +71,7 @@ def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> s
     if provenance.expected is None:
         return "could not check the base's quantized weights: nothing records them" if provenance.layers else None
     sums = {
-        part: base.checkpoint.sha256(part)
+        part.name: base.checkpoint.sha256(part.name)
         for name in provenance.layers
         if name in base.tensors
         for part in base.parts(name)
@@ -90,10 +90,10 @@ def _by_fingerprint(base: _Base, made_for: Mapping[str, Any], *, force: bool) ->
         return base.provenance(f"{PROVENANCE_NAME} in the adapter names this base", expected=expected)
     what = "is another quantized base" if base.layers else "is not quantized"
     said = f"the {method} adapter was made for {made_for.get('base_model')}, and this base {what}"
-    if method == "loftq" and not force:
+    if is_fitted(made_for) and not force:
         raise MismatchError(said, file=base.model.path, hint=_FORCE)
     # An adapter that starts at zero holds no base's error, so another base is worth a note and no refusal.
-    return base.provenance(f"{said}, {_FORCED}" if method == "loftq" else said)
+    return base.provenance(f"{said}, {_FORCED}" if is_fitted(made_for) else said)
 
 
 def _by_path(base: _Base, config: Mapping[str, Any], *, force: bool) -> Provenance:
@@ -108,9 +108,9 @@ def _by_path(base: _Base, config: Mapping[str, Any], *, force: bool) -> Provenan
     other = read_report(Path(named))
     if other is not None and other[0]["base_fingerprint"] == base.fingerprint:
         return base.provenance(f"the adapter names {named}, which is the same base")
-    if other is None or other[0]["recipe"]["method"] != "loftq":
+    if other is None or not is_fitted(other[0]["recipe"]):
         return base.provenance(f"the adapter names {named}, another directory")
-    said = f"the adapter was trained on {named}, another base with a LoftQ adapter of its own"
+    said = f"the adapter was trained on {named}, another base with a fitted adapter of its own"
     if not force:
         raise MismatchError(said, file=base.model.path, hint=_FORCE)
     return base.provenance(f"{said}, {_FORCED}")

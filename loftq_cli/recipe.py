@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.methods.method import METHODS
-from loftq_cli.quant.formats import FORMATS
-from loftq_cli.tensors import MODEL_DTYPES
+from loftq_cli.layouts.layout import LAYOUTS, default_layout
+from loftq_cli.methods.method import INITS, METHODS
+from loftq_cli.quant.formats import FORMATS, RANGES
+from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 
 SVD_MODES = ("exact",)
 
@@ -43,24 +43,40 @@ class Override:
     alpha: float | None = None
 
 
+# Options that mean something for one kind of format or one method only, and their values there when not given.
+_CODEBOOK_DEFAULTS = {"block_size": 64, "double_quant": True}
+_AFFINE_DEFAULTS = {"group_size": 64, "symmetric": None, "ranges": RANGES[0], "scale_dtype": None}
+_QALORA_DEFAULTS = {"pooling": POOLINGS[0], "init": INITS[0]}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the bytes of a conversion. `alpha` of None means: equal to `rank`, scaling 1."""
+    """Everything that decides the bytes of a conversion. `alpha` of None means: equal to `rank`, scaling 1.
+
+    What is None and belongs to the quant_type or the method is set to its default; what does not belong stays None.
+    `scale_dtype` of None is what the layout's loaders expect.
+    """
 
     method: str = "loftq"
     quant_type: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    ranges: str | None = None
+    scale_dtype: str | None = None
     rank: int = 16
     alpha: float | None = None
     rslora: bool = False
     iterations: int = 5
     svd: str = "exact"
+    pooling: str | None = None
+    init: str | None = None
     adapter_dtype: str = "float32"
     seed: int = 0
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    layout: str = "bitsandbytes"
+    layout: str | None = None
     max_shard_size: str = "5GB"
     override: tuple[Override, ...] = field(default=())
 
@@ -69,12 +85,13 @@ class Recipe:
         _choice("quant_type", self.quant_type, FORMATS)
         _choice("svd", self.svd, SVD_MODES)
         _choice("adapter_dtype", self.adapter_dtype, MODEL_DTYPES)
-        _choice("layout", self.layout, LAYOUTS)
         _at_least("rank", self.rank, 1)
         _at_least("iterations", self.iterations, 1)
         _at_least("seed", self.seed, 0)
         _positive("alpha", self.alpha)
-        self._check_block_size(self.block_size)
+        self._settle_format()
+        self._settle_method()
+        self._settle_layout()
         for name in ("include", "exclude"):
             for pattern in getattr(self, name):
                 _regex(name, pattern)
@@ -82,20 +99,80 @@ class Recipe:
         for override in self.override:
             self._check_override(override)
 
+    def _settle_format(self) -> None:
+        is_affine = FORMATS[self.quant_type].is_affine
+        self._settle(_CODEBOOK_DEFAULTS, not is_affine, f"quant_type {self.quant_type}")
+        self._settle(_AFFINE_DEFAULTS, is_affine, f"quant_type {self.quant_type}")
+        self._check_sizes(self.block_size, self.group_size)
+        if not is_affine:
+            return
+        _choice("ranges", self.ranges, RANGES)
+        if self.scale_dtype is not None:
+            _choice("scale_dtype", self.scale_dtype, MODEL_DTYPES)
+        if self.symmetric is None:
+            # Servers' 8-bit kernels read symmetric weights; with fewer bits a zero point is worth its space.
+            object.__setattr__(self, "symmetric", self.quant_type == "int8" and self.method != "qalora")
+
+    def _settle_method(self) -> None:
+        self._settle(_QALORA_DEFAULTS, self.method == "qalora", f"method {self.method}")
+        if self.method != "qalora":
+            return
+        _choice("pooling", self.pooling, POOLINGS)
+        _choice("init", self.init, INITS)
+        if not FORMATS[self.quant_type].is_affine:
+            integers = ", ".join(name for name, row in FORMATS.items() if row.is_affine)
+            raise UsageError(f"method qalora does not work with {self.quant_type}", hint=f"--quant-type {integers}")
+        if self.symmetric:
+            raise UsageError(
+                "method qalora merges into zero points, and a symmetric base has none", hint="--asymmetric"
+            )
+
+    def _settle_layout(self) -> None:
+        if self.layout is None:
+            object.__setattr__(self, "layout", default_layout(self.quant_type))
+        _choice("layout", self.layout, LAYOUTS)
+        row = LAYOUTS[str(self.layout)]
+        if self.quant_type not in row.quant_types:
+            holding = ", ".join(name for name, other in LAYOUTS.items() if self.quant_type in other.quant_types)
+            raise UsageError(f"layout {self.layout} does not hold {self.quant_type}", hint=f"one of {holding}")
+        if self.group_size is not None and row.group_sizes and self.group_size not in row.group_sizes:
+            known = ", ".join(map(str, row.group_sizes))
+            raise UsageError(f"layout {self.layout} does not hold groups of {self.group_size}", hint=f"one of {known}")
+        if self.symmetric and row.zero_point == "float":
+            raise UsageError(f"layout {self.layout} stores an offset for every group", hint="--asymmetric")
+        if self.scale_dtype is not None and self.scale_dtype not in row.scale_dtypes:
+            known = ", ".join(row.scale_dtypes)
+            raise UsageError(f"layout {self.layout} has no {self.scale_dtype} scales", hint=f"one of {known}")
+
+    def _settle(self, defaults: Mapping[str, Any], applies: bool, where: str) -> None:
+        """Fill in what is None and applies. Raises UsageError for what is given and does not."""
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            if applies and value is None:
+                object.__setattr__(self, name, default)
+            elif not applies and value is not None:
+                raise UsageError(f"{name} means nothing with {where}", hint=f"leave {name} out")
+
     def _check_override(self, override: Override) -> None:
         _regex("match", override.match)
-        self._check_block_size(override.block_size)
+        self._check_sizes(override.block_size, None)
+        if override.double_quant is not None and FORMATS[self.quant_type].is_affine:
+            raise UsageError(f"double_quant means nothing with quant_type {self.quant_type}")
         _positive("alpha", override.alpha)
         if override.rank is not None:
             _at_least("rank", override.rank, 1)
 
-    def _check_block_size(self, block_size: int | None) -> None:
-        allowed = FORMATS[self.quant_type].block_sizes
-        if block_size is not None and block_size not in allowed:
-            raise UsageError(
-                f"block_size {block_size} does not exist for {self.quant_type}",
-                hint=f"one of {', '.join(map(str, allowed))}",
-            )
+    def _check_sizes(self, block_size: int | None, group_size: int | None) -> None:
+        row = FORMATS[self.quant_type]
+        for name, size, allowed in (
+            ("block_size", block_size, row.block_sizes),
+            ("group_size", group_size, row.group_sizes),
+        ):
+            if size is not None and size not in allowed:
+                raise UsageError(
+                    f"{name} {size} does not exist for {self.quant_type}",
+                    hint=f"one of {', '.join(map(str, allowed))}" if allowed else f"leave {name} out",
+                )
 
     @property
     def max_shard_nbytes(self) -> int:
@@ -228,7 +305,7 @@ def _toml_value(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _choice(name: str, value: str, choices: Any) -> None:
+def _choice(name: str, value: str | None, choices: Any) -> None:
     if value not in choices:
         raise UsageError(f"{name} {value!r} does not exist", hint=f"one of {', '.join(choices)}")
 

@@ -18,6 +18,7 @@ from loftq_cli.errors import InputError
 from loftq_cli.methods.method import METHODS
 from loftq_cli.metrics import LayerError, total_error
 from loftq_cli.plan import LayerJob, Plan
+from loftq_cli.quant.formats import QuantSpec, size_of, spec_from_json, spec_json
 from loftq_cli.recipe import recipe_json
 
 REPORT_NAME = "loftq_report.json"
@@ -34,9 +35,7 @@ class LayerResult:
     module: str
     shape: tuple[int, int]
     transposed: bool
-    quant_type: str
-    block_size: int
-    double_quant: bool
+    spec: QuantSpec
     bits_per_weight: float
     rank: int
     alpha: float
@@ -48,9 +47,9 @@ class LayerResult:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the derived errors stand beside the sums they come from."""
-        values = dataclasses.asdict(self)
-        values["error"] = error_json(self.error)
-        return values
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del values["spec"]
+        return {**values, **spec_json(self.spec), "error": error_json(self.error)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LayerResult:
@@ -58,7 +57,8 @@ class LayerResult:
         sums = {field.name: float(values["error"][field.name]) for field in dataclasses.fields(LayerError)}
         return cls(
             **{
-                **{field.name: values[field.name] for field in dataclasses.fields(cls)},
+                **{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name != "spec"},
+                "spec": spec_from_json(values),
                 "shape": tuple(values["shape"]),
                 "iteration_errors": tuple(values["iteration_errors"]),
                 "error": LayerError(**sums),
@@ -70,15 +70,12 @@ def layer_result(
     job: LayerJob, error: LayerError, quantization_error: float, iteration_errors: Sequence[float], best_iteration: int
 ) -> LayerResult:
     """The result of one job of the plan."""
-    spec = job.matrix.spec
     return LayerResult(
         name=job.name,
         module=job.module,
         shape=job.matrix.shape,
         transposed=job.matrix.transposed,
-        quant_type=spec.codebook,
-        block_size=spec.block_size,
-        double_quant=spec.double_quant,
+        spec=job.matrix.spec,
         bits_per_weight=round(job.bits_per_weight, 4),
         rank=job.lora.rank,
         alpha=job.lora.alpha,
@@ -161,7 +158,19 @@ def fingerprint_of(sums: Mapping[str, str]) -> str:
 
 def provenance_json(plan: Plan, *, base_model: str, base_fingerprint: str) -> dict[str, Any]:
     """The side file of an adapter: which base it was fitted to."""
-    return {**TOOL, "method": plan.recipe.method, "base_model": base_model, "base_fingerprint": base_fingerprint}
+    init = {} if plan.recipe.init is None else {"init": plan.recipe.init}
+    return {
+        **TOOL,
+        "method": plan.recipe.method,
+        **init,
+        "base_model": base_model,
+        "base_fingerprint": base_fingerprint,
+    }
+
+
+def is_fitted(values: Mapping[str, Any]) -> bool:
+    """Whether an adapter of this method and init, from a recipe or a provenance, holds its own base's error."""
+    return bool(values["method"] == "loftq" or values.get("init") == "residual")
 
 
 def dump_json(values: Mapping[str, Any]) -> str:
@@ -184,8 +193,8 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 
 # {source}, {recipe.quant_type.upper()} base with a {recipe.method} adapter
 
-{summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {recipe.quant_type.upper()}, block size
-{recipe.block_size}, rank {recipe.rank}: {bits_per_weight(plan):.2f} bits a weight.
+{summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {recipe.quant_type.upper()}, one scale per
+{size_of(layers[0].spec)}, rank {recipe.rank}: {bits_per_weight(plan):.2f} bits a weight.
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python

@@ -92,6 +92,38 @@ class CodebookSpec:
         if self.block_size < 1 or self.nested_block_size < 1:
             raise ValueError("block sizes are at least 1")
 
+    @property
+    def quant_type(self) -> str:
+        """The format's name: a key of FORMATS."""
+        return self.codebook
+
+
+@dataclass(frozen=True, slots=True)
+class AffineSpec:
+    """Group-wise integers: groups of `group_size` neighbouring columns of one row, one scale each, unsigned codes.
+
+    zero_point "int"    value = (code - zero point) * scale; the zero point is an integer in the range of the codes,
+                        2^(bits - 1) everywhere if `symmetric`
+    zero_point "float"  value = code * scale + bias, the bias in the scales' dtype
+    """
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    zero_point: str = "int"
+    scale_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.zero_point not in ("int", "float"):
+            raise ValueError("zero_point is int or float")
+        if self.symmetric and self.zero_point == "float":
+            raise ValueError("a symmetric format has no float zero point")
+
+    @property
+    def quant_type(self) -> str:
+        """The format's name: a key of FORMATS."""
+        return f"int{self.bits}"
+
 
 @dataclass(frozen=True, slots=True)
 class NestedAbsmax:
@@ -125,6 +157,54 @@ class CodebookTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class AffineTensor:
+    """A matrix in a group-wise integer format.
+
+    codes        uint8 [out, in], each below 2^bits
+    scales       [out, in / group_size] in `spec.scale_dtype`
+    zero_points  uint8 in the shape of the scales; None if symmetric, or where there are biases
+    biases       floating point in the shape of the scales, or None
+    dtype        what a loader decodes to; values are rounded to it
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    biases: torch.Tensor | None
+    spec: AffineSpec
+    dtype: str
+
+
+POOLINGS = ("peft", "paper", "repo")
+
+
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """QA-LoRA's pooled input: lora_A reads one number for each `group_size` neighbouring inputs.
+
+    "paper"  their sum (Xu et al., arXiv 2309.14717)
+    "repo"   their mean (the paper's code)
+    "peft"   their mean times the number of groups (PEFT's use_qalora)
+    """
+
+    convention: str
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.convention not in POOLINGS:
+            raise ValueError(f"the pooling convention is one of {', '.join(POOLINGS)}")
+        if self.group_size < 1:
+            raise ValueError("group_size is at least 1")
+
+    def factor(self, in_features: int) -> float:
+        """The pooled input is this times the sum over the group."""
+        if self.convention == "paper":
+            return 1.0
+        groups = in_features // self.group_size if self.convention == "peft" else 1
+        return groups / self.group_size
+
+
+@dataclass(frozen=True, slots=True)
 class LoraSpec:
     """The adapter of one linear layer. `scaling` is defined here and nowhere else."""
 
@@ -132,6 +212,7 @@ class LoraSpec:
     alpha: float
     rslora: bool = False
     dtype: str = "float32"
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -144,11 +225,26 @@ class LoraSpec:
         """alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA (arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    @property
+    def group_size(self) -> int:
+        """Inputs that lora_A reads as one: 1 where nothing is pooled."""
+        return self.pooling.group_size if self.pooling else 1
+
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """lora_A [rank, in] and lora_B [out, rank] in their stored dtype; they add `scaling * lora_B @ lora_A`."""
+    """lora_A [rank, in / group_size] and lora_B [out, rank] in their stored dtype; to the weight of output o and input
+    i they add `scaling * (lora_B @ lora_A)[o, i // group_size]`. Of a pooled adapter, `scaling` holds its factor too.
+    """
 
     lora_A: torch.Tensor
     lora_B: torch.Tensor
     scaling: float
+    group_size: int = 1
+
+
+def lora_pair(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, pooling: Pooling | None) -> LoraPair:
+    """The adapter of these factors; `scaling` is alpha / rank or alpha / sqrt(rank), and the pooling's comes to it."""
+    if pooling is None:
+        return LoraPair(lora_A, lora_B, scaling)
+    return LoraPair(lora_A, lora_B, scaling * pooling.factor(lora_A.shape[1] * pooling.group_size), pooling.group_size)

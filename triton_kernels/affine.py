@@ -1,10 +1,13 @@
 """Group-wise integer quantization: the contract. A group is `group_size` neighbouring columns of one row; its value is
-(code - zero_point) * scale with unsigned codes, the form that compressed-tensors and GPTQ checkpoints store.
+(code - zero_point) * scale with unsigned codes, the form that compressed-tensors and GPTQ checkpoints store, or
+code * scale + bias, the form of MLX.
 
-Ranges follow the min-max observer of compressed-tensors (`calculate_qparams`).
+Min-max ranges with integer zero points follow the observer of compressed-tensors (`calculate_qparams`).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -16,58 +19,109 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+ZERO_POINTS = ("int", "float")
+RANGES = ("minmax", "mse")
+
+
+@dataclass(frozen=True, slots=True)
+class AffineGroups:
+    """A quantized matrix: codes uint8 [out, in], and one scale and at most one offset a group, [out, in / group_size].
+
+    Scales and biases have the scale dtype, zero points are uint8. Neither offset: the zero point is 2^(bits - 1).
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+    biases: torch.Tensor | None
 
 
 def quantize_affine(
-    weight: torch.Tensor, bits: int, group_size: int, *, symmetric: bool, scale_dtype: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes uint8 [out, in], scales [out, in / group_size] in `scale_dtype`, and zero points of a float32 [out, in].
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    symmetric: bool,
+    scale_dtype: str,
+    zero_point: str = "int",
+    ranges: str = "minmax",
+) -> AffineGroups:
+    """Codes, scales and offsets of a float32 [out, in]. All arithmetic is float32 and rounds half to even.
 
-    Symmetric: scale = absmax / ((2^bits - 1) / 2); the zero point is 2^(bits - 1) everywhere and None is returned.
-    Otherwise scale = (max - min) / (2^bits - 1) over the group and 0, and the zero points, uint8 in the shape of the
-    scales, are round(-min / scale), clamped. The scale is rounded to its dtype before anything is divided by it. A code
-    is round(w / scale) + zero point, clamped; both roundings go half to even. A scale that rounds to 0 becomes 1, and
-    its group decodes to 0.
+    A range [low, high] becomes a scale and an offset, each rounded to its dtype before it is used:
+    - symmetric: low = -high; scale = high / ((2^bits - 1) / 2); no offset is returned.
+    - zero_point "int": scale = (high - low) / (2^bits - 1); zero point round(-low / scale), clamped.
+    - zero_point "float": the same scale; bias = low.
+    A code is round(w / scale) + zero point, or round((w - bias) / scale), clamped. A scale that rounds to 0 becomes 1:
+    its group decodes to 0, and with a bias to the bias or whole steps from it.
 
-    A scale is NaN or Inf where its group holds one, and Inf where it (or max - min) overflows; every code there is
-    the zero point, and the caller decides. A finite scale can decode to Inf too, where a product overflows its dtype
-    (65504 in float16).
-    Raises ValueError unless `weight` is contiguous float32 with two dimensions and groups divide its rows.
+    `ranges` "minmax": the least and the greatest of the group, and of 0 unless the zero point is "float"; symmetric:
+    the largest magnitude. "mse": of the ranges below, the one whose decoded values have the least sum of squared
+    errors (float32 squares summed in float64), the earliest of equals. The first is min-max. Each end is
+    centre + factor * (its min-max end - centre); the centre is 0, for float zero points (min + max) / 2. Factors:
+    1, 3/4, 1/2, 1/4 for both ends; then, for each step of 1/8, 1/16, 1/32, the best so far with the low end's factor a
+    step less and a step more, and the best so far with the high end's. Symmetric ranges have one end.
+
+    A scale is NaN or Inf where its group holds one, and Inf where it (or max - min) overflows, whatever the ranges. A
+    bias can overflow too. Every code there is the zero point, with biases 0, and the caller decides. A finite scale can
+    decode to Inf too, where a product overflows its dtype (65504 in float16).
+    Raises ValueError unless `weight` is contiguous float32 with two dimensions and groups divide its rows, for unknown
+    choices, and for a symmetric float zero point.
     """
     if weight.dtype != torch.float32 or weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError("weight must be contiguous float32 with two dimensions")
     if scale_dtype not in SCALE_DTYPES:
         raise ValueError(f"unknown scale dtype {scale_dtype!r}; known: {', '.join(SCALE_DTYPES)}")
-    n_groups = _groups_per_row(weight, bits, group_size)
-    codes, scales, zero_points = implementation("affine", weight.device.type).quantize(
-        weight.view(-1, group_size), bits, symmetric, SCALE_DTYPES[scale_dtype]
+    if zero_point not in ZERO_POINTS:
+        raise ValueError(f"unknown zero point {zero_point!r}; known: {', '.join(ZERO_POINTS)}")
+    if ranges not in RANGES:
+        raise ValueError(f"unknown ranges {ranges!r}; known: {', '.join(RANGES)}")
+    if symmetric and zero_point == "float":
+        raise ValueError("symmetric quantization has no float zero point")
+    shape = (weight.shape[0], _groups_per_row(weight, bits, group_size))
+    codes, scales, offsets = implementation("affine", weight.device.type).quantize(
+        weight.view(-1, group_size), bits, "none" if symmetric else zero_point, SCALE_DTYPES[scale_dtype], ranges
     )
-    rows = weight.shape[0]
-    zero_points = None if zero_points is None else zero_points.view(rows, n_groups)
-    return codes.view(weight.shape), scales.view(rows, n_groups), zero_points
+    offsets = None if offsets is None else offsets.view(shape)
+    zero_points, biases = (None, offsets) if zero_point == "float" else (offsets, None)
+    return AffineGroups(codes.view(weight.shape), scales.view(shape), zero_points, biases)
 
 
 def dequantize_affine(
-    codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int, group_size: int
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zero_points: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    *,
+    biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 [out, in]: (code - zero point) * scale, each step rounded to the dtype of the scales as loaders do.
+    """float32 [out, in]: (code - zero point) * scale, each step rounded to the dtype of the scales as loaders do; with
+    biases code * scale + bias, each step float32, as MLX and the "metal" loader of transformers do.
 
-    Codes uint8 [out, in]; scales and zero points [out, in / group_size]. Zero points are integers of any kind, None
-    for 2^(bits - 1), or float32: then both steps are float32 whatever the scales are.
-    Raises ValueError when shapes or dtypes do not fit.
+    Codes uint8 [out, in]; scales and offsets [out, in / group_size]. Zero points are integers of any kind, or None for
+    2^(bits - 1); biases have any dtype of scales.
+    Raises ValueError when shapes or dtypes do not fit, and for zero points beside biases.
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError("codes must be uint8 with two dimensions")
     shape = (codes.shape[0], _groups_per_row(codes, bits, group_size))
-    if scales.dtype not in SCALE_DTYPES.values() or scales.shape != shape:
-        raise ValueError(f"scales must be one of {', '.join(SCALE_DTYPES)} with shape {shape}")
+    if zero_points is not None and biases is not None:
+        raise ValueError("zero_points and biases exclude each other")
+    for name, tensor in (("scales", scales), ("biases", biases)):
+        if tensor is not None and (tensor.dtype not in SCALE_DTYPES.values() or tensor.shape != shape):
+            raise ValueError(f"{name} must be one of {', '.join(SCALE_DTYPES)} with shape {shape}")
     if zero_points is not None:
         is_integer = not zero_points.is_floating_point() and zero_points.dtype != torch.bool
-        if zero_points.shape != shape or not (is_integer or zero_points.dtype == torch.float32):
-            raise ValueError(f"zero_points must be integers or float32 with shape {shape}")
+        if zero_points.shape != shape or not is_integer:
+            raise ValueError(f"zero_points must be integers with shape {shape}")
         zero_points = zero_points.reshape(-1)
     values: torch.Tensor = implementation("affine", codes.device.type).dequantize(
-        codes.reshape(-1, group_size), scales.reshape(-1), zero_points, bits
+        codes.reshape(-1, group_size),
+        scales.reshape(-1),
+        zero_points,
+        None if biases is None else biases.reshape(-1),
+        bits,
     )
     return values.view(codes.shape)
 

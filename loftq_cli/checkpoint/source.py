@@ -95,6 +95,10 @@ class Checkpoint:
         """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
         return self._reader(name).chunks(name, chunk_nbytes)
 
+    def raw(self, name: str) -> bytes:
+        """All bytes of a small tensor; needs no torch."""
+        return b"".join(self.chunks(name))
+
     def sha256(self, name: str) -> str:
         """The sha256 of the bytes that `chunks` gives."""
         return sha256_of(self.chunks(name))

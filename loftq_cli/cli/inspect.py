@@ -12,8 +12,10 @@ from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, result, say, table
 from loftq_cli.convert import resolve_model
 from loftq_cli.errors import QualityError, UsageError
-from loftq_cli.metrics import LayerError, total_error
+from loftq_cli.metrics import GroupErrors, LayerError, total_error
+from loftq_cli.quant.formats import QuantSpec, size_of, spec_json
 from loftq_cli.report import REPORT_NAME, error_json
+from loftq_cli.tensors import AffineSpec
 
 
 def inspect(
@@ -59,7 +61,7 @@ def _converted(
     if as_json:
         totals: dict[str, Any] = {"layers": len(found.rows), "bits_per_weight": found.bits_per_weight}
         totals |= error_json(found.total) if found.total else {}
-        layers = [{**asdict(row), "error": error_json(row.error) if row.error else None} for row in rows]
+        layers = [_row_json(row) for row in rows]
         source = "files" if found.recomputed else "report"
         result(
             json.dumps({"path": str(base.path), "errors_from": source, "totals": totals, "layers": layers}, indent=2)
@@ -70,17 +72,34 @@ def _converted(
     return max(errors, key=lambda item: item[1], default=None)
 
 
+def _row_json(row: inspection.LayerRow) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(row).items() if name not in ("spec", "error")}
+    return {**values, **spec_json(row.spec), "error": error_json(row.error) if row.error else None}
+
+
+def _zero_point(spec: QuantSpec) -> str:
+    """How a format stores the offset of its groups."""
+    if not isinstance(spec, AffineSpec):
+        return "-"
+    return "none" if spec.symmetric else spec.zero_point
+
+
 def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRow]) -> None:
     table(
-        ("layer", "shape", "type", "bits", "rank", "base error", "error", "max", "SQNR dB", "delta"),
+        ("layer", "shape", "type", "constants per", "zero point", "bits", "rank")
+        + ("base error", "error", "max", "SQNR dB", "delta")
+        + (("mean group", "worst group") if any(row.groups for row in rows) else ()),
         (
             (
                 row.name,
                 f"{row.shape[0]}×{row.shape[1]}",
-                row.quant_type,
+                row.spec.quant_type,
+                size_of(row.spec),
+                _zero_point(row.spec),
                 f"{row.bits_per_weight:.2f}",
                 "-" if row.rank is None else str(row.rank),
                 *_error_cells(row.error),
+                *_group_cells(row.groups),
             )
             for row in rows
         ),
@@ -101,7 +120,7 @@ def _checkpoint(
 ) -> tuple[str, float] | None:
     rows = list(inspection.inspect_checkpoint(base, tries))
     shown = inspection.sorted_tensors(rows, sort)[:top]
-    totals = {quant_type: total_error(r.errors[quant_type] for r in rows if r.errors) for quant_type in tries}
+    totals = {t: total_error(row.errors[t] for row in rows if t in row.errors) for t in tries}
     if as_json:
         _print_checkpoint_json(base, shown, totals)
     else:
@@ -136,6 +155,10 @@ def _print_checkpoint_json(base: BaseModel, rows: list[inspection.TensorRow], to
         "totals": {quant_type: error_json(total) for quant_type, total in totals.items()},
     }
     result(json.dumps(values, indent=2))
+
+
+def _group_cells(groups: GroupErrors | None) -> tuple[str, ...]:
+    return () if groups is None else (f"{groups.mean_error:.4f}", f"{groups.max_error:.4f}")
 
 
 def _error_cells(error: LayerError | None) -> tuple[str, ...]:

@@ -8,8 +8,16 @@ from loftq_cli import merge as merging
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say, table
 from loftq_cli.convert import resolve_model
-from loftq_cli.merge_plan import Merge, MergeOptions, prepare
-from loftq_cli.merge_report import MergedLayer, MergeOutcome, layer_json, total_retention
+from loftq_cli.merge_form import MergeOptions
+from loftq_cli.merge_plan import Merge, prepare
+from loftq_cli.merge_report import (
+    MergedLayer,
+    MergeOutcome,
+    largest_difference,
+    layer_json,
+    total_lost,
+    total_retention,
+)
 
 
 def merge(
@@ -17,7 +25,13 @@ def merge(
     adapter: options.Adapter,
     output: options.Output,
     dtype: options.Dtype = None,
+    layout: options.MergeLayout = None,
     requantize: options.Requantize = None,
+    group_size: options.MergeGroupSize = None,
+    symmetric: options.MergeSymmetric = None,
+    scale_dtype: options.MergeScaleDtype = None,
+    round_zeros: options.RoundZeros = False,
+    pooling: options.MergePooling = None,
     max_shard_size: options.MaxShardSize = None,
     force: options.Force = False,
     dry_run: options.DryRun = False,
@@ -29,9 +43,21 @@ def merge(
     """Merge ADAPTER into BASE and write a deployment checkpoint.
 
     Arithmetic is float32. BASE is a converted directory or a dense checkpoint; ADAPTER any PEFT LoRA directory on it,
-    ours or trained from ours.
+    ours or trained from ours. A QA-LoRA adapter merges into the offsets of BASE's groups: the result stays quantized,
+    and computes what base and adapter did.
     """
-    choices = MergeOptions(dtype=dtype, requantize=requantize, max_shard_size=max_shard_size or "5GB", force=force)
+    choices = MergeOptions(
+        dtype=dtype,
+        layout=layout,
+        requantize=requantize,
+        group_size=group_size,
+        symmetric=symmetric,
+        scale_dtype=scale_dtype,
+        round_zeros=round_zeros,
+        pooling=pooling,
+        max_shard_size=max_shard_size or "5GB",
+        force=force,
+    )
     prepared = prepare(resolve_model(base), adapter, output, choices, overwrite=overwrite)
     if not quiet:
         say(f"{len(prepared.adapter.lora)} layers to merge, {megabytes(prepared.nbytes)} to write")
@@ -64,6 +90,8 @@ class _Progress:
         self._done += 1
         if not self._quiet:
             kept = "" if layer.retention is None else f", {layer.retention:.1%} of it retained"
+            if layer.lost is not None:
+                kept = f", {layer.lost:.2g} of it lost"
             say(f"[{self._done}/{self._n_layers}] {layer.name}: changed by {layer.relative_delta:.2%}{kept}")
 
 
@@ -82,15 +110,21 @@ def _print_outcome(prepared: Merge, outcome: MergeOutcome, *, as_json: bool) -> 
         values = {
             "output": str(prepared.output),
             "dtype": prepared.dtype,
+            "layout": prepared.form.layout,
             "requantize": prepared.options.requantize,
             "nbytes": prepared.nbytes,
             "retention": total,
+            "lost": total_lost(outcome.layers),
             "notes": outcome.notes,
             "layers": [layer_json(layer) for layer in outcome.layers],
         }
         result(json.dumps(values, indent=2))
         return
-    form = prepared.options.requantize or prepared.dtype
+    form = prepared.options.requantize or (prepared.form.layout if prepared.form.keeps_codes else prepared.dtype)
     result(f"merged   {prepared.output}  {megabytes(prepared.nbytes)}, {len(outcome.layers)} layers, {form}")
     if total is not None:
         result(f"retained {total:.1%} of the adapter")
+    largest, lost = largest_difference(outcome.layers), total_lost(outcome.layers)
+    if largest is not None and lost is not None:
+        result(f"differs  by at most {largest[0]:.1e} from base and adapter ({largest[1]:.1e} of the largest weight)")
+        result(f"lost     {lost:.2%} of the update")

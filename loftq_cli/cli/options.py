@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.methods.method import METHODS
-from loftq_cli.quant.formats import FORMATS
+from loftq_cli.methods.method import INITS, METHODS
+from loftq_cli.quant.formats import FORMATS, RANGES
 from loftq_cli.recipe import SVD_MODES, presets
-from loftq_cli.tensors import MODEL_DTYPES
+from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 
 
 def _one_of(names: object) -> str:
@@ -50,11 +50,27 @@ Rslora = Annotated[
 ]
 Iterations = Annotated[
     int | None,
-    typer.Option(help="Alternations of LoftQ; the paper uses 5. [default: 5]", rich_help_panel=_ADAPTER),
+    typer.Option(help="Alternations of LoftQ (and of --init residual). [default: 5]", rich_help_panel=_ADAPTER),
 ]
 Svd = Annotated[
     str | None,
     typer.Option(metavar=_one_of(SVD_MODES), help="Low-rank solver. [default: exact]", rich_help_panel=_ADAPTER),
+]
+Pooling = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(POOLINGS),
+        help="How a QA-LoRA adapter reads a group of inputs: mean × number of groups, sum, or mean. [default: peft]",
+        rich_help_panel=_ADAPTER,
+    ),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(INITS),
+        help="How a QA-LoRA adapter starts: fitted to the group means of the error, or zero. [default: residual]",
+        rich_help_panel=_ADAPTER,
+    ),
 ]
 AdapterDtype = Annotated[
     str | None,
@@ -69,13 +85,44 @@ QuantType = Annotated[
 ]
 BlockSize = Annotated[
     int | None,
-    typer.Option(help="Weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=_QUANT),
+    typer.Option(help="nf4: weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=_QUANT),
 ]
 DoubleQuant = Annotated[
     bool | None,
     typer.Option(
         "--double-quant/--no-double-quant",
-        help="Store block constants in 8 bits: 4.13 instead of 4.5 bits a weight. [default: on]",
+        help="nf4: store block constants in 8 bits, 4.13 instead of 4.5 bits a weight. [default: on]",
+        rich_help_panel=_QUANT,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Integers: neighbouring weights of a row that share one scale, 16 to 1024. [default: 64]",
+        rich_help_panel=_QUANT,
+    ),
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Integers: without or with a zero point per group. [default: int8 without, others with]",
+        rich_help_panel=_QUANT,
+    ),
+]
+Ranges = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(RANGES),
+        help="Integers: a group's range, as wide as its weights or of least squared error. [default: minmax]",
+        rich_help_panel=_QUANT,
+    ),
+]
+ScaleDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(MODEL_DTYPES),
+        help="Integers: what scales are stored in. [default: what the layout's loaders expect]",
         rich_help_panel=_QUANT,
     ),
 ]
@@ -83,7 +130,8 @@ Layout = Annotated[
     str | None,
     typer.Option(
         metavar=_one_of(LAYOUTS),
-        help="Container of the base; dense writes the decoded values. [default: bitsandbytes]",
+        help="Container of the base; dense writes the decoded values. [default: bitsandbytes for nf4, "
+        "compressed-tensors for integers]",
         rich_help_panel=_QUANT,
     ),
 ]
@@ -137,6 +185,38 @@ Requantize = Annotated[
     typer.Option(
         metavar=_one_of(FORMATS),
         help="Quantize the merged weights again. Measures how much of the adapter survives, and refuses below half.",
+    ),
+]
+MergeLayout = Annotated[
+    str | None,
+    typer.Option(
+        "--layout",
+        metavar=_one_of(LAYOUTS),
+        help="Container of the merged weights. [default: for QA-LoRA one with float offsets, which merges exactly; "
+        "else dense]",
+    ),
+]
+MergeGroupSize = Annotated[int | None, typer.Option("--group-size", help="Of --requantize to integers. [default: 64]")]
+MergeSymmetric = Annotated[
+    bool | None, typer.Option("--symmetric/--asymmetric", help="Of --requantize to integers. [default: int8 symmetric]")
+]
+MergeScaleDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--scale-dtype", metavar=_one_of(MODEL_DTYPES), help="Of scales and offsets. [default: float32 for offsets]"
+    ),
+]
+RoundZeros = Annotated[
+    bool,
+    typer.Option(
+        "--round-zeros",
+        help="Merge a QA-LoRA adapter into integer zero points. Measures what is lost, and refuses above half.",
+    ),
+]
+MergePooling = Annotated[
+    str | None,
+    typer.Option(
+        "--pooling", metavar=_one_of(POOLINGS), help="Of a QA-LoRA adapter whose config does not say it, or wrongly."
     ),
 ]
 Force = Annotated[

@@ -9,6 +9,7 @@ from loftq_cli.cli import options
 from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
 from loftq_cli.layouts.peft_adapter import WEIGHTS_NAME
 from loftq_cli.plan import LayerJob, Plan
+from loftq_cli.quant.formats import size_of, spec_json
 from loftq_cli.recipe import recipe_json, recipe_toml, resolve_recipe
 from loftq_cli.report import bits_per_weight, error_json
 
@@ -23,11 +24,17 @@ def quantize(
     rslora: options.Rslora = None,
     iterations: options.Iterations = None,
     svd: options.Svd = None,
+    pooling: options.Pooling = None,
+    init: options.Init = None,
     adapter_dtype: options.AdapterDtype = None,
     seed: options.Seed = None,
     quant_type: options.QuantType = None,
     block_size: options.BlockSize = None,
     double_quant: options.DoubleQuant = None,
+    group_size: options.GroupSize = None,
+    symmetric: options.Symmetric = None,
+    ranges: options.Ranges = None,
+    scale_dtype: options.ScaleDtype = None,
     layout: options.Layout = None,
     max_shard_size: options.MaxShardSize = None,
     include: options.Include = None,
@@ -42,8 +49,8 @@ def quantize(
 ) -> None:
     """Convert MODEL to quantized base weights plus a LoRA adapter.
 
-    OUTPUT becomes a model directory that transformers and bitsandbytes load as it is, with the adapter for PEFT in
-    OUTPUT/loftq_init (qlora_init for QLoRA) and every layer's error in OUTPUT/loftq_report.json.
+    OUTPUT becomes a model directory that transformers loads as it is, with the adapter for PEFT in OUTPUT/loftq_init
+    (qlora_init for QLoRA, qalora_init for QA-LoRA) and every layer's error in OUTPUT/loftq_report.json.
     """
     flags = {
         "method": method,
@@ -52,11 +59,17 @@ def quantize(
         "rslora": rslora,
         "iterations": iterations,
         "svd": svd,
+        "pooling": pooling,
+        "init": init,
         "adapter_dtype": adapter_dtype,
         "seed": seed,
         "quant_type": quant_type,
         "block_size": block_size,
         "double_quant": double_quant,
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "ranges": ranges,
+        "scale_dtype": scale_dtype,
         "layout": layout,
         "max_shard_size": max_shard_size,
         "include": tuple(include) if include else None,
@@ -128,9 +141,9 @@ def _print_plan(plan: Plan, *, as_json: bool, verbose: bool) -> None:
     _announce(plan)
     jobs = plan.jobs if verbose else plan.layers
     table(
-        ("tensor", "shape", "becomes", "block", "rank", "bits"),
+        ("tensor", "shape", "becomes", "constants per", "rank", "bits"),
         (
-            (job.name, _by(job.matrix.shape), job.matrix.spec.codebook, str(job.matrix.spec.block_size))
+            (job.name, _by(job.matrix.shape), job.matrix.spec.quant_type, size_of(job.matrix.spec))
             + (str(job.lora.rank), f"{job.bits_per_weight:.2f}")
             if isinstance(job, LayerJob)
             else (job.name, _by(job.output.shape), f"{job.output.dtype} ({job.reason})", "", "", "")
@@ -155,8 +168,7 @@ def _plan_json(plan: Plan) -> dict[str, object]:
                 "name": job.name,
                 "module": job.module,
                 "shape": job.matrix.shape,
-                "quant_type": job.matrix.spec.codebook,
-                "block_size": job.matrix.spec.block_size,
+                **spec_json(job.matrix.spec),
                 "rank": job.lora.rank,
                 "scaling": job.lora.scaling,
             }

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import Fit, Loader, ModelFacts, StoredMatrix
-from loftq_cli.quant.formats import FORMATS
+from loftq_cli.layouts.layout import LAYOUTS, TASK_HEADS, Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.stored_parts import check_part, file_of
 from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, CodebookTensor, NestedAbsmax, OutTensor
 
 if TYPE_CHECKING:
@@ -30,20 +30,13 @@ _OFFSET_WIDTH = 15
 # The CPU kernels of bitsandbytes ask for this many rows a time; where they cannot have them, the model does not run.
 _ROW_MULTIPLE = 32
 
-# Heads that may be absent from a checkpoint, tied to the embedding or added by a task class, and must not be made 4-bit
-# at load for that. Names of transformers' own classes.
-_TASK_HEADS = (
-    *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
-    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
-    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense", "pooler"),
-)
 
-
-def fit(spec: CodebookSpec, shape: tuple[int, int]) -> Fit:
+def fit(spec: CodebookSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
     """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
 
     A block size of 32 is tried before a matrix is left in full precision.
     """
+    del transposed  # loaders turn a Conv1D into a linear
     out_features, in_features = shape
     if out_features % _ROW_MULTIPLE:
         return Fit(
@@ -59,7 +52,7 @@ def fit(spec: CodebookSpec, shape: tuple[int, int]) -> Fit:
 
 def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
     """The stored tensors of one weight of [out, in]."""
-    name, spec = matrix.name, matrix.spec
+    name, spec = matrix.name, cast(CodebookSpec, matrix.spec)
     numel = matrix.shape[0] * matrix.shape[1]
     n_blocks = -(-numel // spec.block_size)
     tensors = [
@@ -100,58 +93,29 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
     return tensors
 
 
-def unpack(name: str, load: Loader, tensors: Mapping[str, Any], file: Path) -> CodebookTensor:
-    """The weight called `name` from stored tensors, ours or anybody's; `load` gives a tensor by its name.
+def quantized_names(stored: StoredTensors) -> list[str]:
+    """Names of the weights that are stored in this container, which their JSON tensors tell."""
+    return [key.partition(STATE_PREFIX)[0] for key in stored.refs if STATE_PREFIX in key]
 
-    Raises InputError when they do not make a matrix that we decode as bitsandbytes does.
+
+def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+    """What the weight called `name` is, from headers and its quant_state.
+
+    Raises InputError when its parts are not those of a matrix that we decode as bitsandbytes does.
     """
-    import torch
-
-    from loftq_cli.triton_kernels.codebook import CODEBOOKS
-
-    state = read_state(name, bytes(load(state_name(name, tensors)).numpy()), file)
-    spec = spec_of(state)
-    out_features, in_features = state["shape"]
-    numel = out_features * in_features
-    n_blocks = -(-numel // spec.block_size)
-    sizes = {name: (numel + 1) // 2, f"{name}.absmax": n_blocks}
-    if spec.double_quant:
-        sizes |= {f"{name}.nested_absmax": -(-n_blocks // NESTED_BLOCK_SIZE), f"{name}.nested_quant_map": 256}
-    for key, size in sizes.items():
-        if key not in tensors or tensors[key].numel != size:
-            raise InputError(f"does not have the {size} elements its quant_state asks for", file=file, tensor=key)
-    table = load(f"{name}.quant_map")
-    # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
-    if not torch.equal(table, torch.tensor(CODEBOOKS[spec.codebook])):
-        raise InputError("holds a table that is not the one of its quant_type", file=file, tensor=f"{name}.quant_map")
-    stored = load(f"{name}.absmax")
-    absmax: torch.Tensor | NestedAbsmax = stored
-    if spec.double_quant:
-        absmax = NestedAbsmax(
-            stored,
-            load(f"{name}.nested_absmax"),
-            load(f"{name}.nested_quant_map"),
-            torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
-        )
-    return CodebookTensor(load(name).view(-1), absmax, spec, (out_features, in_features), state["dtype"])
-
-
-def spec_of(state: Mapping[str, Any]) -> CodebookSpec:
-    """The number format that a checked quant_state describes."""
-    return CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
-
-
-def state_name(name: str, tensors: Mapping[str, Any]) -> str:
-    """The name of the JSON tensor of the weight called `name`; KeyError where there is none."""
-    for codebook in ("nf4", "fp4"):
-        if (key := f"{name}{STATE_PREFIX}{codebook}") in tensors:
-            return key
-    raise KeyError(name)
-
-
-def quantized_names(tensors: Mapping[str, Any]) -> list[str]:
-    """Names of the weights among `tensors` that are stored in this container."""
-    return [key.partition(STATE_PREFIX)[0] for key in tensors if STATE_PREFIX in key]
+    for part in (name, f"{name}.absmax", f"{name}.quant_map"):
+        if part not in stored.refs:
+            raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
+    state_name = next(part for part in parts(name) if STATE_PREFIX in part and part in stored.refs)
+    file = file_of(name, stored)
+    state = read_state(name, stored.raw(state_name), file)
+    spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
+    matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
+    for tensor in planned(matrix):
+        # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
+        if STATE_PREFIX not in tensor.name:
+            check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
+    return matrix
 
 
 def parts(name: str) -> tuple[str, ...]:
@@ -159,6 +123,29 @@ def parts(name: str) -> tuple[str, ...]:
     suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
     states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in ("nf4", "fp4")]
     return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
+
+
+def unpack(matrix: StoredMatrix, stored: StoredTensors) -> CodebookTensor:
+    """The weight of a checked `matrix`. Raises InputError when its table is not that of its quant_type."""
+    import torch
+
+    from loftq_cli.triton_kernels.codebook import CODEBOOKS
+
+    name, spec, load = matrix.name, cast(CodebookSpec, matrix.spec), stored.load
+    # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
+    if not torch.equal(load(f"{name}.quant_map"), torch.tensor(CODEBOOKS[spec.codebook])):
+        what = "holds a table that is not the one of its quant_type"
+        raise InputError(what, file=file_of(name, stored), tensor=f"{name}.quant_map")
+    absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
+    if spec.double_quant:
+        state = read_state(name, stored.raw(f"{name}{STATE_PREFIX}{spec.codebook}"), file_of(name, stored))
+        absmax = NestedAbsmax(
+            load(f"{name}.absmax"),
+            load(f"{name}.nested_absmax"),
+            load(f"{name}.nested_quant_map"),
+            torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
+        )
+    return CodebookTensor(load(name).view(-1), absmax, spec, matrix.shape, matrix.dtype)
 
 
 def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
@@ -170,7 +157,8 @@ def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
             raise InputError(f"its quant_state {what}", file=file, tensor=name)
 
     quant_type, shape = state.get("quant_type"), state.get("shape")
-    check(quant_type in list(FORMATS), f"has quant_type {quant_type!r}, of which we read {', '.join(FORMATS)}")
+    known = LAYOUTS["bitsandbytes"].quant_types
+    check(quant_type in known, f"has quant_type {quant_type!r}, of which we read {', '.join(known)}")
     check(state.get("dtype") in MODEL_DTYPES, f"has dtype {state.get('dtype')!r}")
     check(type(state.get("blocksize")) is int and 2 <= state["blocksize"] <= 4096, "has no valid blocksize")
     check(
@@ -191,8 +179,8 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
             "quant_method": "bitsandbytes",
             "load_in_4bit": True,
             "load_in_8bit": False,
-            "bnb_4bit_quant_type": facts.spec.codebook,
-            "bnb_4bit_use_double_quant": facts.spec.double_quant,
+            "bnb_4bit_quant_type": facts.spec.quant_type,
+            "bnb_4bit_use_double_quant": cast(CodebookSpec, facts.spec).double_quant,
             "bnb_4bit_compute_dtype": facts.dtype,
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_skip_modules": _skip_modules(facts),
@@ -203,7 +191,7 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
 def _skip_modules(facts: ModelFacts) -> list[str]:
     """Every linear that stays as it is: an unlisted one loads silently and fails in its first forward pass."""
     names = [*facts.full_precision_modules]
-    names += [head for head in _TASK_HEADS if head not in names and head not in facts.quantized_modules]
+    names += [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
     return [_unambiguous(name, facts.quantized_modules) for name in names]
 
 
@@ -214,14 +202,15 @@ def _unambiguous(name: str, quantized: Any) -> str:
 
 
 def _state(matrix: StoredMatrix, offset: float) -> bytes:
+    spec = cast(CodebookSpec, matrix.spec)
     fields: dict[str, Any] = {
-        "quant_type": matrix.spec.codebook,
-        "blocksize": matrix.spec.block_size,
+        "quant_type": spec.codebook,
+        "blocksize": spec.block_size,
         "dtype": matrix.dtype,
         "shape": list(matrix.shape),
     }
     text = json.dumps(fields)
-    if not matrix.spec.double_quant:
+    if not spec.double_quant:
         return text.encode()
-    nested = f', "nested_blocksize": {matrix.spec.nested_block_size}, "nested_dtype": "float32", "nested_offset": '
+    nested = f', "nested_blocksize": {spec.nested_block_size}, "nested_dtype": "float32", "nested_offset": '
     return (text[:-1] + nested + f"{offset:.9g}" + "}").ljust(len(text) + len(nested) + _OFFSET_WIDTH).encode()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer
-from loftq_cli.tensors import OutTensor
+from loftq_cli.tensors import AffineSpec, OutTensor
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 QUANTIZED_ON_DISK = False
 
 
-def fit(spec: QuantSpec, shape: tuple[int, int]) -> Fit:
-    """Every shape: a loader sees plain numbers."""
-    del shape
+def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+    """Every shape that has whole groups: a loader sees plain numbers."""
+    del transposed
+    if isinstance(spec, AffineSpec) and shape[1] % spec.group_size:
+        return Fit(None, f"rows of {shape[1]} are not whole groups of {spec.group_size}")
     return Fit(spec)
 
 

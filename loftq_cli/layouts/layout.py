@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
-from loftq_cli.tensors import OutTensor
+from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
+from loftq_cli.tensors import MODEL_DTYPES, OutTensor, TensorRef
 
 if TYPE_CHECKING:
     import torch
+
+# Heads that may be absent from a checkpoint, tied to the embedding or added by a task class, and must not be taken for
+# quantized ones at load for that. Names of transformers' own classes.
+TASK_HEADS = (
+    *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
+    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
+    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense", "pooler"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +59,31 @@ class ModelFacts:
     full_precision_modules: Sequence[str]
 
 
+@dataclass(frozen=True, slots=True)
+class StoredTensors:
+    """What a container is read from.
+
+    refs     every stored tensor, as the headers have it
+    config   config.json, its quantization_config included; empty where there is none
+    dtype    what the model computes in
+    load     a stored tensor by its name; raw, the bytes of a small one, without torch
+    path     what to name in an error about the whole
+    """
+
+    refs: Mapping[str, TensorRef]
+    config: Mapping[str, Any]
+    dtype: str
+    load: Callable[[str], torch.Tensor]
+    raw: Callable[[str], bytes]
+    path: Path
+
+
 class Layout(Protocol):
-    """The functions of a module in LAYOUTS."""
+    """The functions of a module in LAYOUTS. Those that read are missing where nothing is quantized on disk."""
 
     QUANTIZED_ON_DISK: bool
 
-    def fit(self, spec: QuantSpec, shape: tuple[int, int]) -> Fit:
+    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
         """What stock loaders read right for a matrix of this shape."""
         ...
 
@@ -71,15 +99,93 @@ class Layout(Protocol):
         """config.json of the output."""
         ...
 
+    def quantized_names(self, stored: StoredTensors) -> list[str]:
+        """Names ("....weight") of the matrices that are stored in this container, in order; none in another one.
 
-LAYOUTS: dict[str, str] = {
-    "bitsandbytes": "loftq_cli.layouts.bitsandbytes",
-    "dense": "loftq_cli.layouts.dequantized",
+        Raises InputError for one that we do not decode as its loaders do.
+        """
+        ...
+
+    def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+        """What the matrix called `name` is, from headers and small tensors. Raises InputError where parts are missing
+        or not those of such a matrix.
+        """
+        ...
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Every tensor name that can belong to the matrix called `name`."""
+        ...
+
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
+        """The inverse of `pack`, for a matrix that `stored_matrix` gave. Raises InputError for numbers that no
+        quantizer writes.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutRow:
+    """One row of the table.
+
+    quant_types    number formats that it holds
+    zero_point     how integer formats store a group's offset in it: "int", or "float"
+    scale_dtypes   what its scales may be
+    scale_dtype    what its scales are by default; None for the model's dtype
+    keeps_dtype    whether its loaders decode to the model's dtype; otherwise to the scales'
+    group_sizes    those it holds; empty for all
+    """
+
+    module: str
+    summary: str
+    quant_types: tuple[str, ...]
+    zero_point: str = "int"
+    scale_dtypes: tuple[str, ...] = MODEL_DTYPES
+    scale_dtype: str | None = None
+    keeps_dtype: bool = True
+    group_sizes: tuple[int, ...] = ()
+
+
+_INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
+
+# The first row that holds a number format is its default.
+LAYOUTS: dict[str, LayoutRow] = {
+    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", ("nf4",)),
+    "compressed-tensors": LayoutRow(
+        "loftq_cli.layouts.compressed_tensors", "integers, for transformers and vLLM", _INTEGERS
+    ),
+    "gptq": LayoutRow(
+        "loftq_cli.layouts.gptq",
+        "integers, for GPTQ's loaders and PEFT's use_qalora",
+        _INTEGERS,
+        scale_dtypes=("float16",),
+        scale_dtype="float16",
+    ),
+    "metal": LayoutRow(
+        "loftq_cli.layouts.metal",
+        "integers with float offsets, for transformers",
+        ("int2", "int4", "int8"),
+        zero_point="float",
+        scale_dtype="float32",
+        keeps_dtype=False,
+    ),
+    "mlx": LayoutRow(
+        "loftq_cli.layouts.mlx",
+        "integers with float offsets, for MLX",
+        _INTEGERS,
+        zero_point="float",
+        scale_dtype="float32",
+        keeps_dtype=False,
+        group_sizes=(32, 64, 128),
+    ),
+    "dense": LayoutRow("loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS)),
 }
-
-Loader = Callable[[str], "torch.Tensor"]
 
 
 def load_layout(name: str) -> Layout:
     """The container called `name`."""
-    return cast(Layout, import_module(LAYOUTS[name]))
+    return cast(Layout, import_module(LAYOUTS[name].module))
+
+
+def default_layout(quant_type: str) -> str:
+    """The container that a number format is written in when none is named."""
+    return next(name for name, row in LAYOUTS.items() if quant_type in row.quant_types)

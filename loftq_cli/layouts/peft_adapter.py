@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.tensors import LoraPair, LoraSpec, OutTensor
+from loftq_cli.tensors import LoraPair, LoraSpec, OutTensor, Pooling
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +33,7 @@ class AdaptedModule:
 
 
 def tensor_names(module: str) -> tuple[str, str]:
-    """Names of lora_A [rank, in] and lora_B [out, rank]."""
+    """Names of lora_A [rank, in / group_size] and lora_B [out, rank]."""
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
@@ -41,8 +41,8 @@ def planned(adapted: AdaptedModule) -> tuple[OutTensor, OutTensor]:
     """The two tensors of one module."""
     name_A, name_B = tensor_names(adapted.module)
     out_features, in_features = adapted.shape
-    rank, dtype = adapted.lora.rank, adapted.lora.dtype
-    return OutTensor(name_A, dtype, (rank, in_features)), OutTensor(name_B, dtype, (out_features, rank))
+    rank, dtype, group_size = adapted.lora.rank, adapted.lora.dtype, adapted.lora.group_size
+    return OutTensor(name_A, dtype, (rank, in_features // group_size)), OutTensor(name_B, dtype, (out_features, rank))
 
 
 def pack(module: str, lora: LoraPair) -> dict[str, torch.Tensor]:
@@ -57,7 +57,9 @@ def adapter_config(
     """adapter_config.json for `modules`; the most common rank and alpha are the default, the others are patterns.
 
     `init_lora_weights` is true, never "loftq": with that, PEFT would initialize again and ask for a loftq_config.
+    A pooled adapter says use_qalora only with PEFT's own pooling: with another one, PEFT must fail, not scale wrongly.
     """
+    pooling = modules[0].lora.pooling
     (rank, alpha), _ = Counter((m.lora.rank, m.lora.alpha) for m in modules).most_common(1)[0]
     others = [m for m in modules if (m.lora.rank, m.lora.alpha) != (rank, alpha)]
     return {
@@ -77,7 +79,25 @@ def adapter_config(
         "inference_mode": True,
         "modules_to_save": None,
         "loftq_config": {},
+        **({} if pooling is None else _pooling_json(pooling)),
     }
+
+
+def _pooling_json(pooling: Pooling) -> dict[str, Any]:
+    if pooling.convention == "peft":
+        return {"use_qalora": True, "qalora_group_size": pooling.group_size}
+    return {"qalora_pooling": pooling.convention, "qalora_group_size": pooling.group_size}
+
+
+def pooling_of(config: Mapping[str, Any]) -> Pooling | None:
+    """How the adapter of a config pools its inputs. Raises ValueError for a pooling that does not exist."""
+    convention = config.get("qalora_pooling") or ("peft" if config.get("use_qalora") else None)
+    if convention is None:
+        return None
+    group_size = config.get("qalora_group_size", 16)  # PEFT's default
+    if type(group_size) is not int:
+        raise ValueError("qalora_group_size is a whole number")
+    return Pooling(convention, group_size)
 
 
 def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:

@@ -2,5 +2,6 @@
 
 method.py   the contract and the table
 loftq.py    alternating quantization and truncated SVD
+qalora.py   quantize in groups, adapter over pooled inputs
 qlora.py    quantize once, adapter that adds nothing yet
 """

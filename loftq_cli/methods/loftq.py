@@ -23,6 +23,7 @@ def initialize(
     *,
     iterations: int,
     svd: str,
+    init: str | None,
     generator: torch.Generator,
 ) -> Initialization:
     """The best of `iterations` alternations by ||W − dequant(Q) − s·B·A||; see `Initialization`.
@@ -30,7 +31,7 @@ def initialize(
     The loop sees what will be stored: constants after double quantization and in their dtype, lora_A and lora_B in
     theirs, and the scaling divided out of them. Peak memory: four float32 matrices of the size of `weight`.
     """
-    del svd, generator  # "exact" is the one solver, and nothing is drawn
+    del svd, init, generator  # "exact" is the one solver, and nothing is drawn
     best: tuple[float, int] = (math.inf, 0)
     errors: list[float] = []
     quantization_error = 0.0

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
-from loftq_cli.tensors import LoraPair, LoraSpec
+from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +41,15 @@ class Method(Protocol):
         *,
         iterations: int,
         svd: str,
+        init: str | None,
         generator: torch.Generator,
     ) -> Initialization:
         """`weight` is float32 [out, in]; random draws come from `generator` alone."""
         ...
+
+
+# How a QA-LoRA adapter starts: fitted to the group means of the quantization error, or adding nothing as in the paper.
+INITS = ("residual", "standard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +76,12 @@ METHODS: dict[str, MethodEntry] = {
         nbytes_per_weight=28,
         nbytes_per_gram=32,
     ),
+    "qalora": MethodEntry(
+        module="loftq_cli.methods.qalora",
+        adapter_dir="qalora_init",
+        summary="adapter over pooled inputs that merges into the zero points (arXiv 2309.14717)",
+        nbytes_per_weight=28,
+    ),
     "qlora": MethodEntry(
         module="loftq_cli.methods.qlora",
         adapter_dir="qlora_init",
@@ -83,3 +95,16 @@ def load_method(name: str) -> Method:
     """`initialize` of the method called `name`."""
     method: Method = import_module(METHODS[name].module).initialize
     return method
+
+
+def zero_adapter(weight: torch.Tensor, lora: LoraSpec, generator: torch.Generator) -> LoraPair:
+    """lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√inputs), lora_B zero: it adds nothing yet.
+
+    weight: [out, in]; lora_A has a column for every input, or for every pooled group of inputs.
+    """
+    import torch
+
+    out_features, inputs = weight.shape[0], weight.shape[1] // lora.group_size
+    bound, dtype = 1.0 / math.sqrt(inputs), getattr(torch, lora.dtype)
+    lora_A = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
+    return lora_pair(lora_A.to(dtype), torch.zeros(out_features, lora.rank, dtype=dtype), lora.scaling, lora.pooling)

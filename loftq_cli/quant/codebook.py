@@ -56,6 +56,7 @@ class CodebookQuantizer:
         return NestedAbsmax(codes, nested_absmax, dynamic_map().to(absmax.device), offset)
 
 
-def make_quantizer(spec: CodebookSpec, dtype: str) -> CodebookQuantizer:
+def make_quantizer(spec: CodebookSpec, dtype: str, ranges: str) -> CodebookQuantizer:
     """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
+    del ranges  # a block's range is its absmax
     return CodebookQuantizer(spec, dtype)

@@ -2,53 +2,102 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from loftq_cli.tensors import CodebookSpec, CodebookTensor
+from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, CodebookSpec, CodebookTensor
 
 if TYPE_CHECKING:
     import torch
 
 # Every kind of quantized matrix and of its specification; a new family adds its own classes here.
-QuantSpec = CodebookSpec
-QuantizedTensor = CodebookTensor
+QuantSpec: TypeAlias = CodebookSpec | AffineSpec
+QuantizedTensor: TypeAlias = CodebookTensor | AffineTensor
+
+# How the range of a group of integers is chosen: as wide as its weights, or with the least squared error.
+RANGES = ("minmax", "mse")
 
 
 class Quantizer(Protocol):
     """One matrix, there and back. `dequantize` gives what a loader of the stored tensor computes."""
 
-    def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
-        """The quantized form of float32 [out, in]."""
+    def quantize(self, weight: torch.Tensor) -> Any:
+        """The quantized form of float32 [out, in]: a QuantizedTensor."""
         ...
 
-    def dequantize(self, quantized: QuantizedTensor) -> torch.Tensor:
-        """float32 [out, in], rounded to the dtype that the loader decodes to."""
+    def dequantize(self, quantized: Any) -> torch.Tensor:
+        """float32 [out, in] of what `quantize` gives, rounded to the dtype that the loader decodes to."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One row of the table: the module that implements it, its bits a weight, and the block sizes it takes."""
+    """One row of the table: the module that implements it, its bits a weight, and the sizes that it takes: of blocks
+    for a codebook format, of groups for an integer format.
+    """
 
     module: str
     bits: int
-    block_sizes: tuple[int, ...]
     summary: str
+    block_sizes: tuple[int, ...] = ()
+    group_sizes: tuple[int, ...] = ()
 
+    @property
+    def is_affine(self) -> bool:
+        """Whether it is an integer format."""
+        return bool(self.group_sizes)
+
+
+_AFFINE = "loftq_cli.quant.affine"
+_GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 FORMATS: dict[str, Format] = {
     "nf4": Format(
         module="loftq_cli.quant.codebook",
         bits=4,
-        block_sizes=(32, 64, 128, 256, 512, 1024, 2048, 4096),
         summary="4-bit NormalFloat, one absmax per block",
+        block_sizes=(32, 64, 128, 256, 512, 1024, 2048, 4096),
     ),
+    "int2": Format(_AFFINE, 2, "2-bit integers, one scale and zero point per group", group_sizes=_GROUP_SIZES),
+    "int3": Format(_AFFINE, 3, "3-bit integers, one scale and zero point per group", group_sizes=_GROUP_SIZES),
+    "int4": Format(_AFFINE, 4, "4-bit integers, one scale and zero point per group", group_sizes=_GROUP_SIZES),
+    "int8": Format(_AFFINE, 8, "8-bit integers, one scale per group", group_sizes=_GROUP_SIZES),
 }
 
 
-def make_quantizer(spec: QuantSpec, dtype: str) -> Quantizer:
+def make_quantizer(spec: QuantSpec, dtype: str, ranges: str | None = None) -> Quantizer:
     """The quantizer of `spec` whose values a loader decodes to `dtype` ("bfloat16", ...)."""
-    quantizer: Quantizer = import_module(FORMATS[spec.codebook].module).make_quantizer(spec, dtype)
+    module = import_module(FORMATS[spec.quant_type].module)
+    quantizer: Quantizer = module.make_quantizer(spec, dtype, ranges or RANGES[0])
     return quantizer
+
+
+def spec_json(spec: QuantSpec) -> dict[str, Any]:
+    """A specification as the reports have it: its quant_type, and the fields that this kind has."""
+    hidden = ("codebook", "bits", "nested_block_size")
+    values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
+    return {"quant_type": spec.quant_type, **{name: value for name, value in values.items() if name not in hidden}}
+
+
+def spec_from_json(values: Mapping[str, Any]) -> QuantSpec:
+    """The inverse of `spec_json`. Raises KeyError, TypeError or ValueError for values of another shape."""
+    quant_type = values["quant_type"]
+    if not FORMATS[quant_type].is_affine:
+        return CodebookSpec(quant_type, int(values["block_size"]), bool(values["double_quant"]))
+    if values["scale_dtype"] not in MODEL_DTYPES:
+        raise ValueError
+    return AffineSpec(
+        FORMATS[quant_type].bits,
+        int(values["group_size"]),
+        bool(values["symmetric"]),
+        values["zero_point"],
+        values["scale_dtype"],
+    )
+
+
+def size_of(spec: QuantSpec) -> str:
+    """ "block 64" or "group 64": how many weights share constants."""
+    return f"block {spec.block_size}" if isinstance(spec, CodebookSpec) else f"group {spec.group_size}"

@@ -1,0 +1,158 @@
+"""compressed-tensors' pack-quantized container, for transformers and vLLM: integers of 2, 3, 4 or 8 bits.
+
+`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; others ignore it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from loftq_cli.errors import InputError
+from loftq_cli.layouts import grouped
+from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
+from loftq_cli.tensors import AffineSpec, AffineTensor, OutTensor
+
+if TYPE_CHECKING:
+    import torch
+
+QUANTIZED_ON_DISK = True
+_PACKED = "weight_packed"
+
+
+def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+    """Whole groups in every row, and linears only."""
+    return grouped.fit_groups(cast(AffineSpec, spec), shape, transposed=transposed, container="compressed-tensors")
+
+
+def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+    """weight_packed int32 [out, in * bits / 32], weight_scale [out, in / group_size], weight_shape, and if asymmetric
+    weight_zero_point int32 [ceil(out * bits / 32), in / group_size], packed down the rows.
+    """
+    spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
+    name, groups = matrix.name, in_features // spec.group_size
+    tensors = [
+        OutTensor(f"{name}_packed", "int32", (out_features, -(-in_features * spec.bits // 32))),
+        OutTensor(f"{name}_scale", spec.scale_dtype, (out_features, groups)),
+        OutTensor(f"{name}_shape", "int64", (2,)),
+    ]
+    if not spec.symmetric:
+        tensors.append(OutTensor(f"{name}_zero_point", "int32", (-(-out_features * spec.bits // 32), groups)))
+    return tuple(tensors)
+
+
+def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The tensors of `planned`, filled."""
+    import torch
+
+    from loftq_cli.triton_kernels.packing import pack_rows
+
+    affine, name = cast(AffineTensor, quantized), matrix.name
+    tensors = {
+        f"{name}_packed": pack_rows(affine.codes, affine.spec.bits),
+        f"{name}_scale": affine.scales,
+        f"{name}_shape": torch.tensor(matrix.shape, dtype=torch.int64),
+    }
+    if affine.zero_points is not None:
+        tensors[f"{name}_zero_point"] = pack_rows(affine.zero_points.T, affine.spec.bits).T.contiguous()
+    return tensors
+
+
+def quantized_names(stored: StoredTensors) -> list[str]:
+    """Names of the weights that are stored in this container. Raises InputError for a format other than this one."""
+    found = quantization_config(stored, "compressed-tensors")
+    if found is None:
+        return []
+    if found.get("format") != "pack-quantized":
+        what = f"its compressed-tensors format is {found.get('format')!r}, of which we read pack-quantized"
+        raise InputError(what, file=stored.path)
+    return [name.removesuffix("_packed") for name in stored.refs if name.endswith(f".{_PACKED}")]
+
+
+def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+    """What the weight called `name` is, from headers, its weight_shape and the one scheme of the config.
+
+    Raises InputError where its parts are not those of such a matrix.
+    """
+    del transposed
+    scheme = _scheme(stored)
+    shape_ref = stored.refs.get(f"{name}_shape")
+    if shape_ref is None or shape_ref.dtype not in ("int64", "int32") or shape_ref.numel != 2:
+        found = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
+        what = f"{found}, and its codes are there"
+        raise InputError(what, file=file_of(f"{name}_packed", stored), tensor=f"{name}_shape")
+    kind = "<2q" if shape_ref.dtype == "int64" else "<2i"
+    shape = cast(tuple[int, int], struct.unpack(kind, stored.raw(f"{name}_shape")))
+    if not all(0 < side < 2**40 for side in shape):
+        raise InputError(f"is {shape}, not a shape", file=shape_ref.file, tensor=f"{name}_shape")
+    bits = grouped.checked_bits(scheme, "num_bits", stored)
+    group_size = shape[1] if scheme.get("strategy") == "channel" else whole_number(scheme, "group_size", stored)
+    if shape[1] % group_size:
+        what = f"has rows of {shape[1]}, not whole groups of {group_size}"
+        raise InputError(what, file=shape_ref.file, tensor=f"{name}_shape")
+    dtype = grouped.scale_dtype(f"{name}_scale", stored)
+    spec = AffineSpec(bits, group_size, symmetric=scheme.get("symmetric") is not False, scale_dtype=dtype)
+    matrix = StoredMatrix(name, shape, spec, stored.dtype, transposed=False)
+    for part in planned(matrix):
+        if not part.name.endswith("_shape"):
+            check_part(part, stored, shape_ref.file, asks="its weight_shape and the config's scheme")
+    return matrix
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """Every tensor name that can belong to the weight called `name`."""
+    return tuple(f"{name}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
+
+
+def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
+    """The inverse of `pack`. Raises InputError for act-order."""
+    from loftq_cli.triton_kernels.packing import unpack_rows
+
+    spec, name, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.name, matrix.shape
+    codes = unpack_rows(stored.load(f"{name}_packed"), spec.bits, in_features)
+    zero_points = None
+    if not spec.symmetric:
+        zero_points = unpack_rows(stored.load(f"{name}_zero_point").T, spec.bits, out_features).T.contiguous()
+    return AffineTensor(codes, stored.load(f"{name}_scale"), zero_points, None, spec, matrix.dtype)
+
+
+def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+    """The source's config with a `quantization_config` of one scheme for all linears but those to ignore."""
+    spec = cast(AffineSpec, facts.spec)
+    weights = {
+        "num_bits": spec.bits,
+        "type": "int",
+        "symmetric": spec.symmetric,
+        "strategy": "group",
+        "group_size": spec.group_size,
+        "dynamic": False,
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": grouped.kept_modules(facts),
+        "dequantize": True,
+    }
+    return {**config, "quantization_config": quantization}
+
+
+def _scheme(stored: StoredTensors) -> Mapping[str, Any]:
+    """The weights' scheme. Raises InputError where there are several, or one that we do not read."""
+    found = quantization_config(stored, "compressed-tensors") or {}
+    groups = found.get("config_groups")
+    listed = list(groups.values()) if isinstance(groups, dict) else []
+    schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
+    if len(schemes) != 1 or not isinstance(schemes[0], dict):
+        raise InputError(f"its config has {len(schemes)} schemes of weights, and we read one", file=stored.path)
+    scheme: dict[str, Any] = schemes[0]
+    if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
+        what = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
+        raise InputError(what, file=stored.path)
+    if scheme.get("actorder") not in (None, False, "static", "weight"):
+        raise InputError("act-order: its groups are not neighbouring columns, which is not read", file=stored.path)
+    return scheme

@@ -1,0 +1,132 @@
+"""Group-wise integer formats: a matrix to codes, scales and zero points as they are stored, and back to what a loader
+computes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from loftq_cli.errors import NumericError
+from loftq_cli.tensors import AffineSpec, AffineTensor
+from loftq_cli.triton_kernels.affine import dequantize_affine, quantize_affine
+
+_SLAB_NUMEL = 1 << 20  # float64 elements compared at once: 8 MB
+
+
+@dataclass(frozen=True, slots=True)
+class AffineQuantizer:
+    """`spec` applied to matrices that a loader decodes to `dtype`; `ranges` is how a group's range is chosen."""
+
+    spec: AffineSpec
+    dtype: str
+    ranges: str = "minmax"
+
+    def quantize(self, weight: torch.Tensor) -> AffineTensor:
+        """The codes and constants of a float32 [out, in] matrix, exactly as they will be stored.
+
+        Raises NumericError when a weight is NaN or infinite, or a scale overflows its dtype.
+        """
+        spec = self.spec
+        groups = quantize_affine(
+            weight,
+            spec.bits,
+            spec.group_size,
+            symmetric=spec.symmetric,
+            scale_dtype=spec.scale_dtype,
+            zero_point=spec.zero_point,
+            ranges=self.ranges,
+        )
+        # A group's constants are non-finite exactly when one of its weights is, or they overflow.
+        constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
+        if not all(bool(torch.isfinite(constant).all()) for constant in constants):
+            if not bool(torch.isfinite(weight).all()):
+                raise NumericError("holds NaN or infinite values")
+            raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
+        return AffineTensor(groups.codes, groups.scales, groups.zero_points, groups.biases, spec, self.dtype)
+
+    def dequantize(self, quantized: AffineTensor) -> torch.Tensor:
+        """float32 [out, in], rounded to the dtype that the loader decodes to."""
+        values = dequantize_affine(
+            quantized.codes,
+            quantized.scales,
+            quantized.zero_points,
+            quantized.spec.bits,
+            quantized.spec.group_size,
+            biases=quantized.biases,
+        )
+        return values.to(getattr(torch, quantized.dtype)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetDifference:
+    """How far the values of a moved matrix are from the exact ones, (code - zero point) * scale + delta in float64.
+
+    max_difference      largest absolute one
+    max_weight          largest absolute exact value
+    squared_difference  sum of squares
+    """
+
+    max_difference: float
+    max_weight: float
+    squared_difference: float
+
+
+def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtype: str) -> AffineTensor:
+    """`base` in the format `spec`, with delta[o, k] added to every weight of group k of row o; the codes stay.
+
+    delta: float32 [out, in / group_size]. With float zero points, bias' = bias + delta, or -zero point * scale + delta
+    (QA-LoRA, arXiv 2309.14717, section 3.3, in the form that needs no division). With integer ones,
+    zero' = round(zero point - delta / scale), clamped to the codes' range: most of a small delta is lost.
+    """
+    scales, offsets = base.scales.double(), _offsets(base) + delta
+    scale_dtype = getattr(torch, spec.scale_dtype)
+    if spec.zero_point == "float":
+        constants = [base.scales.to(scale_dtype), offsets.to(scale_dtype)]
+        if not all(bool(torch.isfinite(constant).all()) for constant in constants):
+            raise NumericError(f"its offsets are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
+        return AffineTensor(base.codes, constants[0], None, constants[1], spec, dtype)
+    zero_points = (-offsets / scales).round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8)
+    return AffineTensor(base.codes, base.scales.to(scale_dtype), zero_points, None, spec, dtype)
+
+
+def offset_difference(moved: AffineTensor, base: AffineTensor, delta: torch.Tensor) -> OffsetDifference:
+    """What `move_offsets` lost: the decoded values of `moved` in float32 against exact ones, a few rows at a time."""
+    size, exact_offsets = base.spec.group_size, _offsets(base) + delta
+    biases = None if moved.biases is None else moved.biases.float()
+    largest, largest_weight, squares = 0.0, 0.0, []
+    step = max(1, _SLAB_NUMEL // base.codes.shape[1])
+    for start in range(0, base.codes.shape[0], step):
+        rows = slice(start, start + step)
+        scales = base.scales[rows].double().repeat_interleave(size, dim=1)
+        exact = base.codes[rows] * scales + exact_offsets[rows].repeat_interleave(size, dim=1)
+        zero_points = None if moved.zero_points is None else moved.zero_points[rows]
+        decoded = dequantize_affine(
+            moved.codes[rows],
+            moved.scales[rows].float(),
+            zero_points,
+            moved.spec.bits,
+            size,
+            biases=None if biases is None else biases[rows],
+        )
+        difference = exact.sub(decoded)
+        largest = max(largest, float(difference.abs().max()))
+        largest_weight = max(largest_weight, float(exact.abs().max()))
+        squares.append(float(difference.square().sum()))
+    return OffsetDifference(largest, largest_weight, math.fsum(squares))
+
+
+def _offsets(quantized: AffineTensor) -> torch.Tensor:
+    """What is added to code * scale, float64 [out, in / group_size]."""
+    if quantized.biases is not None:
+        return quantized.biases.double()
+    middle = 2 ** (quantized.spec.bits - 1)
+    zero_points = middle if quantized.zero_points is None else quantized.zero_points.double()
+    return -(quantized.scales.double() * zero_points)
+
+
+def make_quantizer(spec: AffineSpec, dtype: str, ranges: str) -> AffineQuantizer:
+    """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
+    return AffineQuantizer(spec, dtype, ranges)
