@@ -69,10 +69,19 @@ class MergeForm:
         """Whether the merged weights are stored quantized."""
         return self.spec is not None or self.keeps_codes
 
+    def model_dtype(self, dtype: str) -> str:
+        """What the model is stored in, where `dtype` is what it would be: some loaders need all tensors in one."""
+        if not LAYOUTS[self.layout].one_dtype:
+            return dtype
+        if isinstance(self.spec, AffineSpec):
+            return self.spec.scale_dtype
+        return self.scale_dtype or "float32"
+
     def spec_for(self, stored: AffineSpec) -> AffineSpec:
         """The format that a base weight with its codes kept is stored in."""
         row = LAYOUTS[self.layout]
-        scales = self.scale_dtype or row.scale_dtype or stored.scale_dtype
+        exact = "float32" if row.zero_point == "float" else stored.scale_dtype
+        scales = self.scale_dtype or row.scale_dtype or exact
         return replace(stored, symmetric=False, zero_point=row.zero_point, scale_dtype=scales)
 
 
@@ -89,7 +98,7 @@ def choose_form(options: MergeOptions, base: BaseModel, *, is_pooled: bool) -> M
     can_move = is_pooled and bool(integers) and len(integers) == len(specs)
     if options.round_zeros:
         return _rounded(options, base, integers, can_move=can_move)
-    layout = options.layout or (_exact_layout(integers) if can_move else "dense")
+    layout = options.layout or (_exact_layout(base, integers) if can_move else "dense")
     if layout == "dense":
         if options.scale_dtype is not None:
             raise UsageError("--scale-dtype is for a quantized result", hint="leave it out")
@@ -146,8 +155,10 @@ def _rounded(options: MergeOptions, base: BaseModel, integers: list[AffineSpec],
     return MergeForm(layout, keeps_codes=True, scale_dtype=options.scale_dtype)
 
 
-def _exact_layout(integers: list[AffineSpec]) -> str:
-    """The first container of float offsets that holds the base's codes; dense where there is none."""
+def _exact_layout(base: BaseModel, integers: list[AffineSpec]) -> str:
+    """The base's own container if it has float offsets, else the first one that holds its codes, else dense."""
+    if base.layout in _FLOAT_OFFSETS:
+        return base.layout
     fitting = (name for name in _FLOAT_OFFSETS if all(_holds(name, spec) for spec in integers))
     return next(fitting, "dense")
 

@@ -10,12 +10,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.staging import check_apart, check_output
 from loftq_cli.errors import MismatchError, UsageError
-from loftq_cli.layouts.layout import StoredMatrix, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_form import MergeForm, MergeOptions, choose_form
 from loftq_cli.plan import Shard, decoded_dtype, pack_shards
@@ -95,6 +96,39 @@ class Merge:
             job.replacement is not None and _is_vocabulary_head(module_of(job.name)) for job in self.jobs
         )
 
+    def model_config(self) -> dict[str, Any]:
+        """The base's config, true of what is written: its dtype, whether the head is tied, how it is quantized.
+
+        Raises UsageError for a model that the container's loaders do not read.
+        """
+        dtype = {"dtype": self.dtype}
+        config = {key: value for key, value in self.base.config.items() if key != "torch_dtype"} | dtype
+        nested = config.get("text_config")
+        if isinstance(nested, dict):
+            named = dtype if "dtype" in nested or "torch_dtype" in nested else {}
+            config["text_config"] = {key: value for key, value in nested.items() if key != "torch_dtype"} | named
+        if self.unties:
+            for part in (config, config.get("text_config")):
+                if isinstance(part, dict) and "tie_word_embeddings" in part:
+                    part["tie_word_embeddings"] = False
+        matrices = [job.matrix for job in self.jobs if job.matrix is not None]
+        if not matrices:
+            return config
+        loaded, refs = self.base.loaded_names(), self.base.tensors
+        kept = [
+            job.name
+            for job in self.jobs
+            if job.matrix is None and job.name.endswith(".weight") and len(job.outputs[0].shape) == 2
+        ]
+        facts = ModelFacts(
+            self.dtype,
+            matrices[0].spec,
+            [module_of(loaded[matrix.name]) for matrix in matrices],
+            [module_of(loaded.get(name, name)) for name in kept],
+            has_experts=any(name in refs and kind_of(refs[name], self.base.family) == "expert" for name in kept),
+        )
+        return load_layout(self.form.layout).model_config(config, facts)
+
 
 def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOptions, *, overwrite: bool) -> Merge:
     """Open both inputs and plan. Reads no numbers and writes nothing.
@@ -106,12 +140,17 @@ def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOpt
     check_apart(output, [base.folder, adapter.path])
     check_output(output, overwrite=overwrite)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
-    dtype = options.dtype or base.family.dtype(base.tensors.values())
     pooled = options.pooling is not None or any(entry.pooling for entry in adapter.lora.values())
     form = choose_form(options, base, is_pooled=pooled)
+    dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
+    if options.dtype not in (None, dtype):
+        what = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
+        raise UsageError(what, hint=f"--scale-dtype {options.dtype}")
     jobs = tuple(_Planner(base, adapter, options, form, dtype).jobs())
     shards = pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size))
-    return Merge(base, adapter, output, options, form, dtype, jobs, shards, provenance)
+    merge = Merge(base, adapter, output, options, form, dtype, jobs, shards, provenance)
+    merge.model_config()  # refuses a model that the container's loaders do not read
+    return merge
 
 
 def _is_vocabulary_head(module: str) -> bool:
@@ -173,7 +212,8 @@ class _Planner:
         ref = self.base.tensors[job.name]
         if job.name in self.base.quantized:
             return replace(job, outputs=(OutTensor(job.name, self.dtype, self._file_shape(job.name)),))
-        recast = ref.dtype in WEIGHT_DTYPES and (job.is_touched or self.options.dtype is not None)
+        asked = self.options.dtype is not None or LAYOUTS[self.form.layout].one_dtype
+        recast = ref.dtype in WEIGHT_DTYPES and (job.is_touched or asked)
         output = OutTensor(job.name, self.dtype if recast else ref.dtype, ref.shape)
         return replace(job, outputs=(output,), is_copied=not job.is_touched)
 

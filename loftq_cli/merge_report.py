@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.side_files import copy_side_files
 from loftq_cli.checkpoint.staging import CHECKSUMS
-from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_plan import Merge
 from loftq_cli.metrics import relative
 from loftq_cli.model_files import index_json, write_texts
 from loftq_cli.plan import source_name
 from loftq_cli.report import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, TOOL, dump_json
-from loftq_cli.targets import module_of
 
 if TYPE_CHECKING:
     from loftq_cli.quant.affine import OffsetDifference
@@ -134,7 +132,7 @@ def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> No
         shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}
         texts["model.safetensors.index.json"] = index_json(shard_of, merge.nbytes)
     if base.config:
-        texts["config.json"] = dump_json(_model_config(merge))
+        texts["config.json"] = dump_json(merge.model_config())
     write_texts(directory, texts)
 
 
@@ -155,31 +153,6 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],
         "biases": [job.name for job in merge.jobs if job.lora_bias is not None],
     }
-
-
-def _model_config(merge: Merge) -> dict[str, Any]:
-    """The base's config, true of what was written: its dtype, whether the head is tied, how it is quantized."""
-    config = {key: value for key, value in merge.base.config.items() if key != "torch_dtype"} | {"dtype": merge.dtype}
-    nested = config.get("text_config")
-    if isinstance(nested, dict):
-        named = {"dtype": merge.dtype} if "dtype" in nested or "torch_dtype" in nested else {}
-        config["text_config"] = {key: value for key, value in nested.items() if key != "torch_dtype"} | named
-    if merge.unties:
-        parts = [config, config.get("text_config")]
-        for part in parts:
-            if isinstance(part, dict) and "tie_word_embeddings" in part:
-                part["tie_word_embeddings"] = False
-    matrices = [job.matrix for job in merge.jobs if job.matrix is not None]
-    if not matrices:
-        return config
-    loaded = merge.base.loaded_names()
-    kept = [
-        module_of(loaded.get(job.name, job.name))
-        for job in merge.jobs
-        if job.matrix is None and job.name.endswith(".weight") and len(job.outputs[0].shape) == 2
-    ]
-    facts = ModelFacts(merge.dtype, matrices[0].spec, [module_of(loaded[m.name]) for m in matrices], kept)
-    return load_layout(merge.form.layout).model_config(config, facts)
 
 
 def _model_card(merge: Merge) -> str:

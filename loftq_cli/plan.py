@@ -150,13 +150,16 @@ class Plan:
 
     def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the output."""
-        modules = [module_of(job.name) for job in self.jobs]
-        kept = [self.family.loaded_name(name, modules) for name in _unquantized_linears(self.copies)]
-        facts = ModelFacts(self.dtype, _spec(self.recipe, self.dtype), [job.module for job in self.layers], kept)
+        names = [module_of(job.name) for job in self.jobs]
+        kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
+        has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
+        spec, modules = _spec(self.recipe, self.dtype), [job.module for job in self.layers]
+        facts = ModelFacts(self.dtype, spec, modules, kept, has_experts)
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to what the config says; nothing else would name it.
+        named = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.dtype}
         unnamed = (layout.QUANTIZED_ON_DISK or config) and not ("dtype" in config or "torch_dtype" in config)
-        return layout.model_config({**config, "dtype": self.dtype} if unnamed else config, facts)
+        return layout.model_config(named if unnamed or LAYOUTS[self.layout].one_dtype else config, facts)
 
     def adapter_config(self, base_model: str) -> dict[str, Any]:
         """adapter_config.json of the output."""
@@ -199,7 +202,9 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     _check_overrides(recipe, jobs)
     notes = [*planner.notes, *_summary_notes(jobs, planner.recast)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
-    return Plan(recipe, planner.family, planner.dtype, tuple(jobs), shards, tuple(notes))
+    plan = Plan(recipe, planner.family, planner.dtype, tuple(jobs), shards, tuple(notes))
+    plan.model_config(config)  # refuses a model that the container's loaders do not read
+    return plan
 
 
 def possible_jobs(
@@ -214,6 +219,8 @@ def _jobs(
 ) -> tuple[_Planner, list[LayerJob | CopyJob]]:
     targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
     dtype = family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
+    if LAYOUTS[str(recipe.layout)].one_dtype:
+        dtype = recipe.scale_dtype or dtype
     planner = _Planner(recipe, family, dtype, load_layout(str(recipe.layout)), [module_of(name) for name in tensors])
     return planner, [job for name, ref in tensors.items() if (job := planner.job(ref, targets[name])) is not None]
 
@@ -268,7 +275,8 @@ class _Planner:
         dtype = ref.dtype
         # transformers keeps what is called "weight" in a quantized checkpoint in its stored dtype, and two float dtypes
         # in one model do not compute: so these are stored in the model's own.
-        if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(".weight") and dtype in MODEL_DTYPES:
+        parameter = (".weight", ".bias") if LAYOUTS[str(self.recipe.layout)].one_dtype else ".weight"
+        if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:
             dtype = self.dtype
         self.recast += dtype != ref.dtype
         return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)

@@ -90,7 +90,7 @@ def test_outside_packages_stay_in_their_place(module, path):
 
 
 def test_every_row_of_every_table_names_a_module_that_exists():
-    rows = [*LAYOUTS.values(), *(m.module for m in METHODS.values()), *(f.module for f in FORMATS.values())]
+    rows = [*(row.module for row in LAYOUTS.values()), *(m.module for m in METHODS.values()), *(f.module for f in FORMATS.values())]
     assert all(find_spec(module) for module in rows)
 
 

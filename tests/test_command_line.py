@@ -244,7 +244,7 @@ def test_a_single_weight_file_converts_without_a_config(run, tmp_path):
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert stored["layers.0.norm.weight"].dtype == torch.float32
     assert "layers.0.proj.weight.quant_state.bitsandbytes__nf4" in stored
-    assert set(json.loads((tmp_path / "out" / "config.json").read_text())) == {"quantization_config"}
+    assert set(json.loads((tmp_path / "out" / "config.json").read_text())) == {"dtype", "quantization_config"}
 
 
 def test_two_runs_give_the_same_bytes(source, tmp_path):

@@ -119,7 +119,7 @@ def test_a_changed_report_does_not_change_what_is_recomputed(hide, original, con
     report = json.loads((base / "loftq_report.json").read_text())
     for layer in report["layers"]:
         layer["error"] = {**layer["error"], "squared_error": 1e-9, "squared_weight": 1e9}
-        layer |= {"rank": 99, "scaling": 7.0, "module": "nonsense", "quant_type": "nf2", "block_size": 0}
+        layer |= {"rank": 99, "scaling": 7.0, "module": "nonsense", "double_quant": False, "block_size": 4096}
     edit_json(base / "loftq_report.json", layers=report["layers"][:2], adapter_dir=hide)
 
     values = inspected(capsys, base, "--against", original)
@@ -185,6 +185,7 @@ def test_the_keys_of_the_json_are_stable(original, converted, capsys):
     errors |= {"base_error", "error", "sqnr_db", "delta_norm"}
     assert set(values["totals"]) == {"layers", "bits_per_weight"} | errors
     layer = {"name", "shape", "quant_type", "block_size", "double_quant", "bits_per_weight", "rank", "scaling", "error"}
+    layer |= {"groups"}
     assert [set(row) for row in values["layers"]] == [layer] * 7
     assert set(values["layers"][0]["error"]) == errors
     dense = inspected(capsys, original, "--try", "nf4")
@@ -198,7 +199,7 @@ def test_the_table_names_every_layer_and_the_totals(original, converted, capsys)
 
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    columns = ("layer", "shape", "type", "bits", "rank", "base error", "error", "max", "SQNR dB", "delta")
+    columns = ("layer", "shape", "type", "per", "bits", "rank", "base error", "error", "max", "SQNR dB", "delta")
     assert " ".join(lines[0].split()) == " ".join(columns)
     assert [line.split()[0] for line in lines[1:8]] == sorted(decoded(converted))
     assert lines[8].startswith("7 layers, ")

@@ -21,7 +21,8 @@ bnb = pytest.importorskip("bitsandbytes.functional")
 def loftq(weight, lora, *, spec=None, iterations=5, dtype="float32", method="loftq", seed=0):
     quantizer = make_quantizer(spec or CodebookSpec(), dtype)
     generator = torch.Generator().manual_seed(seed)
-    initial = load_method(method)(weight, quantizer, lora, iterations=iterations, svd="exact", generator=generator)
+    options = {"iterations": iterations, "svd": "exact", "init": None, "generator": generator}
+    initial = load_method(method)(weight, quantizer, lora, **options)
     return initial, quantizer.dequantize(initial.quantized)
 
 

@@ -415,11 +415,10 @@ def test_the_json_of_a_merge_is_complete(converted, tmp_path):
 
     assert run.returncode == 0
     values = json.loads(run.stdout)
-    assert set(values) == {"output", "dtype", "requantize", "nbytes", "retention", "notes", "layers"}
+    assert set(values) == {"output", "dtype", "layout", "requantize", "nbytes", "retention", "lost", "notes", "layers"}
     assert (values["dtype"], values["requantize"], values["retention"]) == ("bfloat16", None, None)
-    assert [set(layer) for layer in values["layers"]] == [
-        {"name", "rank", "scaling", "relative_delta", "retention"}
-    ] * 14
+    keys = {"name", "rank", "scaling", "relative_delta", "retention", "lost", "max_difference", "relative_difference"}
+    assert [set(layer) for layer in values["layers"]] == [keys] * 14
     layer = values["layers"][0]
     weight = decoded(converted)[layer["name"]].double()
     added = delta(converted / "loftq_init", layer["name"].removesuffix(".weight"), 2.0)

@@ -85,8 +85,9 @@ def _zero_point(spec: QuantSpec) -> str:
 
 
 def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRow]) -> None:
+    zero_point = ("zero point",) if any(isinstance(row.spec, AffineSpec) for row in rows) else ()
     table(
-        ("layer", "shape", "type", "constants per", "zero point", "bits", "rank")
+        ("layer", "shape", "type", "per", *zero_point, "bits", "rank")
         + ("base error", "error", "max", "SQNR dB", "delta")
         + (("mean group", "worst group") if any(row.groups for row in rows) else ()),
         (
@@ -95,7 +96,7 @@ def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRo
                 f"{row.shape[0]}×{row.shape[1]}",
                 row.spec.quant_type,
                 size_of(row.spec),
-                _zero_point(row.spec),
+                *(_zero_point(row.spec) for _ in zero_point),
                 f"{row.bits_per_weight:.2f}",
                 "-" if row.rank is None else str(row.rank),
                 *_error_cells(row.error),

@@ -141,7 +141,7 @@ def _print_plan(plan: Plan, *, as_json: bool, verbose: bool) -> None:
     _announce(plan)
     jobs = plan.jobs if verbose else plan.layers
     table(
-        ("tensor", "shape", "becomes", "constants per", "rank", "bits"),
+        ("tensor", "shape", "becomes", "per", "rank", "bits"),
         (
             (job.name, _by(job.matrix.shape), job.matrix.spec.quant_type, size_of(job.matrix.spec))
             + (str(job.lora.rank), f"{job.bits_per_weight:.2f}")

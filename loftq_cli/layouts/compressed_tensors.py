@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix, StoredTensors
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
@@ -25,7 +25,9 @@ _PACKED = "weight_packed"
 
 def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
     """Whole groups in every row, and linears only."""
-    return grouped.fit_groups(cast(AffineSpec, spec), shape, transposed=transposed, container="compressed-tensors")
+    return grouped.fit_groups(
+        cast(AffineSpec, spec), shape, transposed=transposed, container="compressed-tensors", whole_words=False
+    )
 
 
 def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
@@ -120,7 +122,13 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
 
 
 def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` of one scheme for all linears but those to ignore."""
+    """The source's config with a `quantization_config` of one scheme for all linears but those to ignore.
+
+    Raises UsageError for a model with experts in full precision, which transformers 5 does not find beside packed ones.
+    """
+    if facts.has_experts:
+        what = "transformers loads no experts in full precision from compressed-tensors"
+        raise UsageError(what, hint="--layout metal, or dense")
     spec = cast(AffineSpec, facts.spec)
     weights = {
         "num_bits": spec.bits,

@@ -5,10 +5,11 @@ Writes no act-order and reads none: groups are neighbouring columns. Knows nothi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix, StoredTensors
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
@@ -19,6 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 QUANTIZED_ON_DISK = True
+# Where optimum looks for blocks when the config does not say it (2.3), and text models whose own code needs a `weight`.
+_KNOWN_STACKS = (
+    *("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers"),
+    *("h", "decoder.layers", "layers"),
+)
+_NEVER_LOADED = ("mamba", "mamba2", "falcon_mamba", "whisper")
 _ROW_MULTIPLE = 32  # zero points are packed along the rows, in whole words at any number of bits
 
 
@@ -134,9 +141,16 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
 
 
 def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` that makes GPTQ loaders read the tensors as they are."""
+    """The source's config with a `quantization_config` that makes GPTQ loaders read the tensors as they are.
+
+    Raises UsageError for a model that they do not load: they know text models of one stack of blocks.
+    """
     spec = cast(AffineSpec, facts.spec)
-    quantization = {
+    stacks = {re.split(r"\.\d+\.", module, maxsplit=1)[0] for module in facts.quantized_modules}
+    if len(stacks) > 1 or config.get("model_type") in _NEVER_LOADED:
+        what = f"GPTQ loaders read models of one stack of blocks, and this one has {', '.join(sorted(stacks))}"
+        raise UsageError(what, hint="--layout compressed-tensors, metal or dense")
+    quantization: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": spec.bits,
         "group_size": spec.group_size,
@@ -145,7 +159,14 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
         "checkpoint_format": "gptq_v2",
         "lm_head": False,
         "pack_dtype": "int32",
+        # The CPU kernel that is chosen otherwise loses gradients after its first forward pass in evaluation mode.
+        "backend": "torch",
     }
+    stack = "".join(stacks)
+    if stack not in _KNOWN_STACKS:
+        quantization["block_name_to_quantize"] = stack
+    if any(module.startswith(f"{stack}.") for module in facts.full_precision_modules):
+        quantization["modules_in_block_to_quantize"] = [list(facts.quantized_modules)]
     return {**config, "quantization_config": quantization}
 
 

@@ -1,17 +1,17 @@
-"""What the containers of group-wise integers have in common: which matrices they hold, and the containers whose offset
-is a float: codes in 32-bit words along the row, a scale and a bias per group, value = code * scale + bias.
+"""What the containers of group-wise integers have in common: which matrices they hold, what their configs say,
+and all of those whose offsets are floats.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.errors import InputError
 from loftq_cli.layouts.layout import TASK_HEADS, Fit, ModelFacts, StoredMatrix, StoredTensors
 from loftq_cli.layouts.stored_parts import check_part, file_of, whole_number
-from loftq_cli.quant.formats import FORMATS
+from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
 from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, OutTensor
 
 if TYPE_CHECKING:
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def fit_groups(
-    spec: AffineSpec, shape: tuple[int, int], *, transposed: bool, container: str, row_multiple: int = 1
+    spec: AffineSpec,
+    shape: tuple[int, int],
+    *,
+    transposed: bool,
+    container: str,
+    row_multiple: int = 1,
+    whole_words: bool = True,
 ) -> Fit:
     """Rows must be whole groups; the container describes one format, so nothing else is tried."""
     out_features, in_features = shape
@@ -27,16 +33,11 @@ def fit_groups(
         return Fit(None, f"{container} holds no layers that are stored [in, out]")
     if in_features % spec.group_size:
         return Fit(None, f"rows of {in_features} are not whole groups of {spec.group_size}")
-    if in_features * spec.bits % 32:
+    if whole_words and in_features * spec.bits % 32:
         return Fit(None, f"rows of {in_features} are not whole 32-bit words of {spec.bits}-bit codes")
     if out_features % row_multiple:
         return Fit(None, f"{out_features} rows are not a multiple of {row_multiple}, which {container} needs")
     return Fit(spec)
-
-
-def spec_shape(spec: AffineSpec, shape: tuple[int, int]) -> tuple[int, int]:
-    """Shape of the scales: [out, groups in a row]."""
-    return shape[0], shape[1] // spec.group_size
 
 
 def checked_bits(values: Mapping[str, Any], key: str, stored: StoredTensors) -> int:
@@ -59,65 +60,86 @@ def scale_dtype(name: str, stored: StoredTensors) -> str:
     return ref.dtype
 
 
-def planned_biased(matrix: StoredMatrix, biases: str) -> tuple[OutTensor, ...]:
-    """Codes under the weight's own name; scales, and biases under the name that the container gives them."""
-    spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
-    module, shape = matrix.name.removesuffix("weight"), spec_shape(spec, matrix.shape)
-    return (
-        OutTensor(matrix.name, "uint32", (out_features, in_features * spec.bits // 32)),
-        OutTensor(f"{module}scales", spec.scale_dtype, shape),
-        OutTensor(module + biases, spec.scale_dtype, shape),
-    )
-
-
-def pack_biased(matrix: StoredMatrix, quantized: AffineTensor, biases: str) -> dict[str, torch.Tensor]:
-    """The tensors of `planned_biased`, filled."""
-    import torch
-
-    from loftq_cli.triton_kernels.packing import pack_rows
-
-    assert quantized.biases is not None  # `fit` asked for a float zero point
-    module = matrix.name.removesuffix("weight")
-    words = pack_rows(quantized.codes, quantized.spec.bits).view(torch.uint32)
-    return {matrix.name: words, f"{module}scales": quantized.scales, module + biases: quantized.biases}
-
-
-def biased_names(stored: StoredTensors, biases: str) -> list[str]:
-    """Weights that have scales and biases beside them."""
-    ending = re.compile(rf"\.{biases}$")
-    modules = [ending.sub("", name) for name in stored.refs if ending.search(name)]
-    return [f"{module}.weight" for module in modules if f"{module}.scales" in stored.refs]
-
-
-def stored_biased(name: str, stored: StoredTensors, biases: str, values: Mapping[str, Any]) -> StoredMatrix:
-    """What the weight called `name` is; `values` has bits and group_size. Raises InputError."""
-    bits, group_size = checked_bits(values, "bits", stored), whole_number(values, "group_size", stored)
-    scales = name.removesuffix("weight") + "scales"
-    dtype = scale_dtype(scales, stored)
-    shape = stored.refs[scales].shape
-    if len(shape) != 2 or 0 in shape:
-        raise InputError(f"is {shape}, not a matrix", file=file_of(scales, stored), tensor=scales)
-    spec = AffineSpec(bits, group_size, symmetric=False, zero_point="float", scale_dtype=dtype)
-    matrix = StoredMatrix(name, (shape[0], shape[1] * group_size), spec, dtype, transposed=False)
-    for part in planned_biased(matrix, biases):
-        check_part(part, stored, file_of(name, stored), asks=f"its {bits} bits and group size {group_size}")
-    return matrix
-
-
-def unpack_biased(matrix: StoredMatrix, stored: StoredTensors, biases: str) -> AffineTensor:
-    """The inverse of `pack_biased`."""
-    import torch
-
-    from loftq_cli.triton_kernels.packing import unpack_rows
-
-    spec, module = cast(AffineSpec, matrix.spec), matrix.name.removesuffix("weight")
-    codes = unpack_rows(stored.load(matrix.name).view(torch.int32), spec.bits, matrix.shape[1])
-    scales, offsets = stored.load(f"{module}scales"), stored.load(module + biases)
-    return AffineTensor(codes, scales, None, offsets, spec, matrix.dtype)
-
-
 def kept_modules(facts: ModelFacts) -> list[str]:
     """Every linear that stays as it is, and the heads that a loader may add to the model."""
     names = list(facts.full_precision_modules)
     heads = (head for head in TASK_HEADS if not head.startswith("^"))
     return names + [head for head in heads if head not in names and head not in facts.quantized_modules]
+
+
+@dataclass(frozen=True)
+class FloatOffsets:
+    """The reading and writing side of a container whose groups have a float offset: codes in 32-bit words along the
+    row under the weight's own name, a scale and a bias per group, value = code * scale + bias.
+
+    container   its name, for people
+    biases      what it calls the biases
+    settings    gives bits and group_size from config.json; empty for another container
+    """
+
+    container: str
+    biases: str
+    settings: Callable[[StoredTensors], Mapping[str, Any]]
+
+    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+        """Whole groups in every row, and linears only."""
+        return fit_groups(cast(AffineSpec, spec), shape, transposed=transposed, container=self.container)
+
+    def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+        """weight uint32 [out, in * bits / 32], scales and biases [out, in / group_size]."""
+        spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
+        _, scales, biases = self.parts(matrix.name)
+        shape = (out_features, in_features // spec.group_size)
+        return (
+            OutTensor(matrix.name, "uint32", (out_features, in_features * spec.bits // 32)),
+            OutTensor(scales, spec.scale_dtype, shape),
+            OutTensor(biases, spec.scale_dtype, shape),
+        )
+
+    def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `planned`, filled."""
+        import torch
+
+        from loftq_cli.triton_kernels.packing import pack_rows
+
+        affine = cast(AffineTensor, quantized)
+        assert affine.biases is not None  # the table asks for float zero points
+        words = pack_rows(affine.codes, affine.spec.bits).view(torch.uint32)
+        return dict(zip(self.parts(matrix.name), (words, affine.scales, affine.biases), strict=True))
+
+    def quantized_names(self, stored: StoredTensors) -> list[str]:
+        """Names of the weights that have scales and biases beside them."""
+        if not self.settings(stored):
+            return []
+        ending = f".{self.biases}"
+        modules = [name.removesuffix(ending) for name in stored.refs if name.endswith(ending)]
+        return [f"{module}.weight" for module in modules if f"{module}.scales" in stored.refs]
+
+    def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+        """What the weight called `name` is. Raises InputError where its parts do not fit together."""
+        del transposed
+        settings, (_, scales, _) = self.settings(stored), self.parts(name)
+        bits, group_size = checked_bits(settings, "bits", stored), whole_number(settings, "group_size", stored)
+        dtype, shape = scale_dtype(scales, stored), stored.refs[scales].shape
+        if len(shape) != 2 or 0 in shape:
+            raise InputError(f"is {shape}, not a matrix", file=file_of(scales, stored), tensor=scales)
+        spec = AffineSpec(bits, group_size, symmetric=False, zero_point="float", scale_dtype=dtype)
+        matrix = StoredMatrix(name, (shape[0], shape[1] * group_size), spec, dtype, transposed=False)
+        for part in self.planned(matrix):
+            check_part(part, stored, file_of(name, stored), asks=f"its {bits} bits and group size {group_size}")
+        return matrix
+
+    def parts(self, name: str) -> tuple[str, str, str]:
+        """Names of the codes, the scales and the biases of the weight called `name`."""
+        module = name.removesuffix("weight")
+        return name, f"{module}scales", module + self.biases
+
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
+        """The inverse of `pack`."""
+        import torch
+
+        from loftq_cli.triton_kernels.packing import unpack_rows
+
+        spec, (words, scales, biases) = cast(AffineSpec, matrix.spec), map(stored.load, self.parts(matrix.name))
+        codes = unpack_rows(words.view(torch.int32), spec.bits, matrix.shape[1])
+        return AffineTensor(codes, scales, None, biases, spec, matrix.dtype)

@@ -51,12 +51,16 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a container's config needs to know of the whole model; module names as the loaded model has them."""
+    """What a container's config needs to know of the whole model; module names as the loaded model has them.
+
+    has_experts   whether there are experts in full precision, one matrix each
+    """
 
     dtype: str
     spec: QuantSpec
     quantized_modules: Sequence[str]
     full_precision_modules: Sequence[str]
+    has_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class Layout(Protocol):
         ...
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """config.json of the output."""
+        """config.json of the output. Raises UsageError for a model that the container's loaders do not read."""
         ...
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
@@ -132,6 +136,7 @@ class LayoutRow:
     scale_dtypes   what its scales may be
     scale_dtype    what its scales are by default; None for the model's dtype
     keeps_dtype    whether its loaders decode to the model's dtype; otherwise to the scales'
+    one_dtype      whether its loaders need every tensor of the model in the scales' dtype
     group_sizes    those it holds; empty for all
     """
 
@@ -142,6 +147,7 @@ class LayoutRow:
     scale_dtypes: tuple[str, ...] = MODEL_DTYPES
     scale_dtype: str | None = None
     keeps_dtype: bool = True
+    one_dtype: bool = False
     group_sizes: tuple[int, ...] = ()
 
 
@@ -159,21 +165,21 @@ LAYOUTS: dict[str, LayoutRow] = {
         _INTEGERS,
         scale_dtypes=("float16",),
         scale_dtype="float16",
+        keeps_dtype=False,
     ),
     "metal": LayoutRow(
         "loftq_cli.layouts.metal",
         "integers with float offsets, for transformers",
         ("int2", "int4", "int8"),
         zero_point="float",
-        scale_dtype="float32",
         keeps_dtype=False,
+        one_dtype=True,
     ),
     "mlx": LayoutRow(
         "loftq_cli.layouts.mlx",
         "integers with float offsets, for MLX",
         _INTEGERS,
         zero_point="float",
-        scale_dtype="float32",
         keeps_dtype=False,
         group_sizes=(32, 64, 128),
     ),
