@@ -18,7 +18,14 @@ from loftq_cli.errors import InputError, NumericError, QualityError
 from loftq_cli.jobs import as_matrix, recast_chunks
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.merge_plan import Merge, MergeJob
-from loftq_cli.merge_report import MergedLayer, MergeOutcome, total_lost, total_retention, write_side_files
+from loftq_cli.merge_report import (
+    MergedLayer,
+    MergeOutcome,
+    largest_difference,
+    total_lost,
+    total_retention,
+    write_side_files,
+)
 from loftq_cli.metrics import adapter_delta, group_delta
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
@@ -49,7 +56,7 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> 
     forced.
     """
     contents = check_contents(merge.base, merge.provenance, force=merge.options.force)
-    notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge))
+    notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge), *_unfit_notes(merge))
     for note in notes:
         observer.note(note)
     check_space(merge.output, merge.nbytes)
@@ -72,6 +79,10 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> 
 
 def _unused_notes(merge: Merge) -> list[str]:
     return [f"adapter tensor {name} is not needed: {why}" for name, why in merge.adapter.unused.items()]
+
+
+def _unfit_notes(merge: Merge) -> list[str]:
+    return [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
 
 
 def _run_jobs(merge: Merge, directory: Path, observer: Observer) -> tuple[MergedLayer, ...]:
@@ -241,10 +252,14 @@ def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
             file=merge.base.path,
             hint="merge without --requantize, which keeps all of it; or keep base and adapter apart; or --force",
         )
-    if lost is not None and lost > 1 - LEAST_RETENTION:
-        rounded = "with rounded zero points" if merge.options.round_zeros else "with such offsets"
-        raise QualityError(
-            f"{rounded}, {lost:.1%} of the update would be lost",
-            file=merge.base.path,
-            hint="float32 offsets keep all of it: --layout metal or mlx; or --force",
-        )
+    difference = largest_difference(layers)
+    # What float32 itself cannot hold of a tiny update is no loss that other options would spare.
+    if lost is None or difference is None or difference[1] <= EXACT or lost <= 1 - LEAST_RETENTION:
+        return
+    rounded = "with rounded zero points" if merge.options.round_zeros else "with such offsets"
+    what = f"{lost:.1%} of the update would be lost"
+    if math.isinf(lost):
+        what = f"the base itself would change, by up to {difference[1]:.1e} of its largest weight"
+    instead = "leave out --round-zeros" if merge.options.round_zeros else "leave out --scale-dtype"
+    hint = f"float32 offsets keep all of it: {instead}; or --force"
+    raise QualityError(f"{rounded}, {what}", file=merge.base.path, hint=hint)

@@ -44,6 +44,7 @@ class MergeJob:
     matrix        how it is stored quantized, if it is
     keeps_codes   what is stored are the base's codes with other offsets
     outputs       what is written
+    note          why it is not quantized, where that was asked for
     is_copied     what is written are the base's bytes, or its numbers in another dtype
     """
 
@@ -55,6 +56,7 @@ class MergeJob:
     keeps_codes: bool = False
     outputs: tuple[OutTensor, ...] = ()
     is_copied: bool = False
+    note: str | None = None
 
     @property
     def is_touched(self) -> bool:
@@ -140,17 +142,30 @@ def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOpt
     check_apart(output, [base.folder, adapter.path])
     check_output(output, overwrite=overwrite)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
-    pooled = options.pooling is not None or any(entry.pooling for entry in adapter.lora.values())
-    form = choose_form(options, base, is_pooled=pooled)
+    form = choose_form(options, base, is_pooled=_is_pooled(base, adapter, options))
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
     if options.dtype not in (None, dtype):
         what = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
         raise UsageError(what, hint=f"--scale-dtype {options.dtype}")
     jobs = tuple(_Planner(base, adapter, options, form, dtype).jobs())
+    unfit = next((job for job in jobs if job.note), None)
+    if unfit is not None and not any(job.matrix for job in jobs):
+        raise UsageError(f"no weight to quantize: {unfit.note}", tensor=unfit.name, hint="another --group-size")
     shards = pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size))
     merge = Merge(base, adapter, output, options, form, dtype, jobs, shards, provenance)
     merge.model_config()  # refuses a model that the container's loaders do not read
     return merge
+
+
+def _is_pooled(base: BaseModel, adapter: AdapterSource, options: MergeOptions) -> bool:
+    """Whether a lora_A reads pooled inputs: its config or the options say so, and it is narrower than its weight."""
+    for name, loaded in adapter.names_in(base).items():
+        entry = adapter.lora.get(module_of(loaded)) if name.endswith(".weight") else None
+        if entry is None or entry.is_embedding or (entry.pooling is None and options.pooling is None):
+            continue
+        if adapter.weights.tensors[entry.lora_A].shape[1] != base.matrix_shape(name)[-1]:
+            return True
+    return False
 
 
 def _is_vocabulary_head(module: str) -> bool:
@@ -168,6 +183,7 @@ class _Planner:
         self.loaded = adapter.names_in(base)
         self.lora, self.whole = dict(adapter.lora), dict(adapter.whole)
         self.biases = {f"{module}.bias": entry for module, entry in self.lora.items() if entry.lora_bias}
+        self.unfit: dict[str, str] = {}
         if form.is_quantized and not base.family.loads_in_4_bit():
             what = f"transformers cannot load {base.family.model_type} from quantized tensors"
             raise UsageError(what, hint="--layout dense")
@@ -198,7 +214,7 @@ class _Planner:
         if lora_bias is not None and lora_bias.lora_bias is not None:
             self._check_shape(lora_bias.lora_bias, name, self.base.tensors[name].shape)
         job = MergeJob(name, lora, lora_bias, replacement)
-        return self._quantized(job) or self._dense(job)
+        return self._quantized(job) or replace(self._dense(job), note=self.unfit.get(name))
 
     def _new(self, loaded: str, name: str) -> MergeJob:
         ref, saved = self.adapter.weights.tensors[name], self.adapter.config.get("modules_to_save") or []
@@ -240,10 +256,11 @@ class _Planner:
         else:
             out_features, in_features = self.base.matrix_shape(job.name)
             shape, transposed = (out_features, in_features), self.base.family.is_transposed(module_of(job.name))
-        fitting = load_layout(self.form.layout).fit(spec, shape, transposed=transposed).spec
-        if fitting is None:
+        fit = load_layout(self.form.layout).fit(spec, shape, transposed=transposed)
+        if fit.spec is None:
+            self.unfit[job.name] = fit.reason or "does not fit the container"
             return None
-        matrix = self._stored(job.name, shape, fitting, transposed=transposed)
+        matrix = self._stored(job.name, shape, fit.spec, transposed=transposed)
         if not job.is_touched and matrix == stored and self.base.layout == self.form.layout:
             # Its values lie on the grid already, and encoding them again would move some.
             outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in self.base.parts(job.name))

@@ -110,13 +110,13 @@ def layer_json(layer: MergedLayer) -> dict[str, Any]:
         "scaling": layer.scaling,
         "relative_delta": layer.relative_delta,
         "retention": layer.retention,
-        "lost": _finite(layer.lost),
+        "lost": finite(layer.lost),
         "max_difference": None if layer.difference is None else layer.difference.max_difference,
         "relative_difference": layer.relative_difference,
     }
 
 
-def _finite(value: float | None) -> float | None:
+def finite(value: float | None) -> float | None:
     """JSON has no infinity: a loss where nothing was to be added is left out."""
     return value if value is None or math.isfinite(value) else None
 
@@ -147,7 +147,7 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "round_zeros": merge.options.round_zeros,
         "notes": list(outcome.notes),
         "retention": total_retention(outcome.layers),
-        "lost": _finite(total_lost(outcome.layers)),
+        "lost": finite(total_lost(outcome.layers)),
         "layers": [layer_json(layer) for layer in outcome.layers],
         "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
         "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],

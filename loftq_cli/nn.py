@@ -1,5 +1,5 @@
 """Training modules over what `loftq quantize` writes: linears whose weight stays quantized, with LoftQ, QLoRA and
-QA-LoRA adapters; loading them into a model, and saving the adapters again. Plain torch: no kernels and no training loop.
+QA-LoRA adapters; loading them into a model, and saving the adapters again. Plain torch; no training loop.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class QuantizedLinear(nn.Linear):
         self.bias = _frozen(bias)
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
+    def weight(self) -> torch.Tensor:
         """The decoded weight [out, in], for reading: dtype, device and shape cost nothing, anything else decodes.
 
         Changing it in place or assigning its data raises RuntimeError.
@@ -91,7 +91,7 @@ class QuantizedLinear(nn.Linear):
 
     def quantized(self) -> QuantizedTensor:
         """The stored weight; integer codes are unpacked into new memory."""
-        buffers = {name: tensor for name, tensor in self.named_buffers(recurse=False)}
+        buffers = dict(self.named_buffers(recurse=False))
         if isinstance(self.spec, AffineSpec):
             codes = unpack_rows(buffers["codes"], self.spec.bits, self.in_features)
             offsets = (buffers.get("zero_points"), buffers.get("biases"))
@@ -132,14 +132,15 @@ class QuantizedLinear(nn.Linear):
         if not self.cache:
             return self.dequantized().to(dtype)
         if self._cached is None or self._cached.dtype != dtype:
-            self._cached = self.dequantized().to(dtype)
+            with torch.inference_mode(False):  # a tensor of inference mode could not serve training later
+                self._cached = self.dequantized().to(dtype)
         return self._cached
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
         # What is decoded would be other numbers after a cast of the constants, so only the weight's own dtype changes.
         stored = dict(self.named_buffers(recurse=False))
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in stored.items():
             after = self.get_buffer(name)
             if after.dtype != before.dtype:
@@ -149,7 +150,7 @@ class QuantizedLinear(nn.Linear):
 
     def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
         self._cached = None
-        super()._load_from_state_dict(*arguments, **keywords)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*arguments, **keywords)
 
 
 class _DecodedLinear(torch.autograd.Function):
@@ -174,7 +175,7 @@ class _ReadOnlyWeight(torch.Tensor):
     a temporary, and drop what was trained.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
     _decode: Callable[[], torch.Tensor]
 
     @staticmethod
@@ -183,10 +184,12 @@ class _ReadOnlyWeight(torch.Tensor):
     ) -> _ReadOnlyWeight:
         weight = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         weight._decode = decode
-        return cast(_ReadOnlyWeight, weight)
+        return weight
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         for place, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
@@ -199,7 +202,7 @@ class _ReadOnlyWeight(torch.Tensor):
         return func(*args, **kwargs)
 
     @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
+    def data(self) -> torch.Tensor:
         """The weight itself, still for reading only."""
         return self
 
@@ -210,7 +213,7 @@ class _ReadOnlyWeight(torch.Tensor):
     def __setitem__(self, key: Any, value: Any) -> None:
         raise RuntimeError(_READ_ONLY)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self._decode())
 
 
@@ -254,7 +257,7 @@ class _AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """base + s·B·A [out, in] as it is now, for reading; see `QuantizedLinear.weight`. No gradient goes through it."""
+        """base + s·B·A [out, in] as it is now, for reading as `QuantizedLinear.weight`; no gradient goes through it."""
         like = self.base_layer.weight
         shape = (self.out_features, self.in_features)
         return _ReadOnlyWeight(lambda: self._merged_weight().to(like.dtype), shape, like.dtype, like.device)
@@ -280,7 +283,7 @@ class _AdaptedLinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A frozen dense linear with dequant(Q) + s·B·A, added in float32 and rounded to the dtype of `weight`."""
         dtype = self.base_layer.weight.dtype
-        return _dense_linear(self._merged_weight().to(dtype), self.bias).train(self.training)
+        return _dense_linear(self._merged_weight().to(dtype), _copied(self.bias)).train(self.training)
 
     def extra_repr(self) -> str:
         """The adapter's rank and scaling."""
@@ -392,7 +395,7 @@ class QALoRALinear(_AdaptedLinear):
         return scales * (zero_points - moved)
 
     def _zero_points(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Scales and zero points of the base in float64 and the highest code. Raises ValueError where there are none."""
+        """Scales and zero points of the base in float64, and the highest code. Raises ValueError without them."""
         spec = self.base_layer.spec if isinstance(self.base_layer, QuantizedLinear) else None
         if not isinstance(spec, AffineSpec):
             raise ValueError("the base holds no integer codes: it has no zero points to round")
@@ -431,10 +434,12 @@ def load_adapted(
     with BaseModel.open(Path(directory)) as base:
         source = _adapter_for(base, None if adapter is None else Path(adapter))
         plan = _Plan.of(model, base, source)
+        method = None if source is None else _method_of(base, source)
+        for slot in plan.slots:
+            slot.check(base)
+        built = {linear.module: linear.build(base, source, method, cache=cache) for linear in plan.linears}
         for slot in plan.slots:
             slot.fill(base)
-        method = None if source is None else _method_of(base, source)
-        built = {linear.module: linear.build(base, source, method, cache=cache) for linear in plan.linears}
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child in built:
@@ -485,21 +490,25 @@ def save_adapter(
 
 @dataclass(frozen=True)
 class _Slot:
-    """A tensor of the model, and the stored tensor of the same shape that it takes its numbers from."""
+    """A tensor of the model, and the name of the stored one that it takes its numbers from; `shared_with` names an
+    earlier one for the same tensor of the model.
+    """
 
     tensor: torch.Tensor
     name: str
     shared_with: str | None
 
-    def fill(self, base: BaseModel) -> None:
-        """Copy; where the model shares one tensor for two stored ones, raises MismatchError unless they are equal."""
-        stored = base.load(self.name).to(self.tensor.device, self.tensor.dtype)
-        if self.shared_with is None:
-            with torch.no_grad():
-                self.tensor.copy_(stored)
-        elif not torch.equal(self.tensor, stored):
+    def check(self, base: BaseModel) -> None:
+        """Raises MismatchError where the model shares one tensor for two stored ones that are not equal."""
+        if self.shared_with is not None and not torch.equal(base.load(self.name), base.load(self.shared_with)):
             what = f"differs from {self.shared_with}, and the model shares one weight for both"
             raise MismatchError(what, file=base.path, tensor=self.name)
+
+    def fill(self, base: BaseModel) -> None:
+        """Copy, in the dtype and on the device of the model's tensor."""
+        if self.shared_with is None:
+            with torch.no_grad():
+                self.tensor.copy_(base.load(self.name))
 
 
 @dataclass(frozen=True)
@@ -692,7 +701,7 @@ def _write_factors(
 
 def _group_sums(input: torch.Tensor, group_size: int) -> torch.Tensor:
     """[..., in / group_size]: sums over neighbouring inputs."""
-    return input if group_size == 1 else input.unflatten(-1, (-1, group_size)).sum(-1)
+    return input if group_size == 1 else input.reshape(*input.shape[:-1], -1, group_size).sum(-1)
 
 
 def _shape_of(quantized: QuantizedTensor) -> tuple[int, int]:
@@ -714,11 +723,11 @@ def _buffers_of(quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
 
 
 def _dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen linear with these numbers."""
+    """A frozen linear with this weight and this bias."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = _frozen(_copied(bias))
+    linear.bias = _frozen(bias)
     return linear
 
 

@@ -31,6 +31,7 @@ class Provenance:
     expected: str | None
     layers: tuple[str, ...]
     notes: tuple[str, ...]
+    is_binding: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,8 @@ class _Base:
     def fingerprint(self) -> str | None:
         return None if self.report is None else str(self.report["base_fingerprint"])
 
-    def provenance(self, note: str, *, expected: str | None = None) -> Provenance:
-        return Provenance(expected or self.fingerprint, self.layers, (note,))
+    def provenance(self, note: str, *, expected: str | None = None, is_binding: bool = True) -> Provenance:
+        return Provenance(expected or self.fingerprint, self.layers, (note,), is_binding)
 
 
 def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], *, force: bool) -> Provenance:
@@ -79,6 +80,8 @@ def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> s
     if fingerprint_of(sums) == provenance.expected:
         return "the base's quantized weights have the recorded sha256"
     what = "its quantized weights are not those the adapter was made for"
+    if not provenance.is_binding:
+        return f"base: {what}"
     if not force:
         raise MismatchError(what, file=base.path, hint=_FORCE)
     return f"base: {what}, {_FORCED}"
@@ -87,7 +90,10 @@ def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> s
 def _by_fingerprint(base: _Base, made_for: Mapping[str, Any], *, force: bool) -> Provenance:
     expected, method = str(made_for["base_fingerprint"]), str(made_for["method"])
     if base.fingerprint == expected or (base.fingerprint is None and base.layers):
-        return base.provenance(f"{PROVENANCE_NAME} in the adapter names this base", expected=expected)
+        # Without a report only the adapter's record can differ, and one that starts at zero is bound to no base.
+        binding = base.fingerprint is not None or is_fitted(made_for)
+        note = f"{PROVENANCE_NAME} in the adapter names this base" if base.fingerprint else "the base has no report"
+        return base.provenance(note, expected=expected, is_binding=binding)
     what = "is another quantized base" if base.layers else "is not quantized"
     said = f"the {method} adapter was made for {made_for.get('base_model')}, and this base {what}"
     if is_fitted(made_for) and not force:

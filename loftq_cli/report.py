@@ -182,10 +182,6 @@ def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_m
     """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
     recipe, total = plan.recipe, total_error(layer.error for layer in layers)
     summary = METHODS[recipe.method].summary
-    architectures = plan.family.architectures
-    auto = architectures[0] if architectures else "AutoModel"
-    if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
-        auto = "AutoModelForCausalLM"
     return f"""---
 library_name: peft
 tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
@@ -198,12 +194,32 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python
-from transformers import {auto}
-from peft import PeftModel
-model = {auto}.from_pretrained("{base_model}")
-model = PeftModel.from_pretrained(model, "{base_model}", subfolder="{plan.adapter_dir}", is_trainable=True)
+{_loading_lines(plan, base_model)}
 ```
 
 The adapter belongs to this base and to no other. Made by loftq-cli {__version__}; `{REPORT_NAME}` has every layer,
 `{RECIPE_NAME}` every option.
 """
+
+
+def _loading_lines(plan: Plan, base_model: str) -> str:
+    """The lines that load base and adapter for training: with PEFT, or with our modules where it cannot read them.
+
+    PEFT pools inputs on GPTQ layers only, and by its own convention; transformers reads no MLX.
+    """
+    architectures = plan.family.architectures
+    auto = architectures[0] if architectures else "AutoModel"
+    if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
+        auto = "AutoModelForCausalLM"
+    peft_pools = plan.layout == "gptq" and plan.recipe.pooling == "peft"
+    if plan.layout == "mlx" or (plan.recipe.pooling is not None and not peft_pools):
+        make = "from_config" if auto.startswith("Auto") else "_from_config"
+        return f"""from transformers import AutoConfig, {auto}
+from loftq_cli.nn import load_adapted
+model = {auto}.{make}(AutoConfig.from_pretrained("{base_model}"))
+model = load_adapted(model, "{base_model}")"""
+    device = ', device_map="cpu"' if plan.layout == "metal" else ""
+    return f"""from transformers import {auto}
+from peft import PeftModel
+model = {auto}.from_pretrained("{base_model}"{device})
+model = PeftModel.from_pretrained(model, "{base_model}", subfolder="{plan.adapter_dir}", is_trainable=True)"""

@@ -13,6 +13,7 @@ from loftq_cli.merge_plan import Merge, prepare
 from loftq_cli.merge_report import (
     MergedLayer,
     MergeOutcome,
+    finite,
     largest_difference,
     layer_json,
     total_lost,
@@ -114,7 +115,7 @@ def _print_outcome(prepared: Merge, outcome: MergeOutcome, *, as_json: bool) -> 
             "requantize": prepared.options.requantize,
             "nbytes": prepared.nbytes,
             "retention": total,
-            "lost": total_lost(outcome.layers),
+            "lost": finite(total_lost(outcome.layers)),
             "notes": outcome.notes,
             "layers": [layer_json(layer) for layer in outcome.layers],
         }
@@ -127,4 +128,5 @@ def _print_outcome(prepared: Merge, outcome: MergeOutcome, *, as_json: bool) -> 
     largest, lost = largest_difference(outcome.layers), total_lost(outcome.layers)
     if largest is not None and lost is not None:
         result(f"differs  by at most {largest[0]:.1e} from base and adapter ({largest[1]:.1e} of the largest weight)")
-        result(f"lost     {lost:.2%} of the update")
+        if finite(lost) is not None:
+            result(f"lost     {lost:.2%} of the update")

@@ -6,6 +6,7 @@ Writes no act-order and reads none: groups are neighbouring columns. Knows nothi
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -64,7 +65,7 @@ def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Te
         f"{module}qweight": pack_rows(affine.codes, spec.bits).T.contiguous(),
         f"{module}qzeros": pack_rows(zero_points.T, spec.bits),
         f"{module}scales": affine.scales.T.contiguous(),
-        f"{module}g_idx": _group_index(matrix),
+        f"{module}g_idx": torch.arange(matrix.shape[1], dtype=torch.int32) // spec.group_size,
     }
 
 
@@ -99,6 +100,10 @@ def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> Stor
     matrix = StoredMatrix(name, shape, spec, dtype, transposed=False)
     for part in planned(matrix):
         check_part(part, stored, file_of(f"{module}qweight", stored), asks="the shape of its qweight")
+    index = array("i", (column // group_size for column in range(shape[1])))
+    if stored.raw(f"{module}g_idx") != index.tobytes():
+        what = "act-order: the groups are not neighbouring columns, which is not read"
+        raise InputError(what, file=file_of(f"{module}g_idx", stored), tensor=f"{module}g_idx")
     return matrix
 
 
@@ -111,9 +116,8 @@ def parts(name: str) -> tuple[str, ...]:
 def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
     """The inverse of `pack`; of a v1 checkpoint too, which stores zero points less one.
 
-    Raises InputError for act-order, and for zero points that two loaders would read differently.
+    Raises InputError for zero points that two loaders would read differently.
     """
-    import torch
 
     from loftq_cli.triton_kernels.packing import unpack_rows
 
@@ -122,9 +126,6 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
         matrix.name.removesuffix("weight"),
         matrix.shape,
     )
-    if not torch.equal(stored.load(f"{module}g_idx"), _group_index(matrix)):
-        what = "act-order: the groups are not neighbouring columns, which is not read"
-        raise InputError(what, file=file_of(f"{module}g_idx", stored), tensor=f"{module}g_idx")
     codes = unpack_rows(stored.load(f"{module}qweight").T, spec.bits, in_features)
     zero_points = unpack_rows(stored.load(f"{module}qzeros"), spec.bits, out_features).T.contiguous()
     found = quantization_config(stored, "gptq") or {}
@@ -168,10 +169,3 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
     if any(module.startswith(f"{stack}.") for module in facts.full_precision_modules):
         quantization["modules_in_block_to_quantize"] = [list(facts.quantized_modules)]
     return {**config, "quantization_config": quantization}
-
-
-def _group_index(matrix: StoredMatrix) -> torch.Tensor:
-    import torch
-
-    columns = torch.arange(matrix.shape[1], dtype=torch.int32)
-    return columns // cast(AffineSpec, matrix.spec).group_size

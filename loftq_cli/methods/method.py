@@ -80,7 +80,7 @@ METHODS: dict[str, MethodEntry] = {
         module="loftq_cli.methods.qalora",
         adapter_dir="qalora_init",
         summary="adapter over pooled inputs that merges into the zero points (arXiv 2309.14717)",
-        nbytes_per_weight=28,
+        nbytes_per_weight=23,
     ),
     "qlora": MethodEntry(
         module="loftq_cli.methods.qlora",

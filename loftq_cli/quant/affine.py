@@ -88,8 +88,11 @@ def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtyp
         if not all(bool(torch.isfinite(constant).all()) for constant in constants):
             raise NumericError(f"its offsets are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
         return AffineTensor(base.codes, constants[0], None, constants[1], spec, dtype)
+    narrow = base.scales.to(scale_dtype)
+    if not bool(torch.isfinite(narrow).all()):
+        raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
     zero_points = (-offsets / scales).round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8)
-    return AffineTensor(base.codes, base.scales.to(scale_dtype), zero_points, None, spec, dtype)
+    return AffineTensor(base.codes, narrow, zero_points, None, spec, dtype)
 
 
 def offset_difference(moved: AffineTensor, base: AffineTensor, delta: torch.Tensor) -> OffsetDifference:

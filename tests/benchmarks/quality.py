@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from loftq_cli.nn import load_adapted
 from tests.benchmarks.corpus import held_out_text
 from tests.benchmarks.perplexity import CONTEXT, MAX_TOKENS, load, score
 
@@ -22,6 +23,11 @@ CONVERSIONS = {
     "QLoRA, NF4": ("--recipe", "qlora-nf4"),
     "LoftQ, NF4, rank 16": ("--recipe", "loftq-nf4"),
     "LoftQ, NF4, rank 64": ("--recipe", "loftq-nf4-r64"),
+    "LoftQ, INT4, rank 16": ("--recipe", "loftq-int4"),
+    "QA-LoRA, INT4, group 32": ("--recipe", "qalora-int4"),
+    "QLoRA, INT2": ("--recipe", "loftq-int4", "--quant-type", "int2", "--method", "qlora"),
+    "LoftQ, INT2, rank 16": ("--recipe", "loftq-int4", "--quant-type", "int2"),
+    "LoftQ, INT2, rank 64, searched ranges": ("--recipe", "loftq-int2"),
 }
 
 
@@ -48,7 +54,12 @@ def measure() -> list[Row]:
 
 
 def _row(name: str, error: float, directory: Path, adapter: Path | None) -> Row:
-    model, tokenizer = load(directory, adapter, "float32")
+    if adapter is not None and adapter.name == "qalora_init":
+        # PEFT pools inputs on GPTQ layers only.
+        model, tokenizer = load(BUILTIN, None, "float32")
+        model = load_adapted(model, directory)
+    else:
+        model, tokenizer = load(directory, adapter, "float32")
     result = score(model, tokenizer, held_out_text(), CONTEXT, MAX_TOKENS)
     return Row(name, error, result.perplexity, result.bits_per_byte)
 
