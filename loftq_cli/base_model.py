@@ -73,6 +73,11 @@ class BaseModel:
             for name in names
         }
         owner = {part: name for name in names for part in container.parts(name)}
+        for part, ref in refs.items():
+            name = f"{part.rpartition('.')[0]}.weight"
+            if part not in owner and part != name and part in container.parts(name):
+                what = "is part of a quantized weight, and its codes are missing"
+                raise InputError(what, file=ref.file, tensor=part)
         tensors: dict[str, TensorRef] = {}
         for part, ref in refs.items():
             matrix = quantized.get(owner.get(part, part))

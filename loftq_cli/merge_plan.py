@@ -280,7 +280,7 @@ class _Planner:
         layout, spec = load_layout(self.form.layout), self.form.spec_for(stored.spec)
         fit = layout.fit(spec, stored.shape, transposed=stored.transposed)
         if fit.spec is None:
-            raise UsageError(f"--layout {self.form.layout}: {fit.reason}", tensor=job.name, hint="--layout dense")
+            raise UsageError(f"--layout {self.form.layout}: {fit.reason}", tensor=job.name, hint=fit.hint)
         matrix = self._stored(job.name, stored.shape, spec, transposed=False)
         return replace(job, matrix=matrix, keeps_codes=True, outputs=layout.planned(matrix))
 

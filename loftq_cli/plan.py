@@ -19,7 +19,7 @@ from loftq_cli import __version__
 from loftq_cli.errors import UsageError
 from loftq_cli.family import Family
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.layouts.layout import LAYOUTS, Layout, ModelFacts, StoredMatrix, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, load_layout
 from loftq_cli.methods.method import METHODS
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.recipe import Recipe, recipe_json
@@ -195,9 +195,8 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     if planner.layout.QUANTIZED_ON_DISK and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint="--layout dense")
     if not any(isinstance(job, LayerJob) for job in jobs):
-        unfit = next((job.reason for job in jobs if isinstance(job, CopyJob) and job.note), None)
-        if unfit:
-            raise UsageError(f"no weight to quantize: {unfit}", hint="--layout dense holds every matrix")
+        if planner.unfit is not None:
+            raise UsageError(f"no weight to quantize: {planner.unfit.reason}", hint=planner.unfit.hint)
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)
     notes = [*planner.notes, *_summary_notes(jobs, planner.recast)]
@@ -232,6 +231,7 @@ class _Planner:
         self.recipe, self.family, self.dtype, self.layout, self.modules = recipe, family, dtype, layout, modules
         self.notes: list[str] = []
         self.recast = 0
+        self.unfit: Fit | None = None
 
     def job(self, ref: TensorRef, target: Target) -> LayerJob | CopyJob | None:
         if ref.alias_of is not None and self.family.ties_embeddings():
@@ -250,6 +250,7 @@ class _Planner:
             return self._copy(ref, "excluded by an override")
         fit = self.layout.fit(asked, shape, transposed=transposed)
         if fit.spec is None:
+            self.unfit = self.unfit or fit
             reason = fit.reason or "does not fit the container"
             return self._copy(ref, reason, note=f"kept in full precision: {reason}")
         # A pooled adapter may have more rank than its input has groups: PEFT trains such ones.

@@ -89,9 +89,12 @@ class Recipe:
         _at_least("iterations", self.iterations, 1)
         _at_least("seed", self.seed, 0)
         _positive("alpha", self.alpha)
+        if self.layout is None:
+            object.__setattr__(self, "layout", default_layout(self.quant_type))
+        _choice("layout", self.layout, LAYOUTS)
         self._settle_format()
         self._settle_method()
-        self._settle_layout()
+        self._check_layout()
         for name in ("include", "exclude"):
             for pattern in getattr(self, name):
                 _regex(name, pattern)
@@ -111,7 +114,8 @@ class Recipe:
             _choice("scale_dtype", self.scale_dtype, MODEL_DTYPES)
         if self.symmetric is None:
             # Servers' 8-bit kernels read symmetric weights; with fewer bits a zero point is worth its space.
-            object.__setattr__(self, "symmetric", self.quant_type == "int8" and self.method != "qalora")
+            has_offsets = self.method == "qalora" or LAYOUTS[str(self.layout)].zero_point == "float"
+            object.__setattr__(self, "symmetric", self.quant_type == "int8" and not has_offsets)
 
     def _settle_method(self) -> None:
         self._settle(_QALORA_DEFAULTS, self.method == "qalora", f"method {self.method}")
@@ -127,10 +131,7 @@ class Recipe:
                 "method qalora merges into zero points, and a symmetric base has none", hint="--asymmetric"
             )
 
-    def _settle_layout(self) -> None:
-        if self.layout is None:
-            object.__setattr__(self, "layout", default_layout(self.quant_type))
-        _choice("layout", self.layout, LAYOUTS)
+    def _check_layout(self) -> None:
         row = LAYOUTS[str(self.layout)]
         if self.quant_type not in row.quant_types:
             holding = ", ".join(name for name, other in LAYOUTS.items() if self.quant_type in other.quant_types)

@@ -90,8 +90,8 @@ def test_outside_packages_stay_in_their_place(module, path):
 
 
 def test_every_row_of_every_table_names_a_module_that_exists():
-    rows = [*(row.module for row in LAYOUTS.values()), *(m.module for m in METHODS.values()), *(f.module for f in FORMATS.values())]
-    assert all(find_spec(module) for module in rows)
+    rows = [*LAYOUTS.values(), *METHODS.values(), *FORMATS.values()]
+    assert all(find_spec(row.module) for row in rows)
 
 
 def test_every_preset_is_a_complete_recipe_with_a_summary():

@@ -41,22 +41,23 @@ def deep_models(tmp_path_factory):
     return paths
 
 
-@pytest.mark.parametrize("method", ["loftq", "qlora"])
-def test_ten_times_the_layers_take_the_same_memory(deep_models, tmp_path, method):
-    options = ("--rank", 8, "--iterations", 2, "--method", method, "-q")
+@pytest.mark.parametrize(("method", "quant_type"), [("loftq", "nf4"), ("qlora", "nf4"), ("qalora", "int4")])
+def test_ten_times_the_layers_take_the_same_memory(deep_models, tmp_path, method, quant_type):
+    options = ("--rank", 8, "--iterations", 2, "--method", method, "--quant-type", quant_type, "-q")
     peaks = {n: peak_kb("quantize", path, tmp_path / f"{method}{n}", *options) for n, path in deep_models.items()}
     # 36 more matrices of 4 MB: holding them would show as 151,000 KB.
     assert peaks[40] - peaks[4] < 24_000
 
 
-def test_merging_and_inspecting_take_the_same_memory(deep_models, tmp_path):
+@pytest.mark.parametrize(("method", "quant_type"), [("loftq", "nf4"), ("qalora", "int4")])
+def test_merging_and_inspecting_take_the_same_memory(deep_models, tmp_path, method, quant_type):
     peaks = {}
     for n, path in deep_models.items():
         out = tmp_path / f"out{n}"
-        options = ("--rank", 8, "--iterations", 1, "-q", "--no-verify")
+        options = ("--rank", 8, "--iterations", 1, "-q", "--no-verify", "--method", method, "--quant-type", quant_type)
         peak_kb("quantize", path, out, *options)
         peaks[n] = (
-            peak_kb("merge", out, out / "loftq_init", tmp_path / f"merged{n}", "-q"),
+            peak_kb("merge", out, out / f"{method}_init", tmp_path / f"merged{n}", "-q"),
             peak_kb("inspect", out, "--against", path),
         )
     assert peaks[40][0] - peaks[4][0] < 24_000

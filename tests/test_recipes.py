@@ -82,7 +82,7 @@ def test_every_mistake_is_named(tmp_path, text, message):
 
 
 def test_an_unknown_recipe_lists_the_presets():
-    with pytest.raises(UsageError, match=r"no recipe 'gone' \(a TOML file, or one of the presets loftq-nf4"):
+    with pytest.raises(UsageError, match=r"no recipe 'gone' \(a TOML file, or one of the presets .*loftq-nf4"):
         resolve_recipe("gone", {})
 
 

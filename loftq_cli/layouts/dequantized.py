@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix
+from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, ModelFacts, StoredMatrix
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer
 from loftq_cli.tensors import AffineSpec, OutTensor
 
@@ -22,7 +22,7 @@ def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
     """Every shape that has whole groups: a loader sees plain numbers."""
     del transposed
     if isinstance(spec, AffineSpec) and shape[1] % spec.group_size:
-        return Fit(None, f"rows of {shape[1]} are not whole groups of {spec.group_size}")
+        return Fit(None, f"rows of {shape[1]} are not whole groups of {spec.group_size}", SMALLER_GROUPS)
     return Fit(spec)
 
 

@@ -148,8 +148,11 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
     """
     spec = cast(AffineSpec, facts.spec)
     stacks = {re.split(r"\.\d+\.", module, maxsplit=1)[0] for module in facts.quantized_modules}
-    if len(stacks) > 1 or config.get("model_type") in _NEVER_LOADED:
+    if len(stacks) > 1:
         what = f"GPTQ loaders read models of one stack of blocks, and this one has {', '.join(sorted(stacks))}"
+        raise UsageError(what, hint="--layout compressed-tensors, metal or dense")
+    if config.get("model_type") in _NEVER_LOADED:
+        what = f"GPTQ loaders do not read {config['model_type']} models"
         raise UsageError(what, hint="--layout compressed-tensors, metal or dense")
     quantization: dict[str, Any] = {
         "quant_method": "gptq",

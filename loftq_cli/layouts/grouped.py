@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import TASK_HEADS, Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.layout import SMALLER_GROUPS, TASK_HEADS, Fit, ModelFacts, StoredMatrix, StoredTensors
 from loftq_cli.layouts.stored_parts import check_part, file_of, whole_number
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
 from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, OutTensor
@@ -32,7 +32,7 @@ def fit_groups(
     if transposed:
         return Fit(None, f"{container} holds no layers that are stored [in, out]")
     if in_features % spec.group_size:
-        return Fit(None, f"rows of {in_features} are not whole groups of {spec.group_size}")
+        return Fit(None, f"rows of {in_features} are not whole groups of {spec.group_size}", SMALLER_GROUPS)
     if whole_words and in_features * spec.bits % 32:
         return Fit(None, f"rows of {in_features} are not whole 32-bit words of {spec.bits}-bit codes")
     if out_features % row_multiple:
@@ -108,12 +108,12 @@ class FloatOffsets:
         return dict(zip(self.parts(matrix.name), (words, affine.scales, affine.biases), strict=True))
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights that have scales and biases beside them."""
+        """Names of the weights that have biases beside them."""
         if not self.settings(stored):
             return []
         ending = f".{self.biases}"
         modules = [name.removesuffix(ending) for name in stored.refs if name.endswith(ending)]
-        return [f"{module}.weight" for module in modules if f"{module}.scales" in stored.refs]
+        return [f"{module}.weight" for module in modules]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
         """What the weight called `name` is. Raises InputError where its parts do not fit together."""

@@ -41,12 +41,16 @@ class StoredMatrix:
     transposed: bool
 
 
+SMALLER_GROUPS = "a smaller --group-size"
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The specification a container can hold a matrix in, or None; and why it is not the one asked for."""
+    """The specification a container can hold a matrix in, or None; why it is not the one asked for, and what helps."""
 
     spec: QuantSpec | None
     reason: str | None = None
+    hint: str = "--layout dense holds every matrix"
 
 
 @dataclass(frozen=True, slots=True)
