@@ -64,21 +64,38 @@ def test_every_shown_line_is_printed_with_numbers_that_agree(readers_directory):
             assert numbers == pytest.approx([float(n) for n in NUMBER.findall(actual[shape])], rel=0.02, abs=0.002)
 
 
+def python(code: str, directory: Path) -> str:
+    """What a Python program prints that a reader runs in their directory."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=directory, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
 def test_the_python_loads_the_result_for_training(readers_directory):
     directory, _ = readers_directory
     pytest.importorskip("peft")
     code = blocks("python")[0]
     assert len([line for line in code.splitlines() if line]) == 4
     check = "\nassert any(p.requires_grad for p in model.parameters())\nmodel.print_trainable_parameters()"
-    run = subprocess.run(
-        [sys.executable, "-c", code + check],
-        cwd=directory,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-    )
+    assert "trainable params: 221,184" in python(code + check, directory)
+
+
+def test_what_our_modules_save_after_training_merges(readers_directory):
+    directory, _ = readers_directory
+    pytest.importorskip("transformers")
+    loading, last = blocks("python")[1].rsplit("\n", 2)[0], blocks("python")[1].splitlines()[-1]
+    train = """
+import torch
+trained = [p for p in model.parameters() if p.requires_grad]
+assert len(trained) == 56
+model(input_ids=torch.arange(64)[None], labels=torch.arange(64)[None]).loss.backward()
+torch.optim.SGD(trained, lr=1e-3).step()
+"""
+    python(loading + train + last, directory)
+    run = loftq("merge", "tiny-qalora", "tiny-trained", "tiny-merged-again", "--quiet", cwd=directory)
     assert run.returncode == 0, run.stderr
-    assert "trainable params: 221,184" in run.stdout
+    assert "lost     0.00% of the update" in run.stdout
 
 
 def test_the_tables_name_everything_that_exists():

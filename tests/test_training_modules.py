@@ -1063,9 +1063,8 @@ def test_a_trained_adapter_is_saved_and_merged(name, checkpoints, tmp_path):
     config = json.loads((tmp_path / "trained" / "adapter_config.json").read_text())
     start = json.loads((base / "loftq_init" / "adapter_config.json").read_text())
     assert start["alpha_pattern"]
-    order = {key: sorted(start[key]) for key in ("target_modules", "rank_pattern", "alpha_pattern")}
-    assert {key: sorted(config[key]) for key in order} == order
-    assert {**config, **order} == {**start, **order}
+    assert sorted(config.pop("target_modules")) == sorted(start.pop("target_modules"))
+    assert config == start
     provenance = "loftq_provenance.json"
     assert (tmp_path / "trained" / provenance).read_bytes() == (base / "loftq_init" / provenance).read_bytes()
     output = merged(base, tmp_path / "trained", tmp_path / "merged", dtype="float32")

@@ -1,0 +1,318 @@
+"""A converted directory into a model, ready to train its adapters, and trained adapters back into a directory.
+
+Finds no modules by guessing: their names are those that transformers gives them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar, cast
+
+import torch
+from torch import nn
+
+from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
+from loftq_cli.base_model import BaseModel
+from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.checkpoint.staging import Staging
+from loftq_cli.checkpoint.writer import OutputFiles
+from loftq_cli.errors import MismatchError
+from loftq_cli.layouts import peft_adapter
+from loftq_cli.methods.method import METHODS
+from loftq_cli.model_files import write_texts
+from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, QALoRALinear, QLoRALinear
+from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
+from loftq_cli.provenance import check_provenance
+from loftq_cli.report import PROVENANCE_NAME, TOOL, dump_json, read_report
+from loftq_cli.targets import module_of
+from loftq_cli.tensors import LoraSpec
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_adapted(
+    model: Model, directory: str | Path, *, adapter: str | Path | None = None, cache: bool = False
+) -> Model:
+    """`model` with the numbers of a converted directory, in place, ready to train the adapter and nothing else.
+
+    model      any module whose parts are called as transformers calls those of the loaded model
+    directory  what `loftq quantize` or `loftq merge` wrote, in any layout
+    adapter    the adapter directory; by default the one inside `directory`, or none where there is none
+    cache      whether QuantizedLinear keeps its decoded weight
+
+    Quantized weights become QuantizedLinear, adapted ones LoftQLinear, QLoRALinear or QALoRALinear over it, or over a
+    frozen nn.Linear where the directory is dense. Everything else is copied into the model, whose dtypes and devices
+    are kept. Nothing is changed unless all of it fits.
+    Raises MismatchError where a tensor has no place, a module is not a linear of the weight's shape, the model has
+    tensors that the directory does not give, or adapter and base do not belong together; InputError for damaged files;
+    ValueError for a model on the meta device.
+    """
+    with BaseModel.open(Path(directory)) as base:
+        source = _adapter_for(base, None if adapter is None else Path(adapter))
+        plan = _Plan.of(model, base, source)
+        method = None if source is None else _method_of(base, source)
+        for slot in plan.slots:
+            slot.check(base)
+        built = {linear.module: linear.build(base, source, method, cache=cache) for linear in plan.linears}
+        for slot in plan.slots:
+            slot.fill(base)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in built:
+                setattr(parent, name, built[child])
+    model.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, AdaptedLinear):
+            module.lora_A.requires_grad_(True)
+            module.lora_B.requires_grad_(True)
+    return model
+
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, source_adapter: str | Path | None = None, *, overwrite: bool = False
+) -> None:
+    """Write the adapters of `model` as `loftq merge`, `load_adapted` and PEFT read them; complete, or not at all.
+
+    source_adapter   the adapter that training started from, by default the one that was loaded: its base's name, task
+                     and provenance are written down again, so that merging can tell whether a base is the right one
+    overwrite        replace what an earlier call wrote there
+
+    Raises ValueError for a model without adapters, UsageError or StorageError where `directory` cannot be written.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    if not layers:
+        raise ValueError("the model has no adapter to save")
+    sources = [module.source for module in layers.values() if module.source is not None]
+    source = Path(source_adapter) if source_adapter is not None else next(iter(sources), None)
+    adapted = [_adapted_module(name, module) for name, module in layers.items()]
+    # The config says how inputs are pooled by what is said of its first module.
+    adapted.sort(key=lambda module: module.lora.pooling is None)
+    if len({(module.lora.pooling or adapted[0].lora.pooling, module.lora.rslora) for module in adapted}) > 1:
+        raise ValueError("one adapter directory holds one pooling and one kind of scaling")
+    texts = _adapter_texts(adapted, source)
+    fingerprint = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
+    staging = Staging(Path(directory), fingerprint=fingerprint, overwrite=overwrite, restart=True)
+    published = False
+    try:
+        _write_factors(layers, adapted, staging.path)
+        write_texts(staging.path, texts)
+        staging.publish(TOOL)
+        published = True
+    finally:
+        if not published:
+            staging.discard()
+        staging.close()
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """A tensor of the model, and the name of the stored one that it takes its numbers from; `shared_with` names an
+    earlier one for the same tensor of the model.
+    """
+
+    tensor: torch.Tensor
+    name: str
+    shared_with: str | None
+
+    def check(self, base: BaseModel) -> None:
+        """Raises MismatchError where the model shares one tensor for two stored ones that are not equal."""
+        if self.shared_with is not None and not torch.equal(base.load(self.name), base.load(self.shared_with)):
+            what = f"differs from {self.shared_with}, and the model shares one weight for both"
+            raise MismatchError(what, file=base.path, tensor=self.name)
+
+    def fill(self, base: BaseModel) -> None:
+        """Copy, in the dtype and on the device of the model's tensor."""
+        if self.shared_with is None:
+            with torch.no_grad():
+                self.tensor.copy_(base.load(self.name))
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """A linear of the model to replace: the weight that it gets, and its adapter."""
+
+    module: nn.Module
+    name: str
+    lora: LoraTensors | None
+    spec: LoraSpec | None
+
+    def build(self, base: BaseModel, source: AdapterSource | None, method: str | None, *, cache: bool) -> nn.Module:
+        weight, bias = cast(torch.Tensor, self.module.weight), cast(torch.Tensor | None, self.module.bias)
+        layer: nn.Linear
+        if self.name in base.quantized:
+            layer = QuantizedLinear(base.quantized_tensor(self.name), bias, dtype=weight.dtype, cache=cache)
+        else:
+            layer = dense_linear(base.matrix(self.name).to(weight.dtype), bias)
+        built: nn.Module = layer
+        if self.lora is not None and self.spec is not None and source is not None:
+            kind = QALoRALinear if self.spec.pooling else _CLASSES.get(str(method), LoftQLinear)
+            lora_A, lora_B = source.weights.load(self.lora.lora_A), source.weights.load(self.lora.lora_B)
+            built = kind(layer, lora_A, lora_B, self.spec, source=source.path)
+        return built.to(weight.device).train(self.module.training)
+
+
+_CLASSES: dict[str, type[AdaptedLinear]] = {"loftq": LoftQLinear, "qlora": QLoRALinear}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where every stored tensor goes; nothing of the model is left without one."""
+
+    slots: list[_Slot]
+    linears: list[_Linear]
+
+    @classmethod
+    def of(cls, model: nn.Module, base: BaseModel, source: AdapterSource | None) -> _Plan:
+        """From headers alone. Raises MismatchError where model, base and adapter do not fit."""
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        tensors = dict(named)
+        if any(tensor.is_meta for tensor in tensors.values()):
+            raise ValueError("the model is on the meta device: give it memory first, as with to_empty")
+        loaded, lora_of = base.loaded_names(), {} if source is None else _lora_of(base, source)
+        plan, owners = cls([], []), dict[int, str]()
+        for name in base.tensors:
+            if name in base.quantized or name in lora_of:
+                plan.linears.append(_linear(model, base, name, loaded[name], source, lora_of.get(name)))
+                continue
+            tensor = tensors.get(loaded[name])
+            if tensor is None:
+                if not _is_ignored(model, loaded[name]):
+                    raise MismatchError("has no place in the model", file=base.path, tensor=name)
+                continue
+            if tuple(tensor.shape) != base.tensors[name].shape:
+                what = f"is {base.tensors[name].shape}, and {loaded[name]} of the model is {tuple(tensor.shape)}"
+                raise MismatchError(what, file=base.path, tensor=name)
+            plan.slots.append(_Slot(tensor, name, owners.get(id(tensor))))
+            owners.setdefault(id(tensor), name)
+        plan._check_complete(model, base, owners)
+        return plan
+
+    def _check_complete(self, model: nn.Module, base: BaseModel, owners: dict[int, str]) -> None:
+        replaced = {linear.module for linear in self.linears}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if not isinstance(tensor, torch.Tensor) or id(tensor) in owners:
+                continue
+            parent, _, leaf = name.rpartition(".")
+            if leaf != "weight" or model.get_submodule(parent) not in replaced:
+                raise MismatchError(f"does not give {name} of the model", file=base.path)
+
+
+def _linear(
+    model: nn.Module, base: BaseModel, name: str, loaded: str, source: AdapterSource | None, lora: LoraTensors | None
+) -> _Linear:
+    """The linear of the model that the weight called `name` belongs to. Raises MismatchError where there is none."""
+    try:
+        module = model.get_submodule(module_of(loaded))
+    except AttributeError:
+        raise MismatchError("has no place in the model", file=base.path, tensor=name) from None
+    shape = base.matrix_shape(name)
+    # MultiheadAttention computes with the weight of this class of linear, past its forward.
+    is_linear = isinstance(module, nn.Linear) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+    is_conv1d = hasattr(module, "nf")  # transformers' linear of GPT-2, stored [in, out]
+    if not (is_linear or is_conv1d) or isinstance(module, QuantizedLinear):
+        what = f"is for a linear, and {module_of(loaded)} of the model is {type(module).__name__}"
+        raise MismatchError(what, file=base.path, tensor=name)
+    found = tuple(cast(torch.Tensor, module.weight).shape)
+    found = found[::-1] if is_conv1d else found
+    if found != shape:
+        what = f"is {shape}, and {module_of(loaded)} of the model is {found}"
+        raise MismatchError(what, file=base.path, tensor=name)
+    spec = None if source is None or lora is None else _lora_spec(source, lora, found)
+    return _Linear(module, name, lora, spec)
+
+
+def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
+    """The adapter to load. Raises MismatchError for one of another base, or with parts that are not trained here."""
+    if path is None:
+        places = (base.folder / entry.adapter_dir for entry in METHODS.values())
+        path = next((place for place in places if peft_adapter.is_adapter_directory(place)), None)
+        if path is None:
+            return None
+    source = open_adapter(path)
+    check_provenance(base, source.path, source.config, force=False)
+    odd = [*source.whole.values()]
+    odd += [lora.lora_A for lora in source.lora.values() if lora.is_embedding]
+    odd += [lora.lora_bias for lora in source.lora.values() if lora.lora_bias is not None]
+    if odd:
+        what = "is neither lora_A nor lora_B of a linear, and nothing else is trained here"
+        raise MismatchError(what, file=source.weights.path, tensor=odd[0], hint="loftq merge merges it")
+    return source
+
+
+def _method_of(base: BaseModel, source: AdapterSource) -> str | None:
+    """The method that the adapter started with, as its own records or the base's report have it."""
+    provenance = source.path / PROVENANCE_NAME
+    if provenance.is_file():
+        return str(read_json_object(provenance).get("method"))
+    report = read_report(base.folder)
+    return None if report is None else str(report[0]["recipe"]["method"])
+
+
+def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
+    """The adapter of each base weight. Raises MismatchError for one whose weight is not in the base."""
+    called = source.names_in(base)
+    weights = [name for name in base.tensors if name.endswith(".weight")]
+    found = {name: source.lora[module_of(called[name])] for name in weights if module_of(called[name]) in source.lora}
+    taken = {lora.module for lora in found.values()}
+    for lora in source.lora.values():
+        if lora.module not in taken:
+            raise MismatchError("its module is not in the base", file=source.weights.path, tensor=lora.lora_A)
+    return found
+
+
+def _lora_spec(source: AdapterSource, lora: LoraTensors, shape: tuple[int, ...]) -> LoraSpec:
+    """The adapter's own account of itself. Raises MismatchError where it does not fit a weight of `shape`."""
+    ref, out_features = source.weights.tensors[lora.lora_A], source.weights.tensors[lora.lora_B].shape[0]
+    rank, inputs = ref.shape
+    # PEFT pools only on GPTQ layers, and trains an ordinary adapter on every other one.
+    pooling = None if inputs == shape[1] else lora.pooling
+    if (out_features, inputs * (pooling.group_size if pooling else 1)) != shape:
+        raise MismatchError(f"does not fit a layer of {shape}", file=source.weights.path, tensor=lora.lora_A)
+    config = source.config
+    alpha = peft_adapter.pattern_value(config.get("alpha_pattern") or {}, lora.module, config.get("lora_alpha", 8))
+    return LoraSpec(rank, alpha, bool(config.get("use_rslora")), ref.dtype, pooling)
+
+
+def _is_ignored(model: nn.Module, name: str) -> bool:
+    """Whether transformers drops a stored tensor of this name: causal masks, frequencies of rotary embeddings."""
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _adapted_module(name: str, module: AdaptedLinear) -> peft_adapter.AdaptedModule:
+    lora = replace(module.lora, dtype=str(module.lora_A.dtype).removeprefix("torch."))
+    return peft_adapter.AdaptedModule(name, (module.out_features, module.in_features), lora)
+
+
+def _adapter_texts(adapted: list[peft_adapter.AdaptedModule], source: Path | None) -> dict[str, str]:
+    """The small files of the adapter, by name."""
+    values = {} if source is None else read_json_object(source / peft_adapter.CONFIG_NAME)
+    config = peft_adapter.adapter_config(
+        adapted,
+        base_model=values.get("base_model_name_or_path") or "",
+        task_type=values.get("task_type"),
+        fan_in_fan_out=values.get("fan_in_fan_out") is True,
+    )
+    texts = {peft_adapter.CONFIG_NAME: dump_json(config)}
+    if source is not None and (source / PROVENANCE_NAME).is_file():
+        texts[PROVENANCE_NAME] = dump_json(read_json_object(source / PROVENANCE_NAME))
+    return texts
+
+
+def _write_factors(
+    layers: dict[str, AdaptedLinear], adapted: list[peft_adapter.AdaptedModule], directory: Path
+) -> None:
+    planned = [tensor for module in adapted for tensor in peft_adapter.planned(module)]
+    files = OutputFiles(directory, {peft_adapter.WEIGHTS_NAME: planned})
+    try:
+        for name, module in layers.items():
+            for key, tensor in peft_adapter.pack(name, module.pair()).items():
+                files[key].write(key, tensor.cpu())
+        files.close(sync=True)
+    finally:
+        files.close(sync=False)

@@ -1,0 +1,177 @@
+"""A frozen linear whose weight stays quantized, and is decoded for each pass. No adapter here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loftq_cli.nn.read_only_weight import READ_ONLY, ReadOnlyWeight
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer, size_of
+from loftq_cli.tensors import AffineSpec, AffineTensor, CodebookTensor, NestedAbsmax
+from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear whose weight is stored quantized: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
+
+    The weight is decoded as a loader of the stored tensors decodes it: in every pass, and again for the gradient of the
+    input, so that nothing dense is kept for backward; with `cache`, once. What it decodes from are buffers, which keep
+    their dtypes when the module is cast: codes are packed, int32 [out, ceil(in * bits / 32)] or uint8 in pairs.
+    The bias is a Parameter that is not trained.
+    """
+
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        bias: torch.Tensor | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        cache: bool = False,
+    ) -> None:
+        """`bias` [out], kept as it is; `dtype` is what `weight` appears in, by default what a loader decodes to."""
+        super(nn.Linear, self).__init__()  # nn.Linear's own would allocate a dense weight
+        self.spec: QuantSpec = quantized.spec
+        self.cache = cache
+        self._decoded_dtype = quantized.dtype
+        self._dtype = getattr(torch, quantized.dtype) if dtype is None else dtype
+        self._cached: torch.Tensor | None = None
+        self.out_features, self.in_features = _shape_of(quantized)
+        for name, tensor in _buffers_of(quantized).items():
+            self.register_buffer(name, tensor)
+        self.bias = frozen(bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight [out, in], for reading: dtype, device and shape cost nothing, anything else decodes.
+
+        Changing it in place or assigning its data raises RuntimeError.
+        """
+        return ReadOnlyWeight(lambda: self.dequantized().to(self._dtype), self._shape, self._dtype, self._device)
+
+    @weight.setter
+    def weight(self, value: object) -> None:
+        raise RuntimeError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module; raises RuntimeError for a weight, which assigning a Parameter to it comes to."""
+        if name == "weight":
+            raise RuntimeError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    def quantized(self) -> QuantizedTensor:
+        """The stored weight; integer codes are unpacked into new memory."""
+        buffers = dict(self.named_buffers(recurse=False))
+        if isinstance(self.spec, AffineSpec):
+            codes = unpack_rows(buffers["codes"], self.spec.bits, self.in_features)
+            offsets = (buffers.get("zero_points"), buffers.get("biases"))
+            return AffineTensor(codes, buffers["scales"], *offsets, self.spec, self._decoded_dtype)
+        absmax: torch.Tensor | NestedAbsmax
+        if self.spec.double_quant:
+            absmax = NestedAbsmax(*(buffers[f"absmax_{part}"] for part in NestedAbsmax.__slots__))
+        else:
+            absmax = buffers["absmax"]
+        return CodebookTensor(buffers["packed"], absmax, self.spec, self._shape, self._decoded_dtype)
+
+    def dequantized(self) -> torch.Tensor:
+        """float32 [out, in], rounded to the dtype that a loader decodes to."""
+        quantized = self.quantized()
+        return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[..., out] of [..., in], in the dtype of `input`."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        if self.cache:
+            return functional.linear(input, self._weight_as(input.dtype), bias)
+        output: torch.Tensor = _DecodedLinear.apply(input, bias, self._weight_as)  # type: ignore[no-untyped-call]
+        return output
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's, and the number format."""
+        return f"{super().extra_repr()}, {self.spec.quant_type}, {size_of(self.spec)}"
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.buffers(recurse=False)).device
+
+    def _weight_as(self, dtype: torch.dtype) -> torch.Tensor:
+        if not self.cache:
+            return self.dequantized().to(dtype)
+        if self._cached is None or self._cached.dtype != dtype:
+            with torch.inference_mode(False):  # a tensor of inference mode could not serve training later
+                self._cached = self.dequantized().to(dtype)
+        return self._cached
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
+        # What is decoded would be other numbers after a cast of the constants, so only the weight's own dtype changes.
+        stored = dict(self.named_buffers(recurse=False))
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, before in stored.items():
+            after = self.get_buffer(name)
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        self._cached = None
+        return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*arguments, **keywords)
+
+
+class _DecodedLinear(torch.autograd.Function):
+    """functional.linear with a weight that is decoded for each pass; the gradient goes to input and bias alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, weight_as: Callable[[torch.dtype], torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.weight_as = weight_as
+        return functional.linear(input, weight_as(input.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        (gradient,) = gradients
+        for_input = gradient @ ctx.weight_as(gradient.dtype) if ctx.needs_input_grad[0] else None
+        return for_input, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
+
+
+def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A frozen linear with this weight and this bias."""
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = frozen(bias)
+    return linear
+
+
+def frozen(bias: torch.Tensor | None) -> Any:
+    """A parameter that is not trained; one that is a parameter already stays the same object."""
+    if isinstance(bias, nn.Parameter):
+        return bias.requires_grad_(False)
+    return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+
+def _shape_of(quantized: QuantizedTensor) -> tuple[int, int]:
+    if isinstance(quantized, CodebookTensor):
+        return quantized.shape
+    return quantized.codes.shape[0], quantized.codes.shape[1]
+
+
+def _buffers_of(quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The tensors to keep, by the name of their buffer; the inverse is `QuantizedLinear.quantized`."""
+    if isinstance(quantized, AffineTensor):
+        constants = {"scales": quantized.scales, "zero_points": quantized.zero_points, "biases": quantized.biases}
+        kept = {name: tensor for name, tensor in constants.items() if tensor is not None}
+        return {"codes": pack_rows(quantized.codes, quantized.spec.bits), **kept}
+    if isinstance(quantized.absmax, NestedAbsmax):
+        parts = NestedAbsmax.__slots__
+        return {"packed": quantized.packed, **{f"absmax_{part}": getattr(quantized.absmax, part) for part in parts}}
+    return {"packed": quantized.packed, "absmax": quantized.absmax}
