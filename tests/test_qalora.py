@@ -325,7 +325,7 @@ def test_a_residual_start_lowers_the_error_of_minilm(bits, standard, residual, m
 
 @pytest.mark.parametrize(
     ("bits", "rank", "alone", "expected"),
-    [(4, 16, 0.0938, 0.0798), (4, 64, 0.0938, 0.0633), (2, 16, 0.4663, 0.4123), (2, 64, 0.4663, 0.3390)],
+    [(4, 16, 0.0938, 0.0798), (4, 64, 0.0938, 0.0633), (2, 16, 0.4663, 0.4123), (2, 64, 0.4663, 0.3359)],
 )
 def test_loftq_lowers_the_error_of_minilm_on_integers(bits, rank, alone, expected, minilm):
     lora = LoraSpec(rank, rank)
@@ -334,16 +334,27 @@ def test_loftq_lowers_the_error_of_minilm_on_integers(bits, rank, alone, expecte
     assert plain.error == pytest.approx(alone, rel=0.01)
     assert found.error == pytest.approx(expected, rel=0.01)
     total = totals(minilm, iterations)
-    if (bits, rank) != (2, 64):
-        assert total == sorted(total, reverse=True)
-        return
-    # 2 bits and a quarter of the rank: the alternation falls for three iterations, then rises by 0.4 % of the error
-    # (0.8 % in one matrix), which is why the best iterate is the one that is kept.
-    assert total[:3] == sorted(total[:3], reverse=True)
-    assert max(total[3:]) <= 1.005 * min(total)
-    assert found.error <= min(total)
-    rises = [after / before for errors in iterations for before, after in pairwise(errors)]
-    assert max(rises) <= 1.01
+    assert total == sorted(total, reverse=True)
+    # At 2 bits and rank 64 the bare alternation of the paper rises in single matrices, by up to 0.8 %.
+    assert all(after <= before for errors in iterations for before, after in pairwise(errors))
+
+
+@pytest.mark.parametrize("zero_point", ["int", "float"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_of_two_quantized_forms_each_group_is_the_nearer_one(bits, zero_point):
+    generator = torch.Generator().manual_seed(bits)
+    weight, other = (torch.randn(24, 96, generator=generator) * 0.05 for _ in range(2))
+    spec = AffineSpec(bits, 32, symmetric=False, zero_point=zero_point, scale_dtype="bfloat16")
+    quantizer = make_quantizer(spec, "bfloat16")
+    # The other one is nearer in about half of the groups: of these it is the form of the very weight.
+    mixed = torch.where(torch.rand(24, 3, generator=generator).repeat_interleave(32, dim=1) < 0.5, weight, other)
+    forms = [quantizer.quantize(mixed), quantizer.quantize(torch.where(mixed == weight, other, weight))]
+    chosen = quantizer.dequantize(quantizer.keep_nearer(weight, *forms)).view(24, 3, 32)
+    values = torch.stack([quantizer.dequantize(form) for form in forms]).view(2, 24, 3, 32)
+    nearer = (values.double() - weight.double().view(24, 3, 32)).square().sum(-1).argmin(0)
+    assert 0 < int(nearer.sum()) < nearer.numel()
+    expected = values.gather(0, nearer[None, :, :, None].expand(1, -1, -1, 32))[0]
+    assert torch.equal(chosen, expected)
 
 
 # What a conversion writes, and what a recipe refuses.

@@ -1,7 +1,8 @@
 """How a quantized base and its adapter start: one file per method. They see neither bits nor files.
 
-method.py   the contract and the table
-loftq.py    alternating quantization and truncated SVD
-qalora.py   quantize in groups, adapter over pooled inputs
-qlora.py    quantize once, adapter that adds nothing yet
+method.py       the contract and the table
+alternation.py  quantize, fit the adapter, repeat
+loftq.py        the alternation with a truncated SVD
+qalora.py       quantize in groups, adapter over pooled inputs
+qlora.py        quantize once, adapter that adds nothing yet
 """

@@ -1,6 +1,4 @@
-"""LoftQ (Li et al., arXiv 2310.08659, Algorithm 1): quantize what the adapter does not hold, fit the adapter to what
-quantization lost, and repeat. Everything is about what a loader computes: dequant(Q) + s·B·A.
-"""
+"""LoftQ (Li et al., arXiv 2310.08659): the adapter starts as the best approximation of what quantization lost."""
 
 from __future__ import annotations
 
@@ -9,11 +7,10 @@ import math
 import torch
 
 from loftq_cli.lowrank import truncated_svd
+from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization
-from loftq_cli.metrics import adapter_delta, relative
 from loftq_cli.quant.formats import Quantizer
 from loftq_cli.tensors import LoraPair, LoraSpec
-from loftq_cli.triton_kernels.error_stats import error_stats
 
 
 def initialize(
@@ -26,30 +23,13 @@ def initialize(
     init: str | None,
     generator: torch.Generator,
 ) -> Initialization:
-    """The best of `iterations` alternations by ||W − dequant(Q) − s·B·A||; see `Initialization`.
+    """The best of `iterations` alternations; see `alternate`.
 
     The loop sees what will be stored: constants after double quantization and in their dtype, lora_A and lora_B in
-    theirs, and the scaling divided out of them. Peak memory: four float32 matrices of the size of `weight`.
+    theirs, and the scaling divided out of them.
     """
     del svd, init, generator  # "exact" is the one solver, and nothing is drawn
-    best: tuple[float, int] = (math.inf, 0)
-    errors: list[float] = []
-    quantization_error = 0.0
-    delta: torch.Tensor | None = None
-    for iteration in range(1, iterations + 1):
-        quantized = quantizer.quantize(weight if delta is None else weight - delta)
-        dequantized = quantizer.dequantize(quantized)
-        if iteration == 1:
-            sums = error_stats(weight, dequantized)
-            quantization_error = relative(sums.squared_error, sums.squared_weight)
-        pair = fit_adapter(weight - dequantized, lora)
-        delta = adapter_delta(pair)
-        sums = error_stats(weight, dequantized.add_(delta))
-        errors.append(relative(sums.squared_error, sums.squared_weight))
-        if errors[-1] < best[0] or not best[1]:
-            best = (errors[-1], iteration)
-            best_quantized, best_pair = quantized, pair
-    return Initialization(best_quantized, best_pair, quantization_error, tuple(errors), best[1])
+    return alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora), iterations)
 
 
 def fit_adapter(residual: torch.Tensor, lora: LoraSpec) -> LoraPair:

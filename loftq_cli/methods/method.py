@@ -73,7 +73,7 @@ METHODS: dict[str, MethodEntry] = {
         module="loftq_cli.methods.loftq",
         adapter_dir="loftq_init",
         summary="adapter fitted to the quantization error (arXiv 2310.08659)",
-        nbytes_per_weight=28,
+        nbytes_per_weight=29,
         nbytes_per_gram=32,
     ),
     "qalora": MethodEntry(

@@ -7,12 +7,14 @@ Beyond the paper, the adapter can start holding the part of the quantization err
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 
 from loftq_cli.lowrank import truncated_svd
+from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization, zero_adapter
-from loftq_cli.metrics import adapter_delta, relative
+from loftq_cli.metrics import relative
 from loftq_cli.quant.formats import Quantizer
 from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
 from loftq_cli.triton_kernels.error_stats import error_stats
@@ -29,28 +31,18 @@ def initialize(
     generator: torch.Generator,
 ) -> Initialization:
     """Standard: Q = quantize(W), and the adapter of QLoRA over pooled inputs. Residual: the best of `iterations`
-    alternations of Q = quantize(W − Δ) and Δ = the best adapter for W − dequant(Q), by ||W − dequant(Q) − Δ||; the
-    zero adapter is kept where none is better.
+    alternations with the best adapter of this form, or the standard start where none is better.
     """
     del svd
+    start = zero_adapter(weight, lora, generator)
+    if init == "residual":
+        found = alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, start), iterations)
+        if min(found.iteration_errors) < found.quantization_error:
+            return found
+        return replace(found, quantized=quantizer.quantize(weight), lora=start, best_iteration=0)
     quantized = quantizer.quantize(weight)
-    dequantized = quantizer.dequantize(quantized)
-    sums = error_stats(weight, dequantized)
-    quantization_error = relative(sums.squared_error, sums.squared_weight)
-    pair = zero_adapter(weight, lora, generator)
-    best, best_iteration, errors = quantization_error, 0, []
-    best_quantized, best_pair = quantized, pair
-    for iteration in range(1, iterations + 1 if init == "residual" else 1):
-        if iteration > 1:
-            quantized = quantizer.quantize(weight - adapter_delta(pair))
-            dequantized = quantizer.dequantize(quantized)
-        pair = fit_adapter(weight - dequantized, lora, pair)
-        sums = error_stats(weight, adapter_delta(pair).add_(dequantized))
-        errors.append(relative(sums.squared_error, sums.squared_weight))
-        if errors[-1] < best:
-            best, best_iteration = errors[-1], iteration
-            best_quantized, best_pair = quantized, pair
-    return Initialization(best_quantized, best_pair, quantization_error, tuple(errors), best_iteration)
+    sums = error_stats(weight, quantizer.dequantize(quantized))
+    return Initialization(quantized, start, relative(sums.squared_error, sums.squared_weight), (), 0)
 
 
 def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair) -> LoraPair:

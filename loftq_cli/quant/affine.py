@@ -47,6 +47,29 @@ class AffineQuantizer:
             raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
         return AffineTensor(groups.codes, groups.scales, groups.zero_points, groups.biases, spec, self.dtype)
 
+    def keep_nearer(self, weight: torch.Tensor, previous: AffineTensor, new: AffineTensor) -> AffineTensor:
+        """Each group of float32 [out, in] as it is in `previous` or in `new`, whichever is nearer to it."""
+        keep = self._group_errors(weight, previous) < self._group_errors(weight, new)  # [out, in / group_size]
+        wide = keep.repeat_interleave(self.spec.group_size, dim=1)
+
+        def chosen(old: torch.Tensor | None, fresh: torch.Tensor | None) -> torch.Tensor | None:
+            return None if old is None or fresh is None else torch.where(keep, old, fresh)
+
+        return AffineTensor(
+            codes=torch.where(wide, previous.codes, new.codes),
+            scales=torch.where(keep, previous.scales, new.scales),
+            zero_points=chosen(previous.zero_points, new.zero_points),
+            biases=chosen(previous.biases, new.biases),
+            spec=self.spec,
+            dtype=self.dtype,
+        )
+
+    def _group_errors(self, weight: torch.Tensor, quantized: AffineTensor) -> torch.Tensor:
+        """Squared error of each group, float32 [out, in / group_size]."""
+        out_features, in_features = weight.shape
+        shape = (out_features, in_features // self.spec.group_size, self.spec.group_size)
+        return self.dequantize(quantized).sub_(weight).square_().view(shape).sum(dim=2)
+
     def dequantize(self, quantized: AffineTensor) -> torch.Tensor:
         """float32 [out, in], rounded to the dtype that the loader decodes to."""
         values = dequantize_affine(

@@ -36,6 +36,11 @@ class CodebookQuantizer:
             dtype=self.dtype,
         )
 
+    def keep_nearer(self, weight: torch.Tensor, previous: CodebookTensor, new: CodebookTensor) -> CodebookTensor:
+        """`new`: double quantization ties the constants of all blocks together, so none can stay as it was."""
+        del weight, previous
+        return new
+
     def dequantize(self, quantized: CodebookTensor) -> torch.Tensor:
         """float32 [out, in]: table[code] * decoded absmax, rounded to the dtype that the loader decodes to."""
         absmax = quantized.absmax

@@ -28,6 +28,12 @@ class Quantizer(Protocol):
         """The quantized form of float32 [out, in]: a QuantizedTensor."""
         ...
 
+    def keep_nearer(self, weight: torch.Tensor, previous: Any, new: Any) -> Any:
+        """Of two quantized forms of about float32 [out, in], the nearer one, part by part; `new` itself where parts
+        cannot be chosen one by one.
+        """
+        ...
+
     def dequantize(self, quantized: Any) -> torch.Tensor:
         """float32 [out, in] of what `quantize` gives, rounded to the dtype that the loader decodes to."""
         ...
