@@ -61,19 +61,12 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> 
         observer.note(note)
     check_space(merge.output, merge.nbytes)
     staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
-    published = False
-    try:
-        outcome = MergeOutcome(_run_jobs(merge, staging.path, observer), notes)
+    with staging.whole(TOOL) as directory:
+        outcome = MergeOutcome(_run_jobs(merge, directory, observer), notes)
         _check_retention(merge, outcome.layers)
-        write_side_files(merge, staging.path, outcome)
+        write_side_files(merge, directory, outcome)
         merge.base.checkpoint.check_unchanged()
         merge.adapter.weights.check_unchanged()
-        staging.publish(TOOL)
-        published = True
-    finally:
-        if not published:
-            staging.discard()
-        staging.close()
     return outcome
 
 

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +85,18 @@ class Staging:
         except OSError as error:
             raise storage_error(error, self.output) from None
 
-    def discard(self) -> None:
-        """Remove the staging directory: the result is not wanted."""
-        shutil.rmtree(self.path, ignore_errors=True)
+    @contextmanager
+    def whole(self, tool: dict[str, Any]) -> Iterator[Path]:
+        """The directory to write into: published when the block ends, and gone, with its lock, when it raises."""
+        published = False
+        try:
+            yield self.path
+            self.publish(tool)
+            published = True
+        finally:
+            if not published:
+                shutil.rmtree(self.path, ignore_errors=True)
+            self.close()
 
     def close(self) -> None:
         """Let go of the lock."""

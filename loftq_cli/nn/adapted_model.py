@@ -95,16 +95,9 @@ def save_adapter(
     texts = _adapter_texts(adapted, source)
     fingerprint = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
     staging = Staging(Path(directory), fingerprint=fingerprint, overwrite=overwrite, restart=True)
-    published = False
-    try:
-        _write_factors(layers, adapted, staging.path)
-        write_texts(staging.path, texts)
-        staging.publish(TOOL)
-        published = True
-    finally:
-        if not published:
-            staging.discard()
-        staging.close()
+    with staging.whole(TOOL) as path:
+        _write_factors(layers, adapted, path)
+        write_texts(path, texts)
 
 
 @dataclass(frozen=True)
