@@ -7,9 +7,11 @@ Losses are in nats per byte, on held-out windows of another text than the model 
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import models
 import pytest
 import torch
 import transformers
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 METHODS = ("qlora", "loftq", "qalora")
 QUANT_TYPES = ("int4", "int2")
-STEPS, BATCH, CONTEXT = 100, 4, 128
+STEPS, BATCH, CONTEXT = 100, 2, 128
 RATE = 1e-3  # every method's loss falls at it; at 3e-3 they fall further, and are closer together
 EVERY = 97  # one window in so many is held out
 
@@ -88,9 +90,13 @@ def merged_loss(base: Path, adapter: Path, output: Path, **options: object) -> f
 
 
 def run(quant_type: str, method: str, folder: Path, *, rounds: bool = False) -> Trained:
-    """Convert with rank 16 and groups of 64, train, save and merge; `rounds` trains for rounded zero points."""
-    base, adapter = folder / "base", folder / "trained"
-    run_conversion(resolve_model("builtin:tiny-llama"), base, method=method, quant_type=quant_type, rank=16)
+    """Convert with rank 16 and groups of 64, train, save and merge; `rounds` trains for rounded zero points.
+
+    The model is called float32, so that bases decode in it: one in bfloat16 would round what merged offsets do not.
+    """
+    source, base, adapter = folder / "source", folder / "base", folder / "trained"
+    shutil.copytree(resolve_model("builtin:tiny-llama"), source)
+    run_conversion(models.with_dtype(source, "float32"), base, method=method, quant_type=quant_type, rank=16)
     model = load_adapted(empty_model(), base, cache=True)
     start = loss_of(model)
     for module in model.modules():
@@ -131,7 +137,7 @@ def test_loftq_ends_at_a_lower_loss_at_2_bits(results):
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_the_merged_model_has_the_loss_of_the_trained_one(quant_type, method, results):
     # QA-LoRA merges into float32 offsets, the others into float32 weights.
-    assert results[quant_type, method].merged == pytest.approx(results[quant_type, method].end, abs=1e-4)
+    assert results[quant_type, method].merged == pytest.approx(results[quant_type, method].end, abs=1e-5)
 
 
 def test_training_for_rounded_zero_points_pays_where_they_are_deployed(results, tmp_path):
@@ -140,5 +146,5 @@ def test_training_for_rounded_zero_points_pays_where_they_are_deployed(results, 
     rounded = merged_loss(plain.base, plain.adapter, tmp_path / "rounded", round_zeros=True, force=True)
 
     print(f"int4 qalora with rounded zero points: {rounded:.4f}; trained for them: {aware.merged:.4f}")
-    assert aware.merged == pytest.approx(aware.end, abs=1e-4)
+    assert aware.merged == pytest.approx(aware.end, abs=1e-5)
     assert aware.merged < rounded - 0.005
