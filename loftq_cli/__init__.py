@@ -5,14 +5,16 @@ errors, tensors                  what everything else speaks in
 triton_kernels/                  numeric primitives, which know nothing of the rest
 checkpoint/                      files on disk: readers, writer, staging directory
 quant/ lowrank metrics           number formats, truncated SVD, what an error is
-methods/ layouts/                LoftQ and QLoRA; on-disk containers
+methods/ layouts/                LoftQ, QLoRA and QA-LoRA; on-disk containers
 recipe family targets plan       what will be done, decided from headers and configs alone
 base_model                       a converted or dense model, read back as matrices
 report                           what was measured, and the files that say so
 jobs convert                     one tensor; the whole conversion
 inspection                       what a directory holds
 adapter_source provenance        a PEFT adapter, and whether it belongs to a base
-merge_plan merge_report merge    base plus adapter
+nn/                              modules to train adapters over packed weights
+merge_form merge_plan            what a merge will write
+merge_report merge               base plus adapter
 cli/                             the command line
 """
 

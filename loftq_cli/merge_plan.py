@@ -142,7 +142,11 @@ def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOpt
     check_apart(output, [base.folder, adapter.path])
     check_output(output, overwrite=overwrite)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
-    form = choose_form(options, base, is_pooled=_is_pooled(base, adapter, options))
+    is_pooled = _is_pooled(base, adapter, options)
+    if options.pooling is not None and not is_pooled:
+        what = "--pooling is for a QA-LoRA adapter, and this one reads every input"
+        raise UsageError(what, file=adapter.path, hint="leave it out")
+    form = choose_form(options, base, is_pooled=is_pooled)
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
     if options.dtype not in (None, dtype):
         what = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"

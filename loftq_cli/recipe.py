@@ -182,10 +182,28 @@ class Recipe:
 
 
 def resolve_recipe(source: str | None, flags: Mapping[str, Any]) -> Recipe:
-    """Defaults < `source` (a preset's name or a TOML file) < `flags` (field name -> value; None is not given)."""
+    """Defaults < `source` (a preset's name or a TOML file) < `flags` (field name -> value; None is not given).
+
+    Where a flag names another quant_type or method, what `source` says of the one that it replaces goes with it.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
     values = {} if source is None else _read_recipe(source)
-    values.update({name: value for name, value in flags.items() if value is not None})
-    return Recipe(**values)
+    for name in _outdated(values, given):
+        del values[name]
+    return Recipe(**{**values, **given})
+
+
+def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """Names of `values` that mean nothing any more once `given` has changed the format or the method."""
+    names: set[str] = set()
+    if (quant_type := given.get("quant_type")) in FORMATS:
+        names |= (_CODEBOOK_DEFAULTS if FORMATS[quant_type].is_affine else _AFFINE_DEFAULTS).keys()
+        layout = LAYOUTS.get(values.get("layout", ""))
+        if layout is not None and quant_type not in layout.quant_types:
+            names.add("layout")
+    if given.get("method", "qalora") != "qalora":
+        names |= _QALORA_DEFAULTS.keys()
+    return [name for name in values if name in names]
 
 
 def preset_directory() -> Path:

@@ -798,6 +798,14 @@ def test_an_unknown_pooling_on_the_command_line_is_refused(converted, merge, tmp
     refused(ran, tmp_path, 2, "--pooling 'max' does not exist (one of peft, paper, repo)")
 
 
+def test_a_pooling_named_for_an_adapter_that_reads_every_input_is_refused(converted, merge, tmp_path):
+    base = converted("compressed-tensors", method="qlora")
+
+    ran = merge(base, base / "qlora_init", tmp_path / "out", "--pooling", "paper")
+
+    refused(ran, tmp_path, 2, "--pooling is for a QA-LoRA adapter, and this one reads every input", left=())
+
+
 def test_a_pooling_into_unequal_groups_is_refused(converted, merge, tmp_path):
     base = converted("compressed-tensors")
     adapter = trained(base, tmp_path / "adapter", modules=[Q0])

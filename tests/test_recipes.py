@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.quant.formats import FORMATS
 from loftq_cli.recipe import Override, Recipe, parse_size, presets, recipe_toml, resolve_recipe
 
 
@@ -79,6 +80,24 @@ def test_a_whole_number_is_a_number(tmp_path):
 def test_every_mistake_is_named(tmp_path, text, message):
     with pytest.raises(UsageError, match=message):
         resolve_recipe(recipe_file(tmp_path, text), {})
+
+
+def test_a_flag_that_changes_the_format_takes_along_what_the_file_says_of_the_old_one(tmp_path):
+    source = recipe_file(tmp_path, 'rank = 8\nblock_size = 128\ndouble_quant = false\nlayout = "bitsandbytes"\n')
+    recipe = resolve_recipe(source, {"quant_type": "int4"})
+    assert (recipe.rank, recipe.block_size, recipe.group_size, recipe.layout) == (8, None, 64, "compressed-tensors")
+    back = resolve_recipe("qalora-int4", {"quant_type": "nf4", "method": "loftq"})
+    assert (back.quant_type, back.group_size, back.pooling, back.layout) == ("nf4", None, None, "bitsandbytes")
+    # Without such a flag, a file that contradicts itself is refused.
+    with pytest.raises(UsageError, match="block_size means nothing with quant_type int4"):
+        resolve_recipe(recipe_file(tmp_path, 'quant_type = "int4"\nblock_size = 128\n'), {})
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+@pytest.mark.parametrize("quant_type", sorted(FORMATS))
+def test_every_preset_takes_another_format(name, quant_type):
+    recipe = resolve_recipe(name, {"quant_type": quant_type, "method": "loftq"})
+    assert (recipe.quant_type, recipe.rank) == (quant_type, resolve_recipe(name, {}).rank)
 
 
 def test_an_unknown_recipe_lists_the_presets():
