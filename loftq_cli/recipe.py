@@ -22,7 +22,7 @@ from loftq_cli.methods.method import INITS, METHODS
 from loftq_cli.quant.formats import FORMATS, RANGES
 from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 
-SVD_MODES = ("exact",)
+SVD_MODES = ("exact", "fast", "faithful")
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}

@@ -54,7 +54,11 @@ Iterations = Annotated[
 ]
 Svd = Annotated[
     str | None,
-    typer.Option(metavar=_one_of(SVD_MODES), help="Low-rank solver. [default: exact]", rich_help_panel=_ADAPTER),
+    typer.Option(
+        metavar=_one_of(SVD_MODES),
+        help="Low-rank solver: the paper's, subspace iteration, or one within 0.2 % of it. [default: exact]",
+        rich_help_panel=_ADAPTER,
+    ),
 ]
 Pooling = Annotated[
     str | None,

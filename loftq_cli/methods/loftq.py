@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from loftq_cli.lowrank import truncated_svd
+from loftq_cli.lowrank import Solver, make_solver
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization
 from loftq_cli.quant.formats import Quantizer
@@ -28,13 +28,14 @@ def initialize(
     The loop sees what will be stored: constants after double quantization and in their dtype, lora_A and lora_B in
     theirs, and the scaling divided out of them.
     """
-    del svd, init, generator  # "exact" is the one solver, and nothing is drawn
-    return alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora), iterations)
+    del init
+    solve = make_solver(svd, lora.rank, tuple(weight.shape), generator)
+    return alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, solve), iterations)
 
 
-def fit_adapter(residual: torch.Tensor, lora: LoraSpec) -> LoraPair:
-    """The adapter with s·B·A = the best rank-r approximation of `residual`, balanced, in the adapter's dtype."""
-    left, right = truncated_svd(residual, lora.rank)
+def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver) -> LoraPair:
+    """The adapter with s·B·A = the rank-r approximation of `residual` that `solve` finds, in the adapter's dtype."""
+    left, right = solve(residual)
     # Both public implementations fit B·A and forget s, which most loaders then multiply by: the gain is lost.
     root = math.sqrt(lora.scaling)
     dtype = getattr(torch, lora.dtype)

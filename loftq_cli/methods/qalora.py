@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from loftq_cli.lowrank import truncated_svd
+from loftq_cli.lowrank import Solver, make_solver
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization, zero_adapter
 from loftq_cli.metrics import relative
@@ -33,10 +33,11 @@ def initialize(
     """Standard: Q = quantize(W), and the adapter of QLoRA over pooled inputs. Residual: the best of `iterations`
     alternations with the best adapter of this form, or the standard start where none is better.
     """
-    del svd
     start = zero_adapter(weight, lora, generator)
     if init == "residual":
-        found = alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, start), iterations)
+        means = (weight.shape[0], weight.shape[1] // lora.group_size)
+        solve = make_solver(svd, min(lora.rank, *means), means, generator)
+        found = alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, start, solve), iterations)
         if min(found.iteration_errors) < found.quantization_error:
             return found
         return replace(found, quantized=quantizer.quantize(weight), lora=start, best_iteration=0)
@@ -45,7 +46,7 @@ def initialize(
     return Initialization(quantized, start, relative(sums.squared_error, sums.squared_weight), (), 0)
 
 
-def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair) -> LoraPair:
+def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: Solver) -> LoraPair:
     """The pooled adapter that leaves the least of `residual` [out, in], balanced, in the adapter's dtype.
 
     ||R − Δ||² = ||R − mean(R)||² + group_size · ||mean(R) − U||² for Δ that is U[o, k] in all of group k, so U is the
@@ -53,8 +54,8 @@ def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair) -> Lora
     """
     out_features = residual.shape[0]
     means = residual.view(out_features, -1, lora.group_size).mean(dim=2)  # [out, groups]
-    rank = min(lora.rank, *means.shape)
-    left, right = truncated_svd(means, rank)
+    left, right = solve(means)
+    rank = left.shape[1]
     root = math.sqrt(start.scaling)
     lora_A, lora_B = start.lora_A.float().clone(), torch.zeros(out_features, lora.rank)
     lora_A[:rank], lora_B[:, :rank] = right / root, left / root
