@@ -138,9 +138,10 @@ class Plan:
     def peak_nbytes(self) -> int:
         """About how much memory the conversion takes: it depends on the largest matrix, not on their number."""
         method = METHODS[self.recipe.method]
+        per_weight, per_gram = method.exact_nbytes if self.recipe.svd == "exact" else (0, 0)
+        per_weight += method.nbytes_per_weight
         return _TORCH_NBYTES + max(
-            method.nbytes_per_weight * job.numel + method.nbytes_per_gram * min(job.matrix.shape) ** 2
-            for job in self.layers
+            per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 for job in self.layers
         )
 
     @property

@@ -57,15 +57,15 @@ class MethodEntry:
     """One row of the table.
 
     adapter_dir          LoftQ's models on the hub keep their adapter in "loftq_init"; QLoRA follows
-    nbytes_per_weight    peak memory for each weight of a matrix, measured; with nbytes_per_gram for each entry of the
-                         smaller Gram matrix that the SVD works on
+    nbytes_per_weight    peak memory for each weight of a matrix, measured
+    exact_nbytes         what an exact SVD adds for each weight, and for each entry of the smaller Gram matrix
     """
 
     module: str
     adapter_dir: str
     summary: str
     nbytes_per_weight: int
-    nbytes_per_gram: int = 0
+    exact_nbytes: tuple[int, int] = (0, 0)
 
 
 METHODS: dict[str, MethodEntry] = {
@@ -73,8 +73,8 @@ METHODS: dict[str, MethodEntry] = {
         module="loftq_cli.methods.loftq",
         adapter_dir="loftq_init",
         summary="adapter fitted to the quantization error (arXiv 2310.08659)",
-        nbytes_per_weight=29,
-        nbytes_per_gram=32,
+        nbytes_per_weight=21,
+        exact_nbytes=(8, 32),
     ),
     "qalora": MethodEntry(
         module="loftq_cli.methods.qalora",
