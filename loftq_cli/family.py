@@ -85,9 +85,10 @@ class Family:
     config: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        quantization = self.config.get("quantization_config")
+        quantization = self.config.get("quantization_config") or self.config.get("quantization")
         if quantization:
-            method = quantization.get("quant_method", "?") if isinstance(quantization, dict) else "?"
+            known = "?" if "quantization_config" in self.config else "mlx"
+            method = quantization.get("quant_method", known) if isinstance(quantization, dict) else "?"
             raise InputError(
                 f"the model is quantized already ({method})", hint="start from the full-precision checkpoint"
             )

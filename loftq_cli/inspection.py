@@ -19,7 +19,7 @@ from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.methods.method import METHODS
 from loftq_cli.metrics import GroupErrors, LayerError, total_error
-from loftq_cli.plan import LayerJob, possible_jobs
+from loftq_cli.plan import CopyJob, LayerJob, possible_jobs
 from loftq_cli.quant.formats import FORMATS, QuantSpec, make_quantizer, size_of
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import REPORT_NAME, LayerResult, read_report
@@ -104,16 +104,14 @@ def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str]) -> Iterator[
     for quant_type in quant_types:
         if quant_type not in FORMATS:
             raise UsageError(f"--try {quant_type!r} does not exist", hint=f"one of {', '.join(FORMATS)}")
+    formats = {quant_type: _matrices(base, quant_type) for quant_type in quant_types}
     # Rank 1 fits every matrix: the adapter does not matter here.
     for job in possible_jobs(base.tensors, base.config, Recipe(method="qlora", rank=1)):
         ref = base.tensors[job.name]
+        becomes = f"copied: {job.reason}" if isinstance(job, CopyJob) else job.matrix.spec.quant_type
         if isinstance(job, LayerJob):
-            spec = job.matrix.spec
-            becomes = f"{spec.quant_type}, {size_of(spec)}"
-            tried = {quant_type: _tried(base, job, quant_type) for quant_type in quant_types}
-            errors = {quant_type: error for quant_type, error in tried.items() if error is not None}
-        else:
-            becomes, errors = f"copied: {job.reason}", {}
+            becomes += f", {size_of(job.matrix.spec)}"
+        errors = {t: _tried(base, found[job.name]) for t, found in formats.items() if job.name in found}
         yield TensorRow(job.name, ref.shape, ref.dtype, becomes, errors)
 
 
@@ -267,23 +265,20 @@ def _group_errors(
     return group_errors(weight, dequantized if pair is None else adapter_delta(pair).add_(dequantized), spec.group_size)
 
 
-def _as_type(base: BaseModel, job: LayerJob, quant_type: str) -> StoredMatrix | None:
-    """How quantize would store the weight of `job` in a format with its default options; None where it does not fit."""
+def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
+    """What a format with its default options would hold, by name; integers as any container could hold them."""
     layout = "dense" if FORMATS[quant_type].is_affine else None
     recipe = Recipe(method="qlora", rank=1, quant_type=quant_type, layout=layout)
-    found = possible_jobs({job.name: base.tensors[job.name]}, base.config, recipe)
-    return next((other.matrix for other in found if isinstance(other, LayerJob)), None)
+    jobs = possible_jobs(base.tensors, base.config, recipe)
+    return {job.name: job.matrix for job in jobs if isinstance(job, LayerJob)}
 
 
-def _tried(base: BaseModel, job: LayerJob, quant_type: str) -> LayerError | None:
+def _tried(base: BaseModel, matrix: StoredMatrix) -> LayerError:
     from loftq_cli.metrics import layer_error
 
-    matrix = _as_type(base, job, quant_type)
-    if matrix is None:
-        return None
-    weight = base.matrix(job.name)
+    weight = base.matrix(matrix.name)
     quantizer = make_quantizer(matrix.spec, matrix.dtype)
     try:
         return layer_error(weight, quantizer.dequantize(quantizer.quantize(weight)), None)
     except NumericError as error:
-        raise error.at(file=base.tensors[job.name].file, tensor=job.name) from None
+        raise error.at(file=base.tensors[matrix.name].file, tensor=matrix.name) from None

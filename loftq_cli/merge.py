@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import InputError, NumericError, QualityError
 from loftq_cli.jobs import as_matrix, recast_chunks
 from loftq_cli.layouts.layout import load_layout
+from loftq_cli.layouts.peft_adapter import pooling_of
 from loftq_cli.merge_plan import Merge, MergeJob
 from loftq_cli.merge_report import (
     MergedLayer,
@@ -26,7 +27,7 @@ from loftq_cli.merge_report import (
     total_retention,
     write_side_files,
 )
-from loftq_cli.metrics import adapter_delta, group_delta
+from loftq_cli.metrics import adapter_delta, exact_group_delta
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL
@@ -56,7 +57,7 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> 
     forced.
     """
     contents = check_contents(merge.base, merge.provenance, force=merge.options.force)
-    notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge), *_unfit_notes(merge))
+    notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge), *_other_notes(merge))
     for note in notes:
         observer.note(note)
     check_space(merge.output, merge.nbytes)
@@ -74,8 +75,12 @@ def _unused_notes(merge: Merge) -> list[str]:
     return [f"adapter tensor {name} is not needed: {why}" for name, why in merge.adapter.unused.items()]
 
 
-def _unfit_notes(merge: Merge) -> list[str]:
-    return [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
+def _other_notes(merge: Merge) -> list[str]:
+    notes = [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
+    named, asked = pooling_of(merge.adapter.config), merge.options.pooling
+    if named is not None and asked not in (None, named.convention):
+        notes.append(f"merged as pooled by {asked}, and the adapter's config says {named.convention}")
+    return notes
 
 
 def _run_jobs(merge: Merge, directory: Path, observer: Observer) -> tuple[MergedLayer, ...]:
@@ -167,15 +172,16 @@ def _moved(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merged
     base, matrix = merge.base.quantized_tensor(job.name), job.matrix
     assert isinstance(base, AffineTensor) and matrix is not None and isinstance(matrix.spec, AffineSpec)
     size = base.spec.group_size
-    delta, pair = base.scales.new_zeros(base.scales.shape).float(), None
+    delta, pair = base.scales.new_zeros(base.scales.shape).double(), None
     if job.lora is not None:
         pair = _pair(merge, job.lora)
-        delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
+        delta = exact_group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
     moved = move_offsets(base, delta, matrix.spec, matrix.dtype)
     found = offset_difference(moved, base, delta)
     is_exact = found.max_difference <= EXACT * found.max_weight
     if matrix.spec.scale_dtype == "float32" and matrix.spec.zero_point == "float" and not is_exact:
-        raise NumericError(f"merged, it differs by {found.max_difference:g} from the exact sum")
+        what = f"merged, it differs by {found.max_difference:g} from the exact sum"
+        raise NumericError(what, hint="--layout dense")
     tensors = load_layout(merge.form.layout).pack(matrix, moved)
     if pair is None:
         return tensors, None

@@ -100,6 +100,11 @@ def group_delta(lora: LoraPair) -> torch.Tensor:
     return (lora.lora_B.float() @ lora.lora_A.float()).mul_(lora.scaling)
 
 
+def exact_group_delta(lora: LoraPair) -> torch.Tensor:
+    """`group_delta` in float64."""
+    return (lora.lora_B.double() @ lora.lora_A.double()).mul_(lora.scaling)
+
+
 def group_errors(weight: torch.Tensor, approximation: torch.Tensor, group_size: int) -> GroupErrors:
     """The errors of the groups of `group_size` neighbouring columns; both matrices float32 [out, in]."""
     out_features, in_features = weight.shape

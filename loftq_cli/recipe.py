@@ -188,13 +188,19 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any]) -> Recipe:
     """
     given = {name: value for name, value in flags.items() if value is not None}
     values = {} if source is None else _read_recipe(source)
-    for name in _outdated(values, given):
-        del values[name]
-    return Recipe(**{**values, **given})
+    outdated = _outdated(values, given)
+    values["override"] = tuple(_without(override, outdated) for override in values.get("override", ()))
+    return Recipe(**{**{name: value for name, value in values.items() if name not in outdated}, **given})
 
 
-def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """Names of `values` that mean nothing any more once `given` has changed the format or the method."""
+def _without(override: Override, names: set[str]) -> Override:
+    gone = names.intersection(field.name for field in dataclasses.fields(Override))
+    nothing: dict[str, Any] = dict.fromkeys(gone)
+    return dataclasses.replace(override, **nothing)
+
+
+def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """Names of options that mean nothing any more once `given` has changed the format or the method of `values`."""
     names: set[str] = set()
     if (quant_type := given.get("quant_type")) in FORMATS:
         names |= (_CODEBOOK_DEFAULTS if FORMATS[quant_type].is_affine else _AFFINE_DEFAULTS).keys()
@@ -203,7 +209,7 @@ def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
             names.add("layout")
     if given.get("method", "qalora") != "qalora":
         names |= _QALORA_DEFAULTS.keys()
-    return [name for name in values if name in names]
+    return names
 
 
 def preset_directory() -> Path:

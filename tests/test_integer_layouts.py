@@ -29,7 +29,7 @@ from conversions import Silent, StopAfter, files_of, run_conversion
 from loading import Loaded, matrix, matrix_of_lora, relative_error
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loftq_cli import convert
@@ -1166,3 +1166,25 @@ def test_the_tried_error_of_a_real_model_is_that_of_rounding_between_minimum_and
         rounded = (((groups / scale).round() + zero_point).clamp(0, 15) - zero_point) * scale
         # A weight that lies between two steps in float32 may round to the other one: one in some 10⁵ of them.
         assert error == pytest.approx(relative_error(groups, rounded), rel=1e-4)
+
+
+def test_a_partly_quantized_checkpoint_is_no_source(tmp_path):
+    models.llama(tmp_path / "model", layers=1)
+    run_conversion(tmp_path / "model", tmp_path / "base", quant_type="int4", layout="mlx", include=("q_proj",), rank=4)
+    with pytest.raises(InputError, match=r"the model is quantized already \(mlx\)"):
+        run_conversion(tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_trying_a_format_tries_what_its_own_containers_hold(tmp_path, capsys):
+    shapes = {"model.layers.0.a.weight": (40, 128), "model.layers.0.b.weight": (64, 96)}
+    generator = torch.Generator().manual_seed(0)
+    save_file(
+        {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, tmp_path / "w.safetensors"
+    )
+
+    assert _run(["inspect", str(tmp_path / "w.safetensors"), "--try", "int4", "--try", "nf4", "--json"]) == 0
+
+    # NF4's loaders need rows in multiples of 32, integers of the default size whole groups of 64.
+    rows = {row["name"]: set(row["errors"]) for row in json.loads(capsys.readouterr().out)["tensors"]}
+    assert rows == {"model.layers.0.a.weight": {"int4"}, "model.layers.0.b.weight": {"nf4"}}

@@ -83,8 +83,10 @@ def test_every_mistake_is_named(tmp_path, text, message):
 
 
 def test_a_flag_that_changes_the_format_takes_along_what_the_file_says_of_the_old_one(tmp_path):
-    source = recipe_file(tmp_path, 'rank = 8\nblock_size = 128\ndouble_quant = false\nlayout = "bitsandbytes"\n')
-    recipe = resolve_recipe(source, {"quant_type": "int4"})
+    override = '[[override]]\nmatch = "mlp"\nrank = 4\nblock_size = 32\n'
+    text = 'rank = 8\nblock_size = 128\ndouble_quant = false\nlayout = "bitsandbytes"\n' + override
+    recipe = resolve_recipe(recipe_file(tmp_path, text), {"quant_type": "int4"})
+    assert recipe.override == (Override(match="mlp", rank=4),)
     assert (recipe.rank, recipe.block_size, recipe.group_size, recipe.layout) == (8, None, 64, "compressed-tensors")
     back = resolve_recipe("qalora-int4", {"quant_type": "nf4", "method": "loftq"})
     assert (back.quant_type, back.group_size, back.pooling, back.layout) == ("nf4", None, None, "bitsandbytes")

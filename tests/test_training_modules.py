@@ -1126,8 +1126,84 @@ def test_a_saved_adapter_is_replaced_on_demand_only(converted, tmp_path):
 
     assert (tmp_path / "trained" / "adapter_model.safetensors").read_bytes() != first
     assert sorted(path.name for path in tmp_path.iterdir()) == ["trained"]
-    with pytest.raises(UsageError, match="not a result of this tool"):
-        save_adapter(model, converted / "loftq_init", overwrite=True)
+
+
+@pytest.mark.parametrize("where", [".", "loftq_init", "new", ".."])
+def test_the_base_is_never_written_to(where, converted):
+    model = load_adapted(fresh(converted), converted)
+    before = sorted(path.name for path in converted.iterdir())
+
+    with pytest.raises(UsageError, match="may not be, contain or lie inside the input"):
+        save_adapter(model, converted / where, overwrite=True)
+
+    assert sorted(path.name for path in converted.iterdir()) == before
+
+
+def test_an_adapter_can_be_saved_when_its_base_has_gone(converted, tmp_path, monkeypatch):
+    shutil.copytree(converted, tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    model = load_adapted(fresh(converted), "base")
+    shutil.rmtree(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+
+    save_adapter(model, "trained")
+
+    files = [path / "adapter_config.json" for path in (converted / "loftq_init", Path("trained"))]
+    start, saved = (json.loads(file.read_text()) for file in files)
+    assert saved["base_model_name_or_path"] == start["base_model_name_or_path"]
+    assert (saved["task_type"], saved["lora_alpha"]) == (start["task_type"], start["lora_alpha"])
+    assert (Path("trained") / "loftq_provenance.json").is_file()
+
+
+def test_what_wraps_a_model_is_not_in_the_names_that_are_saved(converted, tmp_path):
+    model = load_adapted(fresh(converted), converted)
+    save_adapter(model, tmp_path / "plain")
+    layers = model.model.layers
+    layers[0] = torch.compile(layers[0])
+
+    for place, wrapped in enumerate((torch.compile(model), nn.DataParallel(model), model)):
+        save_adapter(wrapped, tmp_path / str(place))
+        names = load_file(tmp_path / str(place) / "adapter_model.safetensors").keys()
+        assert names == load_file(tmp_path / "plain" / "adapter_model.safetensors").keys()
+
+
+def test_nan_neither_gets_in_nor_out(converted, tmp_path):
+    model = load_adapted(fresh(converted), converted)
+    name, layer = next((n, m) for n, m in model.named_modules() if isinstance(m, LoftQLinear))
+    with torch.no_grad():
+        layer.lora_A[0, 0] = float("nan")
+    with pytest.raises(LoftqError, match=rf"{name}.lora_A.weight: holds NaN or infinite values"):
+        save_adapter(model, tmp_path / "trained")
+    assert not list(tmp_path.iterdir())
+
+    for file, tensor in (
+        ("model.safetensors", f"{name}.weight.nested_absmax"),
+        ("loftq_init/adapter_model.safetensors", f"{PREFIX}{name}.lora_B.weight"),
+    ):
+        base = tmp_path / Path(file).stem
+        shutil.copytree(converted, base)
+        edit_tensors(base / file, lambda t, key=tensor: t[key].view(-1)[:1].fill_(float("inf")))
+        with pytest.raises(InputError, match=rf"{name}.*holds NaN or infinite values"):
+            load_adapted(fresh(converted), base)
+
+
+def test_a_module_of_two_names_takes_one_weight_only(tmp_path):
+    save_file({f"{name}.weight": random(64, 64, seed=i) for i, name in enumerate("ab")}, tmp_path / "w.safetensors")
+    run_conversion(tmp_path / "w.safetensors", tmp_path / "base", method="qlora", include=("a|b",), rank=2)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = self.b = nn.Linear(64, 64, bias=False)
+
+    with pytest.raises(MismatchError, match="belong to one module of the model"):
+        load_adapted(Twice(), tmp_path / "base")
+
+
+def test_an_empty_batch_is_a_batch():
+    module = adapted("peft", QuantizedLinear(quantized()))
+    assert module(torch.zeros(0, IN)).shape == (0, OUT)
 
 
 def test_an_adapter_in_another_dtype_and_without_a_source_is_saved(tmp_path):

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.metrics import adapter_delta, group_delta
+from loftq_cli.metrics import adapter_delta, exact_group_delta
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.nn.read_only_weight import ReadOnlyWeight
 from loftq_cli.quant.affine import move_offsets
 from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, LoraSpec, lora_pair
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where an adapter was loaded from, and what of it is written down again with the trained one.
+
+    base         the directory of the base
+    config       adapter_config.json
+    provenance   the record of the base that the adapter was made for, if there is one
+    """
+
+    base: Path | None
+    config: Mapping[str, Any]
+    provenance: Mapping[str, Any] | None
 
 
 class AdaptedLinear(nn.Module):
@@ -24,7 +39,7 @@ class AdaptedLinear(nn.Module):
     lora_A, lora_B   Parameters as in LoraPair, computed with in their own dtype
     lora             rank, alpha and pooling, as they are saved
     scaling          s, the pooling's factor included
-    source           the adapter directory that it was loaded from, if any
+    origin           where it was loaded from, if anywhere
     """
 
     _is_pooled = False
@@ -36,7 +51,7 @@ class AdaptedLinear(nn.Module):
         lora_B: torch.Tensor,
         lora: LoraSpec,
         *,
-        source: Path | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Raises ValueError where the factors do not fit the base or `lora`."""
         super().__init__()
@@ -51,7 +66,7 @@ class AdaptedLinear(nn.Module):
             raise ValueError(f"lora_B {tuple(lora_B.shape)} does not give {self.out_features} outputs")
         self.base_layer = base_layer.requires_grad_(False)
         self.lora_A, self.lora_B = nn.Parameter(lora_A.clone()), nn.Parameter(lora_B.clone())
-        self.lora, self.source = lora, source
+        self.lora, self.origin = lora, origin
         self.scaling = lora_pair(lora_A, lora_B, lora.scaling, lora.pooling).scaling
         self._start = (lora_A.detach().clone(), lora_B.detach().clone())
 
@@ -167,7 +182,7 @@ class QALoRALinear(AdaptedLinear):
         if not isinstance(base, QuantizedLinear) or not isinstance(base.spec, AffineSpec):
             return super().merge()
         spec = replace(base.spec, symmetric=False, zero_point="float", scale_dtype="float32")
-        delta = group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(base.spec), dim=1)
+        delta = exact_group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(base.spec), dim=1)
         moved = move_offsets(cast(AffineTensor, base.quantized()), delta, spec, "float32")
         merged = QuantizedLinear(moved, _copied(self.bias), dtype=base.weight.dtype, cache=base.cache)
         return merged.train(self.training)
@@ -216,7 +231,8 @@ class QALoRALinear(AdaptedLinear):
 
 def _group_sums(input: torch.Tensor, group_size: int) -> torch.Tensor:
     """[..., in / group_size]: sums over neighbouring inputs."""
-    return input if group_size == 1 else input.reshape(*input.shape[:-1], -1, group_size).sum(-1)
+    groups = input.shape[-1] // group_size  # named: -1 could not tell it of an empty batch
+    return input if group_size == 1 else input.reshape(*input.shape[:-1], groups, group_size).sum(-1)
 
 
 def _copied(bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,13 +1,13 @@
-"""A converted directory into a model, ready to train its adapters, and trained adapters back into a directory.
+"""A converted directory into a model, ready to train its adapters.
 
 Finds no modules by guessing: their names are those that transformers gives them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -16,17 +16,14 @@ from torch import nn
 
 from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.base_model import BaseModel
-from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.checkpoint.staging import Staging
-from loftq_cli.checkpoint.writer import OutputFiles
-from loftq_cli.errors import MismatchError
+from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.methods.method import METHODS
-from loftq_cli.model_files import write_texts
-from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, QALoRALinear, QLoRALinear
+from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, Origin, QALoRALinear, QLoRALinear
+from loftq_cli.nn.adapter_directory import origin_of
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.provenance import check_provenance
-from loftq_cli.report import PROVENANCE_NAME, TOOL, dump_json, read_report
+from loftq_cli.report import read_report
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import LoraSpec
 
@@ -53,10 +50,11 @@ def load_adapted(
     with BaseModel.open(Path(directory)) as base:
         source = _adapter_for(base, None if adapter is None else Path(adapter))
         plan = _Plan.of(model, base, source)
-        method = None if source is None else _method_of(base, source)
+        origin = None if source is None else origin_of(source.path, base.folder)
+        method = None if origin is None else _method_of(base, origin)
         for slot in plan.slots:
             slot.check(base)
-        built = {linear.module: linear.build(base, source, method, cache=cache) for linear in plan.linears}
+        built = {linear.module: linear.build(base, source, origin, method, cache=cache) for linear in plan.linears}
         for slot in plan.slots:
             slot.fill(base)
     for parent in list(model.modules()):
@@ -69,35 +67,6 @@ def load_adapted(
             module.lora_A.requires_grad_(True)
             module.lora_B.requires_grad_(True)
     return model
-
-
-def save_adapter(
-    model: nn.Module, directory: str | Path, source_adapter: str | Path | None = None, *, overwrite: bool = False
-) -> None:
-    """Write the adapters of `model` as `loftq merge`, `load_adapted` and PEFT read them; complete, or not at all.
-
-    source_adapter   the adapter that training started from, by default the one that was loaded: its base's name, task
-                     and provenance are written down again, so that merging can tell whether a base is the right one
-    overwrite        replace what an earlier call wrote there
-
-    Raises ValueError for a model without adapters, UsageError or StorageError where `directory` cannot be written.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
-    if not layers:
-        raise ValueError("the model has no adapter to save")
-    sources = [module.source for module in layers.values() if module.source is not None]
-    source = Path(source_adapter) if source_adapter is not None else next(iter(sources), None)
-    adapted = [_adapted_module(name, module) for name, module in layers.items()]
-    # The config says how inputs are pooled by what is said of its first module.
-    adapted.sort(key=lambda module: module.lora.pooling is None)
-    if len({(module.lora.pooling or adapted[0].lora.pooling, module.lora.rslora) for module in adapted}) > 1:
-        raise ValueError("one adapter directory holds one pooling and one kind of scaling")
-    texts = _adapter_texts(adapted, source)
-    fingerprint = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
-    staging = Staging(Path(directory), fingerprint=fingerprint, overwrite=overwrite, restart=True)
-    with staging.whole(TOOL) as path:
-        _write_factors(layers, adapted, path)
-        write_texts(path, texts)
 
 
 @dataclass(frozen=True)
@@ -132,18 +101,23 @@ class _Linear:
     lora: LoraTensors | None
     spec: LoraSpec | None
 
-    def build(self, base: BaseModel, source: AdapterSource | None, method: str | None, *, cache: bool) -> nn.Module:
+    def build(
+        self, base: BaseModel, source: AdapterSource | None, origin: Origin | None, method: str | None, *, cache: bool
+    ) -> nn.Module:
+        """The linear that takes its place. Raises InputError for NaN and infinite values."""
         weight, bias = cast(torch.Tensor, self.module.weight), cast(torch.Tensor | None, self.module.bias)
         layer: nn.Linear
         if self.name in base.quantized:
             layer = QuantizedLinear(base.quantized_tensor(self.name), bias, dtype=weight.dtype, cache=cache)
         else:
             layer = dense_linear(base.matrix(self.name).to(weight.dtype), bias)
+        _check_finite(base.path, self.name, layer.state_dict().values())
         built: nn.Module = layer
         if self.lora is not None and self.spec is not None and source is not None:
             kind = QALoRALinear if self.spec.pooling else _CLASSES.get(str(method), LoftQLinear)
             lora_A, lora_B = source.weights.load(self.lora.lora_A), source.weights.load(self.lora.lora_B)
-            built = kind(layer, lora_A, lora_B, self.spec, source=source.path)
+            _check_finite(source.weights.path, self.lora.lora_A, (lora_A, lora_B))
+            built = kind(layer, lora_A, lora_B, self.spec, origin=origin)
         return built.to(weight.device).train(self.module.training)
 
 
@@ -181,7 +155,16 @@ class _Plan:
             plan.slots.append(_Slot(tensor, name, owners.get(id(tensor))))
             owners.setdefault(id(tensor), name)
         plan._check_complete(model, base, owners)
+        plan._check_places(base)
         return plan
+
+    def _check_places(self, base: BaseModel) -> None:
+        places: dict[nn.Module, str] = {}
+        for linear in self.linears:
+            other = places.setdefault(linear.module, linear.name)
+            if other != linear.name:
+                what = f"and {other} belong to one module of the model, which cannot have two weights"
+                raise MismatchError(what, file=base.path, tensor=linear.name)
 
     def _check_complete(self, model: nn.Module, base: BaseModel, owners: dict[int, str]) -> None:
         replaced = {linear.module for linear in self.linears}
@@ -237,13 +220,18 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     return source
 
 
-def _method_of(base: BaseModel, source: AdapterSource) -> str | None:
+def _method_of(base: BaseModel, origin: Origin) -> str | None:
     """The method that the adapter started with, as its own records or the base's report have it."""
-    provenance = source.path / PROVENANCE_NAME
-    if provenance.is_file():
-        return str(read_json_object(provenance).get("method"))
+    if origin.provenance is not None:
+        return str(origin.provenance.get("method"))
     report = read_report(base.folder)
     return None if report is None else str(report[0]["recipe"]["method"])
+
+
+def _check_finite(file: Path, name: str, tensors: Iterable[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError("holds NaN or infinite values", file=file, tensor=name)
 
 
 def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
@@ -275,37 +263,3 @@ def _is_ignored(model: nn.Module, name: str) -> bool:
     """Whether transformers drops a stored tensor of this name: causal masks, frequencies of rotary embeddings."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _adapted_module(name: str, module: AdaptedLinear) -> peft_adapter.AdaptedModule:
-    lora = replace(module.lora, dtype=str(module.lora_A.dtype).removeprefix("torch."))
-    return peft_adapter.AdaptedModule(name, (module.out_features, module.in_features), lora)
-
-
-def _adapter_texts(adapted: list[peft_adapter.AdaptedModule], source: Path | None) -> dict[str, str]:
-    """The small files of the adapter, by name."""
-    values = {} if source is None else read_json_object(source / peft_adapter.CONFIG_NAME)
-    config = peft_adapter.adapter_config(
-        adapted,
-        base_model=values.get("base_model_name_or_path") or "",
-        task_type=values.get("task_type"),
-        fan_in_fan_out=values.get("fan_in_fan_out") is True,
-    )
-    texts = {peft_adapter.CONFIG_NAME: dump_json(config)}
-    if source is not None and (source / PROVENANCE_NAME).is_file():
-        texts[PROVENANCE_NAME] = dump_json(read_json_object(source / PROVENANCE_NAME))
-    return texts
-
-
-def _write_factors(
-    layers: dict[str, AdaptedLinear], adapted: list[peft_adapter.AdaptedModule], directory: Path
-) -> None:
-    planned = [tensor for module in adapted for tensor in peft_adapter.planned(module)]
-    files = OutputFiles(directory, {peft_adapter.WEIGHTS_NAME: planned})
-    try:
-        for name, module in layers.items():
-            for key, tensor in peft_adapter.pack(name, module.pair()).items():
-                files[key].write(key, tensor.cpu())
-        files.close(sync=True)
-    finally:
-        files.close(sync=False)

@@ -65,10 +65,11 @@ class AffineQuantizer:
         )
 
     def _group_errors(self, weight: torch.Tensor, quantized: AffineTensor) -> torch.Tensor:
-        """Squared error of each group, float32 [out, in / group_size]."""
+        """Squared error of each group in units of the largest weight, float32 [out, in / group_size]."""
         out_features, in_features = weight.shape
         shape = (out_features, in_features // self.spec.group_size, self.spec.group_size)
-        return self.dequantize(quantized).sub_(weight).square_().view(shape).sum(dim=2)
+        largest = weight.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # a square of it could overflow
+        return self.dequantize(quantized).sub_(weight).div_(largest).square_().view(shape).sum(dim=2)
 
     def dequantize(self, quantized: AffineTensor) -> torch.Tensor:
         """float32 [out, in], rounded to the dtype that the loader decodes to."""
@@ -100,22 +101,38 @@ class OffsetDifference:
 def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtype: str) -> AffineTensor:
     """`base` in the format `spec`, with delta[o, k] added to every weight of group k of row o; the codes stay.
 
-    delta: float32 [out, in / group_size]. With float zero points, bias' = bias + delta, or -zero point * scale + delta
-    (QA-LoRA, arXiv 2309.14717, section 3.3, in the form that needs no division). With integer ones,
+    delta: [out, in / group_size], taken in float64. With float zero points, bias' = bias + delta, or
+    -zero point * scale + delta (QA-LoRA, arXiv 2309.14717, section 3.3, without its division). With integer ones,
     zero' = round(zero point - delta / scale), clamped to the codes' range: most of a small delta is lost.
+    Raises NumericError for what is not finite, before or after.
     """
-    scales, offsets = base.scales.double(), _offsets(base) + delta
-    scale_dtype = getattr(torch, spec.scale_dtype)
+    scales, offsets = base.scales.double(), _offsets(base)
+    if not bool(torch.isfinite(scales).all() and torch.isfinite(offsets).all()):
+        raise NumericError("holds NaN or infinite values")
+    offsets += delta
+    if not bool(torch.isfinite(offsets).all()):
+        raise NumericError("what the adapter adds to it is not finite")
     if spec.zero_point == "float":
-        constants = [base.scales.to(scale_dtype), offsets.to(scale_dtype)]
-        if not all(bool(torch.isfinite(constant).all()) for constant in constants):
-            raise NumericError(f"its offsets are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
-        return AffineTensor(base.codes, constants[0], None, constants[1], spec, dtype)
-    narrow = base.scales.to(scale_dtype)
+        # A group of one code is its offset alone: a step that is never taken (that of zeros is 1) would only round it.
+        codes = base.codes.view(*base.scales.shape, -1)
+        is_constant = codes.amin(dim=2) == codes.amax(dim=2)
+        offsets = torch.where(is_constant, offsets + codes[:, :, 0] * scales, offsets)
+        scales = scales.masked_fill(is_constant, 0.0)
+        return AffineTensor(base.codes, _narrow(scales, spec), None, _narrow(offsets, spec), spec, dtype)
+    steps = scales.where(scales != 0, 1.0)
+    zero_points = (-offsets / steps).round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8)
+    return AffineTensor(base.codes, _narrow(scales, spec), zero_points, None, spec, dtype)
+
+
+def _narrow(constants: torch.Tensor, spec: AffineSpec) -> torch.Tensor:
+    """Scales or offsets in the dtype of a format. Raises NumericError where they overflow it."""
+    narrow = constants.to(getattr(torch, spec.scale_dtype))
     if not bool(torch.isfinite(narrow).all()):
-        raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
-    zero_points = (-offsets / scales).round_().clamp_(0, 2**spec.bits - 1).to(torch.uint8)
-    return AffineTensor(base.codes, narrow, zero_points, None, spec, dtype)
+        raise NumericError(
+            f"its scales or offsets are too large for {spec.scale_dtype}",
+            hint="--scale-dtype float32, or --layout dense",
+        )
+    return narrow
 
 
 def offset_difference(moved: AffineTensor, base: AffineTensor, delta: torch.Tensor) -> OffsetDifference:

@@ -1,0 +1,102 @@
+"""Trained adapters of a model as a directory, in the form in which `loftq quantize` writes them before training."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.checkpoint.staging import Staging, check_apart, check_output
+from loftq_cli.checkpoint.writer import OutputFiles
+from loftq_cli.errors import NumericError
+from loftq_cli.layouts import peft_adapter
+from loftq_cli.model_files import write_texts
+from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
+from loftq_cli.report import PROVENANCE_NAME, TOOL, dump_json
+
+_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # what torch.compile puts into the names of a model's parts
+
+
+def origin_of(adapter: Path, base: Path | None) -> Origin:
+    """What the directory `adapter` says of itself."""
+    provenance = adapter / PROVENANCE_NAME
+    return Origin(
+        None if base is None else base.resolve(),
+        read_json_object(adapter / peft_adapter.CONFIG_NAME),
+        read_json_object(provenance) if provenance.is_file() else None,
+    )
+
+
+def save_adapter(
+    model: nn.Module, directory: str | Path, source_adapter: str | Path | None = None, *, overwrite: bool = False
+) -> None:
+    """Write the adapters of `model` as `loftq merge`, `load_adapted` and PEFT read them; complete, or not at all.
+
+    source_adapter   the adapter that training started from, by default the one that was loaded: its base's name, task
+                     and provenance are written down again, so that merging can tell whether a base is the right one
+    overwrite        replace what an earlier call wrote there
+
+    Raises ValueError for a model without adapters, UsageError or StorageError where `directory` cannot be written, or
+    is the base or a part of it, NumericError for a factor with NaN or infinite values.
+    """
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
+    layers = {_COMPILED.sub("", name): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    if not layers:
+        raise ValueError("the model has no adapter to save")
+    output, origins = Path(directory), [layer.origin for layer in layers.values() if layer.origin is not None]
+    check_apart(output, [origin.base for origin in origins[:1] if origin.base is not None])
+    check_output(output, overwrite=overwrite)
+    origin = next(iter(origins), None) if source_adapter is None else origin_of(Path(source_adapter), None)
+    adapted = [_adapted_module(name, layer) for name, layer in layers.items()]
+    # The config says how inputs are pooled by what is said of its first module.
+    adapted.sort(key=lambda module: module.lora.pooling is None)
+    if len({(module.lora.pooling or adapted[0].lora.pooling, module.lora.rslora) for module in adapted}) > 1:
+        raise ValueError("one adapter directory holds one pooling and one kind of scaling")
+    tensors = {key: t for name, layer in layers.items() for key, t in peft_adapter.pack(name, layer.pair()).items()}
+    for key, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise NumericError("holds NaN or infinite values").at(file=output, tensor=key)
+    texts = _texts(adapted, origin)
+    fingerprint = hashlib.sha256("".join(texts.values()).encode()).hexdigest()
+    staging = Staging(output, fingerprint=fingerprint, overwrite=overwrite, restart=True)
+    with staging.whole(TOOL) as path:
+        _write(tensors, adapted, path)
+        write_texts(path, texts)
+
+
+def _adapted_module(name: str, layer: AdaptedLinear) -> peft_adapter.AdaptedModule:
+    lora = replace(layer.lora, dtype=str(layer.lora_A.dtype).removeprefix("torch."))
+    return peft_adapter.AdaptedModule(name, (layer.out_features, layer.in_features), lora)
+
+
+def _texts(adapted: Sequence[peft_adapter.AdaptedModule], origin: Origin | None) -> dict[str, str]:
+    """The small files of the adapter, by name."""
+    values = {} if origin is None else origin.config
+    config = peft_adapter.adapter_config(
+        adapted,
+        base_model=values.get("base_model_name_or_path") or "",
+        task_type=values.get("task_type"),
+        fan_in_fan_out=values.get("fan_in_fan_out") is True,
+    )
+    texts = {peft_adapter.CONFIG_NAME: dump_json(config)}
+    if origin is not None and origin.provenance is not None:
+        texts[PROVENANCE_NAME] = dump_json(origin.provenance)
+    return texts
+
+
+def _write(tensors: Mapping[str, torch.Tensor], adapted: Sequence[peft_adapter.AdaptedModule], directory: Path) -> None:
+    planned = [tensor for module in adapted for tensor in peft_adapter.planned(module)]
+    files = OutputFiles(directory, {peft_adapter.WEIGHTS_NAME: planned})
+    try:
+        for key, tensor in tensors.items():
+            files[key].write(key, tensor.cpu())
+        files.close(sync=True)
+    finally:
+        files.close(sync=False)
