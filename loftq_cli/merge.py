@@ -27,7 +27,7 @@ from loftq_cli.merge_report import (
     total_retention,
     write_side_files,
 )
-from loftq_cli.metrics import adapter_delta, exact_group_delta
+from loftq_cli.metrics import adapter_delta, group_delta
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL
@@ -175,7 +175,7 @@ def _moved(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merged
     delta, pair = base.scales.new_zeros(base.scales.shape).double(), None
     if job.lora is not None:
         pair = _pair(merge, job.lora)
-        delta = exact_group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
+        delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
     moved = move_offsets(base, delta, matrix.spec, matrix.dtype)
     found = offset_difference(moved, base, delta)
     is_exact = found.max_difference <= EXACT * found.max_weight
@@ -185,7 +185,7 @@ def _moved(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merged
     tensors = load_layout(merge.form.layout).pack(matrix, moved)
     if pair is None:
         return tensors, None
-    weight = merge.base.matrix(job.name)
+    weight = make_quantizer(base.spec, base.dtype).dequantize(base)
     squared_weight, squared_delta = (
         error_stats(weight, weight).squared_weight,
         size * float(delta.double().square().sum()),

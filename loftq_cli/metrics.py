@@ -91,17 +91,12 @@ def total_error(layers: Iterable[LayerError]) -> LayerError:
 
 def adapter_delta(lora: LoraPair) -> torch.Tensor:
     """s·B·A in float32 [out, in], from the factors as they are stored."""
-    delta = group_delta(lora)
+    delta = (lora.lora_B.float() @ lora.lora_A.float()).mul_(lora.scaling)
     return delta if lora.group_size == 1 else delta.repeat_interleave(lora.group_size, dim=1)
 
 
 def group_delta(lora: LoraPair) -> torch.Tensor:
-    """s·B·A in float32 [out, in / group_size]: what is added to every weight of a group."""
-    return (lora.lora_B.float() @ lora.lora_A.float()).mul_(lora.scaling)
-
-
-def exact_group_delta(lora: LoraPair) -> torch.Tensor:
-    """`group_delta` in float64."""
+    """s·B·A in float64 [out, in / group_size]: what is added to every weight of a group."""
     return (lora.lora_B.double() @ lora.lora_A.double()).mul_(lora.scaling)
 
 

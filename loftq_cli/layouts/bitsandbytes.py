@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import LAYOUTS, TASK_HEADS, Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.layout import LAYOUTS, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of
 from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, CodebookTensor, NestedAbsmax, OutTensor
 
@@ -190,9 +190,7 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
 
 def _skip_modules(facts: ModelFacts) -> list[str]:
     """Every linear that stays as it is: an unlisted one loads silently and fails in its first forward pass."""
-    names = [*facts.full_precision_modules]
-    names += [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
-    return [_unambiguous(name, facts.quantized_modules) for name in names]
+    return [_unambiguous(name, facts.quantized_modules) for name in kept_modules(facts)]
 
 
 def _unambiguous(name: str, quantized: Any) -> str:

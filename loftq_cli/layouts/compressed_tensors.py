@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 QUANTIZED_ON_DISK = True
-_PACKED = "weight_packed"
 
 
 def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
@@ -71,7 +70,7 @@ def quantized_names(stored: StoredTensors) -> list[str]:
     if found.get("format") != "pack-quantized":
         what = f"its compressed-tensors format is {found.get('format')!r}, of which we read pack-quantized"
         raise InputError(what, file=stored.path)
-    return [name.removesuffix("_packed") for name in stored.refs if name.endswith(f".{_PACKED}")]
+    return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
 
 
 def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
@@ -110,7 +109,7 @@ def parts(name: str) -> tuple[str, ...]:
 
 
 def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
-    """The inverse of `pack`. Raises InputError for act-order."""
+    """The inverse of `pack`."""
     from loftq_cli.triton_kernels.packing import unpack_rows
 
     spec, name, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.name, matrix.shape
@@ -143,7 +142,7 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
         "format": "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": grouped.kept_modules(facts),
+        "ignore": grouped.kept_names(facts),
         "dequantize": True,
     }
     return {**config, "quantization_config": quantization}

@@ -118,14 +118,10 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
 
     Raises InputError for zero points that two loaders would read differently.
     """
-
     from loftq_cli.triton_kernels.packing import unpack_rows
 
-    spec, module, (out_features, in_features) = (
-        cast(AffineSpec, matrix.spec),
-        matrix.name.removesuffix("weight"),
-        matrix.shape,
-    )
+    spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
+    module = matrix.name.removesuffix("weight")
     codes = unpack_rows(stored.load(f"{module}qweight").T, spec.bits, in_features)
     zero_points = unpack_rows(stored.load(f"{module}qzeros"), spec.bits, out_features).T.contiguous()
     found = quantization_config(stored, "gptq") or {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import SMALLER_GROUPS, TASK_HEADS, Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of, whole_number
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
 from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, OutTensor
@@ -60,11 +60,9 @@ def scale_dtype(name: str, stored: StoredTensors) -> str:
     return ref.dtype
 
 
-def kept_modules(facts: ModelFacts) -> list[str]:
-    """Every linear that stays as it is, and the heads that a loader may add to the model."""
-    names = list(facts.full_precision_modules)
-    heads = (head for head in TASK_HEADS if not head.startswith("^"))
-    return names + [head for head in heads if head not in names and head not in facts.quantized_modules]
+def kept_names(facts: ModelFacts) -> list[str]:
+    """`kept_modules`, for loaders that take them for names and no patterns."""
+    return [name for name in kept_modules(facts) if not name.startswith("^")]
 
 
 @dataclass(frozen=True)

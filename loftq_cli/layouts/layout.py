@@ -67,6 +67,12 @@ class ModelFacts:
     has_experts: bool = False
 
 
+def kept_modules(facts: ModelFacts) -> list[str]:
+    """Every linear that stays as it is, and the heads that a loader may add to the model."""
+    names = list(facts.full_precision_modules)
+    return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensors:
     """What a container is read from.

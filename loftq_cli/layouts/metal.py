@@ -36,6 +36,6 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
         "quant_method": "metal",
         "bits": spec.bits,
         "group_size": spec.group_size,
-        "modules_to_not_convert": grouped.kept_modules(facts),
+        "modules_to_not_convert": grouped.kept_names(facts),
     }
     return {**config, "quantization_config": quantization}

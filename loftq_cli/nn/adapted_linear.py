@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.metrics import adapter_delta, exact_group_delta
+from loftq_cli.metrics import adapter_delta, group_delta
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.nn.read_only_weight import ReadOnlyWeight
 from loftq_cli.quant.affine import move_offsets
@@ -182,7 +182,7 @@ class QALoRALinear(AdaptedLinear):
         if not isinstance(base, QuantizedLinear) or not isinstance(base.spec, AffineSpec):
             return super().merge()
         spec = replace(base.spec, symmetric=False, zero_point="float", scale_dtype="float32")
-        delta = exact_group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(base.spec), dim=1)
+        delta = group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(base.spec), dim=1)
         moved = move_offsets(cast(AffineTensor, base.quantized()), delta, spec, "float32")
         merged = QuantizedLinear(moved, _copied(self.bias), dtype=base.weight.dtype, cache=base.cache)
         return merged.train(self.training)
