@@ -116,3 +116,17 @@ def state_of(directory: Path, auto: str = "AutoModelForCausalLM") -> dict[str, t
 def names_in(directory: Path) -> list[str]:
     """Everything that lies in a directory, hidden or not."""
     return sorted(os.listdir(directory))
+
+
+def effective_update(
+    lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, convention: str, group_size: int
+) -> torch.Tensor:
+    """What an adapter adds to a weight [out, in], by the definition of its pooled input, applied to the identity."""
+    in_features = lora_A.shape[1] * group_size
+    inputs = torch.eye(in_features, dtype=torch.float64).view(in_features, -1, group_size)
+    pool = {
+        "paper": inputs.sum(dim=2),
+        "repo": inputs.mean(dim=2),
+        "peft": inputs.mean(dim=2) * (in_features // group_size),
+    }[convention]
+    return (scaling * (pool @ lora_A.double().T) @ lora_B.double().T).T

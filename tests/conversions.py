@@ -8,13 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from loftq_cli import convert
+from loftq_cli import convert, merge, merge_plan
+from loftq_cli.merge_form import MergeOptions
+from loftq_cli.merge_report import MergedLayer
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import LayerResult
 
 
 class Silent:
-    """An observer that only remembers."""
+    """An observer of conversions and merges that only remembers."""
 
     def __init__(self) -> None:
         self.done: list[tuple[LayerResult, bool]] = []
@@ -26,6 +28,12 @@ class Silent:
         self.done.append((result, resumed))
 
     def phase(self, text: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def layer_merged(self, layer: MergedLayer) -> None:
         pass
 
 
@@ -55,6 +63,13 @@ def run_conversion(
     """Convert with the library, with what `loftq quantize` does by default."""
     conversion = convert.prepare(str(model), output, Recipe(**recipe))
     return convert.run(conversion, observer or Silent(), overwrite=overwrite, restart=restart, verify=verify)
+
+
+def run_merge(base: Path, adapter: Path, output: Path, **options: Any) -> Path:
+    """Merge with the library, with what `loftq merge` does by default; gives `output`."""
+    prepared = merge_plan.prepare(base, adapter, output, MergeOptions(**options), overwrite=False)
+    merge.run(prepared, Silent(), overwrite=False, restart=False)
+    return output
 
 
 def loftq(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

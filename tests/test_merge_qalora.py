@@ -23,13 +23,13 @@ from adapters import (
     decoded,
     edit_json,
     edit_tensors,
+    effective_update,
     loaded,
     names_in,
     tensors_of,
 )
 from conversions import run_conversion
 from safetensors.torch import load_file, save_file
-from test_qalora import effective_update
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.cli.main import _run

@@ -22,16 +22,13 @@ import pytest
 import torch
 import transformers
 from adapters import PREFIX, tensors_of
-from conversions import run_conversion
+from conversions import run_conversion, run_merge
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
-from loftq_cli import merge as merging
 from loftq_cli.base_model import BaseModel
 from loftq_cli.cli.main import _run
-from loftq_cli.merge_form import MergeOptions
-from loftq_cli.merge_plan import prepare
 
 TOKENS = torch.arange(1, 25).view(2, 12) * 5 % 160
 FAST = {"group_size": 32, "rank": 4, "alpha": 8.0, "iterations": 2}
@@ -330,18 +327,8 @@ def test_the_reported_error_is_that_of_what_peft_loads(gptq: None, convert_once:
         assert error < layer["error"]["base_error"]
 
 
-class Quiet:
-    def note(self, text: str) -> None:
-        pass
-
-    def layer_merged(self, layer: Any) -> None:
-        pass
-
-
 def merge(trained: Trained, output: Path, **options: Any) -> Path:
-    prepared = prepare(trained.output, trained.adapter, output, MergeOptions(**options), overwrite=False)
-    merging.run(prepared, Quiet(), overwrite=False, restart=False)
-    return output
+    return run_merge(trained.output, trained.adapter, output, **options)
 
 
 @pytest.mark.parametrize("trained", [name for name in POOLED if name != "int3"], indirect=True)  # metal holds no int3

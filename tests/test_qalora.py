@@ -17,6 +17,7 @@ import models
 import numpy as np
 import pytest
 import torch
+from adapters import effective_update
 from conversions import files_of, run_conversion
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file
@@ -94,18 +95,6 @@ def alternation_by_hand(weight, rank, bits, group_size, iterations):
         update = np.repeat(best_pooled_update(weight - values, rank, group_size), group_size, axis=1)
         errors.append(np.linalg.norm(weight - values - update) / np.linalg.norm(weight))
     return errors
-
-
-def effective_update(lora_A, lora_B, scaling, convention, group_size):
-    """What an adapter adds to a weight [out, in], by the definition of its pooled input, applied to the identity."""
-    in_features = lora_A.shape[1] * group_size
-    inputs = torch.eye(in_features, dtype=torch.float64).view(in_features, -1, group_size)
-    pool = {
-        "paper": inputs.sum(dim=2),
-        "repo": inputs.mean(dim=2),
-        "peft": inputs.mean(dim=2) * (in_features // group_size),
-    }[convention]
-    return (scaling * (pool @ lora_A.double().T) @ lora_B.double().T).T
 
 
 # Standard: nothing is added, nothing but the adapter's shape differs from QLoRA.

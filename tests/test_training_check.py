@@ -16,12 +16,10 @@ import pytest
 import torch
 import transformers
 from benchmarks.corpus import held_out_text
-from conversions import run_conversion
+from conversions import run_conversion, run_merge
 from torch import nn
 
-from loftq_cli import merge
 from loftq_cli.convert import resolve_model
-from loftq_cli.merge_plan import MergeOptions, prepare
 from loftq_cli.nn import QALoRALinear, load_adapted, save_adapter
 
 pytestmark = pytest.mark.slow
@@ -74,19 +72,9 @@ def train(model: nn.Module) -> None:
         optimizer.step()
 
 
-class Quiet:
-    def note(self, text: str) -> None:
-        pass
-
-    def layer_merged(self, layer: object) -> None:
-        pass
-
-
 def merged_loss(base: Path, adapter: Path, output: Path, **options: object) -> float:
     """The held-out loss of what `loftq merge` writes, in float32."""
-    prepared = prepare(base, adapter, output, MergeOptions(dtype="float32", **options), overwrite=False)
-    merge.run(prepared, Quiet(), overwrite=False, restart=False)
-    return loss_of(load_adapted(empty_model(), output))
+    return loss_of(load_adapted(empty_model(), run_merge(base, adapter, output, dtype="float32", **options)))
 
 
 def run(quant_type: str, method: str, folder: Path, *, rounds: bool = False) -> Trained:

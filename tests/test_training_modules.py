@@ -21,17 +21,15 @@ import pytest
 import torch
 import transformers
 from adapters import PREFIX, edit_json, edit_tensors, lora_tensors, quietly, write_adapter
-from conversions import run_conversion
+from conversions import run_conversion, run_merge
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli import merge
 from loftq_cli.base_model import BaseModel
 from loftq_cli.errors import InputError, LoftqError, MismatchError, UsageError
-from loftq_cli.merge_plan import MergeOptions, prepare
 from loftq_cli.nn import (
     LoftQLinear,
     QALoRALinear,
@@ -1021,26 +1019,6 @@ def test_adapters_that_cannot_be_trained_here_are_refused(converted, checkpoints
 # Saving
 
 
-class Quiet:
-    """An observer of a merge that says nothing."""
-
-    def note(self, text: str) -> None:
-        pass
-
-    def layer_merged(self, layer: Any) -> None:
-        pass
-
-
-def merged(base: Path, adapter: Path, output: Path, **options: Any) -> Path:
-    merge.run(
-        prepare(base, adapter, output, MergeOptions(**options), overwrite=False),
-        Quiet(),
-        overwrite=False,
-        restart=False,
-    )
-    return output
-
-
 def trained(model: nn.Module, **save: Any) -> nn.Module:
     """The model after two steps that change every factor."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
@@ -1067,7 +1045,7 @@ def test_a_trained_adapter_is_saved_and_merged(name, checkpoints, tmp_path):
     assert config == start
     provenance = "loftq_provenance.json"
     assert (tmp_path / "trained" / provenance).read_bytes() == (base / "loftq_init" / provenance).read_bytes()
-    output = merged(base, tmp_path / "trained", tmp_path / "merged", dtype="float32")
+    output = run_merge(base, tmp_path / "trained", tmp_path / "merged", dtype="float32")
     deployed = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     assert_close(logits(deployed), logits(model), 1e-4)
     again = load_adapted(fresh(base, name), base, adapter=tmp_path / "trained")
@@ -1080,7 +1058,7 @@ def test_a_trained_pooled_adapter_is_saved_and_merged(layout, pooled, tmp_path):
 
     save_adapter(model, tmp_path / "trained")
 
-    output = merged(pooled, tmp_path / "trained", tmp_path / "merged", layout=layout, dtype="float32")
+    output = run_merge(pooled, tmp_path / "trained", tmp_path / "merged", layout=layout, dtype="float32")
     again = load_adapted(fresh(pooled), output)
     assert_close(logits(again), logits(model), 1e-4)
     config = json.loads((tmp_path / "trained" / "adapter_config.json").read_text())
@@ -1095,7 +1073,7 @@ def test_what_rounded_training_sees_is_what_round_zeros_writes(pooled, tmp_path)
     trained(model)
     save_adapter(model, tmp_path / "trained")
 
-    deployed = merged(pooled, tmp_path / "trained", tmp_path / "merged", round_zeros=True, force=True)
+    deployed = run_merge(pooled, tmp_path / "trained", tmp_path / "merged", round_zeros=True, force=True)
 
     assert_close(logits(load_adapted(fresh(pooled), deployed)), logits(model), 1e-4)
 
