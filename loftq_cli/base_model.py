@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError
 from loftq_cli.family import Family
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, StoredTensors, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, StoredTensors, code_rows, load_layout
+from loftq_cli.rows import ComputedRows, Rows, TensorRows, plain
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import TensorRef
 
@@ -63,7 +64,7 @@ class BaseModel:
         plain = {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
         refs = checkpoint.tensors
         dtype = Family(plain).dtype(refs.values())
-        stored = StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.raw, path)
+        stored = StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.load_rows, checkpoint.raw, path)
         layout, names = _container(stored)
         if layout is None:
             return cls(path, dict(refs), {}, None, Family(config), plain, checkpoint, stored)
@@ -122,15 +123,39 @@ class BaseModel:
 
     def matrix(self, name: str) -> torch.Tensor:
         """The weight called `name` as float32 [out, in], decoded if it is quantized."""
+        return self.rows(name).rows(slice(0, self.matrix_shape(name)[0])).float()
+
+    def rows(self, name: str) -> Rows:
+        """The same by rows, which are read when they are asked for where they lie one after the other. Raises
+        InputError for what is not a matrix.
+        """
+        if name in self.quantized:
+            return self._decoded(self.quantized[name])
+        ref = self.tensors[name]
+        if len(ref.shape) != 2:
+            raise InputError("is not a matrix", file=ref.file, tensor=name)
+        if self.family.is_transposed(module_of(name)):
+            return TensorRows(self.load(name), transposed=True)
+        return ComputedRows(
+            (ref.shape[0], ref.shape[1]), lambda part: plain(self.checkpoint.load_rows(name, part.start, part.stop))
+        )
+
+    def _decoded(self, matrix: StoredMatrix) -> Rows:
         from loftq_cli.quant.formats import make_quantizer
 
-        if name in self.quantized:
-            quantized = self.quantized_tensor(name)
-            return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
-        stored = self.load(name)
-        if stored.dim() != 2:
-            raise InputError("is not a matrix", file=self.tensors[name].file, tensor=name)
-        return (stored.T if self.family.is_transposed(module_of(name)) else stored).float().contiguous()
+        assert self.layout is not None
+        lying = code_rows(self.layout, matrix)
+        quantizer, refs = make_quantizer(matrix.spec, matrix.dtype), self.checkpoint.tensors
+        # Some store [1, n] for [n, 1].
+        if lying is None or refs[lying.name].shape[0] < lying.span(slice(0, matrix.shape[0])).stop:
+            return quantizer.decoded(self.quantized_tensor(matrix.name))
+        constants = load_layout(self.layout).unpack(matrix, self.stored, has_codes=False)
+
+        def codes(part: slice) -> torch.Tensor:
+            span = lying.span(part)
+            return lying.unpack(self.checkpoint.load_rows(lying.name, span.start, span.stop))
+
+        return quantizer.decoded(constants, codes)
 
     def parts(self, name: str) -> list[TensorRef]:
         """The stored tensors that make the weight called `name`."""

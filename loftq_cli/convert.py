@@ -1,4 +1,4 @@
-"""The conversion: a loop over the jobs of a plan, one tensor in memory at a time. Knows the order of things; the
+"""The conversion: the jobs of a plan, in order, then proof and publication. Knows the order of things; the
 numbers, the containers and the files are other modules'.
 """
 
@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from loftq_cli.checkpoint.side_files import copy_side_files
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
@@ -22,11 +22,13 @@ from loftq_cli.checkpoint.staging import (
 )
 from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.jobs import as_matrix, is_intact, run_job
+from loftq_cli.jobs import JobRunner, is_streamed
+from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
+from loftq_cli.methods.method import METHODS
 from loftq_cli.metrics import LayerError, relative, total_error
 from loftq_cli.model_files import index_json, write_texts
-from loftq_cli.plan import LayerJob, Plan, build_plan, source_name
+from loftq_cli.plan import CopyJob, LayerJob, Plan, build_plan, source_name
 from loftq_cli.recipe import Recipe, recipe_toml
 from loftq_cli.report import (
     PROVENANCE_NAME,
@@ -40,9 +42,9 @@ from loftq_cli.report import (
     provenance_json,
     report_json,
 )
-
-if TYPE_CHECKING:
-    pass
+from loftq_cli.rows import TensorRows
+from loftq_cli.schedule import Steps, in_order
+from loftq_cli.workers import Workers, started
 
 _BUILTIN = Path(__file__).parent / "builtin"
 _VERIFY_TOLERANCE = 1e-6  # the same sums over the same numbers; only the order of additions could differ
@@ -137,19 +139,26 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
     return False
 
 
-def run(conversion: Conversion, observer: Observer, *, overwrite: bool, restart: bool, verify: bool) -> Outcome:
-    """Convert, verify, publish. Continues an interrupted run of the same conversion; the bytes are the same.
+def run(
+    conversion: Conversion, observer: Observer, *, overwrite: bool, restart: bool, verify: bool, threads: int = 1
+) -> Outcome:
+    """Convert, verify, publish. Continues an interrupted run of the same conversion; the bytes are the same, with any
+    number of threads.
 
     Raises LoftqError; what is under the output's name then is what was there before.
     """
     plan, output = conversion.plan, conversion.output
+    passes = int(plan.recipe.iterations or 1) if METHODS[plan.recipe.method].iterates else 1
+    if (missing := choose_kernels(passes * sum(job.numel for job in plan.layers))) is not None:
+        observer.phase(missing)
     check_space(output, plan.base_nbytes + plan.adapter_nbytes)
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
     try:
-        results, entries, resumed = _run_jobs(conversion, staging, observer)
-        if verify:
-            observer.phase("verifying what was written")
-            _verify(conversion, staging.path, results)
+        with started(threads) as workers:
+            results, entries, resumed = _run_jobs(conversion, staging, observer, workers)
+            if verify:
+                observer.phase("verifying what was written")
+                _verify(conversion, staging.path, results, workers)
         observer.phase("publishing")
         _write_side_files(conversion, staging.path, results, _base_fingerprint(plan, entries))
         conversion.checkpoint.check_unchanged()
@@ -162,7 +171,7 @@ def run(conversion: Conversion, observer: Observer, *, overwrite: bool, restart:
 
 
 def _run_jobs(
-    conversion: Conversion, staging: Staging, observer: Observer
+    conversion: Conversion, staging: Staging, observer: Observer, workers: Workers
 ) -> tuple[list[LayerResult], dict[str, JournalEntry], int]:
     """Every job of the plan; returns the layers' results, all journal entries, and how many layers were kept."""
     plan = conversion.plan
@@ -171,14 +180,17 @@ def _run_jobs(
     results: list[LayerResult] = []
     entries: dict[str, JournalEntry] = {}
     resumed = 0
+    runner = JobRunner(conversion.checkpoint, plan.recipe, files, staging.entries)
+    steps = Steps(runner.load, runner.compute, runner.write)
+
+    def announce(job: LayerJob | CopyJob) -> None:
+        if isinstance(job, LayerJob):
+            observer.layer_started(job.name)
+
     try:
-        for job in plan.jobs:
-            if isinstance(job, LayerJob):
-                observer.layer_started(job.name)
-            entry = staging.entries.get(job.name)
-            kept = entry is not None and is_intact(conversion.checkpoint, entry, files)
-            if entry is None or not kept:
-                entry = run_job(conversion.checkpoint, plan.recipe, job, files)
+        done = in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)
+        for job, (entry, kept) in zip(plan.jobs, done, strict=True):
+            if not kept:
                 staging.record(entry)
             entries[job.name] = entry
             if isinstance(job, LayerJob):
@@ -197,7 +209,7 @@ def _base_fingerprint(plan: Plan, entries: Mapping[str, JournalEntry]) -> str:
     return fingerprint_of({tensor: entries[name].outputs[tensor] for name, tensor in tensors})
 
 
-def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResult]) -> None:
+def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResult], workers: Workers) -> None:
     """Read every layer back as a loader would, and compare its error with the reported one.
 
     Raises StorageError naming the first tensor for which they differ.
@@ -212,10 +224,12 @@ def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResu
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
-            weight = as_matrix(checkpoint.load(job.name), transposed=job.matrix.transposed)
+            if is_streamed(plan.recipe, job):  # its error is that of what was read back already
+                continue
+            weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
             name_A, name_B = peft_adapter.tensor_names(job.module)
             pair = lora_pair(adapter.load(name_A), adapter.load(name_B), job.lora.scaling, job.lora.pooling)
-            on_disk = layer_error(weight, base.matrix(job.name), pair).error
+            on_disk = layer_error(weight, base.rows(job.name), pair, workers).error
             if not abs(on_disk - result.error.error) <= _VERIFY_TOLERANCE * max(1.0, on_disk):
                 raise StorageError(
                     f"has error {on_disk:.6f} as read back, {result.error.error:.6f} was computed",

@@ -9,12 +9,12 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
+from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.methods.method import METHODS
@@ -23,11 +23,10 @@ from loftq_cli.plan import CopyJob, LayerJob, possible_jobs
 from loftq_cli.quant.formats import FORMATS, QuantSpec, make_quantizer, size_of
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import REPORT_NAME, LayerResult, read_report
+from loftq_cli.schedule import in_turn
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import WEIGHT_DTYPES, AffineSpec, LoraPair, Pooling, lora_pair
-
-if TYPE_CHECKING:
-    import torch
+from loftq_cli.workers import Workers, started
 
 SORT_KEYS = ("name", "error", "base_error", "numel")
 
@@ -72,7 +71,7 @@ class TensorRow:
     errors: dict[str, LayerError]
 
 
-def inspect_converted(base: BaseModel, against: Path | None) -> Inspection:
+def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1) -> Inspection:
     """Every quantized layer of `base`; with `against`, its error recomputed from the files of both.
 
     Raises MismatchError when `against` lacks a layer or has it in another shape, InputError when the report names a
@@ -90,29 +89,48 @@ def inspect_converted(base: BaseModel, against: Path | None) -> Inspection:
     if against is not None:
         with BaseModel.open(against) as original:
             name_of = _names_in(original, base)
-            rows = [_recomputed(base, row, modules[row.name], adapter, (original, name_of)) for row in rows]
+            choose_kernels(sum(row.numel for row in rows))
+
+            def recompute(row: LayerRow, sharing: Workers) -> LayerRow:
+                return _recomputed(base, row, modules[row.name], adapter, (original, name_of), sharing)
+
+            with started(threads) as workers:
+                rows = list(in_turn(rows, recompute, lambda row: row.numel, workers))
     errors = [row.error for row in rows if row.error is not None]
     bits = sum(row.bits_per_weight * row.numel for row in rows) / max(1, sum(row.numel for row in rows))
     total = total_error(errors) if errors and len(errors) == len(rows) else None
     return Inspection(tuple(rows), total, bits, against is not None)
 
 
-def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str]) -> Iterator[TensorRow]:
+def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str], threads: int = 1) -> Iterator[TensorRow]:
     """Every tensor of a full-precision checkpoint, in file order; each of `quant_types` is tried on what would be
-    quantized, one tensor in memory at a time.
+    quantized.
     """
     for quant_type in quant_types:
         if quant_type not in FORMATS:
             raise UsageError(f"--try {quant_type!r} does not exist", hint=f"one of {', '.join(FORMATS)}")
     formats = {quant_type: _matrices(base, quant_type) for quant_type in quant_types}
     # Rank 1 fits every matrix: the adapter does not matter here.
-    for job in possible_jobs(base.tensors, base.config, Recipe(method="qlora", rank=1)):
-        ref = base.tensors[job.name]
-        becomes = f"copied: {job.reason}" if isinstance(job, CopyJob) else job.matrix.spec.quant_type
-        if isinstance(job, LayerJob):
-            becomes += f", {size_of(job.matrix.spec)}"
-        errors = {t: _tried(base, found[job.name]) for t, found in formats.items() if job.name in found}
-        yield TensorRow(job.name, ref.shape, ref.dtype, becomes, errors)
+    jobs = possible_jobs(base.tensors, base.config, Recipe(method="qlora", rank=1))
+    if not formats:
+        yield from (_tensor_row(base, job, {}) for job in jobs)
+        return
+    choose_kernels(sum(job.numel * len(formats) for job in jobs if isinstance(job, LayerJob)))
+
+    def look(job: LayerJob | CopyJob, sharing: Workers) -> TensorRow:
+        errors = {t: _tried(base, found[job.name], sharing) for t, found in formats.items() if job.name in found}
+        return _tensor_row(base, job, errors)
+
+    with started(threads) as workers:
+        yield from in_turn(jobs, look, lambda job: job.numel, workers)
+
+
+def _tensor_row(base: BaseModel, job: LayerJob | CopyJob, errors: dict[str, LayerError]) -> TensorRow:
+    ref = base.tensors[job.name]
+    becomes = f"copied: {job.reason}" if isinstance(job, CopyJob) else job.matrix.spec.quant_type
+    if isinstance(job, LayerJob):
+        becomes += f", {size_of(job.matrix.spec)}"
+    return TensorRow(job.name, ref.shape, ref.dtype, becomes, errors)
 
 
 def sorted_rows(rows: Sequence[LayerRow], key: str) -> list[LayerRow]:
@@ -232,9 +250,14 @@ def _names_in(original: BaseModel, base: BaseModel) -> dict[str, str]:
 
 
 def _recomputed(
-    base: BaseModel, row: LayerRow, module: str, adapter: _Adapter | None, against: tuple[BaseModel, dict[str, str]]
+    base: BaseModel,
+    row: LayerRow,
+    module: str,
+    adapter: _Adapter | None,
+    against: tuple[BaseModel, dict[str, str]],
+    workers: Workers,
 ) -> LayerRow:
-    from loftq_cli.metrics import layer_error
+    from loftq_cli.metrics import group_errors, layer_error
 
     original, name_of = against
     name = name_of[row.name]
@@ -247,22 +270,14 @@ def _recomputed(
         shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
         raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
     pair = adapter.pair(module, row.shape) if adapter else None
-    weight, dequantized = original.matrix(name), base.matrix(row.name)
-    error = layer_error(weight, dequantized, pair)
+    weight, decoded = original.rows(name), base.rows(row.name)
+    error = layer_error(weight, decoded, pair, workers)
     for model, amount in ((original, error.squared_weight), (base, error.squared_error)):
         if not math.isfinite(amount):
             raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)
-    return replace(row, error=error, groups=_group_errors(weight, dequantized, pair, row.spec))
-
-
-def _group_errors(
-    weight: torch.Tensor, dequantized: torch.Tensor, pair: LoraPair | None, spec: QuantSpec
-) -> GroupErrors | None:
-    from loftq_cli.metrics import adapter_delta, group_errors
-
-    if not isinstance(spec, AffineSpec):
-        return None
-    return group_errors(weight, dequantized if pair is None else adapter_delta(pair).add_(dequantized), spec.group_size)
+    if not isinstance(row.spec, AffineSpec):
+        return replace(row, error=error)
+    return replace(row, error=error, groups=group_errors(weight, decoded, pair, row.spec.group_size, workers))
 
 
 def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
@@ -273,12 +288,12 @@ def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
     return {job.name: job.matrix for job in jobs if isinstance(job, LayerJob)}
 
 
-def _tried(base: BaseModel, matrix: StoredMatrix) -> LayerError:
+def _tried(base: BaseModel, matrix: StoredMatrix, workers: Workers) -> LayerError:
     from loftq_cli.metrics import layer_error
 
-    weight = base.matrix(matrix.name)
+    weight = base.rows(matrix.name)
     quantizer = make_quantizer(matrix.spec, matrix.dtype)
     try:
-        return layer_error(weight, quantizer.dequantize(quantizer.quantize(weight)), None)
+        return layer_error(weight, quantizer.decoded(quantizer.quantize(weight, workers=workers)), None, workers)
     except NumericError as error:
         raise error.at(file=base.tensors[matrix.name].file, tensor=matrix.name) from None

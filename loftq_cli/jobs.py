@@ -1,12 +1,13 @@
 """One job of a plan: a tensor comes in, its outputs go to their places, and a journal entry says what was done.
 
-One tensor is in memory at a time. The order of jobs, resuming and publishing are convert.py's.
+The order of jobs and publishing are convert.py's.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.source import Checkpoint
@@ -14,59 +15,160 @@ from loftq_cli.checkpoint.staging import JournalEntry
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.layouts.layout import load_layout
-from loftq_cli.methods.method import load_method
-from loftq_cli.metrics import layer_error
+from loftq_cli.layouts.layout import code_rows, load_layout
+from loftq_cli.methods.method import METHODS, Initialization, load_method
+from loftq_cli.metrics import LayerError, layer_error
 from loftq_cli.plan import CopyJob, LayerJob
-from loftq_cli.quant.formats import make_quantizer
+from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.recipe import Recipe
-from loftq_cli.report import LayerResult, layer_result
+from loftq_cli.report import layer_result
+from loftq_cli.rows import ComputedRows, Rows, TensorRows, plain
+from loftq_cli.workers import Workers, beside
 
 if TYPE_CHECKING:
     import torch
 
+_WHOLE_NUMEL = 1 << 20  # weights: 4 MB in float32
 _SLAB_NUMEL = 1 << 22  # elements converted at once when a copy changes dtype: 16 MB of float32
 
 
-def run_job(checkpoint: Checkpoint, recipe: Recipe, job: LayerJob | CopyJob, files: OutputFiles) -> JournalEntry:
-    """Do one job of a plan: read its tensor, compute, write its outputs into their places. Says what was done.
+@dataclass(frozen=True, slots=True)
+class LoadedWeight:
+    """A weight as it is stored, and the sha256 of its bytes; of a job that reads by itself, nothing."""
 
-    Raises InputError naming the tensor when its numbers cannot be quantized or stored.
+    stored: torch.Tensor | None = None
+    sha256: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What is to be written of a layer, what is said of it, and the sha256 of what is `written` already; or the entry
+    of a job that was done before.
     """
-    if isinstance(job, CopyJob):
-        digest = hashlib.sha256()
-        chunks = _copied_chunks(checkpoint, job, digest)
-        written = {job.output.name: files[job.output.name].write_chunks(job.output.name, chunks)}
-        return JournalEntry(job.name, digest.hexdigest(), written, {})
-    file = checkpoint.tensors[job.name].file
-    try:
-        tensors, result, sha256 = _quantize_layer(checkpoint, recipe, job)
-    except LoftqError as error:
-        raise error if error.tensor else error.at(file=file, tensor=job.name) from None
-    written = {name: files[name].write(name, tensor) for name, tensor in tensors.items()}
-    return JournalEntry(job.name, sha256, written, result.to_json())
+
+    tensors: Mapping[str, torch.Tensor]
+    input_sha256: str = ""
+    result: Mapping[str, Any] = field(default_factory=dict)
+    written: Mapping[str, str] = field(default_factory=dict)
+    entry: JournalEntry | None = None
 
 
-def _quantize_layer(
-    checkpoint: Checkpoint, recipe: Recipe, job: LayerJob
-) -> tuple[dict[str, torch.Tensor], LayerResult, str]:
-    """The tensors to write, what they are worth, and the sha256 of the weight they come from."""
+class JobRunner:
+    """The three steps of the jobs of a plan: read a tensor, compute, write what comes of it into its places. A job that
+    a journal says is done is not done again, once its input and its output have been hashed.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, recipe: Recipe, files: OutputFiles, entries: Mapping[str, JournalEntry]
+    ) -> None:
+        self._checkpoint, self._recipe, self._files, self._entries = checkpoint, recipe, files, entries
+
+    def load(self, job: LayerJob | CopyJob) -> LoadedWeight | JournalEntry:
+        """The weight of a layer; the entry of a job that is done."""
+        entry = self._entries.get(job.name)
+        if entry is not None and is_intact(self._checkpoint, entry, self._files):
+            return entry
+        if isinstance(job, CopyJob) or is_streamed(self._recipe, job):
+            return LoadedWeight()
+        stored = self._checkpoint.load(job.name)
+        return LoadedWeight(stored, hashlib.sha256(tensor_bytes(stored)).hexdigest())
+
+    def compute(self, job: LayerJob | CopyJob, found: LoadedWeight | JournalEntry, workers: Workers) -> Converted:
+        """The tensors to write, and what they are worth.
+
+        Raises InputError naming the tensor when its numbers cannot be quantized or stored.
+        """
+        if isinstance(found, JournalEntry):
+            return Converted({}, entry=found)
+        if isinstance(job, CopyJob):
+            return Converted({})
+        try:
+            if found.stored is None:
+                return self._stream(job, workers)
+            weight = TensorRows(found.stored, job.matrix.transposed)
+            initial = _initialize(self._recipe, job, weight, None, workers)
+            tensors = _packed(self._recipe, job, initial)
+            decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
+            result = _result(job, initial, layer_error(weight, decoded, initial.lora, workers))
+        except LoftqError as error:
+            file = self._checkpoint.tensors[job.name].file
+            raise error if error.tensor else error.at(file=file, tensor=job.name) from None
+        return Converted(tensors, found.sha256, result)
+
+    def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:
+        """Put it into its places. What the journal is to say, and whether it said so before."""
+        if made.entry is not None:
+            return made.entry, True
+        if isinstance(job, CopyJob):
+            digest = hashlib.sha256()
+            chunks = _copied_chunks(self._checkpoint, job, digest)
+            copied = {job.output.name: self._files[job.output.name].write_chunks(job.output.name, chunks)}
+            return JournalEntry(job.name, digest.hexdigest(), copied, {}), False
+        written = {name: self._files[name].write(name, tensor) for name, tensor in made.tensors.items()}
+        return JournalEntry(job.name, made.input_sha256, {**made.written, **written}, dict(made.result)), False
+
+    def _stream(self, job: LayerJob, workers: Workers) -> Converted:
+        """A layer of which only a few rows are in memory: they are read, and their codes written, one after the other;
+        then both are read again, for the error of what the file holds.
+        """
+        lying = code_rows(str(self._recipe.layout), job.matrix)
+        assert lying is not None
+        checkpoint, file = self._checkpoint, self._files[lying.name]
+        weight = ComputedRows(
+            job.matrix.shape, lambda part: plain(checkpoint.load_rows(job.name, part.start, part.stop))
+        )
+        place = file.place(lying.name)
+
+        def put(part: slice, codes: torch.Tensor) -> None:
+            place.append(tensor_bytes(lying.pack(codes)))
+
+        def read_back(part: slice) -> torch.Tensor:
+            span = lying.span(part)
+            return lying.unpack(file.load_rows(lying.name, span.start, span.stop))
+
+        with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
+            initial = _initialize(self._recipe, job, weight, put, workers)
+            decoded = _quantizer(self._recipe, job).decoded(initial.quantized, read_back)
+            error = layer_error(weight, decoded, initial.lora, workers)
+            tensors = _packed(self._recipe, job, initial)
+            return Converted(tensors, input_sha256(), _result(job, initial, error), written={lying.name: place.close()})
+
+
+def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
+    """Whether only a few rows of a weight are in memory at once: where each is looked at once, and codes lie row after
+    row. A small weight is read whole, which is faster.
+    """
+    if METHODS[recipe.method].iterates or job.numel <= _WHOLE_NUMEL:
+        return False
+    return code_rows(str(recipe.layout), job.matrix) is not None
+
+
+def _quantizer(recipe: Recipe, job: LayerJob) -> Quantizer:
+    return make_quantizer(job.matrix.spec, job.matrix.dtype, recipe.ranges)
+
+
+def _initialize(
+    recipe: Recipe, job: LayerJob, weight: Rows, sink: Callable[[slice, torch.Tensor], None] | None, workers: Workers
+) -> Initialization:
     import torch
 
-    stored = checkpoint.load(job.name)
-    sha256 = hashlib.sha256(tensor_bytes(stored)).hexdigest()
-    weight = as_matrix(stored, transposed=job.matrix.transposed)
-    del stored
-    quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype, recipe.ranges)
-    initial = load_method(recipe.method)(
+    return load_method(recipe.method)(
         weight,
-        quantizer,
+        _quantizer(recipe, job),
         job.lora,
-        iterations=recipe.iterations,
+        iterations=int(recipe.iterations or 1),
         svd=recipe.svd,
         init=recipe.init,
         generator=torch.Generator().manual_seed(_seed(recipe.seed, job.name)),
+        sink=sink,
+        workers=workers,
     )
+
+
+def _packed(recipe: Recipe, job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
+    """The tensors to write. Raises InputError for what would not be finite."""
+    import torch
+
     tensors = load_layout(str(recipe.layout)).pack(job.matrix, initial.quantized)
     tensors |= peft_adapter.pack(job.module, initial.lora)
     for name, tensor in tensors.items():
@@ -75,14 +177,12 @@ def _quantize_layer(
                 f"{name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}",
                 hint="--adapter-dtype float32 holds more" if "lora_" in name else "--exclude it",
             )
-    error = layer_error(weight, quantizer.dequantize(initial.quantized), initial.lora)
-    result = layer_result(job, error, initial.quantization_error, initial.iteration_errors, initial.best_iteration)
-    return tensors, result, sha256
+    return tensors
 
 
-def as_matrix(stored: torch.Tensor, *, transposed: bool) -> torch.Tensor:
-    """A stored weight as contiguous float32 [out, in]."""
-    return (stored.T if transposed else stored).float().contiguous()
+def _result(job: LayerJob, initial: Initialization, error: LayerError) -> dict[str, Any]:
+    alone = error.base_error if initial.quantization_error is None else initial.quantization_error
+    return layer_result(job, error, alone, initial.iteration_errors, initial.best_iteration).to_json()
 
 
 def _seed(seed: int, name: str) -> int:

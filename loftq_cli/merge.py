@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.adapter_source import LoraTensors
 from loftq_cli.checkpoint.staging import Staging, check_space
-from loftq_cli.checkpoint.writer import OutputFiles
+from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, NumericError, QualityError
-from loftq_cli.jobs import as_matrix, recast_chunks
-from loftq_cli.layouts.layout import load_layout
+from loftq_cli.jobs import recast_chunks
+from loftq_cli.kernels import choose_kernels
+from loftq_cli.layouts.layout import StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import pooling_of
 from loftq_cli.merge_plan import Merge, MergeJob
 from loftq_cli.merge_report import (
@@ -27,19 +28,23 @@ from loftq_cli.merge_report import (
     total_retention,
     write_side_files,
 )
-from loftq_cli.metrics import adapter_delta, group_delta
+from loftq_cli.metrics import delta_rows, group_delta, layer_error
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL
+from loftq_cli.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs
+from loftq_cli.schedule import in_turn
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, lora_pair
+from loftq_cli.workers import Workers, started
 
 if TYPE_CHECKING:
     import torch
 
+    from loftq_cli.triton_kernels.error_stats import ErrorSums
+
 LEAST_RETENTION = 0.5  # below this, most of what was trained would be gone from the deployed model
 EXACT = 1e-6  # of the largest weight: what float32 offsets may differ by from float64 ones
-_SLAB_ROWS = 1024  # rows multiplied in float64 at once
 
 
 class Observer(Protocol):
@@ -50,20 +55,22 @@ class Observer(Protocol):
     def layer_merged(self, layer: MergedLayer) -> None: ...
 
 
-def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool) -> MergeOutcome:
-    """Merge, check, publish; or leave nothing behind.
+def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, threads: int = 1) -> MergeOutcome:
+    """Merge, check, publish; or leave nothing behind. The bytes are the same with any number of threads.
 
     Raises QualityError when quantizing again, or rounding zero points, erases more than half of the adapter, unless
     forced.
     """
     contents = check_contents(merge.base, merge.provenance, force=merge.options.force)
     notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge), *_other_notes(merge))
-    for note in notes:
+    missing = choose_kernels(sum(_numel(job) for job in merge.jobs if job.is_touched or job.matrix is not None))
+    for note in (*notes, *([missing] if missing else [])):
         observer.note(note)
     check_space(merge.output, merge.nbytes)
     staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
     with staging.whole(TOOL) as directory:
-        outcome = MergeOutcome(_run_jobs(merge, directory, observer), notes)
+        with started(threads) as workers:
+            outcome = MergeOutcome(_run_jobs(merge, directory, observer, workers), notes)
         _check_retention(merge, outcome.layers)
         write_side_files(merge, directory, outcome)
         merge.base.checkpoint.check_unchanged()
@@ -83,12 +90,11 @@ def _other_notes(merge: Merge) -> list[str]:
     return notes
 
 
-def _run_jobs(merge: Merge, directory: Path, observer: Observer) -> tuple[MergedLayer, ...]:
+def _run_jobs(merge: Merge, directory: Path, observer: Observer, workers: Workers) -> tuple[MergedLayer, ...]:
     files = OutputFiles(directory, {shard.file: shard.tensors for shard in merge.shards})
     layers = []
     try:
-        for job in merge.jobs:
-            layer = _run_job(merge, job, files)
+        for layer in in_turn(merge.jobs, lambda job, sharing: _run_job(merge, job, files, sharing), _numel, workers):
             if layer is not None:
                 layers.append(layer)
                 observer.layer_merged(layer)
@@ -98,7 +104,11 @@ def _run_jobs(merge: Merge, directory: Path, observer: Observer) -> tuple[Merged
     return tuple(layers)
 
 
-def _run_job(merge: Merge, job: MergeJob, files: OutputFiles) -> MergedLayer | None:
+def _numel(job: MergeJob) -> int:
+    return math.prod(job.matrix.shape if job.matrix else job.outputs[0].shape)
+
+
+def _run_job(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -> MergedLayer | None:
     if job.is_copied:
         _copy(merge, job, files)
         return None
@@ -107,7 +117,12 @@ def _run_job(merge: Merge, job: MergeJob, files: OutputFiles) -> MergedLayer | N
         files[output.name].write(output.name, _finite(merge, job, _vector(merge, job)))
         return None
     try:
-        tensors, layer = _moved(merge, job) if job.keeps_codes else _merged(merge, job)
+        if job.keeps_codes:
+            tensors, layer = _moved(merge, job, workers)
+        elif job.matrix is not None:
+            tensors, layer = _requantized(merge, job, job.matrix, workers)
+        else:
+            return _merged(merge, job, files, workers)
     except NumericError as error:
         raise error.at(file=merge.base.path, tensor=job.name) from None
     for name, tensor in tensors.items():
@@ -134,40 +149,86 @@ def _vector(merge: Merge, job: MergeJob) -> torch.Tensor:
     return value
 
 
-def _merged(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
-    """The tensors to write for one weight, and what merging it did. Peak memory: four float32 matrices of its size."""
+def _merged(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -> MergedLayer | None:
+    """Write the merged weight in full precision, a few rows at a time; what merging it did.
+
+    Where the file holds the matrix transposed, all of it is in memory.
+    """
+    import torch
+
+    from loftq_cli.triton_kernels.error_stats import error_stats
+
+    weight, output = _weight(merge, job), job.outputs[0]
+    pair = None if job.lora is None else _pair(merge, job.lora)
+    delta = None if pair is None else delta_rows(pair)
+    squares: list[ErrorSums] = []
+
+    def merge_rows(part: slice) -> tuple[torch.Tensor, ErrorSums]:
+        rows = weight.rows(part).float()
+        added = None if delta is None else delta(part)
+        sums = error_stats(rows, rows, added)
+        if not math.isfinite(sums.squared_weight):
+            raise NumericError("holds NaN or infinite values")
+        return _finite(merge, job, rows if added is None else rows + added), sums
+
+    def merged() -> Iterator[torch.Tensor]:
+        parts = slabs(weight.shape, weight.multiple, STREAMED_NUMEL)
+        for rows, sums in workers.map(merge_rows, parts):
+            squares.append(sums)
+            yield rows
+
+    if _is_turned(merge, job):
+        files[output.name].write(output.name, torch.cat(list(merged())).T.contiguous())
+    else:
+        files[output.name].write_chunks(output.name, (tensor_bytes(rows) for rows in merged()))
+    if pair is None:
+        return None
+    squared_weight = math.fsum(sums.squared_weight for sums in squares)
+    squared_delta = math.fsum(sums.squared_delta for sums in squares)
+    return MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
+
+
+def _requantized(
+    merge: Merge, job: MergeJob, matrix: StoredMatrix, workers: Workers
+) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
+    """The tensors of a merged weight that is quantized again, and what that did. Peak memory: the quantized matrix."""
     from loftq_cli.triton_kernels.error_stats import error_stats
 
     weight = _weight(merge, job)
-    squared_weight = error_stats(weight, weight).squared_weight
-    if not math.isfinite(squared_weight):
-        raise NumericError("holds NaN or infinite values")
-    layer, delta, merged = None, None, weight
-    if job.lora is not None:
-        pair = _pair(merge, job.lora)
-        delta = adapter_delta(pair)
-        squared_delta = error_stats(delta, delta).squared_weight
-        layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
-        merged = weight + delta
-    if job.matrix is None:
-        if _is_turned(merge, job):
-            merged = merged.T.contiguous()
-        return {job.name: _finite(merge, job, merged)}, layer
-    quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype)
-    quantized = quantizer.quantize(merged)
-    if layer is not None and delta is not None:
-        change = quantizer.dequantize(quantized).sub_(weight)
-        layer = replace(layer, retained=_inner_product(change, delta))
-    return load_layout(merge.form.layout).pack(job.matrix, quantized), layer
+    pair = None if job.lora is None else _pair(merge, job.lora)
+    delta = None if pair is None else delta_rows(pair)
+
+    def merge_rows(part: slice) -> torch.Tensor:
+        rows = weight.rows(part)
+        return rows if delta is None else rows.float() + delta(part)
+
+    quantizer = make_quantizer(matrix.spec, matrix.dtype)
+
+    quantized = quantizer.quantize(ComputedRows(weight.shape, merge_rows, weight.multiple), workers=workers)
+    tensors = load_layout(merge.form.layout).pack(matrix, quantized)
+    if pair is None or delta is None:
+        return tensors, None
+    stored = quantizer.decoded(quantized)
+
+    def compare(part: slice) -> tuple[float, float, float]:
+        rows, added = weight.rows(part).float(), delta(part)
+        sums = error_stats(rows, rows, added)
+        change = stored.rows(part).float() - rows
+        return sums.squared_weight, sums.squared_delta, float((change.double() * added).sum())
+
+    parts = slabs(weight.shape, math.lcm(weight.multiple, stored.multiple), STREAMED_NUMEL)
+    found = list(workers.map(compare, parts))
+    squared_weight, squared_delta, retained = (math.fsum(column) for column in zip(*found, strict=True))
+    rank = pair.lora_A.shape[0]
+    return tensors, MergedLayer(job.name, rank, pair.scaling, squared_weight, squared_delta, retained)
 
 
-def _moved(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
+def _moved(merge: Merge, job: MergeJob, workers: Workers) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
     """The base's codes with the adapter in their offsets, and how far that is from the exact sum, measured.
 
     Raises NumericError where float32 offsets are not exact.
     """
     from loftq_cli.quant.affine import move_offsets, offset_difference
-    from loftq_cli.triton_kernels.error_stats import error_stats
 
     base, matrix = merge.base.quantized_tensor(job.name), job.matrix
     assert isinstance(base, AffineTensor) and matrix is not None and isinstance(matrix.spec, AffineSpec)
@@ -185,11 +246,9 @@ def _moved(merge: Merge, job: MergeJob) -> tuple[dict[str, torch.Tensor], Merged
     tensors = load_layout(merge.form.layout).pack(matrix, moved)
     if pair is None:
         return tensors, None
-    weight = make_quantizer(base.spec, base.dtype).dequantize(base)
-    squared_weight, squared_delta = (
-        error_stats(weight, weight).squared_weight,
-        size * float(delta.double().square().sum()),
-    )
+    values = make_quantizer(base.spec, base.dtype).decoded(base)
+    squared_weight = layer_error(values, values, None, workers).squared_weight
+    squared_delta = size * float(delta.double().square().sum())
     layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
     return tensors, replace(layer, difference=found)
 
@@ -199,24 +258,19 @@ def _pair(merge: Merge, lora: LoraTensors) -> LoraPair:
     return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling)
 
 
-def _weight(merge: Merge, job: MergeJob) -> torch.Tensor:
-    """The weight that the adapter is added to, float32 [out, in] as the adapter counts."""
+def _weight(merge: Merge, job: MergeJob) -> Rows:
+    """The weight that the adapter is added to, [out, in] as the adapter counts."""
     turned = _is_turned(merge, job)
     if job.replacement is not None:
-        return as_matrix(_adapter_tensor(merge, job.replacement), transposed=turned)
+        return TensorRows(_adapter_tensor(merge, job.replacement), turned)
     if job.lora is not None and job.lora.is_embedding:
-        return as_matrix(merge.base.load(job.name), transposed=turned)
-    return merge.base.matrix(job.name)
+        return TensorRows(merge.base.load(job.name), turned)
+    return merge.base.rows(job.name)
 
 
 def _is_turned(merge: Merge, job: MergeJob) -> bool:
     """Whether the model's file holds [in, out]: Conv1D, and embeddings as PEFT adapts them."""
     return merge.base.family.is_transposed(module_of(job.name)) or (job.lora is not None and job.lora.is_embedding)
-
-
-def _inner_product(left: torch.Tensor, right: torch.Tensor) -> float:
-    starts = range(0, left.shape[0], _SLAB_ROWS)
-    return math.fsum(float((left[i : i + _SLAB_ROWS].double() * right[i : i + _SLAB_ROWS]).sum()) for i in starts)
 
 
 def _adapter_tensor(merge: Merge, name: str) -> torch.Tensor:

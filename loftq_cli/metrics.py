@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from loftq_cli.rows import STREAMED_NUMEL, Rows, slabs
+from loftq_cli.workers import SERIAL, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -89,10 +92,27 @@ def total_error(layers: Iterable[LayerError]) -> LayerError:
     )
 
 
+def delta_rows(lora: LoraPair, dtype: torch.dtype | None = None) -> Callable[[slice], torch.Tensor]:
+    """What gives rows of s·B·A, [rows, in] in `dtype`; float32, from the factors as they are stored, when not given."""
+    import torch
+
+    if dtype in (None, torch.float32):
+        lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
+    else:
+        lora_A, lora_B = lora.lora_A.to(dtype), (lora.lora_B.float() * lora.scaling).to(dtype)
+
+    def rows(part: slice) -> torch.Tensor:
+        delta = lora_B[part] @ lora_A
+        if delta.dtype == torch.float32:
+            delta *= lora.scaling  # last, as PEFT does it
+        return delta if lora.group_size == 1 else delta.repeat_interleave(lora.group_size, dim=1)
+
+    return rows
+
+
 def adapter_delta(lora: LoraPair) -> torch.Tensor:
     """s·B·A in float32 [out, in], from the factors as they are stored."""
-    delta = (lora.lora_B.float() @ lora.lora_A.float()).mul_(lora.scaling)
-    return delta if lora.group_size == 1 else delta.repeat_interleave(lora.group_size, dim=1)
+    return delta_rows(lora)(slice(None))
 
 
 def group_delta(lora: LoraPair) -> torch.Tensor:
@@ -100,38 +120,63 @@ def group_delta(lora: LoraPair) -> torch.Tensor:
     return (lora.lora_B.double() @ lora.lora_A.double()).mul_(lora.scaling)
 
 
-def group_errors(weight: torch.Tensor, approximation: torch.Tensor, group_size: int) -> GroupErrors:
-    """The errors of the groups of `group_size` neighbouring columns; both matrices float32 [out, in]."""
-    out_features, in_features = weight.shape
-    shape = (out_features, in_features // group_size, group_size)
-    squared_weight = weight.view(shape).square().sum(dim=2)  # [out, groups in a row]
-    squared_error = (weight - approximation).view(shape).square().sum(dim=2)
-    errors = (squared_error / squared_weight).sqrt().where(squared_weight > 0, 0.0)
-    worst = int(errors.argmax())
-    count = int((squared_weight > 0).sum())
-    return GroupErrors(
-        groups=errors.numel(),
-        mean_error=float(errors.double().sum()) / max(count, 1),
-        max_error=float(errors.view(-1)[worst]) if errors.numel() else 0.0,
-        worst_row=worst // shape[1],
-        worst_group=worst % shape[1],
-    )
+def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Workers = SERIAL) -> LayerError:
+    """The error of a layer, whose weight is `decoded` plus what `lora` adds. Peak memory: a few rows a thread."""
+    from loftq_cli.triton_kernels.error_stats import ErrorSums, error_stats
 
+    # What adds nothing yet, as before training, takes no time either.
+    delta = None if lora is None or not bool(lora.lora_B.any()) else delta_rows(lora)
 
-def layer_error(weight: torch.Tensor, dequantized: torch.Tensor, lora: LoraPair | None) -> LayerError:
-    """The error of a layer; all matrices float32 [out, in]. Peak memory: two more matrices of that size."""
-    from loftq_cli.triton_kernels.error_stats import error_stats
+    def sums(part: slice) -> ErrorSums:
+        return error_stats(weight.rows(part), decoded.rows(part), None if delta is None else delta(part))
 
-    base = error_stats(weight, dequantized)
-    if lora is None:
-        return LayerError(base.squared_weight, base.squared_error, base.squared_error, base.max_error, 0.0)
-    delta = adapter_delta(lora)
-    squared_delta = error_stats(delta, delta).squared_weight
-    adapted = error_stats(weight, delta.add_(dequantized))
+    parts = slabs(weight.shape, math.lcm(weight.multiple, decoded.multiple), STREAMED_NUMEL)
+    found = list(workers.map(sums, parts))
     return LayerError(
-        squared_weight=base.squared_weight,
-        squared_base_error=base.squared_error,
-        squared_error=adapted.squared_error,
-        max_error=adapted.max_error,
-        squared_delta=squared_delta,
+        squared_weight=math.fsum(part.squared_weight for part in found),
+        squared_base_error=math.fsum(part.squared_base_error for part in found),
+        squared_error=math.fsum(part.squared_error for part in found),
+        max_error=_largest(part.max_error for part in found),
+        squared_delta=math.fsum(part.squared_delta for part in found),
     )
+
+
+def group_errors(
+    weight: Rows, decoded: Rows, lora: LoraPair | None, group_size: int, workers: Workers = SERIAL
+) -> GroupErrors:
+    """The errors of the groups of `group_size` neighbouring columns, of what `layer_error` is about."""
+    delta = None if lora is None else delta_rows(lora)
+
+    def errors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = weight.rows(part).float()
+        difference = rows - (decoded.rows(part) if delta is None else decoded.rows(part) + delta(part))
+        shape = (len(rows), -1, group_size)
+        squared_weight = rows.view(shape).square().sum(dim=2)  # [rows, groups in a row]
+        squared_error = difference.view(shape).square().sum(dim=2)
+        return (squared_error / squared_weight).sqrt().where(squared_weight > 0, 0.0), squared_weight > 0
+
+    groups = counted = worst = 0
+    total, largest = 0.0, 0.0
+    per_row = weight.shape[1] // group_size
+    parts = slabs(weight.shape, math.lcm(weight.multiple, decoded.multiple), STREAMED_NUMEL)
+    for found, is_counted in workers.map(errors, parts):
+        if found.numel() and float(found.max()) > largest:
+            largest, worst = float(found.max()), groups + int(found.argmax())
+        groups += found.numel()
+        counted += int(is_counted.sum())
+        total += float(found.double().sum())
+    return GroupErrors(
+        groups=groups,
+        mean_error=total / max(counted, 1),
+        max_error=largest,
+        worst_row=worst // max(per_row, 1),
+        worst_group=worst % max(per_row, 1),
+    )
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN where there is one."""
+    largest = 0.0
+    for value in values:
+        largest = value if value > largest or math.isnan(value) else largest
+    return largest

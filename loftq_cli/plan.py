@@ -79,6 +79,11 @@ class CopyJob:
         """What goes into the base."""
         return (self.output,)
 
+    @property
+    def numel(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.output.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

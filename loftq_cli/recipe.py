@@ -22,7 +22,8 @@ from loftq_cli.methods.method import INITS, METHODS
 from loftq_cli.quant.formats import FORMATS, RANGES
 from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 
-SVD_MODES = ("exact", "fast", "faithful")
+# How the low-rank step is solved, and how many alternations that asks for: cheap ones, more of them.
+SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -51,7 +52,8 @@ _QALORA_DEFAULTS = {"pooling": POOLINGS[0], "init": INITS[0]}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """Everything that decides the bytes of a conversion. `alpha` of None means: equal to `rank`, scaling 1.
+    """Everything that decides the bytes of a conversion. `alpha` of None means: equal to `rank`, scaling 1;
+    `iterations` of None: as many as `svd` is good for.
 
     What is None and belongs to the quant_type or the method is set to its default; what does not belong stays None.
     `scale_dtype` of None is what the layout's loaders expect.
@@ -68,8 +70,8 @@ class Recipe:
     rank: int = 16
     alpha: float | None = None
     rslora: bool = False
-    iterations: int = 5
-    svd: str = "exact"
+    iterations: int | None = None
+    svd: str = "fast"
     pooling: str | None = None
     init: str | None = None
     adapter_dtype: str = "float32"
@@ -86,7 +88,9 @@ class Recipe:
         _choice("svd", self.svd, SVD_MODES)
         _choice("adapter_dtype", self.adapter_dtype, MODEL_DTYPES)
         _at_least("rank", self.rank, 1)
-        _at_least("iterations", self.iterations, 1)
+        if self.iterations is None:
+            object.__setattr__(self, "iterations", SVD_MODES[self.svd])
+        _at_least("iterations", self.iterations or 0, 1)
         _at_least("seed", self.seed, 0)
         _positive("alpha", self.alpha)
         if self.layout is None:

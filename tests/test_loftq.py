@@ -13,6 +13,7 @@ from loftq_cli.lowrank import truncated_svd
 from loftq_cli.methods.method import load_method
 from loftq_cli.metrics import adapter_delta, layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
+from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import CodebookSpec, LoraSpec
 
 bnb = pytest.importorskip("bitsandbytes.functional")
@@ -22,8 +23,12 @@ def loftq(weight, lora, *, spec=None, iterations=5, dtype="float32", method="lof
     quantizer = make_quantizer(spec or CodebookSpec(), dtype)
     generator = torch.Generator().manual_seed(seed)
     options = {"iterations": iterations, "svd": "exact", "init": None, "generator": generator}
-    initial = load_method(method)(weight, quantizer, lora, **options)
+    initial = load_method(method)(TensorRows(weight), quantizer, lora, **options)
     return initial, quantizer.dequantize(initial.quantized)
+
+
+def error_of(weight, dequantized, lora):
+    return layer_error(TensorRows(weight), TensorRows(dequantized), lora)
 
 
 def papers_loftq(weight, rank, iterations, *, double_quant):
@@ -68,7 +73,7 @@ def test_minilm_reaches_the_known_error(rank, expected):
     errors = []
     for weight in minilm_matrices(0, 5):
         initial, dequantized = loftq(weight, LoraSpec(rank, rank), spec=CodebookSpec(double_quant=False))
-        errors.append(layer_error(weight, dequantized, initial.lora))
+        errors.append(error_of(weight, dequantized, initial.lora))
     assert len(errors) == 12
     assert total_error(errors).error == pytest.approx(expected, abs=0.0005)
 
@@ -77,7 +82,7 @@ def test_minilm_quantized_alone_has_the_known_error():
     errors = []
     for weight in minilm_matrices(0, 5):
         _, dequantized = loftq(weight, LoraSpec(16, 16), spec=CodebookSpec(double_quant=False), method="qlora")
-        errors.append(layer_error(weight, dequantized, None))
+        errors.append(error_of(weight, dequantized, None))
     assert total_error(errors).error == pytest.approx(0.0932, abs=0.0005)
 
 
@@ -95,9 +100,7 @@ def test_the_best_iterate_is_returned_and_says_which():
     initial, dequantized = loftq(weight, LoraSpec(4, 4), iterations=12)
     best = min(range(12), key=lambda i: initial.iteration_errors[i])
     assert initial.best_iteration == best + 1
-    assert layer_error(weight, dequantized, initial.lora).error == pytest.approx(
-        min(initial.iteration_errors), rel=1e-6
-    )
+    assert error_of(weight, dequantized, initial.lora).error == pytest.approx(min(initial.iteration_errors), rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -113,9 +116,7 @@ def test_a_bfloat16_base_is_measured_as_the_loader_rounds_it():
     weight = gaussian().bfloat16().float()
     initial, dequantized = loftq(weight, LoraSpec(8, 8), dtype="bfloat16")
     assert torch.equal(dequantized, dequantized.bfloat16().float())
-    assert layer_error(weight, dequantized, initial.lora).error == pytest.approx(
-        min(initial.iteration_errors), rel=1e-6
-    )
+    assert error_of(weight, dequantized, initial.lora).error == pytest.approx(min(initial.iteration_errors), rel=1e-6)
 
 
 @pytest.mark.parametrize("value", [0.0, -0.25, 1e-30])
@@ -124,7 +125,7 @@ def test_constant_and_zero_matrices_are_held_exactly_or_nearly(value):
     initial, dequantized = loftq(weight, LoraSpec(4, 4))
     assert torch.isfinite(initial.lora.lora_A).all()
     assert torch.isfinite(initial.lora.lora_B).all()
-    assert layer_error(weight, dequantized, initial.lora).error <= 1e-6
+    assert error_of(weight, dequantized, initial.lora).error <= 1e-6
 
 
 def test_qlora_starts_with_an_adapter_that_adds_nothing():

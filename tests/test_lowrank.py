@@ -14,6 +14,7 @@ from loftq_cli.lowrank import make_solver, truncated_svd
 from loftq_cli.methods.method import load_method
 from loftq_cli.metrics import layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
+from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import CodebookSpec, LoraSpec
 
 # Far above four times the rank: smaller matrices are solved exactly whatever is asked for.
@@ -99,10 +100,10 @@ def loftq_on_minilm(svd, iterations, rank):
     tensors = load_file(models.minilm() / "model.safetensors")
     weights = [w for name, w in tensors.items() if "layer.5." in name and name.endswith("weight") and w.dim() == 2]
     quantizer, errors = make_quantizer(CodebookSpec(), "float32"), []
-    for weight in weights:
+    for weight in map(TensorRows, weights):
         options = {"iterations": iterations, "svd": svd, "init": None, "generator": generator()}
         made = load_method("loftq")(weight, quantizer, LoraSpec(rank, rank), **options)
-        errors.append(layer_error(weight, quantizer.dequantize(made.quantized), made.lora))
+        errors.append(layer_error(weight, quantizer.decoded(made.quantized), made.lora))
     return total_error(errors).error
 
 

@@ -28,6 +28,7 @@ from loftq_cli.methods.method import Initialization, load_method
 from loftq_cli.metrics import LayerError, adapter_delta, layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.recipe import Recipe
+from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import POOLINGS, AffineSpec, LoraPair, LoraSpec, Pooling
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -54,8 +55,12 @@ def qalora(weight, lora, *, bits=4, init="residual", iterations=5, seed=0, metho
     quantizer = make_quantizer(AffineSpec(bits, group_size, symmetric=False, scale_dtype=scale_dtype), "float32")
     generator = torch.Generator().manual_seed(seed)
     options = {"iterations": iterations, "svd": "exact", "init": init, "generator": generator}
-    result = load_method(method)(weight, quantizer, lora, **options)
+    result = load_method(method)(TensorRows(weight), quantizer, lora, **options)
     return Initial(result, quantizer.dequantize(result.quantized))
+
+
+def error_of(weight, initial) -> LayerError:
+    return layer_error(TensorRows(weight), TensorRows(initial.dequantized), initial.lora)
 
 
 def pooled(rank, group_size=32, *, alpha=None, convention="peft", **lora):
@@ -182,7 +187,7 @@ def test_a_residual_start_is_better_than_a_standard_one(bits, seed):
     residual = qalora(weight, pooled(2), bits=bits)
     assert residual.result.quantization_error == standard.result.quantization_error
     assert min(residual.errors) < standard.result.quantization_error
-    error = layer_error(weight, residual.dequantized, residual.lora).error
+    error = error_of(weight, residual).error
     assert error == pytest.approx(min(residual.errors), rel=1e-6)
 
 
@@ -206,7 +211,7 @@ def test_what_the_base_holds_exactly_leaves_the_adapter_at_zero(value):
     weight = torch.full((64, 64), value)
     initial = qalora(weight, pooled(4, 16))
     assert torch.isfinite(initial.lora.lora_A).all()
-    assert layer_error(weight, initial.dequantized, initial.lora).error <= 1e-7
+    assert error_of(weight, initial).error <= 1e-7
 
 
 @pytest.mark.parametrize("convention", POOLINGS)
@@ -288,7 +293,7 @@ def minilm() -> list[torch.Tensor]:
 def errors_of(weights, lora, **options) -> tuple[LayerError, list[tuple[float, ...]]]:
     """The total error, and the errors of the iterations of every matrix."""
     made = [qalora(weight, lora, scale_dtype="bfloat16", **options) for weight in weights]
-    errors = [layer_error(w, initial.dequantized, initial.lora) for w, initial in zip(weights, made, strict=True)]
+    errors = [error_of(w, initial) for w, initial in zip(weights, made, strict=True)]
     return total_error(errors), [initial.errors for initial in made]
 
 
@@ -332,14 +337,17 @@ def test_loftq_lowers_the_error_of_minilm_on_integers(bits, rank, alone, expecte
 @pytest.mark.parametrize("bits", [2, 4])
 def test_of_two_quantized_forms_each_group_is_the_nearer_one(bits, zero_point):
     generator = torch.Generator().manual_seed(bits)
-    weight, other = (torch.randn(24, 96, generator=generator) * 0.05 for _ in range(2))
+    stored, subtracted, other = (torch.randn(24, 96, generator=generator) * 0.05 for _ in range(3))
+    weight = stored - subtracted
     spec = AffineSpec(bits, 32, symmetric=False, zero_point=zero_point, scale_dtype="bfloat16")
     quantizer = make_quantizer(spec, "bfloat16")
     # The other one is nearer in about half of the groups: of these it is the form of the very weight.
     mixed = torch.where(torch.rand(24, 3, generator=generator).repeat_interleave(32, dim=1) < 0.5, weight, other)
-    forms = [quantizer.quantize(mixed), quantizer.quantize(torch.where(mixed == weight, other, weight))]
-    chosen = quantizer.dequantize(quantizer.keep_nearer(weight, *forms)).view(24, 3, 32)
+    forms = [quantizer.quantize(TensorRows(w)) for w in (mixed, torch.where(mixed == weight, other, weight))]
     values = torch.stack([quantizer.dequantize(form) for form in forms]).view(2, 24, 3, 32)
+    assert quantizer.keep_nearer(TensorRows(stored), lambda part: subtracted[part], *forms)
+    assert torch.equal(quantizer.dequantize(forms[0]).view(24, 3, 32), values[0])
+    chosen = quantizer.dequantize(forms[1]).view(24, 3, 32)
     nearer = (values.double() - weight.double().view(24, 3, 32)).square().sum(-1).argmin(0)
     assert 0 < int(nearer.sum()) < nearer.numel()
     expected = values.gather(0, nearer[None, :, :, None].expand(1, -1, -1, 32))[0]

@@ -18,7 +18,7 @@ def recipe_file(tmp_path, text):
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     source = recipe_file(tmp_path, 'rank = 8\nmethod = "qlora"\nblock_size = 128\n')
     recipe = resolve_recipe(source, {"rank": 4, "alpha": None})
-    assert (recipe.rank, recipe.method, recipe.block_size, recipe.iterations) == (4, "qlora", 128, 5)
+    assert (recipe.rank, recipe.method, recipe.block_size, recipe.iterations) == (4, "qlora", 128, 8)
 
 
 def test_the_default_preset_is_the_default():

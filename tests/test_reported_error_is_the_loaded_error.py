@@ -123,7 +123,9 @@ def test_layers_of_another_rank_keep_the_scaling_of_the_model(recipe: dict[str, 
         assert module.scaling["default"] == pytest.approx(scaling, rel=1e-12)
 
 
-def test_the_best_iteration_is_the_one_that_is_loaded(convert_once: Converter) -> None:
-    for layer in convert_once(alpha=None, rank=16, rslora=False).report["layers"]:
+# Iteration takes its errors from singular values and a bfloat16 residual.
+@pytest.mark.parametrize(("svd", "accuracy"), [("exact", 1e-6), ("faithful", 1e-4), ("fast", 1e-4)])
+def test_the_best_iteration_is_the_one_that_is_loaded(convert_once: Converter, svd: str, accuracy: float) -> None:
+    for layer in convert_once(alpha=None, rank=16, rslora=False, svd=svd).report["layers"]:
         assert len(layer["iteration_errors"]) == 3
-        assert layer["error"]["error"] == pytest.approx(min(layer["iteration_errors"]), rel=1e-6)
+        assert layer["error"]["error"] == pytest.approx(min(layer["iteration_errors"]), rel=accuracy)

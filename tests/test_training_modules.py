@@ -40,6 +40,7 @@ from loftq_cli.nn import (
 )
 from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.recipe import Override
+from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import AffineSpec, CodebookSpec, CodebookTensor, LoraSpec, NestedAbsmax, Pooling
 
 OUT, IN, RANK, POOL = 48, 128, 4, 32
@@ -66,8 +67,12 @@ def spec_of(quant_type: str, *, symmetric: bool = False, zero_point: str = "int"
     return AffineSpec(FORMATS[quant_type].bits, group_size, symmetric, zero_point)
 
 
+def quantize(weight: torch.Tensor, spec: Any, dtype: str = "float32") -> Any:
+    return make_quantizer(spec, dtype).quantize(TensorRows(weight))
+
+
 def quantized(quant_type: str = "int4", dtype: str = "float32", **spec: Any) -> Any:
-    return make_quantizer(spec_of(quant_type, **spec), dtype).quantize(random(OUT, IN, seed=1) * 0.1)
+    return quantize(random(OUT, IN, seed=1) * 0.1, spec_of(quant_type, **spec), dtype)
 
 
 def decoded(tensor: Any) -> torch.Tensor:
@@ -330,7 +335,7 @@ def test_casting_a_model_leaves_what_is_decoded_as_it_is(quant_type, cast):
 def test_a_cached_weight_follows_what_happens_to_the_module():
     layer, other, x = QuantizedLinear(quantized(), cache=True), quantized("int4", dtype="bfloat16"), random(3, IN)
     layer(x)
-    state = QuantizedLinear(make_quantizer(other.spec, "float32").quantize(random(OUT, IN, seed=9))).state_dict()
+    state = QuantizedLinear(quantize(random(OUT, IN, seed=9), other.spec)).state_dict()
 
     layer.load_state_dict(state)
 
@@ -342,7 +347,7 @@ def test_a_cached_weight_follows_what_happens_to_the_module():
 @pytest.mark.parametrize("quant_type", FORMATS)
 def test_a_state_dict_holds_all_of_it_and_loads(quant_type):
     source = adapted("loftq", QuantizedLinear(quantized(quant_type), random(OUT)))
-    empty = make_quantizer(spec_of(quant_type), "float32").quantize(torch.zeros(OUT, IN))
+    empty = quantize(torch.zeros(OUT, IN), spec_of(quant_type))
     target = adapted("loftq", QuantizedLinear(empty, torch.zeros(OUT)), size=0.0)
     x = random(3, IN)
     assert not torch.equal(target(x), source(x))
@@ -612,7 +617,7 @@ class Small(nn.Module):
     def __init__(self, cache: bool = False) -> None:
         super().__init__()
         self.first = QuantizedLinear(quantized("int4"), random(OUT), cache=cache)
-        self.second = QuantizedLinear(make_quantizer(spec_of("nf4"), "float32").quantize(random(8, OUT, seed=6)))
+        self.second = QuantizedLinear(quantize(random(8, OUT, seed=6), spec_of("nf4")))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.second(torch.tanh(self.first(x)))

@@ -28,8 +28,15 @@ def quantize(
 
     `offset` is "none" (symmetric: no offsets are returned), "int" (uint8 zero points) or "float" (biases).
     """
+    return quantize_as(Form(bits, offset, scale_dtype), groups, ranges)
+
+
+def quantize_as(
+    form: Form, groups: torch.Tensor, ranges: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same for codes that mean what `form` says."""
     n, group_size = groups.shape
-    form = _Form(bits, offset, scale_dtype)
+    offset, scale_dtype = form.offset, form.scale_dtype
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     scales = torch.empty(n, dtype=scale_dtype, device=groups.device)
     offset_dtype = scale_dtype if offset == "float" else torch.uint8
@@ -61,11 +68,12 @@ def dequantize(
     step = max(PIECE_NUMEL // group_size, 1)
     for start in range(0, n, step):
         part = slice(start, start + step)
-        values[part] = _decode(codes[part], scales[part, None], offsets[part, None], biases is not None)
+        values[part] = decode(codes[part], scales[part, None], offsets[part, None], biases is not None)
     return values
 
 
-def _decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, is_bias: bool) -> torch.Tensor:
+def decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, is_bias: bool) -> torch.Tensor:
+    """float32 values of a piece [groups, group_size]; scale and offset are [groups, 1]."""
     if is_bias:
         return (codes * scale.float()).add_(offset.float())
     # Integers up to 256 are exact in each dtype of a scale.
@@ -73,7 +81,7 @@ def _decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, is_b
 
 
 @dataclass(frozen=True, slots=True)
-class _Form:
+class Form:
     """What the codes of a piece [groups, group_size] mean. Scales and offsets are [groups, 1]. The ends of the ranges
     are [2, groups, 1], lowest and highest; without offsets [1, groups, 1], the largest magnitude.
     """
@@ -113,11 +121,11 @@ class _Form:
     def squared_error(self, piece: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """float64 [groups, 1]: then the order of a sum, which depends on the machine, does not change a choice."""
         scale, offset = self.fit(ends)
-        decoded = _decode(self.encode(piece, scale, offset), scale, offset, self.offset == "float")
+        decoded = decode(self.encode(piece, scale, offset), scale, offset, self.offset == "float")
         return (piece - decoded).square_().sum(1, keepdim=True, dtype=torch.float64)
 
 
-def _least_error_ends(piece: torch.Tensor, widest: torch.Tensor, form: _Form) -> torch.Tensor:
+def _least_error_ends(piece: torch.Tensor, widest: torch.Tensor, form: Form) -> torch.Tensor:
     """The ends with the least squared error among those that affine.py documents; the earliest of equals."""
     # Around 0 there is one rounding: 0 + factor * (end - 0).
     centre = (widest[0] + widest[1]) / 2 if form.offset == "float" else torch.zeros_like(widest[0])

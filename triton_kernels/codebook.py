@@ -39,35 +39,90 @@ def codebook_table(codebook: str) -> torch.Tensor:
     return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32)
 
 
-def quantize_codebook(weight: torch.Tensor, codebook: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)] of a float32 tensor.
+def quantize_codebook(
+    weight: torch.Tensor,
+    codebook: str,
+    block_size: int,
+    *,
+    minus: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed codes uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)] of a tensor, or of
+    weight - minus taken in float32; `out` is where to put them.
 
     The code of w is the number of midpoints of neighbouring table entries strictly below w / absmax; a zero block
     takes the code of 0.0. absmax is NaN or Inf exactly where its block holds one: the caller decides what that means.
-    Raises ValueError unless `weight` is contiguous float32 and `block_size` even and positive.
+    Raises ValueError unless the tensors are contiguous float32 or bfloat16 and `block_size` even and positive.
     """
-    if weight.dtype != torch.float32 or not weight.is_contiguous():
-        raise ValueError("weight must be contiguous float32")
+    numel = weight.numel()
+    _check_floats("weight", weight, numel)
+    if minus is not None:
+        _check_floats("minus", minus, numel)
     if block_size < 2 or block_size % 2:
         raise ValueError("block_size must be even and positive")
     table = codebook_table(codebook).to(weight.device)
-    packed, absmax = implementation("codebook", weight.device.type).quantize(weight.view(-1), table, block_size)
-    return packed, absmax
+    if out is None:
+        packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
+        out = packed, torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
+    _check_constants(*out, block_size, numel)
+    flat = None if minus is None else minus.view(-1)
+    implementation("codebook", weight.device.type).quantize(weight.view(-1), flat, table, block_size, *out)
+    return out
 
 
 def dequantize_codebook(
-    packed: torch.Tensor, absmax: torch.Tensor, codebook: str, block_size: int, numel: int
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: str,
+    block_size: int,
+    numel: int,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """float32 [numel]: table[code] * absmax of its block, the inverse of `quantize_codebook`.
+    """`dtype` [numel]: table[code] * absmax of its block in float32, then rounded; the inverse of `quantize_codebook`.
 
     Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
     """
+    _check_constants(packed, absmax, block_size, numel)
+    table = codebook_table(codebook).to(packed.device)
+    values = torch.empty(numel, dtype=dtype, device=packed.device)
+    implementation("codebook", packed.device.type).dequantize(
+        packed.reshape(-1), absmax.reshape(-1), table, block_size, values
+    )
+    return values
+
+
+def codebook_residual(
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: str,
+    block_size: int,
+    dtype: torch.dtype,
+    out: torch.Tensor,
+) -> float:
+    """weight - (what `packed` and `absmax` decode to in `dtype`), taken in float32, into `out`; the sum of its squares
+    before `out`'s dtype rounds them.
+
+    Raises ValueError unless both tensors are contiguous float32 or bfloat16 of one size and the constants fit.
+    """
+    numel = weight.numel()
+    _check_floats("weight", weight, numel)
+    _check_floats("out", out, numel)
+    _check_constants(packed, absmax, block_size, numel)
+    table = codebook_table(codebook).to(weight.device)
+    squares: float = implementation("codebook", weight.device.type).residual(
+        weight.view(-1), packed.view(-1), absmax.view(-1), table, block_size, dtype, out.view(-1)
+    )
+    return squares
+
+
+def _check_floats(name: str, tensor: torch.Tensor, numel: int) -> None:
+    if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_contiguous() or tensor.numel() != numel:
+        raise ValueError(f"{name} must be contiguous float32 or bfloat16 with {numel} elements")
+
+
+def _check_constants(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, numel: int) -> None:
     if packed.dtype != torch.uint8 or packed.numel() != (numel + 1) // 2:
         raise ValueError(f"packed must be uint8 with {(numel + 1) // 2} elements")
     if absmax.dtype != torch.float32 or absmax.numel() != -(-numel // block_size):
         raise ValueError(f"absmax must be float32 with {-(-numel // block_size)} elements")
-    table = codebook_table(codebook).to(packed.device)
-    values: torch.Tensor = implementation("codebook", packed.device.type).dequantize(
-        packed.reshape(-1), absmax.reshape(-1), table, block_size, numel
-    )
-    return values

@@ -7,13 +7,21 @@ import torch
 PIECE_NUMEL = 1 << 18  # 2 MB of float64
 
 
-def sums(weight: torch.Tensor, approximation: torch.Tensor) -> tuple[float, float, float]:
-    """(sum (w - a)^2, sum w^2, max |w - a|) of two flat tensors. See error_stats.py."""
-    squared_error = squared_weight = max_error = 0.0
+def sums(
+    weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor | None
+) -> tuple[float, float, float, float, float]:
+    """The fields of ErrorSums for flat tensors. See error_stats.py."""
+    squared_weight = squared_base = squared_error = max_error = squared_delta = 0.0
     for start in range(0, weight.numel(), PIECE_NUMEL):
-        w = weight[start : start + PIECE_NUMEL].double()
-        difference = w - approximation[start : start + PIECE_NUMEL]
-        squared_error += float(torch.dot(difference, difference))
+        part = slice(start, start + PIECE_NUMEL)
+        w, q = weight[part].double(), decoded[part]
         squared_weight += float(torch.dot(w, w))
+        difference = w - q
+        squared_base += float(torch.dot(difference, difference))
+        if delta is not None:
+            d = delta[part].double()
+            squared_delta += float(torch.dot(d, d))
+            difference = w - (q.float() + delta[part].float())
+            squared_error += float(torch.dot(difference, difference))
         max_error = max(max_error, float(difference.abs().max()))
-    return squared_error, squared_weight, max_error
+    return squared_weight, squared_base, squared_base if delta is None else squared_error, max_error, squared_delta

@@ -7,15 +7,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli.checkpoint.safetensors_file import DTYPES
+from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, tensor_from
 from loftq_cli.errors import StorageError
-from loftq_cli.tensors import OutTensor
+from loftq_cli.tensors import ITEMSIZE, OutTensor
 
 if TYPE_CHECKING:
     import torch
@@ -81,18 +82,32 @@ class SafetensorsWriter:
 
         Raises ValueError when they are not as many as planned.
         """
-        digest = hashlib.sha256()
-        start = position = self._offsets[name]
-        end = start + self._tensors[name].nbytes
+        place = self.place(name)
         for chunk in chunks:
-            if position + len(chunk) > end:
-                raise ValueError(f"{name} has more bytes than planned")
-            self._write_at(position, chunk)
-            digest.update(chunk)
-            position += len(chunk)
-        if position != end:
-            raise ValueError(f"{name} has {position - start} bytes, planned were {end - start}")
-        return digest.hexdigest()
+            place.append(chunk)
+        return place.close()
+
+    def place(self, name: str) -> TensorPlace:
+        """Where a tensor's bytes go, to be filled from its beginning to its end."""
+        start = self._offsets[name]
+        return TensorPlace(name, start, start + self._tensors[name].nbytes, self._write_at)
+
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor as they lie in the file now."""
+        planned = self._tensors[name]
+        shape = rows_shape(planned.shape, start, stop)
+        row_nbytes = math.prod(shape[1:]) * ITEMSIZE[planned.dtype]
+        buffer = bytearray(shape[0] * row_nbytes)
+        view, position = memoryview(buffer), self._offsets[name] + start * row_nbytes
+        try:
+            while view:
+                count = os.preadv(self._fd, [view], position)
+                if not count:
+                    raise StorageError("the file became shorter while it was written", file=self.path)
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise storage_error(error, self.path) from None
+        return tensor_from(buffer, planned.dtype, shape)
 
     def sha256(self, name: str) -> str:
         """The sha256 of the bytes that lie in the file in the tensor's place now."""
@@ -130,6 +145,29 @@ class SafetensorsWriter:
                 view = view[written:]
         except OSError as error:
             raise storage_error(error, self.path) from None
+
+
+class TensorPlace:
+    """The place of one tensor in a file that is being written."""
+
+    def __init__(self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None]) -> None:
+        self._name, self._start, self._position, self._end = name, start, start, end
+        self._write_at, self._digest = write_at, hashlib.sha256()
+
+    def append(self, data: bytes | memoryview) -> None:
+        """The next bytes. Raises ValueError when they are more than planned."""
+        if self._position + len(data) > self._end:
+            raise ValueError(f"{self._name} has more bytes than planned")
+        self._write_at(self._position, data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    def close(self) -> str:
+        """The sha256 of all bytes. Raises ValueError when they are fewer than planned."""
+        if self._position != self._end:
+            found, planned = self._position - self._start, self._end - self._start
+            raise ValueError(f"{self._name} has {found} bytes, planned were {planned}")
+        return self._digest.hexdigest()
 
 
 class OutputFiles:

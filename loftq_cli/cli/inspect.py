@@ -16,6 +16,7 @@ from loftq_cli.metrics import GroupErrors, LayerError, total_error
 from loftq_cli.quant.formats import QuantSpec, size_of, spec_json
 from loftq_cli.report import REPORT_NAME, error_json
 from loftq_cli.tensors import AffineSpec
+from loftq_cli.workers import available_threads
 
 
 def inspect(
@@ -25,6 +26,7 @@ def inspect(
     sort: options.Sort = "name",
     top: options.Top = None,
     fail_above: options.FailAbove = None,
+    threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
     """Report the quantization error of every layer.
@@ -33,15 +35,16 @@ def inspect(
     On a full-precision checkpoint: what quantize would do, and with --try the error that a quant type would give.
     """
     inspection.check_sort_key(sort)
+    threads = threads or available_threads()
     with BaseModel.open(resolve_model(path)) as base:
         if base.quantized or (base.folder / REPORT_NAME).is_file():
             if try_:
                 raise UsageError("--try is for a full-precision checkpoint, and this one is converted", file=base.path)
-            worst = _converted(base, against, sort, top, as_json=as_json)
+            worst = _converted(base, against, sort, top, threads, as_json=as_json)
         else:
             if against:
                 raise UsageError("--against is for a converted directory, and this one is not", file=base.path)
-            worst = _checkpoint(base, tuple(try_ or ()), sort, top, as_json=as_json)
+            worst = _checkpoint(base, tuple(try_ or ()), sort, top, threads, as_json=as_json)
     if fail_above is not None:
         _gate(worst, fail_above)
 
@@ -54,9 +57,9 @@ def _gate(worst: tuple[str, float] | None, limit: float) -> None:
 
 
 def _converted(
-    base: BaseModel, against: str | None, sort: str, top: int | None, *, as_json: bool
+    base: BaseModel, against: str | None, sort: str, top: int | None, threads: int, *, as_json: bool
 ) -> tuple[str, float] | None:
-    found = inspection.inspect_converted(base, resolve_model(against) if against else None)
+    found = inspection.inspect_converted(base, resolve_model(against) if against else None, threads)
     rows = inspection.sorted_rows(found.rows, sort)[:top]
     if as_json:
         totals: dict[str, Any] = {"layers": len(found.rows), "bits_per_weight": found.bits_per_weight}
@@ -117,9 +120,9 @@ def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRo
 
 
 def _checkpoint(
-    base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, *, as_json: bool
+    base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, threads: int, *, as_json: bool
 ) -> tuple[str, float] | None:
-    rows = list(inspection.inspect_checkpoint(base, tries))
+    rows = list(inspection.inspect_checkpoint(base, tries, threads))
     shown = inspection.sorted_tensors(rows, sort)[:top]
     totals = {t: total_error(row.errors[t] for row in rows if t in row.errors) for t in tries}
     if as_json:

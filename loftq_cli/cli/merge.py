@@ -19,6 +19,7 @@ from loftq_cli.merge_report import (
     total_lost,
     total_retention,
 )
+from loftq_cli.workers import available_threads
 
 
 def merge(
@@ -35,6 +36,7 @@ def merge(
     pooling: options.MergePooling = None,
     max_shard_size: options.MaxShardSize = None,
     force: options.Force = False,
+    threads: options.Threads = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
@@ -67,8 +69,9 @@ def merge(
             say(f"note: {note}")
         _print_plan(prepared, as_json=as_json)
         return
+    progress = _Progress(len(prepared.adapter.lora), quiet=quiet)
     outcome = merging.run(
-        prepared, _Progress(len(prepared.adapter.lora), quiet=quiet), overwrite=overwrite, restart=restart
+        prepared, progress, overwrite=overwrite, restart=restart, threads=threads or available_threads()
     )
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")

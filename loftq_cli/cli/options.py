@@ -50,13 +50,16 @@ Rslora = Annotated[
 ]
 Iterations = Annotated[
     int | None,
-    typer.Option(help="Alternations of LoftQ (and of --init residual). [default: 5]", rich_help_panel=_ADAPTER),
+    typer.Option(
+        help="Alternations of LoftQ (and of --init residual). [default: 8, or 5 with another --svd than fast]",
+        rich_help_panel=_ADAPTER,
+    ),
 ]
 Svd = Annotated[
     str | None,
     typer.Option(
         metavar=_one_of(SVD_MODES),
-        help="Low-rank solver: the paper's, subspace iteration, or one within 0.2 % of it. [default: exact]",
+        help="Low-rank solver: subspace iteration, the same within 0.2 % of exact, or the paper's. [default: fast]",
         rich_help_panel=_ADAPTER,
     ),
 ]
@@ -158,6 +161,10 @@ Exclude = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=_RUN)]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result under OUTPUT.", rich_help_panel=_RUN)
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads to compute with. [default: one a processor]", rich_help_panel=_RUN),
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard an interrupted run instead of continuing it.", rich_help_panel=_RUN)

@@ -12,6 +12,7 @@ from loftq_cli.plan import LayerJob, Plan
 from loftq_cli.quant.formats import size_of, spec_json
 from loftq_cli.recipe import recipe_json, recipe_toml, resolve_recipe
 from loftq_cli.report import bits_per_weight, error_json
+from loftq_cli.workers import available_threads
 
 
 def quantize(
@@ -39,6 +40,7 @@ def quantize(
     max_shard_size: options.MaxShardSize = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    threads: options.Threads = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
@@ -89,7 +91,14 @@ def quantize(
             for job in conversion.plan.copies:
                 say(f"copied: {job.name} ({job.reason})")
     with ConversionProgress(len(conversion.plan.layers), quiet=quiet, verbose=verbose) as progress:
-        outcome = convert.run(conversion, progress, overwrite=overwrite, restart=restart, verify=not no_verify)
+        outcome = convert.run(
+            conversion,
+            progress,
+            overwrite=overwrite,
+            restart=restart,
+            verify=not no_verify,
+            threads=threads or available_threads(),
+        )
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
     _print_outcome(conversion.plan, outcome, as_json=as_json)

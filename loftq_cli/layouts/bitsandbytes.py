@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import LAYOUTS, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
+from loftq_cli.layouts.layout import LAYOUTS, CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of
 from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, CodebookTensor, NestedAbsmax, OutTensor
 
@@ -76,10 +76,9 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
     from loftq_cli.triton_kernels.codebook import codebook_table
 
     name, absmax = matrix.name, quantized.absmax
-    tensors = {
-        name: quantized.packed.view(-1, 1),
-        f"{name}.quant_map": codebook_table(quantized.spec.codebook),
-    }
+    tensors = {f"{name}.quant_map": codebook_table(quantized.spec.codebook)}
+    if quantized.packed.numel():
+        tensors[name] = quantized.packed.view(-1, 1)
     offset = 0.0
     if isinstance(absmax, NestedAbsmax):
         offset = float(absmax.offset)
@@ -91,6 +90,17 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
     state = _state(matrix, offset)
     tensors[f"{name}{STATE_PREFIX}{quantized.spec.codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
     return tensors
+
+
+def code_rows(matrix: StoredMatrix) -> CodeRows:
+    """Two weights a byte, a byte a row."""
+    columns = matrix.shape[1]
+    return CodeRows(
+        name=matrix.name,
+        span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
+        pack=lambda codes: codes.view(-1, 1),
+        unpack=lambda stored: stored.view(-1),
+    )
 
 
 def quantized_names(stored: StoredTensors) -> list[str]:
@@ -125,7 +135,7 @@ def parts(name: str) -> tuple[str, ...]:
     return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
 
 
-def unpack(matrix: StoredMatrix, stored: StoredTensors) -> CodebookTensor:
+def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> CodebookTensor:
     """The weight of a checked `matrix`. Raises InputError when its table is not that of its quant_type."""
     import torch
 
@@ -145,7 +155,8 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors) -> CodebookTensor:
             load(f"{name}.nested_quant_map"),
             torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
         )
-    return CodebookTensor(load(name).view(-1), absmax, spec, matrix.shape, matrix.dtype)
+    packed = load(name).view(-1) if has_codes else torch.empty(0, dtype=torch.uint8)
+    return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
 
 
 def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:

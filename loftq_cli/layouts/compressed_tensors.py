@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts import grouped
-from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.layout import CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
 from loftq_cli.tensors import AffineSpec, AffineTensor, OutTensor
@@ -53,13 +53,19 @@ def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Te
 
     affine, name = cast(AffineTensor, quantized), matrix.name
     tensors = {
-        f"{name}_packed": pack_rows(affine.codes, affine.spec.bits),
         f"{name}_scale": affine.scales,
         f"{name}_shape": torch.tensor(matrix.shape, dtype=torch.int64),
     }
+    if len(affine.codes):
+        tensors[f"{name}_packed"] = code_rows(matrix).pack(affine.codes)
     if affine.zero_points is not None:
         tensors[f"{name}_zero_point"] = pack_rows(affine.zero_points.T, affine.spec.bits).T.contiguous()
     return tensors
+
+
+def code_rows(matrix: StoredMatrix) -> CodeRows:
+    """A row of words for every row of the matrix."""
+    return grouped.word_rows(f"{matrix.name}_packed", matrix)
 
 
 def quantized_names(stored: StoredTensors) -> list[str]:
@@ -108,15 +114,18 @@ def parts(name: str) -> tuple[str, ...]:
     return tuple(f"{name}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
 
 
-def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
+def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
     """The inverse of `pack`."""
+    import torch
+
     from loftq_cli.triton_kernels.packing import unpack_rows
 
-    spec, name, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.name, matrix.shape
-    codes = unpack_rows(stored.load(f"{name}_packed"), spec.bits, in_features)
+    spec, name = cast(AffineSpec, matrix.spec), matrix.name
+    packed = stored.load(f"{name}_packed") if has_codes else torch.empty((0, 0), dtype=torch.int32)
+    codes = code_rows(matrix).unpack(packed)
     zero_points = None
     if not spec.symmetric:
-        zero_points = unpack_rows(stored.load(f"{name}_zero_point").T, spec.bits, out_features).T.contiguous()
+        zero_points = unpack_rows(stored.load(f"{name}_zero_point").T, spec.bits, matrix.shape[0]).T.contiguous()
     return AffineTensor(codes, stored.load(f"{name}_scale"), zero_points, None, spec, matrix.dtype)
 
 

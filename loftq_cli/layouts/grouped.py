@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
+from loftq_cli.layouts.layout import (
+    SMALLER_GROUPS,
+    CodeRows,
+    Fit,
+    ModelFacts,
+    StoredMatrix,
+    StoredTensors,
+    kept_modules,
+)
 from loftq_cli.layouts.stored_parts import check_part, file_of, whole_number
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
 from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, OutTensor
@@ -65,6 +73,29 @@ def kept_names(facts: ModelFacts) -> list[str]:
     return [name for name in kept_modules(facts) if not name.startswith("^")]
 
 
+def word_rows(name: str, matrix: StoredMatrix, *, is_unsigned: bool = False) -> CodeRows:
+    """Codes in 32-bit words along the row, in the tensor called `name`."""
+    bits, columns = cast(AffineSpec, matrix.spec).bits, matrix.shape[1]
+
+    def pack(codes: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from loftq_cli.triton_kernels.packing import pack_rows
+
+        return pack_rows(codes, bits).view(torch.uint32 if is_unsigned else torch.int32)
+
+    def unpack(stored: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from loftq_cli.triton_kernels.packing import unpack_rows
+
+        if not len(stored):
+            return torch.empty((0, columns), dtype=torch.uint8)
+        return unpack_rows(stored.view(torch.int32), bits, columns)
+
+    return CodeRows(name, lambda part: part, pack, unpack)
+
+
 @dataclass(frozen=True)
 class FloatOffsets:
     """The reading and writing side of a container whose groups have a float offset: codes in 32-bit words along the
@@ -96,14 +127,15 @@ class FloatOffsets:
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
         """The tensors of `planned`, filled."""
-        import torch
-
-        from loftq_cli.triton_kernels.packing import pack_rows
-
         affine = cast(AffineTensor, quantized)
         assert affine.biases is not None  # the table asks for float zero points
-        words = pack_rows(affine.codes, affine.spec.bits).view(torch.uint32)
-        return dict(zip(self.parts(matrix.name), (words, affine.scales, affine.biases), strict=True))
+        codes, scales, biases = self.parts(matrix.name)
+        tensors = {scales: affine.scales, biases: affine.biases}
+        return {codes: self.code_rows(matrix).pack(affine.codes), **tensors} if len(affine.codes) else tensors
+
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows:
+        """A row of words for every row of the matrix."""
+        return word_rows(matrix.name, matrix, is_unsigned=True)
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
         """Names of the weights that have biases beside them."""
@@ -132,12 +164,11 @@ class FloatOffsets:
         module = name.removesuffix("weight")
         return name, f"{module}scales", module + self.biases
 
-    def unpack(self, matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
         """The inverse of `pack`."""
         import torch
 
-        from loftq_cli.triton_kernels.packing import unpack_rows
-
-        spec, (words, scales, biases) = cast(AffineSpec, matrix.spec), map(stored.load, self.parts(matrix.name))
-        codes = unpack_rows(words.view(torch.int32), spec.bits, matrix.shape[1])
-        return AffineTensor(codes, scales, None, biases, spec, matrix.dtype)
+        spec, (words, scales, biases) = cast(AffineSpec, matrix.spec), self.parts(matrix.name)
+        packed = stored.load(words) if has_codes else torch.empty((0, 0), dtype=torch.uint32)
+        codes = self.code_rows(matrix).unpack(packed)
+        return AffineTensor(codes, stored.load(scales), None, stored.load(biases), spec, matrix.dtype)

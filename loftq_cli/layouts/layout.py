@@ -80,7 +80,7 @@ class StoredTensors:
     refs     every stored tensor, as the headers have it
     config   config.json, its quantization_config included; empty where there is none
     dtype    what the model computes in
-    load     a stored tensor by its name; raw, the bytes of a small one, without torch
+    load     a stored tensor by its name; load_rows, some rows of it; raw, the bytes of a small one, without torch
     path     what to name in an error about the whole
     """
 
@@ -88,12 +88,30 @@ class StoredTensors:
     config: Mapping[str, Any]
     dtype: str
     load: Callable[[str], torch.Tensor]
+    load_rows: Callable[[str, int, int], torch.Tensor]
     raw: Callable[[str], bytes]
     path: Path
 
 
+@dataclass(frozen=True, slots=True)
+class CodeRows:
+    """Where a container holds the codes of a matrix row after row, so that a few can be written and read alone.
+
+    name     of the tensor that holds them
+    span     which rows of that tensor hold some rows of the matrix
+    pack     codes as a quantizer gives them -> rows of the tensor; unpack, the inverse
+    """
+
+    name: str
+    span: Callable[[slice], slice]
+    pack: Callable[[torch.Tensor], torch.Tensor]
+    unpack: Callable[[torch.Tensor], torch.Tensor]
+
+
 class Layout(Protocol):
-    """The functions of a module in LAYOUTS. Those that read are missing where nothing is quantized on disk."""
+    """The functions of a module in LAYOUTS. Those that read are missing where nothing is quantized on disk, and
+    `code_rows` where codes do not lie row after row.
+    """
 
     QUANTIZED_ON_DISK: bool
 
@@ -106,7 +124,11 @@ class Layout(Protocol):
         ...
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors to write, by name."""
+        """The tensors to write, by name; without the codes where `quantized` holds none."""
+        ...
+
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows:
+        """Where the codes are."""
         ...
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
@@ -130,9 +152,9 @@ class Layout(Protocol):
         """Every tensor name that can belong to the matrix called `name`."""
         ...
 
-    def unpack(self, matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
-        """The inverse of `pack`, for a matrix that `stored_matrix` gave. Raises InputError for numbers that no
-        quantizer writes.
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
+        """The inverse of `pack`, for a matrix that `stored_matrix` gave; without its codes on demand, where there are
+        `code_rows`. Raises InputError for numbers that no quantizer writes.
         """
         ...
 
@@ -205,3 +227,9 @@ def load_layout(name: str) -> Layout:
 def default_layout(quant_type: str) -> str:
     """The container that a number format is written in when none is named."""
     return next(name for name, row in LAYOUTS.items() if quant_type in row.quant_types)
+
+
+def code_rows(layout: str, matrix: StoredMatrix) -> CodeRows | None:
+    """Where the container called `layout` holds the codes of `matrix`; None where not row after row."""
+    container = load_layout(layout)
+    return None if matrix.transposed or not hasattr(container, "code_rows") else container.code_rows(matrix)

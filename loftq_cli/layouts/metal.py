@@ -20,7 +20,7 @@ def _settings(stored: StoredTensors) -> Mapping[str, Any]:
 
 
 _OFFSETS = grouped.FloatOffsets("metal", "qbiases", _settings)
-fit, planned, pack = _OFFSETS.fit, _OFFSETS.planned, _OFFSETS.pack
+fit, planned, pack, code_rows = _OFFSETS.fit, _OFFSETS.planned, _OFFSETS.pack, _OFFSETS.code_rows
 quantized_names, stored_matrix, parts, unpack = (
     _OFFSETS.quantized_names,
     _OFFSETS.stored_matrix,

@@ -4,62 +4,90 @@ adapter does not hold, fit the adapter to what quantization lost, repeat. Everyt
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 
+from loftq_cli.lowrank import product_dtype
 from loftq_cli.methods.method import Initialization
-from loftq_cli.metrics import adapter_delta, relative
+from loftq_cli.metrics import delta_rows, relative
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
+from loftq_cli.rows import Rows, slabs
 from loftq_cli.tensors import LoraPair
 from loftq_cli.triton_kernels.error_stats import error_stats
+from loftq_cli.workers import SERIAL, Workers
 
-
-@dataclass(frozen=True, slots=True)
-class _Iterate:
-    """One iteration: the base, its adapter, s·B·A of it, and the relative errors without and with it."""
-
-    quantized: QuantizedTensor
-    pair: LoraPair
-    delta: torch.Tensor
-    base_error: float
-    error: float
+# The best adapter of a residual [out, in], and by how much it lowers the squared error.
+Fit = Callable[[torch.Tensor], tuple[LoraPair, float]]
 
 
 def alternate(
-    weight: torch.Tensor, quantizer: Quantizer, fit: Callable[[torch.Tensor], LoraPair], iterations: int
+    weight: Rows,
+    quantizer: Quantizer,
+    fit: Fit,
+    iterations: int,
+    dtype: torch.dtype,
+    workers: Workers = SERIAL,
 ) -> Initialization:
-    """The best of `iterations` alternations by ||W − dequant(Q) − s·B·A||; `fit` gives the best adapter of a residual.
+    """The best of `iterations` alternations by ||W − dequant(Q) − s·B·A||; the residual is held in `dtype`.
 
     Where a step would raise the error, as the ranges of integer formats can at 2 bits, the groups that quantizing again
-    takes away from their target stay as they were: then no step raises it. Peak memory: four float32 matrices of the
-    size of `weight`.
+    takes away from their target stay as they were: then no step raises it. The errors of the iterations are those of
+    an adapter in float32, and good to four digits where the residual is bfloat16. Peak memory: the residual, and the
+    quantized matrix twice.
     """
-    current = _iterate(weight, quantizer, quantizer.quantize(weight), fit)
-    best = Initialization(current.quantized, current.pair, current.base_error, (), 1)
-    errors = [current.error]
+    loop = _Alternation(weight, quantizer, fit, dtype, workers)
+    squared_weight = loop.squared_weight()
+    current = loop.step(quantizer.quantize(weight, workers=workers))
+    best = Initialization(current.quantized, current.pair, relative(current.squared_base_error, squared_weight), (), 1)
+    squared_errors = [current.squared_error]
     for iteration in range(2, iterations + 1):
-        target = weight - current.delta
-        previous, last_error = current.quantized, current.error
-        del current  # its matrix of s·B·A is not needed beside the next one
-        new = quantizer.quantize(target)
-        current = _iterate(weight, quantizer, new, fit)
-        if current.error > last_error and (kept := quantizer.keep_nearer(target, previous, new)) is not new:
-            current = _iterate(weight, quantizer, kept, fit)
-        if current.error < min(errors):
+        previous, update = current, loop.update(current.pair)
+        current = loop.step(quantizer.quantize(weight, minus=update, workers=workers))
+        if current.squared_error > previous.squared_error and quantizer.keep_nearer(
+            weight, update, previous.quantized, current.quantized, workers=workers
+        ):
+            current = loop.step(current.quantized)
+        if current.squared_error < min(squared_errors):
             best = replace(best, quantized=current.quantized, lora=current.pair, best_iteration=iteration)
-        errors.append(current.error)
-    return replace(best, iteration_errors=tuple(errors))
+        squared_errors.append(current.squared_error)
+    return replace(best, iteration_errors=tuple(relative(error, squared_weight) for error in squared_errors))
 
 
-def _iterate(
-    weight: torch.Tensor, quantizer: Quantizer, quantized: QuantizedTensor, fit: Callable[[torch.Tensor], LoraPair]
-) -> _Iterate:
-    dequantized = quantizer.dequantize(quantized)
-    base = error_stats(weight, dequantized)
-    pair = fit(weight - dequantized)
-    delta = adapter_delta(pair)
-    sums = error_stats(weight, dequantized.add_(delta))
-    errors = (relative(x.squared_error, x.squared_weight) for x in (base, sums))
-    return _Iterate(quantized, pair, delta, *errors)
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One iteration: the base, its adapter, and ||W − dequant(Q)||² without and with it."""
+
+    quantized: QuantizedTensor
+    pair: LoraPair
+    squared_base_error: float
+    squared_error: float
+
+
+class _Alternation:
+    """What all steps share: above all, the memory of the residual."""
+
+    def __init__(self, weight: Rows, quantizer: Quantizer, fit: Fit, dtype: torch.dtype, workers: Workers) -> None:
+        self._weight, self._quantizer, self._fit, self._workers = weight, quantizer, fit, workers
+        self._residual = torch.empty(weight.shape, dtype=dtype)
+
+    def step(self, quantized: QuantizedTensor) -> _Step:
+        """A quantized matrix with the adapter of what it lost."""
+        squared = self._quantizer.residual(self._weight, quantized, self._residual, workers=self._workers)
+        pair, gain = self._fit(self._residual)
+        return _Step(quantized, pair, squared, max(squared - gain, 0.0))
+
+    def update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
+        """What gives rows of s·B·A."""
+        return delta_rows(pair, product_dtype(self._residual.dtype))
+
+    def squared_weight(self) -> float:
+        """||W||²."""
+
+        def squares(part: slice) -> float:
+            rows = self._weight.rows(part)
+            return error_stats(rows, rows).squared_weight
+
+        return math.fsum(self._workers.map(squares, slabs(self._weight.shape)))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
-from loftq_cli.lowrank import Solver, make_solver
+from loftq_cli.lowrank import Solver, is_exact, make_solver, squared_gain
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization
 from loftq_cli.quant.formats import Quantizer
+from loftq_cli.rows import Rows
 from loftq_cli.tensors import LoraPair, LoraSpec
+from loftq_cli.workers import SERIAL, Workers
+
+_SMALL_NUMEL = 1 << 16  # weights below which a product costs less than calling it
 
 
 def initialize(
-    weight: torch.Tensor,
+    weight: Rows,
     quantizer: Quantizer,
     lora: LoraSpec,
     *,
@@ -22,21 +27,29 @@ def initialize(
     svd: str,
     init: str | None,
     generator: torch.Generator,
+    sink: Callable[[slice, torch.Tensor], None] | None = None,
+    workers: Workers = SERIAL,
 ) -> Initialization:
     """The best of `iterations` alternations; see `alternate`.
 
     The loop sees what will be stored: constants after double quantization and in their dtype, lora_A and lora_B in
     theirs, and the scaling divided out of them.
     """
-    del init
-    solve = make_solver(svd, lora.rank, tuple(weight.shape), generator)
-    return alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, solve), iterations)
+    del init, sink
+    solve = make_solver(svd, lora.rank, weight.shape, generator, workers)
+    # A bfloat16 residual changes what iteration finds by less than it misses anyway, and takes half the memory.
+    is_small = math.prod(weight.shape) <= _SMALL_NUMEL or is_exact(svd, lora.rank, weight.shape)
+    dtype = torch.float32 if is_small else torch.bfloat16
+    return alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, solve), iterations, dtype, workers)
 
 
-def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver) -> LoraPair:
-    """The adapter with s·B·A = the rank-r approximation of `residual` that `solve` finds, in the adapter's dtype."""
+def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver) -> tuple[LoraPair, float]:
+    """The adapter with s·B·A = the rank-r approximation of `residual` that `solve` finds, in the adapter's dtype, and
+    by how much it lowers the squared error.
+    """
     left, right = solve(residual)
     # Both public implementations fit B·A and forget s, which most loaders then multiply by: the gain is lost.
     root = math.sqrt(lora.scaling)
     dtype = getattr(torch, lora.dtype)
-    return LoraPair(lora_A=(right / root).to(dtype), lora_B=(left / root).to(dtype), scaling=lora.scaling)
+    pair = LoraPair(lora_A=(right / root).to(dtype), lora_B=(left / root).to(dtype), scaling=lora.scaling)
+    return pair, squared_gain(left, right)

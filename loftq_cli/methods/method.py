@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
+from loftq_cli.rows import Rows
 from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
+from loftq_cli.workers import SERIAL, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -18,16 +21,17 @@ if TYPE_CHECKING:
 class Initialization:
     """What a method makes of one weight.
 
-    quantization_error   relative Frobenius error of quantizing W alone, once: what any adapter has to start from
+    quantization_error   relative Frobenius error of quantizing W alone, once: what any adapter has to start from; None
+                         where `quantized` is just that
     iteration_errors     relative Frobenius error with the adapter after each iteration; empty where nothing iterates
     best_iteration       which of them is returned, counted from 1; 0 where nothing iterates
     """
 
     quantized: QuantizedTensor
     lora: LoraPair
-    quantization_error: float
-    iteration_errors: tuple[float, ...]
-    best_iteration: int
+    quantization_error: float | None = None
+    iteration_errors: tuple[float, ...] = ()
+    best_iteration: int = 0
 
 
 class Method(Protocol):
@@ -35,7 +39,7 @@ class Method(Protocol):
 
     def __call__(
         self,
-        weight: torch.Tensor,
+        weight: Rows,
         quantizer: Quantizer,
         lora: LoraSpec,
         *,
@@ -43,8 +47,12 @@ class Method(Protocol):
         svd: str,
         init: str | None,
         generator: torch.Generator,
+        sink: Callable[[slice, torch.Tensor], None] | None = None,
+        workers: Workers = SERIAL,
     ) -> Initialization:
-        """`weight` is float32 [out, in]; random draws come from `generator` alone."""
+        """Of a weight [out, in]; random draws come from `generator` alone. `sink` gets the codes instead of the result,
+        of a method that looks at each row once.
+        """
         ...
 
 
@@ -57,6 +65,7 @@ class MethodEntry:
     """One row of the table.
 
     adapter_dir          LoftQ's models on the hub keep their adapter in "loftq_init"; QLoRA follows
+    iterates             whether --iterations means something; else each row is looked at once
     nbytes_per_weight    peak memory for each weight of a matrix, measured
     exact_nbytes         what an exact SVD adds for each weight, and for each entry of the smaller Gram matrix
     """
@@ -64,6 +73,7 @@ class MethodEntry:
     module: str
     adapter_dir: str
     summary: str
+    iterates: bool
     nbytes_per_weight: int
     exact_nbytes: tuple[int, int] = (0, 0)
 
@@ -73,20 +83,23 @@ METHODS: dict[str, MethodEntry] = {
         module="loftq_cli.methods.loftq",
         adapter_dir="loftq_init",
         summary="adapter fitted to the quantization error (arXiv 2310.08659)",
-        nbytes_per_weight=21,
+        iterates=True,
+        nbytes_per_weight=9,
         exact_nbytes=(8, 32),
     ),
     "qalora": MethodEntry(
         module="loftq_cli.methods.qalora",
         adapter_dir="qalora_init",
         summary="adapter over pooled inputs that merges into the zero points (arXiv 2309.14717)",
-        nbytes_per_weight=23,
+        iterates=True,
+        nbytes_per_weight=10,
     ),
     "qlora": MethodEntry(
         module="loftq_cli.methods.qlora",
         adapter_dir="qlora_init",
         summary="adapter that starts at zero (arXiv 2305.14314)",
-        nbytes_per_weight=16,
+        iterates=False,
+        nbytes_per_weight=5,
     ),
 }
 
@@ -97,14 +110,14 @@ def load_method(name: str) -> Method:
     return method
 
 
-def zero_adapter(weight: torch.Tensor, lora: LoraSpec, generator: torch.Generator) -> LoraPair:
+def zero_adapter(shape: tuple[int, int], lora: LoraSpec, generator: torch.Generator) -> LoraPair:
     """lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√inputs), lora_B zero: it adds nothing yet.
 
-    weight: [out, in]; lora_A has a column for every input, or for every pooled group of inputs.
+    shape: [out, in] of the weight; lora_A has a column for every input, or for every pooled group of inputs.
     """
     import torch
 
-    out_features, inputs = weight.shape[0], weight.shape[1] // lora.group_size
+    out_features, inputs = shape[0], shape[1] // lora.group_size
     bound, dtype = 1.0 / math.sqrt(inputs), getattr(torch, lora.dtype)
     lora_A = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
     return lora_pair(lora_A.to(dtype), torch.zeros(out_features, lora.rank, dtype=dtype), lora.scaling, lora.pooling)

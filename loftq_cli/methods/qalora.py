@@ -7,21 +7,22 @@ Beyond the paper, the adapter can start holding the part of the quantization err
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from loftq_cli.lowrank import Solver, make_solver
+from loftq_cli.lowrank import Solver, make_solver, squared_gain
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization, zero_adapter
-from loftq_cli.metrics import relative
 from loftq_cli.quant.formats import Quantizer
+from loftq_cli.rows import Rows, slabs
 from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
-from loftq_cli.triton_kernels.error_stats import error_stats
+from loftq_cli.workers import SERIAL, Workers
 
 
 def initialize(
-    weight: torch.Tensor,
+    weight: Rows,
     quantizer: Quantizer,
     lora: LoraSpec,
     *,
@@ -29,35 +30,44 @@ def initialize(
     svd: str,
     init: str | None,
     generator: torch.Generator,
+    sink: Callable[[slice, torch.Tensor], None] | None = None,
+    workers: Workers = SERIAL,
 ) -> Initialization:
     """Standard: Q = quantize(W), and the adapter of QLoRA over pooled inputs. Residual: the best of `iterations`
     alternations with the best adapter of this form, or the standard start where none is better.
     """
-    start = zero_adapter(weight, lora, generator)
+    del sink
+    start = zero_adapter(weight.shape, lora, generator)
     if init == "residual":
         means = (weight.shape[0], weight.shape[1] // lora.group_size)
-        solve = make_solver(svd, min(lora.rank, *means), means, generator)
-        found = alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, start, solve), iterations)
-        if min(found.iteration_errors) < found.quantization_error:
+        solve = make_solver(svd, min(lora.rank, *means), means, generator, workers)
+        dtype = torch.float32 if svd == "exact" else torch.bfloat16
+        found = alternate(
+            weight, quantizer, lambda residual: fit_adapter(residual, lora, start, solve), iterations, dtype, workers
+        )
+        if found.quantization_error is None or min(found.iteration_errors) < found.quantization_error:
             return found
-        return replace(found, quantized=quantizer.quantize(weight), lora=start, best_iteration=0)
-    quantized = quantizer.quantize(weight)
-    sums = error_stats(weight, quantizer.dequantize(quantized))
-    return Initialization(quantized, start, relative(sums.squared_error, sums.squared_weight), (), 0)
+        return replace(found, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)
+    quantized = quantizer.quantize(weight, workers=workers)
+    return Initialization(quantized, start)
 
 
-def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: Solver) -> LoraPair:
-    """The pooled adapter that leaves the least of `residual` [out, in], balanced, in the adapter's dtype.
+def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: Solver) -> tuple[LoraPair, float]:
+    """The pooled adapter that leaves the least of `residual` [out, in], balanced, in the adapter's dtype; and by how
+    much it lowers the squared error.
 
     ||R − Δ||² = ||R − mean(R)||² + group_size · ||mean(R) − U||² for Δ that is U[o, k] in all of group k, so U is the
     best rank-r approximation of the group means. Rank beyond that of the means keeps the rows of `start`, lora_B zero.
     """
     out_features = residual.shape[0]
-    means = residual.view(out_features, -1, lora.group_size).mean(dim=2)  # [out, groups]
+    means = torch.empty(out_features, residual.shape[1] // lora.group_size)
+    for part in slabs((out_features, residual.shape[1])):
+        means[part] = residual[part].float().view(-1, means.shape[1], lora.group_size).mean(dim=2)
     left, right = solve(means)
     rank = left.shape[1]
     root = math.sqrt(start.scaling)
     lora_A, lora_B = start.lora_A.float().clone(), torch.zeros(out_features, lora.rank)
     lora_A[:rank], lora_B[:, :rank] = right / root, left / root
     dtype = getattr(torch, lora.dtype)
-    return lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
+    pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
+    return pair, lora.group_size * squared_gain(left, right)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from loftq_cli.methods.method import Initialization, zero_adapter
-from loftq_cli.metrics import relative
 from loftq_cli.quant.formats import Quantizer
+from loftq_cli.rows import Rows
 from loftq_cli.tensors import LoraSpec
-from loftq_cli.triton_kernels.error_stats import error_stats
+from loftq_cli.workers import SERIAL, Workers
 
 
 def initialize(
-    weight: torch.Tensor,
+    weight: Rows,
     quantizer: Quantizer,
     lora: LoraSpec,
     *,
@@ -20,10 +22,10 @@ def initialize(
     svd: str,
     init: str | None,
     generator: torch.Generator,
+    sink: Callable[[slice, torch.Tensor], None] | None = None,
+    workers: Workers = SERIAL,
 ) -> Initialization:
     """Q = quantize(W); lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√in), lora_B zero."""
     del iterations, svd, init
-    quantized = quantizer.quantize(weight)
-    sums = error_stats(weight, quantizer.dequantize(quantized))
-    pair = zero_adapter(weight, lora, generator)
-    return Initialization(quantized, pair, relative(sums.squared_error, sums.squared_weight), (), 0)
+    quantized = quantizer.quantize(weight, sink=sink, workers=workers)
+    return Initialization(quantized, zero_adapter(weight.shape, lora, generator))

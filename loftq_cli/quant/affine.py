@@ -5,13 +5,17 @@ computes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from loftq_cli.errors import NumericError
+from loftq_cli.rows import STREAMED_NUMEL, Rows, plain, slabs
 from loftq_cli.tensors import AffineSpec, AffineTensor
-from loftq_cli.triton_kernels.affine import dequantize_affine, quantize_affine
+from loftq_cli.triton_kernels.affine import AffineGroups, dequantize_affine, quantize_affine
+from loftq_cli.triton_kernels.error_stats import error_stats
+from loftq_cli.workers import SERIAL, Workers
 
 _SLAB_NUMEL = 1 << 20  # float64 elements compared at once: 8 MB
 
@@ -24,64 +28,146 @@ class AffineQuantizer:
     dtype: str
     ranges: str = "minmax"
 
-    def quantize(self, weight: torch.Tensor) -> AffineTensor:
-        """The codes and constants of a float32 [out, in] matrix, exactly as they will be stored.
+    def quantize(
+        self,
+        weight: Rows,
+        *,
+        minus: Callable[[slice], torch.Tensor] | None = None,
+        sink: Callable[[slice, torch.Tensor], None] | None = None,
+        workers: Workers = SERIAL,
+    ) -> AffineTensor:
+        """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
 
+        With `sink`, that gets the codes [rows, in] a few rows at a time, in order, and the result holds none.
         Raises NumericError when a weight is NaN or infinite, or a scale overflows its dtype.
         """
         spec = self.spec
-        groups = quantize_affine(
-            weight,
-            spec.bits,
-            spec.group_size,
-            symmetric=spec.symmetric,
-            scale_dtype=spec.scale_dtype,
-            zero_point=spec.zero_point,
-            ranges=self.ranges,
-        )
-        # A group's constants are non-finite exactly when one of its weights is, or they overflow.
-        constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
-        if not all(bool(torch.isfinite(constant).all()) for constant in constants):
-            if not bool(torch.isfinite(weight).all()):
-                raise NumericError("holds NaN or infinite values")
-            raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
-        return AffineTensor(groups.codes, groups.scales, groups.zero_points, groups.biases, spec, self.dtype)
 
-    def keep_nearer(self, weight: torch.Tensor, previous: AffineTensor, new: AffineTensor) -> AffineTensor:
-        """Each group of float32 [out, in] as it is in `previous` or in `new`, whichever is nearer to it."""
-        keep = self._group_errors(weight, previous) < self._group_errors(weight, new)  # [out, in / group_size]
-        wide = keep.repeat_interleave(self.spec.group_size, dim=1)
+        def encode(part: slice) -> AffineGroups:
+            target = _target(weight, minus, part)
+            groups = quantize_affine(
+                target,
+                spec.bits,
+                spec.group_size,
+                symmetric=spec.symmetric,
+                scale_dtype=spec.scale_dtype,
+                zero_point=spec.zero_point,
+                ranges=self.ranges,
+            )
+            # A group's constants are non-finite exactly when one of its weights is, or they overflow.
+            constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
+            if not all(bool(torch.isfinite(constant).all()) for constant in constants):
+                if not bool(torch.isfinite(target).all()):
+                    raise NumericError("holds NaN or infinite values")
+                raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
+            return groups
 
-        def chosen(old: torch.Tensor | None, fresh: torch.Tensor | None) -> torch.Tensor | None:
-            return None if old is None or fresh is None else torch.where(keep, old, fresh)
+        groups_shape = (weight.shape[0], weight.shape[1] // spec.group_size)
+        scale_dtype = getattr(torch, spec.scale_dtype)
+        codes = torch.empty((0, weight.shape[1]) if sink else weight.shape, dtype=torch.uint8)
+        scales = torch.empty(groups_shape, dtype=scale_dtype)
+        has_zeros, has_biases = spec.zero_point == "int" and not spec.symmetric, spec.zero_point == "float"
+        zero_points = torch.empty(groups_shape, dtype=torch.uint8) if has_zeros else None
+        biases = torch.empty(groups_shape, dtype=scale_dtype) if has_biases else None
+        parts = slabs(weight.shape, weight.multiple, STREAMED_NUMEL)
+        for part, groups in zip(parts, workers.map(encode, parts), strict=True):
+            if sink:
+                sink(part, groups.codes)
+            else:
+                codes[part] = groups.codes
+            scales[part] = groups.scales
+            if zero_points is not None and groups.zero_points is not None:
+                zero_points[part] = groups.zero_points
+            if biases is not None and groups.biases is not None:
+                biases[part] = groups.biases
+        return AffineTensor(codes, scales, zero_points, biases, spec, self.dtype)
 
-        return AffineTensor(
-            codes=torch.where(wide, previous.codes, new.codes),
-            scales=torch.where(keep, previous.scales, new.scales),
-            zero_points=chosen(previous.zero_points, new.zero_points),
-            biases=chosen(previous.biases, new.biases),
-            spec=self.spec,
-            dtype=self.dtype,
-        )
+    def residual(self, weight: Rows, quantized: AffineTensor, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:
+        """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
+        decoded = self.decoded(quantized)
 
-    def _group_errors(self, weight: torch.Tensor, quantized: AffineTensor) -> torch.Tensor:
-        """Squared error of each group in units of the largest weight, float32 [out, in / group_size]."""
-        out_features, in_features = weight.shape
-        shape = (out_features, in_features // self.spec.group_size, self.spec.group_size)
-        largest = weight.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # a square of it could overflow
-        return self.dequantize(quantized).sub_(weight).div_(largest).square_().view(shape).sum(dim=2)
+        def subtract(part: slice) -> float:
+            difference = weight.rows(part).float() - decoded.rows(part)
+            out[part] = difference
+            return error_stats(difference, difference).squared_weight
+
+        return sum(workers.map(subtract, slabs(weight.shape, weight.multiple, STREAMED_NUMEL)))
+
+    def keep_nearer(
+        self,
+        weight: Rows,
+        minus: Callable[[slice], torch.Tensor],
+        previous: AffineTensor,
+        new: AffineTensor,
+        *,
+        workers: Workers = SERIAL,
+    ) -> bool:
+        """Make each group of `new` as it is in `previous`, where that is nearer to the matrix minus what `minus` gives
+        of its rows.
+        """
+        size = self.spec.group_size
+        olds, news = self.decoded(previous), self.decoded(new)
+
+        def choose(part: slice) -> None:
+            target = _target(weight, minus, part)
+            largest = target.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # a square of it could overflow
+            squared_errors = [
+                (decoded.rows(part).float() - target).div_(largest).square_().view(len(target), -1, size).sum(dim=2)
+                for decoded in (olds, news)
+            ]
+            keep = squared_errors[0] < squared_errors[1]  # [rows, in / group_size]
+            pairs = [(previous.scales, new.scales), (previous.zero_points, new.zero_points)]
+            for old, fresh in [*pairs, (previous.biases, new.biases)]:
+                if old is not None and fresh is not None:
+                    fresh[part] = torch.where(keep, old[part], fresh[part])
+            wide = keep.repeat_interleave(size, dim=1)
+            new.codes[part] = torch.where(wide, previous.codes[part], new.codes[part])
+
+        workers.each(choose, slabs(weight.shape, weight.multiple, STREAMED_NUMEL))
+        return True
+
+    def decoded(self, quantized: AffineTensor, codes: Callable[[slice], torch.Tensor] | None = None) -> DecodedGroups:
+        """The matrix that a loader computes, rounded to the dtype it decodes to.
+
+        `codes` gives those of some rows where `quantized` holds none.
+        """
+        return DecodedGroups(quantized, codes)
 
     def dequantize(self, quantized: AffineTensor) -> torch.Tensor:
-        """float32 [out, in], rounded to the dtype that the loader decodes to."""
+        """The whole of `decoded` as float32 [out, in]."""
+        return self.decoded(quantized).rows(slice(0, quantized.scales.shape[0])).float()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedGroups:
+    """The values of a quantized matrix by rows. See `loftq_cli.rows`."""
+
+    quantized: AffineTensor
+    codes: Callable[[slice], torch.Tensor] | None = None
+    multiple: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, groups = self.quantized.scales.shape
+        return rows, groups * self.quantized.spec.group_size
+
+    def rows(self, part: slice) -> torch.Tensor:
+        """Rows [part.start, part.stop) as float32 or bfloat16."""
+        quantized, spec = self.quantized, self.quantized.spec
         values = dequantize_affine(
-            quantized.codes,
-            quantized.scales,
-            quantized.zero_points,
-            quantized.spec.bits,
-            quantized.spec.group_size,
-            biases=quantized.biases,
+            quantized.codes[part] if self.codes is None else self.codes(part),
+            quantized.scales[part],
+            None if quantized.zero_points is None else quantized.zero_points[part],
+            spec.bits,
+            spec.group_size,
+            biases=None if quantized.biases is None else quantized.biases[part],
         )
-        return values.to(getattr(torch, quantized.dtype)).float()
+        return plain(values.to(getattr(torch, quantized.dtype)))
+
+
+def _target(weight: Rows, minus: Callable[[slice], torch.Tensor] | None, part: slice) -> torch.Tensor:
+    rows = weight.rows(part).float()
+    return rows if minus is None else rows - minus(part)
 
 
 @dataclass(frozen=True, slots=True)

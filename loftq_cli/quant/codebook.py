@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from loftq_cli.errors import NumericError
+from loftq_cli.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, plain, row_multiple, slabs
 from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
-from loftq_cli.triton_kernels.codebook import dequantize_codebook, quantize_codebook
+from loftq_cli.triton_kernels.codebook import codebook_residual, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
+from loftq_cli.workers import SERIAL, Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,46 +23,138 @@ class CodebookQuantizer:
     spec: CodebookSpec
     dtype: str
 
-    def quantize(self, weight: torch.Tensor) -> CodebookTensor:
-        """The codes and constants of a float32 [out, in] matrix, exactly as they will be stored.
+    def quantize(
+        self,
+        weight: Rows,
+        *,
+        minus: Callable[[slice], torch.Tensor] | None = None,
+        sink: Callable[[slice, torch.Tensor], None] | None = None,
+        workers: Workers = SERIAL,
+    ) -> CodebookTensor:
+        """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
 
+        With `sink`, that gets the packed codes a few rows at a time, in order, and the result holds none.
         Raises NumericError when a weight is NaN or infinite, or the constants overflow float32.
         """
-        packed, absmax = quantize_codebook(weight, self.spec.codebook, self.spec.block_size)
+        spec, (out_features, in_features) = self.spec, weight.shape
+        numel = out_features * in_features
+        packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8)
+        absmax = torch.empty(-(-numel // spec.block_size))
+
+        def encode(part: slice) -> torch.Tensor:
+            first, last = part.start * in_features, part.stop * in_features
+            codes, constants = _part(packed, absmax, part, in_features, spec.block_size)
+            if sink:
+                codes = torch.empty((last - first + 1) // 2, dtype=torch.uint8)
+            subtracted = None if minus is None else minus(part)
+            quantize_codebook(
+                weight.rows(part), spec.codebook, spec.block_size, minus=subtracted, out=(codes, constants)
+            )
+            return codes
+
+        parts = self._slabs(weight, STREAMED_NUMEL if sink else SLAB_NUMEL)
+        for part, codes in zip(parts, workers.map(encode, parts), strict=True):
+            if sink:
+                sink(part, codes)
         # A block's absmax is non-finite exactly when the block is, so this checks every weight.
         if not bool(torch.isfinite(absmax).all()):
             raise NumericError("holds NaN or infinite values")
-        return CodebookTensor(
-            packed=packed,
-            absmax=self._nested(absmax) if self.spec.double_quant else absmax,
-            spec=self.spec,
-            shape=(weight.shape[0], weight.shape[1]),
-            dtype=self.dtype,
-        )
+        stored = self._nested(absmax) if spec.double_quant else absmax
+        return CodebookTensor(packed, stored, spec, (out_features, in_features), self.dtype)
 
-    def keep_nearer(self, weight: torch.Tensor, previous: CodebookTensor, new: CodebookTensor) -> CodebookTensor:
-        """`new`: double quantization ties the constants of all blocks together, so none can stay as it was."""
-        del weight, previous
-        return new
+    def residual(
+        self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL
+    ) -> float:
+        """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
+        spec, absmax, in_features = self.spec, self._absmax(quantized), weight.shape[1]
+
+        def subtract(part: slice) -> float:
+            packed, constants = _part(quantized.packed, absmax, part, in_features, spec.block_size)
+            dtype = getattr(torch, quantized.dtype)
+            rows = weight.rows(part)
+            return codebook_residual(rows, packed, constants, spec.codebook, spec.block_size, dtype, out[part])
+
+        return sum(workers.map(subtract, self._slabs(weight)))
+
+    def keep_nearer(
+        self,
+        weight: Rows,
+        minus: Callable[[slice], torch.Tensor],
+        previous: CodebookTensor,
+        new: CodebookTensor,
+        *,
+        workers: Workers = SERIAL,
+    ) -> bool:
+        """No: double quantization ties the constants of all blocks together, so none can stay as it was."""
+        del weight, minus, previous, new, workers
+        return False
+
+    def decoded(
+        self, quantized: CodebookTensor, codes: Callable[[slice], torch.Tensor] | None = None
+    ) -> DecodedCodebook:
+        """The matrix that a loader computes: table[code] * decoded absmax, rounded to the dtype it decodes to.
+
+        `codes` gives the packed codes of some rows where `quantized` holds none.
+        """
+        return DecodedCodebook(quantized, self._absmax(quantized), codes)
 
     def dequantize(self, quantized: CodebookTensor) -> torch.Tensor:
-        """float32 [out, in]: table[code] * decoded absmax, rounded to the dtype that the loader decodes to."""
-        absmax = quantized.absmax
-        if isinstance(absmax, NestedAbsmax):
-            absmax = double_dequantize(
-                absmax.codes, absmax.absmax, absmax.code_map, absmax.offset, quantized.spec.nested_block_size
-            )
-        out_features, in_features = quantized.shape
-        values = dequantize_codebook(
-            quantized.packed, absmax, quantized.spec.codebook, quantized.spec.block_size, out_features * in_features
-        )
-        return values.to(getattr(torch, quantized.dtype)).float().view(out_features, in_features)
+        """The whole of `decoded` as float32 [out, in]."""
+        return self.decoded(quantized).rows(slice(0, quantized.shape[0])).float()
+
+    def _slabs(self, weight: Rows, numel: int = SLAB_NUMEL) -> list[slice]:
+        multiple = math.lcm(weight.multiple, row_multiple(weight.shape[1], self.spec.block_size))
+        return slabs(weight.shape, multiple, numel)
 
     def _nested(self, absmax: torch.Tensor) -> NestedAbsmax:
         codes, nested_absmax, offset = double_quantize(absmax, self.spec.nested_block_size)
         if not bool(torch.isfinite(offset)) or not bool(torch.isfinite(nested_absmax).all()):
             raise NumericError("its block constants are too large to be double-quantized", hint="--no-double-quant")
         return NestedAbsmax(codes, nested_absmax, dynamic_map().to(absmax.device), offset)
+
+    def _absmax(self, quantized: CodebookTensor) -> torch.Tensor:
+        absmax = quantized.absmax
+        if not isinstance(absmax, NestedAbsmax):
+            return absmax
+        return double_dequantize(
+            absmax.codes, absmax.absmax, absmax.code_map, absmax.offset, quantized.spec.nested_block_size
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedCodebook:
+    """The values of a quantized matrix by rows; `absmax` float32, one for each block. See `loftq_cli.rows`."""
+
+    quantized: CodebookTensor
+    absmax: torch.Tensor
+    codes: Callable[[slice], torch.Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.quantized.shape
+
+    @property
+    def multiple(self) -> int:
+        """Rows are read in multiples of this, and to the last one."""
+        return row_multiple(self.shape[1], self.quantized.spec.block_size)
+
+    def rows(self, part: slice) -> torch.Tensor:
+        """Rows [part.start, part.stop) as float32 or bfloat16. They begin with a block: see `multiple`."""
+        spec, columns = self.quantized.spec, self.shape[1]
+        packed, absmax = _part(self.quantized.packed, self.absmax, part, columns, spec.block_size)
+        if self.codes is not None:
+            packed = self.codes(part)
+        dtype, numel = getattr(torch, self.quantized.dtype), (part.stop - part.start) * columns
+        values = dequantize_codebook(packed, absmax, spec.codebook, spec.block_size, numel, dtype)
+        return plain(values.view(-1, columns))
+
+
+def _part(
+    packed: torch.Tensor, absmax: torch.Tensor, part: slice, columns: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes and constants of some rows, which begin with a block."""
+    first, last = part.start * columns, part.stop * columns
+    return packed[first // 2 : -(-last // 2)], absmax[first // block_size : -(-last // block_size)]
 
 
 def make_quantizer(spec: CodebookSpec, dtype: str, ranges: str) -> CodebookQuantizer:

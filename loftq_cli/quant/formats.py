@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
+from loftq_cli.rows import Rows
 from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, CodebookSpec, CodebookTensor
+from loftq_cli.workers import SERIAL, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -22,20 +24,45 @@ RANGES = ("minmax", "mse")
 
 
 class Quantizer(Protocol):
-    """One matrix, there and back. `dequantize` gives what a loader of the stored tensor computes."""
+    """One matrix, there and back, by rows. `minus` gives rows of what is subtracted from it before it is quantized."""
 
-    def quantize(self, weight: torch.Tensor) -> Any:
-        """The quantized form of float32 [out, in]: a QuantizedTensor."""
+    def quantize(
+        self,
+        weight: Rows,
+        *,
+        minus: Callable[[slice], torch.Tensor] | None = None,
+        sink: Callable[[slice, torch.Tensor], None] | None = None,
+        workers: Workers = SERIAL,
+    ) -> Any:
+        """The quantized form of a matrix: a QuantizedTensor. With `sink`, that gets the codes a few rows at a time."""
         ...
 
-    def keep_nearer(self, weight: torch.Tensor, previous: Any, new: Any) -> Any:
-        """Of two quantized forms of about float32 [out, in], the nearer one, part by part; `new` itself where parts
-        cannot be chosen one by one.
+    def residual(self, weight: Rows, quantized: Any, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:
+        """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
+        ...
+
+    def keep_nearer(
+        self,
+        weight: Rows,
+        minus: Callable[[slice], torch.Tensor],
+        previous: Any,
+        new: Any,
+        *,
+        workers: Workers = SERIAL,
+    ) -> bool:
+        """Make of `new` the nearer one of two quantized forms of about weight - minus, part by part. Says whether that
+        could be done: not where parts cannot be chosen one by one.
+        """
+        ...
+
+    def decoded(self, quantized: Any, codes: Callable[[slice], torch.Tensor] | None = None) -> Rows:
+        """What a loader of the stored tensor computes, rounded to the dtype that it decodes to. `codes` gives those of
+        some rows, in the form that `sink` got, where `quantized` holds none.
         """
         ...
 
     def dequantize(self, quantized: Any) -> torch.Tensor:
-        """float32 [out, in] of what `quantize` gives, rounded to the dtype that the loader decodes to."""
+        """The whole of `decoded` as float32 [out, in]."""
         ...
 
 

@@ -1,1 +1,20 @@
-"""Benchmarks: the built-in model's training and what it scores. Not collected by the test run, nothing here ships."""
+"""Benchmarks: what conversions cost beside other programs, and the built-in model's training and scores.
+
+Not collected by the test run, nothing here ships. `python -m tests.benchmarks` runs the first group.
+
+measuring.py        turns, medians, tables
+weights.py          what is quantized
+contenders.py       LoftQ, ours and the peers'
+probe.py            one measurement in a process of its own
+ceiling.py          what threads can give on this machine
+matrix.py           LoftQ of one matrix, and of a real model's
+nf4.py              encode and decode
+conversion.py       a whole checkpoint: quantize, merge, inspect
+scratch.py          memory
+growth.py           what more layers and larger ones cost
+
+corpus.py           text for the built-in model
+train_tiny_llama.py its training
+perplexity.py       its score
+quality.py          what conversions do to it
+"""

@@ -1,0 +1,79 @@
+"""A matrix that is read a few rows at a time: in memory, or wherever its rows come from. No formats here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+SLAB_NUMEL = 1 << 21  # weights taken at once: large enough for matrix products at full speed, 8 MB in float32
+STREAMED_NUMEL = 1 << 19  # weights of a matrix that is not in memory: 2 MB in float32, a few times for each thread
+
+
+class Rows(Protocol):
+    """A matrix of `shape` [out, in], read in parts that are multiples of `multiple` rows, up to the last."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def multiple(self) -> int: ...
+
+    def rows(self, part: slice) -> torch.Tensor:
+        """Rows [part.start, part.stop), contiguous float32 or bfloat16."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRows:
+    """A floating-point tensor [out, in], or [in, out] if `transposed`."""
+
+    tensor: torch.Tensor
+    transposed: bool = False
+    multiple: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.tensor.shape
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def rows(self, part: slice) -> torch.Tensor:
+        return plain(self.tensor[:, part].T if self.transposed else self.tensor[part])
+
+
+@dataclass(frozen=True, slots=True)
+class ComputedRows:
+    """A matrix whose rows a function gives."""
+
+    shape: tuple[int, int]
+    compute: Callable[[slice], torch.Tensor]
+    multiple: int = 1
+
+    def rows(self, part: slice) -> torch.Tensor:
+        return self.compute(part)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` as contiguous float32 or bfloat16, which is what kernels read."""
+    import torch
+
+    return (tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()).contiguous()
+
+
+def slabs(shape: tuple[int, int], multiple: int = 1, numel: int = SLAB_NUMEL) -> list[slice]:
+    """The rows of a matrix in parts of about `numel` weights, each but the last a multiple of `multiple` rows.
+
+    They depend on nothing else, so that sums over them are the same on every machine.
+    """
+    rows, columns = shape
+    step = max(numel // max(columns, 1) // multiple, 1) * multiple
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def row_multiple(columns: int, block_size: int) -> int:
+    """The fewest rows that are whole blocks of `block_size` weights of the flattened matrix."""
+    return block_size // math.gcd(block_size, max(columns, 1))

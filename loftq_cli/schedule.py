@@ -1,0 +1,94 @@
+"""In which order jobs run: small ones side by side, large ones one after the other with the next one's input read and
+the last one's output written meanwhile. Knows nothing of what a job does; results come in the order of the jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Generic, TypeVar
+
+from loftq_cli.workers import SERIAL, Workers
+
+Job = TypeVar("Job")
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+Result = TypeVar("Result")
+
+SMALL_NUMEL = 1 << 22  # several matrices of at most so many weights, 16 MB in float32, may be in memory at once
+
+
+@dataclass(frozen=True)
+class Steps(Generic[Job, Input, Output, Result]):
+    """A job in three steps. `compute` may share its work among the workers that it is given."""
+
+    load: Callable[[Job], Input]
+    compute: Callable[[Job, Input, Workers], Output]
+    write: Callable[[Job, Output], Result]
+
+    def whole(self, job: Job) -> Result:
+        """All three in one thread."""
+        return self.write(job, self.compute(job, self.load(job), SERIAL))
+
+
+def in_turn(
+    jobs: Sequence[Job], work: Callable[[Job, Workers], Result], numel: Callable[[Job], int], workers: Workers
+) -> Iterator[Result]:
+    """The results of jobs that read and write by themselves: small ones side by side, each of the large ones with all
+    workers.
+    """
+    for is_small, batch in groupby(jobs, lambda job: numel(job) <= SMALL_NUMEL):
+        if is_small:
+            yield from workers.map(lambda job: work(job, SERIAL), list(batch))
+        else:
+            yield from (work(job, workers) for job in batch)
+
+
+def in_order(
+    jobs: Sequence[Job],
+    steps: Steps[Job, Input, Output, Result],
+    numel: Callable[[Job], int],
+    workers: Workers,
+    started: Callable[[Job], None] = lambda job: None,
+) -> Iterator[Result]:
+    """The results of `jobs`; `started` is told of each in the thread that asks for the results.
+
+    In memory at once: one small job a thread and one more; or, of large jobs, one that computes, the input of the next
+    and the output of the last.
+    """
+
+    def told(batch: Sequence[Job]) -> Iterator[Job]:
+        for job in batch:
+            started(job)
+            yield job
+
+    for is_small, batch in groupby(jobs, lambda job: numel(job) <= SMALL_NUMEL):
+        if is_small or workers.threads == 1:
+            yield from workers.map(steps.whole, told(list(batch)))
+        else:
+            yield from _large(list(batch), steps, workers, started)
+
+
+def _large(
+    jobs: Sequence[Job],
+    steps: Steps[Job, Input, Output, Result],
+    workers: Workers,
+    started: Callable[[Job], None],
+) -> Iterator[Result]:
+    reader, writer = Workers(1, inline=False), Workers(1, inline=False)
+    last: Future[Result] | None = None
+    try:
+        for job, found in zip(jobs, reader.map(steps.load, jobs), strict=True):
+            started(job)
+            output = steps.compute(job, found, workers)
+            if last is not None:
+                yield last.result()
+            last = writer.submit(partial(steps.write, job, output))
+        if last is not None:
+            yield last.result()
+    finally:
+        reader.close()
+        writer.close()
