@@ -1,11 +1,13 @@
 """loftq-cli: quantized base weights plus LoRA tensors from a full-precision checkpoint.
 
 The map, floor by floor; each imports only from those above it in this list.
-errors, tensors                  what everything else speaks in
+errors tensors rows workers      what everything else speaks in, and the threads that share the work
 triton_kernels/                  numeric primitives, which know nothing of the rest
 checkpoint/                      files on disk: readers, writer, staging directory
 quant/ lowrank metrics           number formats, truncated SVD, what an error is
+kernels                          when compiled kernels are worth loading
 methods/ layouts/                LoftQ, QLoRA and QA-LoRA; on-disk containers
+schedule                         in which order jobs run, and side by side
 recipe family targets plan       what will be done, decided from headers and configs alone
 base_model                       a converted or dense model, read back as matrices
 report                           what was measured, and the files that say so

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -188,15 +189,16 @@ def _run_jobs(
             observer.layer_started(job.name)
 
     try:
-        done = in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)
-        for job, (entry, kept) in zip(plan.jobs, done, strict=True):
-            if not kept:
-                staging.record(entry)
-            entries[job.name] = entry
-            if isinstance(job, LayerJob):
-                results.append(LayerResult.from_json(entry.result))
-                resumed += kept
-                observer.layer_done(results[-1], resumed=kept)
+        # Closed before the files are: by then nothing is being written any more.
+        with closing(in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)) as done:
+            for job, (entry, kept) in zip(plan.jobs, done, strict=True):
+                if not kept:
+                    staging.record(entry)
+                entries[job.name] = entry
+                if isinstance(job, LayerJob):
+                    results.append(LayerResult.from_json(entry.result))
+                    resumed += kept
+                    observer.layer_done(results[-1], resumed=kept)
         files.close(sync=True)
     finally:
         files.close(sync=False)

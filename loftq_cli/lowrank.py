@@ -92,6 +92,8 @@ class SubspaceSolver:
             block = self._times(matrix, _orthonormal(rows.T.contiguous()))
             block -= basis @ (basis.T @ block)  # or it would be nearly dependent on what there is
             basis = torch.cat((basis, _orthonormal(block)), dim=1)  # [out, blocks * width]
+            if not _is_orthonormal(basis):  # nothing but rounding was left in some directions of the block
+                basis = torch.linalg.qr(basis).Q
         basis = basis.to(product_dtype(matrix.dtype)).float()  # as the products see it, so that U·Uᵀ·R is what is found
         projected = self._transposed_times(matrix, basis)  # [blocks * width, in]
         left = _left_vectors(projected)[:, : self._width]
@@ -155,6 +157,10 @@ def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
         return reflected
     basis: torch.Tensor = torch.linalg.solve_triangular(factor.T, matrix, upper=True, left=False)
     return basis
+
+
+def _is_orthonormal(basis: torch.Tensor) -> bool:
+    return bool((basis.T @ basis - torch.eye(basis.shape[1])).abs().max() < 1e-3)
 
 
 def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:

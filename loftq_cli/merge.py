@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -93,11 +94,17 @@ def _other_notes(merge: Merge) -> list[str]:
 def _run_jobs(merge: Merge, directory: Path, observer: Observer, workers: Workers) -> tuple[MergedLayer, ...]:
     files = OutputFiles(directory, {shard.file: shard.tensors for shard in merge.shards})
     layers = []
+
+    def run_job(job: MergeJob, sharing: Workers) -> MergedLayer | None:
+        return _run_job(merge, job, files, sharing)
+
     try:
-        for layer in in_turn(merge.jobs, lambda job, sharing: _run_job(merge, job, files, sharing), _numel, workers):
-            if layer is not None:
-                layers.append(layer)
-                observer.layer_merged(layer)
+        # Closed before the files are: by then nothing is being written any more.
+        with closing(in_turn(merge.jobs, run_job, _numel, workers)) as done:
+            for layer in done:
+                if layer is not None:
+                    layers.append(layer)
+                    observer.layer_merged(layer)
         files.close(sync=True)
     finally:
         files.close(sync=False)

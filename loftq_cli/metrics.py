@@ -160,8 +160,9 @@ def group_errors(
     per_row = weight.shape[1] // group_size
     parts = slabs(weight.shape, math.lcm(weight.multiple, decoded.multiple), STREAMED_NUMEL)
     for found, is_counted in workers.map(errors, parts):
-        if found.numel() and float(found.max()) > largest:
-            largest, worst = float(found.max()), groups + int(found.argmax())
+        here = float(found.max()) if found.numel() else 0.0
+        if here > largest or (math.isnan(here) and not math.isnan(largest)):  # NaN is never lost
+            largest, worst = here, groups + int(found.argmax())
         groups += found.numel()
         counted += int(is_counted.sum())
         total += float(found.double().sum())

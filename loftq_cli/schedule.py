@@ -4,7 +4,7 @@ the last one's output written meanwhile. Knows nothing of what a job does; resul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -36,7 +36,7 @@ class Steps(Generic[Job, Input, Output, Result]):
 
 def in_turn(
     jobs: Sequence[Job], work: Callable[[Job, Workers], Result], numel: Callable[[Job], int], workers: Workers
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """The results of jobs that read and write by themselves: small ones side by side, each of the large ones with all
     workers.
     """
@@ -53,7 +53,7 @@ def in_order(
     numel: Callable[[Job], int],
     workers: Workers,
     started: Callable[[Job], None] = lambda job: None,
-) -> Iterator[Result]:
+) -> Generator[Result]:
     """The results of `jobs`; `started` is told of each in the thread that asks for the results.
 
     In memory at once: one small job a thread and one more; or, of large jobs, one that computes, the input of the next

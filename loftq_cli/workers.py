@@ -42,9 +42,9 @@ class Workers:
             for item in items:
                 running.append(self._pool.submit(work, item))
                 if len(running) >= self.threads + ahead:
-                    yield running.popleft().result()
+                    yield _first(running)
             while running:
-                yield running.popleft().result()
+                yield _first(running)
         finally:
             for future in running:
                 future.cancel()
@@ -101,6 +101,13 @@ def beside(work: Callable[[], Result], workers: Workers) -> Iterator[Callable[[]
         yield background.submit(work).result
     finally:
         background.close()
+
+
+def _first(running: deque[Future[Result]]) -> Result:
+    """The first result; one that an interrupt keeps from coming stays listed among those to wait for."""
+    result = running[0].result()
+    running.popleft()
+    return result
 
 
 def _one_blas_thread() -> None:

@@ -131,7 +131,7 @@ def test_the_reference_serves_until_the_compiled_kernels_are_asked_for() -> None
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drop what has been imported of the compiled kernels, until the end of a test."""
-    for name in ("cpu_compiler", *(f"{op}_cpu" for op in COMPILED)):
+    for name in ("cpu_kernels", *(f"{op}_cpu" for op in COMPILED)):
         full_name = f"{backend.__package__}.{name}"
         importlib.import_module(full_name)  # or there would be nothing to put back
         monkeypatch.delitem(sys.modules, full_name)
@@ -371,7 +371,7 @@ def test_a_residual_is_the_float32_difference_and_its_squares_are_summed(block_s
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("scale", [1e-30, 1e-21, 1e-6, 1e6, 1e18, 1e25])
+@pytest.mark.parametrize("scale", [1e-30, 1e-19, 1e-17, 1e-6, 1e6, 1e18, 1e25])
 def test_squares_are_summed_whatever_the_size_of_the_weights(scale, dtype):
     weight = (normal(4 * 4096) * scale).to(dtype)
     packed, absmax = quantize_codebook(weight, "nf4", 64)
@@ -654,9 +654,21 @@ def test_a_pooled_conversion_has_the_same_bytes_with_the_compiled_kernels(bits_a
 
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("rank", [16, 48, 64])
-def test_iterations_that_are_as_good_as_each_other_are_told_apart_alike(rank, double_quant):
+def test_where_the_adapter_leaves_almost_nothing_the_same_iteration_is_the_best(rank, double_quant):
     spec = CodebookSpec(double_quant=double_quant)
     for seed in range(4):
         assert_same_conversion(
             normal(64, 64, seed=seed), spec, "float32", LoraSpec(rank, rank), iterations=8, svd="exact"
         )
+
+
+# Weights whose last iterations differ in the ninth digit.
+@pytest.mark.parametrize(
+    ("seed", "shape", "rank", "iterations"),
+    [(779822, (128, 64), 8, 50), (404658, (32, 64), 4, 20), (405785, (32, 64), 2, 50), (786071, (64, 64), 4, 50)],
+)
+def test_where_iterations_hardly_change_anything_the_same_one_is_the_best(seed, shape, rank, iterations):
+    spec = CodebookSpec(double_quant=seed != 786071)
+    assert_same_conversion(
+        normal(*shape, seed=seed), spec, "float32", LoraSpec(rank, rank), iterations=iterations, svd="exact"
+    )

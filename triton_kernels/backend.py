@@ -25,7 +25,7 @@ def use_compiled_kernels() -> str | None:
     caller's to weigh. The bytes are the same either way.
     """
     try:
-        import_module(f"{__package__}.cpu_compiler")
+        import_module(f"{__package__}.cpu_kernels")
     except ImportError as error:
         return f"numba is not there ({error})" if error.name == "numba" else str(error)
     _chosen["cpu"] = "cpu"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 PIECE_NUMEL = 1 << 18  # 2 MB of float64
@@ -23,5 +25,6 @@ def sums(
             squared_delta += float(torch.dot(d, d))
             difference = w - (q.float() + delta[part].float())
             squared_error += float(torch.dot(difference, difference))
-        max_error = max(max_error, float(difference.abs().max()))
+        largest = float(difference.abs().max())
+        max_error = largest if largest > max_error or math.isnan(largest) else max_error  # NaN is never lost
     return squared_weight, squared_base, squared_base if delta is None else squared_error, max_error, squared_delta

@@ -19,6 +19,8 @@ from loftq_cli.tensors import LoraPair
 from loftq_cli.triton_kernels.error_stats import error_stats
 from loftq_cli.workers import SERIAL, Workers
 
+_TIE = 1e-9  # of a squared error
+
 # The best adapter of a residual [out, in], and by how much it lowers the squared error.
 Fit = Callable[[torch.Tensor], tuple[LoraPair, float]]
 
@@ -34,9 +36,9 @@ def alternate(
     """The best of `iterations` alternations by ||W − dequant(Q) − s·B·A||; the residual is held in `dtype`.
 
     Where a step would raise the error, as the ranges of integer formats can at 2 bits, the groups that quantizing again
-    takes away from their target stay as they were: then no step raises it. The errors of the iterations are those of
-    an adapter in float32, and good to four digits where the residual is bfloat16. Peak memory: the residual, and the
-    quantized matrix twice.
+    takes away from their target stay as they were: then no step raises it. With a bfloat16 residual, the errors of the
+    iterations are those of an adapter in float32, and good to four digits. Peak memory: the residual, and the quantized
+    matrix twice.
     """
     loop = _Alternation(weight, quantizer, fit, dtype, workers)
     squared_weight = loop.squared_weight()
@@ -50,7 +52,8 @@ def alternate(
             weight, update, previous.quantized, current.quantized, workers=workers
         ):
             current = loop.step(current.quantized)
-        if current.squared_error < min(squared_errors):
+        # Sums differ in their last digits between kernels: which of equals is returned must not depend on that.
+        if current.squared_error < (1 - _TIE) * min(squared_errors):
             best = replace(best, quantized=current.quantized, lora=current.pair, best_iteration=iteration)
         squared_errors.append(current.squared_error)
     return replace(best, iteration_errors=tuple(relative(error, squared_weight) for error in squared_errors))
@@ -77,7 +80,17 @@ class _Alternation:
         """A quantized matrix with the adapter of what it lost."""
         squared = self._quantizer.residual(self._weight, quantized, self._residual, workers=self._workers)
         pair, gain = self._fit(self._residual)
+        if self._residual.dtype == torch.float32:
+            return _Step(quantized, pair, squared, self._measured(pair))
         return _Step(quantized, pair, squared, max(squared - gain, 0.0))
+
+    def _measured(self, pair: LoraPair) -> float:
+        rows_of, residual = self.update(pair), self._residual
+
+        def squares(part: slice) -> float:
+            return error_stats(residual[part], rows_of(part)).squared_base_error
+
+        return math.fsum(self._workers.map(squares, slabs(self._weight.shape)))
 
     def update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
         """What gives rows of s·B·A."""

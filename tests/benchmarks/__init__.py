@@ -9,6 +9,7 @@ probe.py            one measurement in a process of its own
 ceiling.py          what threads can give on this machine
 matrix.py           LoftQ of one matrix, and of a real model's
 nf4.py              encode and decode
+commands.py         what the command line does
 conversion.py       a whole checkpoint: quantize, merge, inspect
 scratch.py          memory
 growth.py           what more layers and larger ones cost

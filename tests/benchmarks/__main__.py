@@ -18,7 +18,7 @@ import torch
 
 from loftq_cli.workers import available_threads
 from tests.benchmarks import ceiling, conversion, growth, matrix, nf4, scratch
-from tests.benchmarks.contenders import warm_up
+from tests.benchmarks.contenders import warm_up_kernels
 from tests.benchmarks.measuring import Settings, Table, machine, rendered
 
 BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
@@ -36,9 +36,9 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
 def main() -> None:
     """Run what was asked for. The JSON file is written after every table: an interrupted run keeps what it has."""
     options = _options()
-    settings = Settings(options.quick, options.threads, options.directory, rounds=2 if options.quick else 5)
+    settings = Settings(options.quick, options.threads, options.directory, rounds=1 if options.quick else 5)
     torch.set_num_threads(1)
-    missing = warm_up()
+    missing = warm_up_kernels()
     about = machine() | {"threads": settings.threads, "quick": settings.quick, "kernels": missing or "compiled"}
     tables: list[Table] = []
     for name in options.only:

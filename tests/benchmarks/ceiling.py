@@ -10,37 +10,35 @@ from functools import partial
 
 import torch
 
-from loftq_cli.rows import TensorRows
+from loftq_cli.triton_kernels.codebook import quantize_codebook
 from loftq_cli.workers import started
-from tests.benchmarks.contenders import QUANTIZER
 from tests.benchmarks.measuring import Settings, Table, interleaved, median_wall, timed
 from tests.benchmarks.weights import normal_matrix
 
 
 def run(settings: Settings) -> Iterator[Table]:
     """The same work once in one thread, and once in each of all threads."""
-    buffer, weight = bytes(1 << 20), TensorRows(normal_matrix(2048, torch.float32))
-    times = 40 if settings.quick else 200
-    work: dict[str, Callable[[int], object]] = {
-        "sha256 of 1 MB": lambda _: [hashlib.sha256(buffer).digest() for _ in range(times)],
-        "NF4 of 2048²": lambda _: [QUANTIZER.quantize(weight) for _ in range(times // 20)],
-    }
+    threads = settings.threads
+    buffers = [bytes(1 << 20) for _ in range(threads)]
+    weights = [normal_matrix(1024, torch.float32) for _ in range(threads)]
+    places = [quantize_codebook(weight, "nf4", 64) for weight in weights]
 
-    def in_threads(call: Callable[[int], object], threads: int) -> None:
+    def hashes(place: int) -> None:
+        for _ in range(200):
+            hashlib.sha256(buffers[place]).digest()
+
+    def encodes(place: int) -> None:
+        for _ in range(100):
+            quantize_codebook(weights[place], "nf4", 64, out=places[place])
+
+    def in_threads(work: Callable[[int], None], threads: int) -> None:
         with started(threads) as workers:
-            workers.each(call, range(threads))
+            workers.each(work, range(threads))
 
-    counts = (1, settings.threads)
-    calls = {(name, n): partial(timed, partial(in_threads, call, n)) for name, call in work.items() for n in counts}
+    kinds = {"sha256 of 1 MB, 200 times": hashes, "NF4 of 1024², 100 times": encodes}
+    calls = {(k, n): partial(timed, partial(in_threads, work, n)) for k, work in kinds.items() for n in {1, threads}}
     runs = interleaved(calls, settings)
-    rows = [
-        {
-            "work": name,
-            "ms in one thread": 1e3 * median_wall(runs[name, 1]),
-            f"times more work a second, {settings.threads} threads": settings.threads
-            * median_wall(runs[name, 1])
-            / median_wall(runs[name, settings.threads]),
-        }
-        for name in work
-    ]
+    alone, together = ({kind: median_wall(runs[kind, n]) for kind in kinds} for n in (1, threads))
+    speed = f"{threads} threads / one, work a second"
+    rows = [{"work": k, "ms alone": 1e3 * alone[k], speed: threads * alone[k] / together[k]} for k in kinds]
     yield Table("ceiling: independent work in threads", rows)

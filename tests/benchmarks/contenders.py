@@ -5,17 +5,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.loftq import fit_adapter
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Initialization, load_method
 from loftq_cli.metrics import adapter_delta, layer_error
 from loftq_cli.quant.formats import QuantizedTensor, make_quantizer
 from loftq_cli.rows import TensorRows
@@ -24,78 +22,47 @@ from loftq_cli.triton_kernels.backend import use_compiled_kernels
 from loftq_cli.workers import SERIAL, Workers, started
 
 QUANTIZER = make_quantizer(CodebookSpec(), "bfloat16")
-OVERSAMPLING = 8  # of torch.svd_lowrank: the same as our own solver's
-LOW_RANK_STEPS = 2  # torch's own default
+
+# The base, as values or as this package holds it, and the adapter, of each of some weights [out, in].
+Approximations = list[tuple[torch.Tensor | QuantizedTensor, LoraPair]]
 
 
-@dataclass(frozen=True, slots=True)
-class Approximation:
-    """base + s·B·A in place of a weight; the base as values, or as this package holds it."""
-
-    base: torch.Tensor | QuantizedTensor
-    lora: LoraPair
-
-    def residual(self, weight: torch.Tensor) -> torch.Tensor:
-        """weight - base - s·B·A, float32."""
-        base = self.base if isinstance(self.base, torch.Tensor) else QUANTIZER.dequantize(self.base)
-        return weight.float() - base.float() - adapter_delta(self.lora)
-
-
-# Of weights [out, in] and a rank, with a number of threads.
-Contender = Callable[[Sequence[torch.Tensor], int, int], list[Approximation]]
-
-
-def ours(svd: str, iterations: int) -> Contender:
+def ours(svd: str, iterations: int, weights: Sequence[torch.Tensor], rank: int, threads: int) -> Approximations:
     """`loftq quantize --svd`: the workers share one matrix, or have one of several each."""
 
-    def one(weight: torch.Tensor, rank: int, workers: Workers) -> Approximation:
-        made = load_method("loftq")(
-            TensorRows(weight),
-            QUANTIZER,
-            LoraSpec(rank, rank),
-            iterations=iterations,
-            svd=svd,
-            init=None,
-            generator=torch.Generator().manual_seed(0),
-            workers=workers,
-        )
-        return Approximation(made.quantized, made.lora)
+    def one(workers: Workers, weight: torch.Tensor) -> Initialization:
+        generator = torch.Generator().manual_seed(0)
+        options: dict[str, Any] = {"iterations": iterations, "svd": svd, "init": None, "generator": generator}
+        return load_method("loftq")(TensorRows(weight), QUANTIZER, LoraSpec(rank, rank), **options, workers=workers)
 
-    def run(weights: Sequence[torch.Tensor], rank: int, threads: int) -> list[Approximation]:
-        with started(threads) as workers:
-            if len(weights) == 1:
-                return [one(weights[0], rank, workers)]
-            return list(workers.map(lambda weight: one(weight, rank, SERIAL), weights))
-
-    return run
+    with started(threads) as workers:
+        found = [one(workers, *weights)] if len(weights) == 1 else list(workers.map(partial(one, SERIAL), weights))
+    return [(made.quantized, made.lora) for made in found]
 
 
-def svd_lowrank(iterations: int) -> Contender:
+def svd_lowrank(iterations: int, weights: Sequence[torch.Tensor], rank: int, threads: int) -> Approximations:
     """The same loop with the same quantizer, and `torch.svd_lowrank` of a float32 residual as its solver."""
 
-    def run(weights: Sequence[torch.Tensor], rank: int, threads: int) -> list[Approximation]:
-        def solve(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            left, singular, right = torch.svd_lowrank(residual, q=rank + OVERSAMPLING, niter=LOW_RANK_STEPS)
-            root = singular[:rank].sqrt()
-            return left[:, :rank] * root, (right[:, :rank] * root).T
+    def solve(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        left, singular, right = torch.svd_lowrank(residual, q=rank + 8, niter=2)
+        root = singular[:rank].sqrt()
+        return left[:, :rank] * root, (right[:, :rank] * root).T
 
-        def fit(residual: torch.Tensor) -> tuple[LoraPair, float]:
-            return fit_adapter(residual, LoraSpec(rank, rank), solve)
+    def fit(residual: torch.Tensor) -> tuple[LoraPair, float]:
+        return fit_adapter(residual, LoraSpec(rank, rank), solve)
 
-        torch.manual_seed(0)
-        with started(threads) as workers, torch_threads(threads):
-            found = [alternate(TensorRows(w), QUANTIZER, fit, iterations, torch.float32, workers) for w in weights]
-        return [Approximation(made.quantized, made.lora) for made in found]
-
-    return run
+    torch.manual_seed(0)
+    with started(threads) as workers:
+        torch.set_num_threads(threads)
+        found = [alternate(TensorRows(w), QUANTIZER, fit, iterations, torch.float32, workers) for w in weights]
+    return [(made.quantized, made.lora) for made in found]
 
 
-def peft(weights: Sequence[torch.Tensor], rank: int, threads: int) -> list[Approximation]:
+def peft(weights: Sequence[torch.Tensor], rank: int, threads: int) -> Approximations:
     """PEFT, with the 5 iterations of the paper."""
-    loftq_init = _loftq_init_on_cpu()
-    with torch_threads(threads):
-        found = [loftq_init(weight, num_bits=4, reduced_rank=rank, num_iter=5) for weight in weights]
-    return [Approximation(base, LoraPair(lora_A, lora_B, scaling=1.0)) for base, lora_A, lora_B in found]
+    torch.set_num_threads(threads)
+    found = [_loftq_init_on_cpu()(weight, num_bits=4, reduced_rank=rank, num_iter=5) for weight in weights]
+    return [(base, LoraPair(lora_A, lora_B, scaling=1.0)) for base, lora_A, lora_B in found]
 
 
 @cache
@@ -108,27 +75,42 @@ def _loftq_init_on_cpu() -> Any:
     return namespace["loftq_init"]
 
 
-@contextmanager
-def torch_threads(threads: int) -> Iterator[None]:
-    """torch's own threads, for the length of the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+# Each takes weights, a rank and a number of threads; the name ends with the number of iterations.
+PEFT = "PEFT, 5"
+CONTENDERS: dict[str, Callable[[Sequence[torch.Tensor], int, int], Approximations]] = {
+    PEFT: peft,
+    "svd_lowrank, 5": partial(svd_lowrank, 5),
+    "svd_lowrank, 8": partial(svd_lowrank, 8),
+    "fast, 8": partial(ours, "fast", 8),
+    "faithful, 5": partial(ours, "faithful", 5),
+    "exact, 5": partial(ours, "exact", 5),
+}
 
 
-def warm_up(rank: int = 16) -> str | None:
-    """Use compiled kernels and run each of them once, so that none is compiled in a measured call. Says why they cannot
-    be used.
+def residual(weight: torch.Tensor, base: torch.Tensor | QuantizedTensor, lora: LoraPair) -> torch.Tensor:
+    """weight - base - s·B·A, float32."""
+    values = base if isinstance(base, torch.Tensor) else QUANTIZER.dequantize(base)
+    return weight.float() - values.float() - adapter_delta(lora)
+
+
+def warm_up_kernels() -> str | None:
+    """Use compiled kernels and run each of them once, so that none is loaded or compiled in a measured call. Says why
+    they cannot be used.
     """
     missing = use_compiled_kernels()
     for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
-        for svd in ("fast", "exact"):
-            found = ours(svd, 2)([weight], rank, 1)[0]
-        assert not isinstance(found.base, torch.Tensor)
-        for decoded in (QUANTIZER.decoded(found.base), TensorRows(weight.float())):
-            layer_error(TensorRows(weight), decoded, found.lora)
+        weight = TensorRows(torch.eye(64, dtype=dtype))
+        lora = LoraPair(torch.ones(1, 64), torch.ones(64, 1), scaling=1.0)
+        for decoded_dtype in ("float32", "bfloat16"):
+            quantizer = make_quantizer(CodebookSpec(), decoded_dtype)
+            for pair in (None, lora):
+                layer_error(weight, quantizer.decoded(quantizer.quantize(weight)), pair)
     return missing
+
+
+def warm_up(names: Iterable[str] = CONTENDERS, rank: int = 16) -> None:
+    """Run contenders once: importing PEFT takes seconds, and the first product of each kind allocates."""
+    warm_up_kernels()
+    for name in names:
+        for dtype in (torch.float32, torch.bfloat16):
+            CONTENDERS[name]([torch.eye(512, dtype=dtype)], rank, 1)

@@ -1,14 +1,16 @@
-"""A whole checkpoint, beside copying its file: QLoRA conversion, merge, and inspection against the original. Each run is
-a process of its own, and what it writes is deleted before the next. How good the numbers are is not asked here.
+"""A whole checkpoint, beside copying its file: QLoRA conversion, merge, and inspection against the original. Each run
+is a process of its own, and what it writes is deleted before the next. How good the numbers are is not asked here.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,12 +21,7 @@ from tests.benchmarks.measuring import Settings, Table, interleaved, median_cpu,
 from tests.benchmarks.probe import Probe, probe
 from tests.benchmarks.weights import normal_matrix
 
-COPIES = ("copyfile", "copyfile, fsync", "load_file, save_file")
-_NOTES = (
-    "copyfile / and load, save /: how many times as long the copy takes; below 1 this is slower than the copy.",
-    "CPU and wall: of the work alone, without Python's start and torch's import, with that of numba and of our modules.",
-    "What we write is synced to the disk, as in `copyfile, fsync`; the other copies are left to the page cache.",
-)
+COPIES = ("copyfile", "copyfile fsync", "load save")
 
 
 def write_checkpoint(directory: Path, layers: int, size: int, dtype: torch.dtype) -> Path:
@@ -32,102 +29,99 @@ def write_checkpoint(directory: Path, layers: int, size: int, dtype: torch.dtype
     directory.mkdir()
     tensors = {f"model.layers.{i}.mlp.up_proj.weight": normal_matrix(size, dtype, seed=i) for i in range(layers)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    name = str(dtype).removeprefix("torch.")
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": name}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": _name(dtype)}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
 
 
 def run_convert(settings: Settings) -> Iterator[Table]:
     """`loftq quantize --method qlora`, with and without reading back what was written."""
+    checks = {"convert": True} if settings.quick else {"convert": True, "convert --no-verify": False}
     for dtype in (torch.bfloat16,) if settings.quick else (torch.bfloat16, torch.float32):
         with TemporaryDirectory(dir=settings.directory) as folder:
-            source = write_checkpoint(Path(folder) / "source", *_shape(settings), dtype)
-            output = Path(folder) / "output"
-            variants = {
-                f"convert{'' if verify == 'verify' else ' --no-verify'}, {threads} threads": partial(
-                    probe, "convert", source, output, threads, verify
-                )
-                for verify in ("verify", "no-verify")
-                for threads in sorted({1, settings.threads})
+            source, output = write_checkpoint(Path(folder) / "source", *_shape(settings), dtype), Path(folder) / "out"
+            commands = {
+                f"{name}, {n} threads": ("run_convert", source, output, n, verify)
+                for name, verify in checks.items()
+                for n in _counts(settings)
             }
-            rows = list(_beside_copies(source, output, variants, settings))
-            profile = probe("profile", source, output).result
-        title = f"convert: QLoRA of {_size_of(settings, dtype)}"
-        yield Table(title, rows, (*_NOTES, _baseline()), {"profile of one thread": profile})
+            rows = _beside_copies(source, output, commands, settings)
+            profile = probe("profile", "run_convert", source, output, 1).result
+        title = f"convert: QLoRA of {_about(settings, dtype)}"
+        yield Table(title, rows, _notes(), {"profile of one thread": profile})
 
 
 def run_merge(settings: Settings) -> Iterator[Table]:
     """`loftq merge` and `loftq inspect --against` of what a conversion wrote, with an adapter that adds something."""
     with TemporaryDirectory(dir=settings.directory) as folder:
         source = write_checkpoint(Path(folder) / "source", *_shape(settings), torch.bfloat16)
-        base, output = Path(folder) / "base", Path(folder) / "output"
-        probe("convert", source, base, settings.threads, "no-verify")
+        base, output = Path(folder) / "base", Path(folder) / "out"
+        probe("command", "run_convert", source, base, settings.threads)
         _train(base / "qlora_init" / "adapter_model.safetensors")
-        variants = {}
-        for threads in sorted({1, settings.threads}):
-            variants[f"merge, {threads} threads"] = partial(probe, "merge", base, output, threads)
-            variants[f"inspect --against, {threads} threads"] = partial(probe, "inspect", base, source, threads)
-        rows = list(_beside_copies(source, output, variants, settings))
-    title = f"merge: merge and inspection of the conversion of {_size_of(settings, torch.bfloat16)}"
-    yield Table(title, rows, (*_NOTES, _baseline()))
+        commands = {f"merge, {n} threads": ("run_merge", base, output, n) for n in _counts(settings)}
+        commands |= {f"inspect, {n} threads": ("run_inspect", base, source, n) for n in _counts(settings)}
+        rows = _beside_copies(source, output, commands, settings)
+    yield Table(f"merge: merge and inspect --against of {_about(settings, torch.bfloat16)}", rows, _notes())
 
 
 def _beside_copies(
-    source: Path, output: Path, variants: Mapping[str, Callable[[], Probe]], settings: Settings
-) -> Iterator[dict[str, object]]:
-    """One row for each kind of copy and each variant. The first run of each warms caches and is not counted."""
-    copies = {name: partial(probe, name, source, output) for name in COPIES}
-    calls = {name: partial(_cleared, output, call) for name, call in {**copies, **variants}.items()}
-    for call in (calls[COPIES[0]], *(calls[name] for name in list(variants)[:2])):
-        call()
-    runs = interleaved(calls, settings)
+    source: Path, output: Path, commands: Mapping[str, tuple[object, ...]], settings: Settings
+) -> list[dict[str, object]]:
+    """One row for each kind of copy and each command. The first of both warm caches and are not counted."""
+    calls = {how: partial(_cleared, output, "copy", how, source, output) for how in COPIES}
+    calls |= {name: partial(_cleared, output, "command", *command) for name, command in commands.items()}
+    for name in (COPIES[0], next(iter(commands))):
+        calls[name]()
+    runs = interleaved(calls, replace(settings, rounds=min(settings.rounds, 3), budget_s=math.inf))
     cpu = {name: median_cpu(runs[name]) for name in calls}
     wall = {name: median_wall(runs[name]) for name in calls}
     peak = {name: statistics.median(run.peak_nbytes for run in runs[name]) for name in calls}
-    torch_nbytes, numba_nbytes = _baselines()
-    for name in calls:
-        yield {
+    return [
+        {
             "run": name,
             "CPU s": cpu[name],
             "wall s": wall[name],
-            "copyfile / this, CPU": cpu[COPIES[0]] / cpu[name],
-            "wall": wall[COPIES[0]] / wall[name],
-            "copyfile, fsync / this, wall": wall[COPIES[1]] / wall[name],
-            "load, save / this, CPU": cpu[COPIES[2]] / cpu[name],
-            "wall ": wall[COPIES[2]] / wall[name],
-            "MB above torch": (peak[name] - torch_nbytes) / 1e6,
-            "MB above torch and numba": (peak[name] - numba_nbytes) / 1e6,
+            **{f"CPU / {copy}": cpu[name] / cpu[copy] for copy in COPIES if "fsync" not in copy},
+            **{f"wall / {copy}": wall[name] / wall[copy] for copy in COPIES},
+            "process CPU s": statistics.median(run.process_cpu for run in runs[name]),
+            **{f"MB above {what}": (peak[name] - nbytes) / 1e6 for what, nbytes in _baselines().items()},
             "n": len(runs[name]),
         }
+        for name in calls
+    ]
 
 
-def _cleared(output: Path, call: Callable[[], Probe]) -> Probe:
-    shutil.rmtree(output, ignore_errors=True)
+def _cleared(output: Path, *arguments: object) -> Probe:
     try:
-        return call()
+        return probe(*map(str, arguments))
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
 
-def _baselines() -> tuple[int, int]:
-    """Peak memory of importing torch, and of importing torch and numba, in bytes."""
-    return probe("nothing").peak_nbytes, probe("nothing", "numba").peak_nbytes
+@cache
+def _baselines() -> dict[str, int]:
+    """Peak memory, in bytes, of importing only these."""
+    return {"torch": probe("imports").peak_nbytes, "torch and numba": probe("imports", "numba").peak_nbytes}
 
 
-def _baseline() -> str:
-    torch_nbytes, numba_nbytes = _baselines()
-    return f"Importing torch takes {torch_nbytes / 1e6:.0f} MB, torch and numba {numba_nbytes / 1e6:.0f} MB."
+def _notes() -> tuple[str, ...]:
+    return (
+        "CPU and wall: after all imports, with kernels loaded. process CPU: with Python's start and all imports.",
+        "What we write is synced to the disk, as in `copyfile fsync`; the other copies are left to the page cache.",
+        ", ".join(f"importing {what} takes {nbytes / 1e6:.0f} MB" for what, nbytes in _baselines().items()),
+    )
 
 
 def _train(adapter: Path) -> None:
     """Random values in every lora_B."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = load_file(adapter)
-    for name, tensor in tensors.items():
-        if "lora_B" in name:
-            tensors[name] = torch.randn(tensor.shape, generator=generator).mul_(0.01).to(tensor.dtype)
+    tensors, generator = load_file(adapter), torch.Generator().manual_seed(0)
+    for tensor in (tensors[name] for name in sorted(tensors) if "lora_B" in name):
+        tensor.normal_(0.0, 0.01, generator=generator)
     save_file(tensors, adapter, metadata={"format": "pt"})
+
+
+def _counts(settings: Settings) -> list[int]:
+    return sorted({1, settings.threads})
 
 
 def _shape(settings: Settings) -> tuple[int, int]:
@@ -135,7 +129,10 @@ def _shape(settings: Settings) -> tuple[int, int]:
     return (17, 2048) if settings.quick else (30, 4096)
 
 
-def _size_of(settings: Settings, dtype: torch.dtype) -> str:
+def _about(settings: Settings, dtype: torch.dtype) -> str:
     layers, size = _shape(settings)
-    name = str(dtype).removeprefix("torch.")
-    return f"{layers} × {size}² {name}, {layers * size**2 * dtype.itemsize / 1e9:.2f} GB"
+    return f"{layers} × {size}² {_name(dtype)}, {layers * size**2 * dtype.itemsize / 1e9:.2f} GB"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,10 +14,9 @@ from unittest import mock
 import torch
 
 from loftq_cli import convert
-from loftq_cli.recipe import Recipe
+from tests.benchmarks.commands import run_convert
 from tests.benchmarks.conversion import write_checkpoint
 from tests.benchmarks.measuring import Settings, Table, interleaved, median_cpu, timed
-from tests.conversions import Silent
 
 
 def run(settings: Settings) -> Iterator[Table]:
@@ -51,7 +50,6 @@ def run(settings: Settings) -> Iterator[Table]:
 
 def _converted(source: Path, output: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
-    prepared = convert.prepare(str(source), output, Recipe())
     # Which kernels run depends on the work; here it must not.
     with mock.patch.object(convert, "choose_kernels", lambda work: None):
-        convert.run(prepared, Silent(), overwrite=False, restart=False, verify=True, threads=1)
+        run_convert(source, output, method="loftq")

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, TypeVar
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -29,17 +29,17 @@ class Settings:
     quick: bool
     threads: int
     directory: Path
-    rounds: int = 3
+    rounds: int
     budget_s: float = 4.0
 
 
 @dataclass(frozen=True, slots=True)
-class Timed(Generic[Result]):
+class Timed:
     """What a call gave, and its seconds: of all threads of the process, and on the wall."""
 
     cpu: float
     wall: float
-    result: Result
+    result: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Table:
     details: Mapping[str, object] = field(default_factory=dict)
 
 
-def timed(call: Callable[[], Result]) -> Timed[Result]:
+def timed(call: Callable[[], Any]) -> Timed:
     """One call, after what garbage there is has been collected."""
     gc.collect()
     cpu, wall = time.process_time(), time.perf_counter()
@@ -68,26 +68,33 @@ def interleaved(calls: Mapping[Key, Callable[[], Result]], settings: Settings) -
     spent = dict.fromkeys(calls, 0.0)
     for _ in range(settings.rounds):
         for key, call in calls.items():
-            if not results[key] or spent[key] < settings.budget_s:
+            if spent[key] < settings.budget_s:
                 start = time.perf_counter()
                 results[key].append(call())
                 spent[key] += time.perf_counter() - start
     return results
 
 
-def median_cpu(runs: Iterable[Timed[Result]]) -> float:
+def median_cpu(runs: Iterable[Timed]) -> float:
     """CPU seconds."""
     return statistics.median(run.cpu for run in runs)
 
 
-def median_wall(runs: Iterable[Timed[Result]]) -> float:
+def median_wall(runs: Iterable[Timed]) -> float:
     """Seconds on the wall."""
     return statistics.median(run.wall for run in runs)
 
 
-def ratio(peer: float | None, ours: float | None) -> float | None:
-    """How many times `ours` goes into `peer`; None where one was not measured."""
-    return None if peer is None or ours is None else peer / ours
+def best_wall(runs: Mapping[tuple[str, int], Sequence[Timed]], name: str) -> float:
+    """`median_wall` with the number of threads that is best for `name`: where processors are busy, or halves of one
+    core, threads that wait for each other take longer than one.
+    """
+    return min(median_wall(found) for (who, _), found in runs.items() if who == name)
+
+
+def ratio(first: float | None, second: float | None) -> float | None:
+    """first / second; None where one was not measured."""
+    return None if first is None or second is None else first / second
 
 
 def machine() -> dict[str, object]:
@@ -97,10 +104,11 @@ def machine() -> dict[str, object]:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": models[0] if models else platform.processor(),
-        "processors": len(models) or os.cpu_count(),
+        "processors": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
+        "load before": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
     }
 
@@ -108,15 +116,11 @@ def machine() -> dict[str, object]:
 def rendered(table: Table) -> str:
     """A Markdown table under its title, then the notes."""
     columns = list(table.rows[0])
-    cells = [columns, *([_cell(row[column]) for column in columns] for row in table.rows)]
-    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
-    is_text = [all(isinstance(row[column], str) for row in table.rows) for column in columns]
-    lines = [
-        "| " + " | ".join(c.ljust(w) if t else c.rjust(w) for c, w, t in zip(row, widths, is_text, strict=True)) + " |"
-        for row in cells
-    ]
-    rule = "|" + "|".join("-" * (w + 2) if t else "-" * (w + 1) + ":" for w, t in zip(widths, is_text, strict=True))
-    return "\n".join([f"## {table.title}", "", lines[0], f"{rule}|", *lines[1:], "", *table.notes, ""])
+    lines = [columns, *([_cell(row[column]) for column in columns] for row in table.rows)]
+    widths = [max(2, *map(len, cells)) for cells in zip(*lines, strict=True)]
+    padded = [[cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    padded.insert(1, ["-" * (width - 1) + ":" for width in widths])
+    return "\n".join([f"## {table.title}", "", *(f"| {' | '.join(line)} |" for line in padded), "", *table.notes, ""])
 
 
 def _cell(value: object) -> str:

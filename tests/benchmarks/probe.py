@@ -7,32 +7,41 @@ Memory is Linux's VmHWM: `ru_maxrss` of a new process begins at that of the one 
 from __future__ import annotations
 
 import cProfile
+import ctypes
+import importlib
 import json
 import os
 import pstats
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.measuring import timed
+from tests.benchmarks.measuring import Timed, timed
 
 _ROOT = Path(__file__).parent.parent.parent
+_FILE = "model.safetensors"
+
+# By a part of a function's file or name, what its time goes to; in this order.
+_KINDS = {
+    "sha256": ("sha256", "HASH"),
+    "reading": ("pread", "readinto", "posix.read", "_read_exactly"),
+    "writing": ("pwrite", "fsync", "posix.write", "ftruncate", "fallocate"),
+    "kernels": ("triton_kernels",),
+}
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """Seconds of the measured call, and the process's largest resident memory in bytes, files that it maps included.
-    `result` is what else the call gave.
-    """
+class Probe(Timed):
+    """process_cpu: CPU seconds of the whole process. peak_nbytes: its largest resident memory, with files it maps."""
 
-    cpu: float
-    wall: float
-    peak_nbytes: int
-    result: Any = None
+    process_cpu: float = 0.0
+    peak_nbytes: int = 0
 
 
 def probe(name: str, *arguments: object) -> Probe:
@@ -44,129 +53,102 @@ def probe(name: str, *arguments: object) -> Probe:
     return Probe(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def resident_nbytes(key: str) -> int:
+def _imports(*modules: str) -> Callable[[], None]:
+    """What a process takes that does nothing else."""
+    for module in modules:
+        importlib.import_module(module)
+    return lambda: None
+
+
+def _copy(how: str, source: str, output: str) -> Callable[[], None]:
+    from safetensors.torch import load_file, save_file
+
+    def work() -> None:
+        os.makedirs(output)
+        if how == "load save":
+            save_file(load_file(f"{source}/{_FILE}"), f"{output}/{_FILE}", metadata={"format": "pt"})
+            return
+        shutil.copyfile(f"{source}/{_FILE}", f"{output}/{_FILE}")
+        if how == "copyfile fsync":
+            with open(f"{output}/{_FILE}", "rb+") as file:
+                os.fsync(file.fileno())
+
+    return work
+
+
+def _command(name: str, first: str, second: str, threads: str, *verify: str) -> Callable[[], None]:
+    """A function of commands.py."""
+    from tests.benchmarks import commands
+    from tests.benchmarks.contenders import warm_up_kernels
+
+    warm_up_kernels()
+    options = {"verify": verify[0] == "True"} if verify else {}
+    return partial(getattr(commands, name), Path(first), Path(second), int(threads), **options)
+
+
+def _profile(*arguments: str) -> Callable[[], dict[str, object]]:
+    """Seconds of `_command` by what they went to, and its most expensive functions; of the first thread."""
+    work, profiler = _command(*arguments), cProfile.Profile()
+
+    def profiled() -> dict[str, object]:
+        profiler.runcall(work)
+        seconds: dict[str, float] = dict.fromkeys([*_KINDS, "other"], 0.0)
+        functions = []
+        stats: dict[tuple[str, int, str], Any] = vars(pstats.Stats(profiler))["stats"]
+        for (file, _, function), (_, calls, own, _, _) in stats.items():
+            where = f"{Path(file).parent.name}/{Path(file).name}:{function}" if "/" in file else function
+            kind = next((kind for kind, marks in _KINDS.items() if any(mark in where for mark in marks)), "other")
+            seconds[kind] += own
+            functions.append((own, calls, where))
+        top = [{"function": f, "calls": n, "seconds": own} for own, n, f in sorted(functions, reverse=True)[:20]]
+        return {"seconds": seconds, "top": top}
+
+    return profiled
+
+
+def _scratch(name: str, size: str, rank: str) -> Callable[[], float]:
+    """Bytes for each weight that LoftQ of a bfloat16 matrix adds to what is resident before, its result included."""
+    import torch
+
+    from tests.benchmarks.contenders import CONTENDERS, warm_up
+    from tests.benchmarks.weights import normal_matrix
+
+    warm_up([name], int(rank))
+    weight = normal_matrix(int(size), torch.bfloat16)
+
+    def work() -> float:
+        ctypes.CDLL(None).malloc_trim(0)  # or what was freed before would hide what is taken now
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins again
+        before = _resident_nbytes("VmRSS")
+        kept = CONTENDERS[name]([weight], int(rank), 1)
+        return (_resident_nbytes("VmHWM") - before) / weight.numel() if kept else 0.0
+
+    return work
+
+
+def _resident_nbytes(key: str) -> int:
     """VmHWM or VmRSS of this process: the most memory that was resident, or what is."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{key}:"))
 
 
-def _nothing() -> None:
-    """What a process takes that does nothing but import."""
-
-
-def _copyfile(source: str, output: str) -> None:
-    os.makedirs(output)
-    shutil.copyfile(f"{source}/model.safetensors", f"{output}/model.safetensors")
-
-
-def _copyfile_fsync(source: str, output: str) -> None:
-    _copyfile(source, output)
-    with open(f"{output}/model.safetensors", "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _safetensors(source: str, output: str) -> None:
-    from safetensors.torch import load_file, save_file
-
-    os.makedirs(output)
-    save_file(load_file(f"{source}/model.safetensors"), f"{output}/model.safetensors", metadata={"format": "pt"})
-
-
-def _convert(source: str, output: str, threads: str, verify: str) -> None:
-    from loftq_cli import convert
-    from loftq_cli.recipe import Recipe
-    from tests.conversions import Silent
-
-    prepared = convert.prepare(source, Path(output), Recipe(method="qlora"))
-    convert.run(prepared, Silent(), overwrite=False, restart=False, verify=verify == "verify", threads=int(threads))
-
-
-def _profile(source: str, output: str) -> dict[str, object]:
-    """Seconds of a conversion in one thread by what they went to, and its most expensive functions."""
-    profiler = cProfile.Profile()
-    profiler.runcall(_convert, source, output, "1", "verify")
-    kinds = {
-        "sha256": ("sha256", "HASH"),
-        "reading": ("pread", "readinto", "posix.read"),
-        "writing": ("pwrite", "fsync", "posix.write", "ftruncate", "fallocate"),
-        "kernels": ("triton_kernels",),
-    }
-    seconds, functions = dict.fromkeys([*kinds, "other"], 0.0), []
-    for (file, _, function), (_, calls, own, _, _) in pstats.Stats(profiler).stats.items():  # type: ignore[attr-defined]
-        where = f"{Path(file).parent.name}/{Path(file).name}:{function}" if "/" in file else function
-        kind = next((kind for kind, marks in kinds.items() if any(mark in where for mark in marks)), "other")
-        seconds[kind] += own
-        functions.append({"function": where, "calls": calls, "seconds": own})
-    functions.sort(key=lambda entry: -entry["seconds"])
-    return {"seconds": seconds, "top": functions[:20]}
-
-
-def _merge(base: str, output: str, threads: str) -> None:
-    from loftq_cli import merge, merge_plan
-    from loftq_cli.merge_form import MergeOptions
-    from tests.conversions import Silent
-
-    adapter = Path(base) / "qlora_init"
-    prepared = merge_plan.prepare(Path(base), adapter, Path(output), MergeOptions(), overwrite=False)
-    merge.run(prepared, Silent(), overwrite=False, restart=False, threads=int(threads))
-
-
-def _inspect(base: str, original: str, threads: str) -> None:
-    from loftq_cli.base_model import BaseModel
-    from loftq_cli.inspection import inspect_converted
-
-    with BaseModel.open(Path(base)) as opened:
-        inspect_converted(opened, Path(original), int(threads))
-
-
-def _scratch(name: str, size: str, rank: str) -> float:
-    """Bytes for each weight that LoftQ of a bfloat16 matrix adds to what is resident before, its result included."""
-    import torch
-
-    from tests.benchmarks.contenders import peft, warm_up
-    from tests.benchmarks.matrix import CONTENDERS, PEFT
-    from tests.benchmarks.weights import normal_matrix
-
-    torch.set_num_threads(1)
-    warm_up(int(rank))
-    if name == PEFT:
-        peft([torch.eye(512, dtype=torch.bfloat16)], int(rank), 1)
-    weight = normal_matrix(int(size), torch.bfloat16)
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins again
-    before = resident_nbytes("VmRSS")
-    kept = CONTENDERS[name]([weight], int(rank), 1)
-    assert kept
-    return (resident_nbytes("VmHWM") - before) / weight.numel()
-
-
-MEASUREMENTS: dict[str, Callable[..., Any]] = {
-    "nothing": _nothing,
-    "copyfile": _copyfile,
-    "copyfile, fsync": _copyfile_fsync,
-    "load_file, save_file": _safetensors,
-    "convert": _convert,
+# What imports and gets ready, and gives the work to be timed.
+MEASUREMENTS: dict[str, Callable[..., Callable[[], Any]]] = {
+    "imports": _imports,
+    "copy": _copy,
+    "command": _command,
     "profile": _profile,
-    "merge": _merge,
-    "inspect": _inspect,
     "scratch": _scratch,
 }
 
 
 def main() -> None:
-    """Measure and print. Everything is measured in a process that has imported torch; "nothing" takes more imports."""
-    import importlib
-
+    """Measure and print. torch is imported whatever is measured."""
     import torch
 
     torch.set_num_threads(1)
-    name, *arguments = sys.argv[1:]
-    if name == "nothing":
-        for module in arguments:
-            importlib.import_module(module)
-        arguments = []
-    done = timed(lambda: MEASUREMENTS[name](*arguments))
-    values = {"cpu": done.cpu, "wall": done.wall, "peak_nbytes": resident_nbytes("VmHWM"), "result": done.result}
-    print(json.dumps(values))
+    done = timed(MEASUREMENTS[sys.argv[1]](*sys.argv[2:]))
+    print(json.dumps(asdict(Probe(done.cpu, done.wall, done.result, time.process_time(), _resident_nbytes("VmHWM")))))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,11 @@ in memory and everything is warm. The process's other memory is in conversion.py
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from functools import partial
 
-from tests.benchmarks.matrix import PEFT
+from tests.benchmarks.contenders import PEFT
 from tests.benchmarks.measuring import Settings, Table, interleaved
 from tests.benchmarks.probe import probe
 
@@ -20,7 +21,7 @@ def run(settings: Settings) -> Iterator[Table]:
     names = ("fast, 8", "faithful, 5")
     cases = [(name, size) for size in sizes for name in (*names, PEFT) if name != PEFT or size == for_peer]
     runs = interleaved({case: partial(probe, "scratch", *case, rank) for case in cases}, settings)
-    nbytes = {case: min(run.result for run in runs[case]) for case in cases}
+    nbytes = {case: statistics.median(run.result for run in runs[case]) for case in cases}
     rows = [
         {
             "solver": name,
