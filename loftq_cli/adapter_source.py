@@ -11,7 +11,6 @@ from typing import Any
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
-from loftq_cli.checkpoint.watched_file import sha256_of
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.layouts.peft_adapter import (
     CONFIG_NAME,
@@ -99,7 +98,7 @@ class AdapterSource:
 
     def is_same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bytes."""
-        return sha256_of(self.weights.chunks(name)) == sha256_of(self.weights.chunks(other))
+        return self.weights.sha256(name) == self.weights.sha256(other)
 
 
 def open_adapter(path: Path) -> AdapterSource:

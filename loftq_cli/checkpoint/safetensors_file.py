@@ -72,19 +72,26 @@ class SafetensorsFile:
     def load(self, name: str) -> torch.Tensor:
         """The tensor, contiguous on the CPU, in memory of its own. Raises StorageError when the file changed."""
         ref = self.tensors[name]
-        return tensor_from(self._file.read(self._offsets[name], ref.nbytes), ref.dtype, ref.shape)
+        tensor, memory = unread_tensor(ref.dtype, ref.shape)
+        self._file.read_into(self._offsets[name], memory)
+        return tensor
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the first dimension, [stop - start, ...]; only they are read."""
         ref = self.tensors[name]
         shape = rows_shape(ref.shape, start, stop)
         row_nbytes = math.prod(shape[1:]) * ITEMSIZE[ref.dtype]
-        data = self._file.read(self._offsets[name] + start * row_nbytes, shape[0] * row_nbytes)
-        return tensor_from(data, ref.dtype, shape)
+        tensor, memory = unread_tensor(ref.dtype, shape)
+        self._file.read_into(self._offsets[name] + start * row_nbytes, memory)
+        return tensor
 
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
         """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
         return self._file.chunks(self._offsets[name], self.tensors[name].nbytes, chunk_nbytes)
+
+    def sha256(self, name: str) -> str:
+        """The sha256 of the bytes that `chunks` gives."""
+        return self._file.sha256(self._offsets[name], self.tensors[name].nbytes)
 
     def check_unchanged(self) -> None:
         """Raises StorageError when the file was replaced or rewritten since it was opened."""
@@ -99,6 +106,14 @@ def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.
     if not buffer:  # frombuffer refuses empty buffers
         return torch.empty(shape, dtype=torch_dtype)
     return torch.frombuffer(buffer, dtype=torch_dtype).reshape(shape)
+
+
+def unread_tensor(dtype: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, memoryview]:
+    """A tensor of any numbers, and its memory to read them into."""
+    import torch
+
+    flat = torch.empty(math.prod(shape) * ITEMSIZE[dtype], dtype=torch.uint8)
+    return flat.view(getattr(torch, dtype)).reshape(shape), flat.numpy().data
 
 
 def rows_shape(shape: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:

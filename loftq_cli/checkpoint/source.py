@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object, read_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
-from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile, sha256_of
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.errors import InputError, StorageError, printable
 from loftq_cli.tensors import TensorRef
 
@@ -58,6 +58,7 @@ class WeightsFile(Protocol):
     def load(self, name: str) -> torch.Tensor: ...
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]: ...
+    def sha256(self, name: str) -> str: ...
     def check_unchanged(self) -> None: ...
 
 
@@ -101,7 +102,7 @@ class Checkpoint:
 
     def sha256(self, name: str) -> str:
         """The sha256 of the bytes that `chunks` gives."""
-        return sha256_of(self.chunks(name))
+        return self._reader(name).sha256(name)
 
     def config(self) -> dict[str, Any]:
         """config.json beside the weights; empty where there is none. Raises InputError for a damaged one."""

@@ -6,6 +6,7 @@ torch.load, pickle and zlib are never called.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 import os
@@ -81,6 +82,13 @@ class TorchFile:
             return self._file.chunks(view.offset, self.tensors[name].nbytes, chunk_nbytes)
         data = memoryview(self._read(view))
         return (data[begin : begin + chunk_nbytes] for begin in range(0, len(data), chunk_nbytes))
+
+    def sha256(self, name: str) -> str:
+        """The sha256 of the bytes that `chunks` gives."""
+        view = self._views[name]
+        if view.is_contiguous:
+            return self._file.sha256(view.offset, self.tensors[name].nbytes)
+        return hashlib.sha256(self._read(view)).hexdigest()
 
     def check_unchanged(self) -> None:
         """Raises StorageError when the file was replaced or rewritten since it was opened."""

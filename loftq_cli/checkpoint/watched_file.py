@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +60,24 @@ class WatchedFile:
 
     def read(self, offset: int, nbytes: int) -> bytearray:
         """`nbytes` bytes from `offset` on. Raises StorageError when the file ends earlier or changed."""
+        buffer = bytearray(nbytes)
+        self.read_into(offset, memoryview(buffer))
+        return buffer
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        """The same into memory that is there: clearing it first takes as long as reading."""
         with self.opened() as descriptor:
-            return _read_exactly(descriptor, offset, nbytes, self.path)
+            _read_exactly(descriptor, offset, buffer, self.path)
+
+    def sha256(self, offset: int, nbytes: int) -> str:
+        """The sha256 of `nbytes` bytes from `offset` on."""
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
+        with self.opened() as descriptor:
+            for begin in range(offset, offset + nbytes, CHUNK_NBYTES):
+                part = buffer[: min(CHUNK_NBYTES, offset + nbytes - begin)]
+                _read_exactly(descriptor, begin, part, self.path)
+                digest.update(part)
+        return digest.hexdigest()
 
     def chunks(self, offset: int, nbytes: int, chunk_nbytes: int) -> Iterator[memoryview]:
         """The same bytes in pieces of at most `chunk_nbytes`, each in a buffer of its own."""
@@ -69,8 +85,9 @@ class WatchedFile:
             raise ValueError("chunk_nbytes is at least 1")
         with self.opened() as descriptor:
             for begin in range(offset, offset + nbytes, chunk_nbytes):
-                length = min(chunk_nbytes, offset + nbytes - begin)
-                yield memoryview(_read_exactly(descriptor, begin, length, self.path))
+                chunk = memoryview(bytearray(min(chunk_nbytes, offset + nbytes - begin)))
+                _read_exactly(descriptor, begin, chunk, self.path)
+                yield chunk
 
     def check_unchanged(self) -> None:
         """Raises StorageError when the path holds another file than was opened, or one written to since."""
@@ -80,14 +97,6 @@ class WatchedFile:
             raise _changed(self.path) from exc
         if identity != self.identity:
             raise _changed(self.path)
-
-
-def sha256_of(chunks: Iterable[memoryview]) -> str:
-    """The sha256 of bytes that come in pieces."""
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def open_regular_file(path: Path) -> int:
@@ -119,17 +128,14 @@ def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:
         raise InputError("is a git-LFS pointer, not the file itself", file=path, hint="run git lfs pull in its folder")
 
 
-def _read_exactly(descriptor: int, offset: int, nbytes: int, path: Path) -> bytearray:
-    buffer = bytearray(nbytes)
-    view = memoryview(buffer)
+def _read_exactly(descriptor: int, offset: int, buffer: memoryview, path: Path) -> None:
     done = 0
-    while done < nbytes:  # one call reads at most 2 GB on Linux, and less on some network file systems
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+    while done < len(buffer):  # one call reads at most 2 GB on Linux, and less on some network file systems
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:
-            message = f"changed while it was being read: it ends {nbytes - done} bytes early"
+            message = f"changed while it was being read: it ends {len(buffer) - done} bytes early"
             raise StorageError(message, file=path, hint="run the command again when the file is complete")
         done += count
-    return buffer
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int]:

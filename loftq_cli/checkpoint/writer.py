@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, tensor_from
+from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, unread_tensor
 from loftq_cli.errors import StorageError
 from loftq_cli.tensors import ITEMSIZE, OutTensor
 
@@ -97,8 +97,8 @@ class SafetensorsWriter:
         planned = self._tensors[name]
         shape = rows_shape(planned.shape, start, stop)
         row_nbytes = math.prod(shape[1:]) * ITEMSIZE[planned.dtype]
-        buffer = bytearray(shape[0] * row_nbytes)
-        view, position = memoryview(buffer), self._offsets[name] + start * row_nbytes
+        tensor, view = unread_tensor(planned.dtype, shape)
+        position = self._offsets[name] + start * row_nbytes
         try:
             while view:
                 count = os.preadv(self._fd, [view], position)
@@ -107,7 +107,7 @@ class SafetensorsWriter:
                 view, position = view[count:], position + count
         except OSError as error:
             raise storage_error(error, self.path) from None
-        return tensor_from(buffer, planned.dtype, shape)
+        return tensor
 
     def sha256(self, name: str) -> str:
         """The sha256 of the bytes that lie in the file in the tensor's place now."""
