@@ -1,11 +1,13 @@
-"""Best rank-r approximation of a matrix, as the two balanced factors of an adapter: exact, or by subspace iteration
-that starts from the last matrix of a sequence. No quantization here.
+"""Best rank-r approximations of a sequence of matrices, as the two factors of an adapter: exact, or by iteration from
+where the matrix before ended. No quantization here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from dataclasses import dataclass, replace
 from functools import cache
+from typing import Protocol
 
 import torch
 
@@ -13,17 +15,38 @@ from loftq_cli.errors import NumericError
 from loftq_cli.rows import slabs
 from loftq_cli.workers import SERIAL, Workers
 
-# Blocks of the Krylov space, for the first matrix of a sequence and for those that start from the one before.
-_BLOCKS = {"fast": (2, 1), "faithful": (4, 3)}
+# Of the Krylov space of "faithful", for the first matrix of a sequence and for those that start from the one before.
+_COLD_BLOCKS, _WARM_BLOCKS = 4, 3
 _OVERSAMPLING = 8
+_COLD_STEPS = 4  # of "fast", on the first matrix; one on those that start from the one before
 
 # Of the smallest to the largest step of a Cholesky factor, and of the eigenvalues of products: quantization noise has
 # more than 0.3. Down to this float32 gives four digits, which is more than the iteration does.
 _LEAST_RATIO = 0.03
+_NOTHING = torch.finfo(torch.float32).eps
 
 _NO_DECOMPOSITION = "its residual has no singular value decomposition that is found"
 
-Solver = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """left [out, rank] and right [rank, in] in float32, whose product approximates a matrix M; and
+    gain = ||M||² − ||M − left·right||², good to four digits.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    gain: float
+
+
+class Solver(Protocol):
+    """What gives low-rank factors of each of a sequence of similar matrices."""
+
+    def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
+        """Factors of [out, in] in float32 or bfloat16. Balanced ones are U·√S and √S·Vᵀ with the largest entry of each
+        column of U positive; others are cheaper where the product is all that is needed.
+        """
+        ...
 
 
 def is_exact(svd: str, rank: int, shape: tuple[int, ...]) -> bool:
@@ -34,16 +57,30 @@ def is_exact(svd: str, rank: int, shape: tuple[int, ...]) -> bool:
 def make_solver(
     svd: str, rank: int, shape: tuple[int, ...], generator: torch.Generator, workers: Workers = SERIAL
 ) -> Solver:
-    """What gives U·√S [out, rank] and √S·Vᵀ [rank, in] of each of a sequence of similar matrices of `shape`.
+    """The solver of a sequence of matrices of `shape`.
 
     exact      the best approximation (Eckart-Young)
     fast       subspace iteration, warm: about 1 % more error on the first matrix, which the next ones win back
-    faithful   the same with more steps: within 0.2 % of exact at every matrix
+    faithful   block Krylov iteration, warm: within 0.2 % of exact at every matrix
     Where the smaller side is not much more than the rank, all are exact, which is then as fast.
     """
     if is_exact(svd, rank, shape):
-        return lambda matrix: truncated_svd(matrix, rank)
-    return SubspaceSolver(rank, *_BLOCKS[svd], generator, workers)
+        return ExactSolver(rank)
+    solver = SubspaceSolver if svd == "fast" else KrylovSolver
+    return solver(rank, generator, workers)
+
+
+class ExactSolver:
+    """Every matrix by itself, with float64 eigenvectors."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
+        """See `truncated_svd`. Balanced always."""
+        del balances
+        left, right = truncated_svd(matrix, self._rank)
+        return Factors(left, right, _squared_singular_values(right))
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,48 +102,14 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     return _signed(*((short_factor, long_factor.T) if wide else (long_factor, short_factor.T)))
 
 
-class SubspaceSolver:
-    """Truncated SVDs of a sequence of similar matrices by block Krylov iteration (Musco and Musco, arXiv 1504.05477),
-    each started from the right singular vectors of the one before, which is what makes few blocks enough.
-
-    The matrix is read a few rows at a time; what is summed over them is summed in their order.
+class _Iteration:
+    """What both iterations have in common: products with a matrix, a few of its rows at a time. What is summed over
+    them is summed in their order.
     """
 
-    def __init__(
-        self, rank: int, first_blocks: int, later_blocks: int, generator: torch.Generator, workers: Workers = SERIAL
-    ) -> None:
-        self._rank, self._width, self._generator = rank, rank + _OVERSAMPLING, generator
-        self._cold_blocks, self._warm_blocks = first_blocks, later_blocks
-        self._workers = workers
-        self._start: torch.Tensor | None = None
-
-    def __call__(self, matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """U·√S and √S·Vᵀ in float32 of [out, in] in float32 or bfloat16, with both sides at least rank + 8 times the
-        blocks; signs as those of `truncated_svd`. Peak memory: a few matrices of that width.
-        """
-        is_cold = self._start is None
-        start = self._random(matrix.shape[1]) if self._start is None else self._start
-        basis = _orthonormal(self._times(matrix, start))  # [out, width]
-        for _ in range((self._cold_blocks if is_cold else self._warm_blocks) - 1):
-            rows = self._transposed_times(matrix, basis[:, -self._width :])
-            block = self._times(matrix, _orthonormal(rows.T.contiguous()))
-            block -= basis @ (basis.T @ block)  # or it would be nearly dependent on what there is
-            basis = torch.cat((basis, _orthonormal(block)), dim=1)  # [out, blocks * width]
-            if not _is_orthonormal(basis):  # nothing but rounding was left in some directions of the block
-                basis = torch.linalg.qr(basis).Q
-        basis = basis.to(product_dtype(matrix.dtype)).float()  # as the products see it, so that U·Uᵀ·R is what is found
-        projected = self._transposed_times(matrix, basis)  # [blocks * width, in]
-        left = _left_vectors(projected)[:, : self._width]
-        right = left.T @ projected  # [width, in] = S·Vᵀ
-        singular = torch.linalg.vector_norm(right.double(), dim=1).float()  # their squares may overflow float32
-        if not bool(torch.isfinite(singular).all()):
-            raise NumericError(_NO_DECOMPOSITION)
-        # A matrix of lower rank leaves nothing to start from in some directions: the next one starts cold.
-        is_whole = bool((singular > singular[0] * torch.finfo(torch.float32).eps).all())
-        self._start = (right / singular[:, None]).T if is_whole else None
-        root, inverse_root = _roots(singular[: self._rank], matrix.shape[0])
-        left_factor = (basis @ left[:, : self._rank]) * root
-        return _signed(left_factor, right[: self._rank] * inverse_root[:, None])
+    def __init__(self, rank: int, generator: torch.Generator, workers: Workers = SERIAL) -> None:
+        self._rank, self._generator, self._workers = rank, generator, workers
+        self._start: torch.Tensor | None = None  # [in, width], from the matrix before
 
     def _times(self, matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """matrix @ right, float32 [out, width]."""
@@ -130,8 +133,98 @@ class SubspaceSolver:
             product += term
         return product
 
-    def _random(self, rows: int) -> torch.Tensor:
-        return torch.randn(rows, self._width, generator=self._generator)
+    def _random(self, rows: int, width: int) -> torch.Tensor:
+        return torch.randn(rows, width, generator=self._generator)
+
+
+class SubspaceSolver(_Iteration):
+    """Subspace iteration of exactly the rank: one step a matrix, from the right factor of the one before. Between the
+    matrices of an alternation, which hardly differ, the steps add up.
+    """
+
+    def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
+        """See `Solver`. Both sides of the matrix are at least the rank. Peak memory: a few matrices of that width."""
+        start, steps = self._start, 1
+        if start is None:
+            start, steps = self._random(matrix.shape[1], self._rank), _COLD_STEPS
+        for _ in range(steps - 1):
+            basis = _orthonormal(self._times(matrix, start))
+            start = _orthonormal(self._transposed_times(matrix, basis).T.contiguous())
+        basis = _orthonormal(self._times(matrix, start))  # [out, rank]
+        basis = basis.to(product_dtype(matrix.dtype)).float()  # as the product sees it
+        right = self._transposed_times(matrix, basis)  # [rank, in]
+        scale = float(right.abs().max())
+        if not math.isfinite(scale):
+            raise NumericError(_NO_DECOMPOSITION)
+        unit = right / scale if scale else right  # its squares are inside float32's range
+        gram = unit @ unit.T
+        squares = gram.diagonal()
+        # A matrix of lower rank leaves nothing to start from in some directions: the next one starts cold.
+        self._start = unit.T if scale and bool(squares.min() > _NOTHING * squares.max()) else None
+        gain = 2.0 * squares.double().sum() - ((basis.T @ basis).double() * gram).sum()
+        found = Factors(basis, right, scale**2 * float(gain))
+        return balanced(found) if balances else found
+
+
+class KrylovSolver(_Iteration):
+    """Block Krylov iteration (Musco and Musco, arXiv 1504.05477), each started from the right singular vectors of the
+    matrix before.
+    """
+
+    def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
+        """See `Solver`; balanced always. Peak memory: a few matrices of a few times the rank."""
+        del balances
+        width = self._rank + _OVERSAMPLING
+        start, blocks = self._start, _WARM_BLOCKS
+        if start is None:
+            start, blocks = self._random(matrix.shape[1], width), _COLD_BLOCKS
+        basis = _orthonormal(self._times(matrix, start))  # [out, width]
+        for _ in range(blocks - 1):
+            rows = self._transposed_times(matrix, basis[:, -width:])
+            block = self._times(matrix, _orthonormal(rows.T.contiguous()))
+            block -= basis @ (basis.T @ block)  # or it would be nearly dependent on what there is
+            basis = torch.cat((basis, _orthonormal(block)), dim=1)  # [out, blocks * width]
+            if not _is_orthonormal(basis):  # nothing but rounding was left in some directions of the block
+                basis = torch.linalg.qr(basis).Q
+        basis = basis.to(product_dtype(matrix.dtype)).float()  # as the product sees it
+        projected = self._transposed_times(matrix, basis)  # [blocks * width, in]
+        vectors = _left_vectors(projected)[:, :width]
+        right = vectors.T @ projected  # [width, in] = S·Vᵀ
+        singular = _row_norms(right)
+        self._start = None
+        if bool((singular > _NOTHING * singular[0]).all()):
+            self._start = (right / singular[:, None]).T
+        left, right = basis @ vectors[:, : self._rank], right[: self._rank]
+        return _factors(left, right, singular[: self._rank])
+
+
+def balanced(factors: Factors) -> Factors:
+    """The same product as U·√S and √S·Vᵀ; `factors.left` is orthonormal."""
+    vectors = _left_vectors(factors.right)
+    right = vectors.T @ factors.right  # S·Vᵀ
+    made = _factors(factors.left @ vectors, right, _row_norms(right))
+    return replace(made, gain=factors.gain)
+
+
+def _factors(left: torch.Tensor, right: torch.Tensor, singular: torch.Tensor) -> Factors:
+    """Balanced factors of U [out, rank] and S·Vᵀ [rank, in]."""
+    root, inverse_root = _roots(singular, left.shape[0])
+    left, right = _signed(left * root, right * inverse_root[:, None])
+    inner = _squared_singular_values(right)
+    return Factors(left, right, 2.0 * inner - float(((left.T @ left).double() * (right @ right.T)).sum()))
+
+
+def _row_norms(matrix: torch.Tensor) -> torch.Tensor:
+    """float32. Raises NumericError when one is not finite."""
+    norms: torch.Tensor = torch.linalg.vector_norm(matrix.double(), dim=1).float()  # squares may overflow float32
+    if not bool(torch.isfinite(norms).all()):
+        raise NumericError(_NO_DECOMPOSITION)
+    return norms
+
+
+def _squared_singular_values(right: torch.Tensor) -> float:
+    """Their sum, from √S·Vᵀ."""
+    return float(torch.linalg.vector_norm(right.double(), dim=1).pow(4).sum())
 
 
 @cache
@@ -181,14 +274,6 @@ def _is_usual(gram: torch.Tensor) -> bool:
     """Whether squares of the numbers that a Gram matrix is made of are well inside float32's range."""
     squares = gram.diagonal()
     return bool(((squares > 1e-30) & (squares < 1e30)).all())
-
-
-def squared_gain(left: torch.Tensor, right: torch.Tensor) -> float:
-    """||M||² − ||M − L·R||² for the factors U·√S and √S·Vᵀ that a solver gives of M: twice the sum of the squared
-    singular values, less ||L·R||².
-    """
-    inner = torch.linalg.vector_norm(right.double(), dim=1).pow(4).sum()
-    return float(2.0 * inner - ((left.T @ left).double() * (right @ right.T)).sum())
 
 
 def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:

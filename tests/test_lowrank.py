@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from loftq_cli.lowrank import make_solver, truncated_svd
+from loftq_cli.lowrank import balanced, make_solver, truncated_svd
 from loftq_cli.methods.method import load_method
 from loftq_cli.metrics import layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
@@ -31,8 +31,8 @@ def noise(shape, seed=0):
 
 
 def what_is_left(matrix, factors):
-    left, right = (factor.double() for factor in factors)
-    return float((matrix.double() - left @ right).norm())
+    left, right = factors if isinstance(factors, tuple) else (factors.left, factors.right)
+    return float((matrix.double() - left.double() @ right.double()).norm())
 
 
 def least_that_can_be_left(matrix, rank):
@@ -71,8 +71,8 @@ def test_a_matrix_of_low_rank_is_found_whole(svd):
 @pytest.mark.parametrize("svd", ["exact", "fast", "faithful"])
 def test_nothing_is_found_in_zero_and_everything_after_it(svd):
     solve = make_solver(svd, RANK, (320, 384), generator())
-    left, right = solve(torch.zeros(320, 384))
-    assert not left.any() and not right.any()
+    found = solve(torch.zeros(320, 384))
+    assert not found.left.any() and not found.right.any() and found.gain == 0.0
     matrix = noise((320, 384))
     assert what_is_left(matrix, solve(matrix)) <= 1.02 * least_that_can_be_left(matrix, RANK)
 
@@ -80,12 +80,41 @@ def test_nothing_is_found_in_zero_and_everything_after_it(svd):
 @pytest.mark.parametrize("svd", ["exact", "fast", "faithful"])
 def test_factors_are_balanced_and_signed_and_the_same_every_time(svd):
     matrix = noise((320, 384))
-    left, right = make_solver(svd, RANK, (320, 384), generator())(matrix)
+    found = make_solver(svd, RANK, (320, 384), generator())(matrix)
+    left, right = found.left, found.right
     assert left.shape == (320, RANK) and right.shape == (RANK, 384)
     torch.testing.assert_close(left.norm(dim=0), right.norm(dim=1), rtol=1e-4, atol=0.0)
     assert bool((left.gather(0, left.abs().argmax(0, keepdim=True)) > 0).all())
     again = make_solver(svd, RANK, (320, 384), generator())(matrix)
-    assert torch.equal(left, again[0]) and torch.equal(right, again[1])
+    assert torch.equal(left, again.left) and torch.equal(right, again.right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("svd", ["exact", "fast", "faithful"])
+def test_the_gain_is_what_the_factors_take_off_the_squared_norm(svd, dtype):
+    solve = make_solver(svd, RANK, (320, 384), generator())
+    for step in range(3):
+        matrix = (noise((320, 384)) + 0.2 * noise((320, 384), seed=1 + step)).to(dtype)
+        found = solve(matrix)
+        squared = float(matrix.double().square().sum())
+        assert found.gain == pytest.approx(squared - what_is_left(matrix, found) ** 2, abs=1e-4 * squared)
+
+
+@pytest.mark.parametrize("svd", ["exact", "fast", "faithful"])
+def test_factors_that_need_no_balance_have_the_same_product(svd):
+    matrix = noise((320, 384))
+    free = make_solver(svd, RANK, (320, 384), generator())(matrix, balances=False)
+    even = make_solver(svd, RANK, (320, 384), generator())(matrix)
+    torch.testing.assert_close(free.left @ free.right, even.left @ even.right, rtol=1e-4, atol=1e-6)
+    assert what_is_left(matrix, balanced(free)) == pytest.approx(what_is_left(matrix, free), rel=1e-6)
+
+
+@pytest.mark.parametrize("svd", ["fast", "faithful"])
+def test_without_bfloat16_instructions_products_are_float32(svd, monkeypatch):
+    matrix = noise((320, 384)).bfloat16()
+    monkeypatch.setattr("loftq_cli.lowrank.product_dtype", lambda dtype: torch.float32)
+    found = make_solver(svd, RANK, (320, 384), generator())(matrix)
+    assert what_is_left(matrix, found) <= 1.015 * least_that_can_be_left(matrix, RANK)
 
 
 def test_a_small_matrix_is_solved_exactly_whatever_is_asked_for():
@@ -93,7 +122,7 @@ def test_a_small_matrix_is_solved_exactly_whatever_is_asked_for():
     expected = truncated_svd(matrix, RANK)
     for svd in ("fast", "faithful"):
         found = make_solver(svd, RANK, (96, 400), generator())(matrix)
-        assert all(map(torch.equal, found, expected))
+        assert torch.equal(found.left, expected[0]) and torch.equal(found.right, expected[1])
 
 
 def loftq_on_minilm(svd, iterations, rank):

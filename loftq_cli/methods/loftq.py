@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from loftq_cli.lowrank import Solver, is_exact, make_solver, squared_gain
+from loftq_cli.lowrank import Factors, Solver, balanced, is_exact, make_solver
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization
 from loftq_cli.quant.formats import Quantizer
@@ -38,18 +39,30 @@ def initialize(
     del init, sink
     solve = make_solver(svd, lora.rank, weight.shape, generator, workers)
     # A bfloat16 residual changes what iteration finds by less than it misses anyway, and takes half the memory.
-    is_small = math.prod(weight.shape) <= _SMALL_NUMEL or is_exact(svd, lora.rank, weight.shape)
+    decomposes = is_exact(svd, lora.rank, weight.shape)
+    is_small = decomposes or math.prod(weight.shape) <= _SMALL_NUMEL
     dtype = torch.float32 if is_small else torch.bfloat16
-    return alternate(weight, quantizer, lambda residual: fit_adapter(residual, lora, solve), iterations, dtype, workers)
+    # Rounding depends on how the factors are balanced: what is not stored in float32 has to be so at every step.
+    balances = lora.dtype != "float32"
+    found = alternate(
+        weight, quantizer, lambda residual: fit_adapter(residual, lora, solve, balances), iterations, dtype, workers
+    )
+    return found if balances or decomposes else replace(found, lora=_balanced(found.lora))
 
 
-def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver) -> tuple[LoraPair, float]:
+def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver, balances: bool = True) -> tuple[LoraPair, float]:
     """The adapter with s·B·A = the rank-r approximation of `residual` that `solve` finds, in the adapter's dtype, and
     by how much it lowers the squared error.
     """
-    left, right = solve(residual)
+    found = solve(residual, balances=balances)
     # Both public implementations fit B·A and forget s, which most loaders then multiply by: the gain is lost.
     root = math.sqrt(lora.scaling)
     dtype = getattr(torch, lora.dtype)
-    pair = LoraPair(lora_A=(right / root).to(dtype), lora_B=(left / root).to(dtype), scaling=lora.scaling)
-    return pair, squared_gain(left, right)
+    pair = LoraPair((found.right / root).to(dtype), (found.left / root).to(dtype), lora.scaling)
+    return pair, found.gain
+
+
+def _balanced(lora: LoraPair) -> LoraPair:
+    """The same adapter with equal norms in both factors; lora_B is orthonormal, up to the scaling."""
+    found = balanced(Factors(lora.lora_B, lora.lora_A, 0.0))
+    return replace(lora, lora_A=found.right, lora_B=found.left)

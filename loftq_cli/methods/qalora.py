@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from loftq_cli.lowrank import Solver, make_solver, squared_gain
+from loftq_cli.lowrank import Solver, make_solver
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization, zero_adapter
 from loftq_cli.quant.formats import Quantizer
@@ -63,11 +63,11 @@ def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: 
     means = torch.empty(out_features, residual.shape[1] // lora.group_size)
     for part in slabs((out_features, residual.shape[1])):
         means[part] = residual[part].float().view(-1, means.shape[1], lora.group_size).mean(dim=2)
-    left, right = solve(means)
-    rank = left.shape[1]
+    found = solve(means)
+    rank = found.left.shape[1]
     root = math.sqrt(start.scaling)
     lora_A, lora_B = start.lora_A.float().clone(), torch.zeros(out_features, lora.rank)
-    lora_A[:rank], lora_B[:, :rank] = right / root, left / root
+    lora_A[:rank], lora_B[:, :rank] = found.right / root, found.left / root
     dtype = getattr(torch, lora.dtype)
     pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
-    return pair, lora.group_size * squared_gain(left, right)
+    return pair, lora.group_size * found.gain

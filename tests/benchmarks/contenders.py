@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from loftq_cli.lowrank import Factors
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.loftq import fit_adapter
 from loftq_cli.methods.method import Initialization, load_method
@@ -43,10 +44,11 @@ def ours(svd: str, iterations: int, weights: Sequence[torch.Tensor], rank: int, 
 def svd_lowrank(iterations: int, weights: Sequence[torch.Tensor], rank: int, threads: int) -> Approximations:
     """The same loop with the same quantizer, and `torch.svd_lowrank` of a float32 residual as its solver."""
 
-    def solve(residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        left, singular, right = torch.svd_lowrank(residual, q=rank + 8, niter=2)
+    def solve(matrix: torch.Tensor, *, balances: bool = True) -> Factors:
+        del balances
+        left, singular, right = torch.svd_lowrank(matrix, q=rank + 8, niter=2)
         root = singular[:rank].sqrt()
-        return left[:, :rank] * root, (right[:, :rank] * root).T
+        return Factors(left[:, :rank] * root, (right[:, :rank] * root).T, gain=float(singular[:rank].square().sum()))
 
     def fit(residual: torch.Tensor) -> tuple[LoraPair, float]:
         return fit_adapter(residual, LoraSpec(rank, rank), solve)

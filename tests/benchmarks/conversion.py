@@ -36,10 +36,12 @@ def write_checkpoint(directory: Path, layers: int, size: int, dtype: torch.dtype
 
 def run_convert(settings: Settings) -> Iterator[Table]:
     """`loftq quantize --method qlora`, with and without reading back what was written."""
-    checks = {"convert": True} if settings.quick else {"convert": True, "convert --no-verify": False}
     for dtype in (torch.bfloat16,) if settings.quick else (torch.bfloat16, torch.float32):
         with TemporaryDirectory(dir=settings.directory) as folder:
             source, output = write_checkpoint(Path(folder) / "source", *_shape(settings), dtype), Path(folder) / "out"
+            checks = {"convert": True}
+            if dtype == torch.bfloat16 and not settings.quick:
+                checks["convert --no-verify"] = False
             commands = {
                 f"{name}, {n} threads": ("run_convert", source, output, n, verify)
                 for name, verify in checks.items()
@@ -67,11 +69,16 @@ def run_merge(settings: Settings) -> Iterator[Table]:
 def _beside_copies(
     source: Path, output: Path, commands: Mapping[str, tuple[object, ...]], settings: Settings
 ) -> list[dict[str, object]]:
-    """One row for each kind of copy and each command. The first of both warm caches and are not counted."""
-    calls = {how: partial(_cleared, output, "copy", how, source, output) for how in COPIES}
-    calls |= {name: partial(_cleared, output, "command", *command) for name, command in commands.items()}
-    for name in (COPIES[0], next(iter(commands))):
-        calls[name]()
+    """One row for each kind of copy and each command."""
+
+    def call(*arguments: object) -> Probe:
+        try:
+            return probe(*map(str, arguments), warm=source / "model.safetensors")
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+
+    calls = {how: partial(call, "copy", how, source, output) for how in COPIES}
+    calls |= {name: partial(call, "command", *command) for name, command in commands.items()}
     runs = interleaved(calls, replace(settings, rounds=min(settings.rounds, 3), budget_s=math.inf))
     cpu = {name: median_cpu(runs[name]) for name in calls}
     wall = {name: median_wall(runs[name]) for name in calls}
@@ -89,13 +96,6 @@ def _beside_copies(
         }
         for name in calls
     ]
-
-
-def _cleared(output: Path, *arguments: object) -> Probe:
-    try:
-        return probe(*map(str, arguments))
-    finally:
-        shutil.rmtree(output, ignore_errors=True)
 
 
 @cache

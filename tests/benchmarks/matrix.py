@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from operator import truediv
 
 import torch
 
@@ -83,7 +84,7 @@ def _compared(
                 f"error / {short}": ratio(total[name], total.get(peer)),
                 f"spectral / {short}": ratio(spectral[name], spectral.get(peer)),
             }
-        worst = {} if is_one else {"worst layer / PEFT": max(map(ratio, norms[name], norms[PEFT]))}
+        worst = {} if is_one else {"worst layer / PEFT": max(map(truediv, norms[name], norms[PEFT]))}
         yield row | worst | {"n": len(runs[name, 1])}
 
 

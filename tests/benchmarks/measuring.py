@@ -30,7 +30,7 @@ class Settings:
     threads: int
     directory: Path
     rounds: int
-    budget_s: float = 4.0
+    budget_s: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from tests.benchmarks.weights import normal_matrix
 
 _NOTES = (
     "M/s: millions of weights a second of CPU time, in one thread; wall: with one thread or all, the faster of each.",
-    "× bitsandbytes: how many times longer it takes. Block size 64.",
+    "× bitsandbytes: how many times longer it takes. Block size 64. Results are new memory: most of a decode's time.",
     "double: with double-quantized constants. same bytes: codes and constants, or decoded values.",
 )
 

@@ -1,5 +1,5 @@
 """One measurement in a process of its own, so that its peak memory is its own too: `python -m tests.benchmarks.probe
-NAME ARGUMENT...` prints what NAME below measured as JSON; `probe` runs that. Which measurements are made is not here.
+NAME FILE ARGUMENT...` prints what NAME below measured as JSON; `probe` runs that. What is measured when is not here.
 
 Memory is Linux's VmHWM: `ru_maxrss` of a new process begins at that of the one that started it.
 """
@@ -44,9 +44,11 @@ class Probe(Timed):
     peak_nbytes: int = 0
 
 
-def probe(name: str, *arguments: object) -> Probe:
-    """Run one of MEASUREMENTS in a new process. Raises RuntimeError with what it said when it fails."""
-    command = [sys.executable, "-m", "tests.benchmarks.probe", name, *map(str, arguments)]
+def probe(name: str, *arguments: object, warm: Path | None = None) -> Probe:
+    """Run one of MEASUREMENTS in a new process; `warm`: see `_warm`. Raises RuntimeError with what it said when it
+    fails.
+    """
+    command = [sys.executable, "-m", "tests.benchmarks.probe", name, str(warm or ""), *map(str, arguments)]
     done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
@@ -126,6 +128,17 @@ def _scratch(name: str, size: str, rank: str) -> Callable[[], float]:
     return work
 
 
+def _warm(file: Path) -> None:
+    """Read a file, and use twice as many bytes of the page cache: memory that a virtual machine's host took back while
+    nobody used it comes again several times slower.
+    """
+    copies = [file.with_suffix(f".{place}") for place in range(2)]
+    for copy in copies:
+        shutil.copyfile(file, copy)
+    for copy in copies:
+        copy.unlink()
+
+
 def _resident_nbytes(key: str) -> int:
     """VmHWM or VmRSS of this process: the most memory that was resident, or what is."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
@@ -147,8 +160,15 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    done = timed(MEASUREMENTS[sys.argv[1]](*sys.argv[2:]))
-    print(json.dumps(asdict(Probe(done.cpu, done.wall, done.result, time.process_time(), _resident_nbytes("VmHWM")))))
+    name, warm, *arguments = sys.argv[1:]
+    work = MEASUREMENTS[name](*arguments)
+    before = time.process_time()
+    if warm:
+        _warm(Path(warm))
+    warming = time.process_time() - before
+    done = timed(work)
+    process_cpu, peak_nbytes = time.process_time() - warming, _resident_nbytes("VmHWM")
+    print(json.dumps(asdict(Probe(done.cpu, done.wall, done.result, process_cpu, peak_nbytes))))
 
 
 if __name__ == "__main__":
