@@ -84,7 +84,7 @@ def test_outside_packages_stay_in_their_place(module, path):
     if not module.endswith("_triton"):
         assert "triton" not in top
     if module != "loftq_cli.triton_kernels.cpu_kernels":
-        assert "numba" not in top
+        assert not top & {"numba", "llvmlite"}
     assert not top & {"transformers", "peft", "bitsandbytes", "safetensors", "pickle"}
     if not module.startswith("loftq_cli.triton_kernels"):
         return

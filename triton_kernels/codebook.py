@@ -6,6 +6,8 @@ NF4 is the table of QLoRA (arXiv 2305.14314, appendix E).
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from loftq_cli.triton_kernels.backend import implementation
@@ -32,8 +34,9 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 }
 
 
+@cache
 def codebook_table(codebook: str) -> torch.Tensor:
-    """The table of `codebook`, float32 [16], ascending. Raises ValueError for an unknown name."""
+    """The table of `codebook`, float32 [16], ascending; read-only. Raises ValueError for an unknown name."""
     if codebook not in CODEBOOKS:
         raise ValueError(f"unknown codebook {codebook!r}; known: {', '.join(CODEBOOKS)}")
     return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32)

@@ -5,6 +5,10 @@ Only whole blocks are compiled: a short last one goes to the reference.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
 import torch
 
 from loftq_cli.triton_kernels import codebook_reference
@@ -50,7 +54,14 @@ def dequantize(
         return
     n_blocks = values.numel() // block_size
     whole = n_blocks * block_size
-    decode_blocks(packed.numpy(), absmax.numpy(), table.numpy(), block_size, bits_of(values[:whole]), n_blocks)
+    decode_blocks(
+        packed[: whole // 2].numpy(),
+        absmax[:n_blocks].numpy(),
+        table.numpy(),
+        _pairs(table),
+        block_size,
+        bits_of(values[:whole]),
+    )
     if whole < values.numel():
         codebook_reference.dequantize(packed[whole // 2 :], absmax[n_blocks:], table, block_size, values[whole:])
 
@@ -72,17 +83,25 @@ def residual(
         n_blocks = whole = 0
     elif n_blocks:
         squares = residual_of_blocks(
-            bits_of(weight),
-            packed.numpy(),
-            absmax.numpy(),
+            bits_of(weight[:whole]),
+            packed[: whole // 2].numpy(),
+            absmax[:n_blocks].numpy(),
             table.numpy(),
+            _pairs(table),
             block_size,
             dtype == torch.bfloat16,
-            bits_of(out),
-            n_blocks,
+            bits_of(out[:whole]),
         )
     if whole < weight.numel():
         squares += codebook_reference.residual(
             weight[whole:], packed[whole // 2 :], absmax[n_blocks:], table, block_size, dtype, out[whole:]
         )
     return squares
+
+
+@lru_cache(maxsize=4)  # by identity: the contract hands the same table in each time
+def _pairs(table: torch.Tensor) -> np.ndarray[Any, Any]:
+    """uint64 [256]: the two float32 values of each byte of codes."""
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
+    values: np.ndarray[Any, Any] = pairs.numpy().view(np.uint64).reshape(-1)
+    return values

@@ -13,6 +13,11 @@ from typing import Any
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import config, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 # Elements that a kernel widens, computes on and narrows at once: 4 KB each, so a few such buffers stay in the
 # processor's first cache.
@@ -94,6 +99,7 @@ def quantize_blocks(
     bits, minus_bits = np.empty(per_pass * block_size, np.uint32), np.empty(per_pass * block_size, np.uint32)
     x, d = bits.view(np.float32), minus_bits.view(np.float32)
     codes, values = np.empty(per_pass * block_size, np.uint8), absmax.view(np.float32)
+    inverses = np.empty(per_pass, np.float32)
     for first in range(0, n_blocks, per_pass):
         blocks = min(per_pass, n_blocks - first)
         start, count = first * block_size, blocks * block_size
@@ -102,21 +108,24 @@ def quantize_blocks(
             widen(minus[start : start + count], minus_bits)
             for i in range(count):
                 x[i] -= d[i]
+        _largest_magnitudes(bits[:count].reshape(blocks, block_size), absmax[first : first + blocks])
         for block in range(blocks):
-            part = slice(block * block_size, (block + 1) * block_size)
-            absmax[first + block] = _largest_magnitude(bits[part])
-            _scale(x[part], np.float32(1.0) / max(values[first + block], SMALLEST_ABSMAX))
+            inverses[block] = np.float32(1.0) / max(values[first + block], SMALLEST_ABSMAX)
+        _scale(x[:count].reshape(blocks, block_size), inverses)
         _encode(x[:count], t, codes)
         _pack(codes[:count], packed[start // 2 : (start + count) // 2])
 
 
 @kernel()
-def _largest_magnitude(bits: Any) -> Any:
-    """The bits of the largest magnitude: they compare like the numbers, and put NaN above infinity, so none is lost."""
-    largest = np.uint32(0)
-    for i in range(bits.size):
-        largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
-    return largest
+def _largest_magnitudes(bits: Any, largest: Any) -> None:
+    """Of each row, the bits of its largest magnitude. Those compare like the numbers and put NaN above infinity: it is
+    never lost.
+    """
+    for row in range(bits.shape[0]):
+        found = np.uint32(0)
+        for i in range(bits.shape[1]):
+            found = max(found, bits[row, i] & np.uint32(0x7FFFFFFF))
+        largest[row] = found
 
 
 @kernel()
@@ -139,48 +148,94 @@ def _pack(codes: Any, packed: Any) -> None:
         packed[i] = np.uint8(codes[2 * i] << 4) | codes[2 * i + 1]
 
 
+@intrinsic
+def _decode_16(typing: Any, packed: Any, start: Any, table: Any, scale: Any, values: Any, at: Any) -> Any:
+    """values[at : at + 16] = table[codes] * scale for the codes of packed[start : start + 8]: one permutation of the
+    table, which LLVM makes of no loop.
+    """
+    signature = types.void(packed, start, table, scale, values, at)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, word, number = ir.IntType(8), ir.IntType(32), ir.FloatType()
+        words, numbers = ir.VectorType(word, 16), ir.VectorType(number, 16)
+
+        def pointer(argument: int, index: Any, vector: Any) -> Any:
+            array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+            return builder.bitcast(builder.gep(array.data, [index]), vector.as_pointer())
+
+        eight = builder.load(pointer(0, arguments[1], ir.VectorType(byte, 8)), align=1)
+        first = builder.lshr(eight, ir.Constant(eight.type, [4] * 8))
+        second = builder.and_(eight, ir.Constant(eight.type, [15] * 8))
+        order = ir.Constant(words, [i // 2 + 8 * (i % 2) for i in range(16)])
+        codes = builder.zext(builder.shuffle_vector(first, second, order), words)
+        entries = builder.load(pointer(2, ir.Constant(ir.IntType(64), 0), numbers), align=4)
+        permute = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+            builder.module, ir.FunctionType(numbers, [numbers, words]), "llvm.x86.avx512.permvar.sf.512"
+        )
+        decoded = builder.call(permute, [entries, codes])
+        nothing = ir.Constant(numbers, ir.Undefined)
+        one = builder.insert_element(nothing, arguments[3], ir.Constant(word, 0))
+        scales = builder.shuffle_vector(one, nothing, ir.Constant(words, [0] * 16))
+        builder.store(builder.fmul(decoded, scales), pointer(4, arguments[5], numbers), align=4)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
 @kernel()
-def _decode(packed: Any, absmax: Any, t: Any, block_size: int, codes: Any, values: Any) -> None:
-    """The values of whole blocks; `codes` uint32 is scratch of their size."""
-    for i in range(packed.size):
-        codes[2 * i], codes[2 * i + 1] = packed[i] >> 4, packed[i] & 15
-    _look_up(codes[: 2 * packed.size], t, values)
+def _decode_by_permuting(packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, values: Any) -> None:
+    if block_size % 16:
+        _decode_by_pairs(packed, absmax, table, pairs, block_size, values)
+        return
     for block in range(absmax.size):
-        _scale(values[block * block_size : (block + 1) * block_size], absmax[block])
+        scale = absmax[block]
+        for i in range(0, block_size, 16):
+            at = block * block_size + i
+            _decode_16(packed, at // 2, table, scale, values, at)  # type: ignore[call-arg]
 
 
 @kernel()
-def _look_up(codes: Any, t: Any, values: Any) -> None:
-    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
-    t8, t9, t10, t11, t12, t13, t14, t15 = t[8], t[9], t[10], t[11], t[12], t[13], t[14], t[15]
-    for i in range(codes.size):
-        # Choices, the same for every element, so that it runs in vectors: reading a table would not.
-        c = codes[i]
-        b0, b1, b2 = (c & 1) != 0, (c & 2) != 0, (c & 4) != 0
-        low_low, low_high = (t1 if b0 else t0), (t3 if b0 else t2)
-        mid_low, mid_high = (t5 if b0 else t4), (t7 if b0 else t6)
-        low = (mid_high if b1 else mid_low) if b2 else (low_high if b1 else low_low)
-        low_low, low_high = (t9 if b0 else t8), (t11 if b0 else t10)
-        mid_low, mid_high = (t13 if b0 else t12), (t15 if b0 else t14)
-        high = (mid_high if b1 else mid_low) if b2 else (low_high if b1 else low_low)
-        values[i] = high if c > 7 else low
+def _decode_by_pairs(packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, values: Any) -> None:
+    """`pairs` holds the two values of each byte, as one number."""
+    two = values.view(np.uint64)
+    for i in range(packed.size):
+        two[i] = pairs[packed[i]]
+    _scale(values.reshape(absmax.size, block_size), absmax)
+
+
+def _has_permutations() -> bool:
+    """Whether machine code is made for this very processor, and it has AVX-512."""
+    is_native = not getattr(config, "CPU_NAME", None) and not getattr(config, "CPU_FEATURES", None)
+    return is_native and bool(get_host_cpu_features().get("avx512f"))
+
+
+# The values of whole blocks.
+_decode = _decode_by_permuting if _has_permutations() else _decode_by_pairs
 
 
 @kernel()
-def _scale(values: Any, scale: Any) -> None:
-    for i in range(values.size):
-        values[i] *= scale
+def _scale(values: Any, scales: Any) -> None:
+    """Each row by its scale."""
+    for row in range(values.shape[0]):
+        scale = scales[row]
+        for i in range(values.shape[1]):
+            values[row, i] *= scale
 
 
 @kernel()
-def decode_blocks(packed: Any, absmax: Any, t: Any, block_size: int, out: Any, n_blocks: int) -> None:
-    per_pass = max(BUFFER_NUMEL // block_size, 1)  # blocks
-    bits, codes = np.empty(per_pass * block_size, np.uint32), np.empty(per_pass * block_size, np.uint32)
-    for first in range(0, n_blocks, per_pass):
-        last = min(first + per_pass, n_blocks)
+def decode_blocks(packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, out: Any) -> None:
+    """Whole blocks into `out`."""
+    per_pass = max(4 * BUFFER_NUMEL // block_size, 1)  # blocks
+    bits = np.empty(per_pass * block_size, np.uint32)
+    for first in range(0, absmax.size, per_pass):
+        last = min(first + per_pass, absmax.size)
         start, stop = first * block_size, last * block_size
-        _decode(packed[start // 2 : stop // 2], absmax[first:last], t, block_size, codes, bits.view(np.float32))
-        narrow(bits, out[start:stop])
+        codes, scales = packed[start // 2 : stop // 2], absmax[first:last]
+        if out.itemsize == 4:
+            _decode(codes, scales, table, pairs, block_size, out[start:stop].view(np.float32))
+        else:
+            _decode(codes, scales, table, pairs, block_size, bits[: stop - start].view(np.float32))
+            narrow(bits, out[start:stop])
 
 
 @kernel(reassociates=True)
@@ -193,17 +248,17 @@ def _sum_of_squares(values: Any) -> float:
 
 @kernel()
 def residual_of_blocks(
-    weight: Any, packed: Any, absmax: Any, t: Any, block_size: int, rounds: bool, out: Any, n_blocks: int
+    weight: Any, packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, rounds: bool, out: Any
 ) -> float:
+    """What whole blocks lose into `out`, and the sum of its squares."""
     per_pass, squares = max(BUFFER_NUMEL // block_size, 1), 0.0
     bits, decoded_bits = np.empty(per_pass * block_size, np.uint32), np.empty(per_pass * block_size, np.uint32)
-    codes = np.empty(per_pass * block_size, np.uint32)
     w, decoded = bits.view(np.float32), decoded_bits.view(np.float32)
-    for first in range(0, n_blocks, per_pass):
-        last = min(first + per_pass, n_blocks)
+    for first in range(0, absmax.size, per_pass):
+        last = min(first + per_pass, absmax.size)
         start, stop = first * block_size, last * block_size
         count = stop - start
-        _decode(packed[start // 2 : stop // 2], absmax[first:last], t, block_size, codes, decoded)
+        _decode(packed[start // 2 : stop // 2], absmax[first:last], table, pairs, block_size, decoded[:count])
         if rounds:
             round_bfloat16(decoded_bits[:count])
         widen(weight[start:stop], bits)

@@ -59,7 +59,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small sizes, in two minutes")
     parser.add_argument("--threads", type=int, default=available_threads(), metavar="N", help='what "all threads" are')
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), metavar="FILE")
-    parser.add_argument("--directory", type=Path, default=Path(gettempdir()), help="where 4 GB of checkpoints fit")
+    parser.add_argument("--directory", type=Path, default=Path(gettempdir()), help="where 6 GB of checkpoints fit")
     return parser.parse_args()
 
 

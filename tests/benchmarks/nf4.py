@@ -4,6 +4,7 @@ are the same. No adapters here.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -20,15 +21,25 @@ from tests.benchmarks.weights import normal_matrix
 
 _NOTES = (
     "M/s: millions of weights a second of CPU time, in one thread; wall: with one thread or all, the faster of each.",
-    "× bitsandbytes: how many times longer it takes. Block size 64. Results are new memory: most of a decode's time.",
+    "× bitsandbytes: how many times longer it takes. Block size 64.",
     "double: with double-quantized constants. same bytes: codes and constants, or decoded values.",
 )
 
 
 def run(settings: Settings) -> Iterator[Table]:
     """Encode and decode, of both dtypes and with both kinds of constants."""
+    _keep_freed_memory()
     cases = product((1024,) if settings.quick else (1024, 4096), ("float32", "bfloat16"), (False, True))
     yield Table("nf4: encode and decode", [row for case in cases for row in _compared(*case, settings)], _NOTES)
+
+
+def _keep_freed_memory() -> None:
+    """Never give memory back to the system (glibc: M_MMAP_MAX, M_TRIM_THRESHOLD). Getting new pages takes longer than
+    decoding into them, and whose turn that would be is chance.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-4, 0)
+    libc.mallopt(-1, 2**31 - 1)
 
 
 def _compared(size: int, dtype: str, double_quant: bool, settings: Settings) -> Iterator[dict[str, object]]:
