@@ -26,13 +26,14 @@ from loftq_cli.triton_kernels import backend
 from loftq_cli.triton_kernels.affine import AFFINE_BITS, RANGES, SCALE_DTYPES, AffineGroups, quantize_affine
 from loftq_cli.triton_kernels.backend import implementation, use_compiled_kernels, use_reference_kernels
 from loftq_cli.triton_kernels.codebook import CODEBOOKS, codebook_residual, dequantize_codebook, quantize_codebook
+from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
 from loftq_cli.triton_kernels.error_stats import ErrorSums, error_stats
 from loftq_cli.workers import SERIAL, Workers
 
 numba = pytest.importorskip("numba")
 bnb = pytest.importorskip("bitsandbytes.functional")
 
-COMPILED = ("affine", "codebook", "error_stats")
+COMPILED = ("affine", "codebook", "double_quant", "error_stats")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.float32, torch.bfloat16)
 MAYBE_FLOATS = (None, *FLOATS)
@@ -672,3 +673,30 @@ def test_where_iterations_hardly_change_anything_the_same_one_is_the_best(seed, 
     assert_same_conversion(
         normal(*shape, seed=seed), spec, "float32", LoraSpec(rank, rank), iterations=iterations, svd="exact"
     )
+
+
+CONSTANTS = {
+    "ordinary": torch.rand(5000, generator=torch.Generator().manual_seed(0)),
+    "tiny": torch.rand(700, generator=torch.Generator().manual_seed(1)) * 1e-30,
+    "huge": torch.rand(700, generator=torch.Generator().manual_seed(2)) * 1e30,
+    "equal": torch.full((700,), 3.3),
+    "zeros": torch.zeros(700),
+    "one": torch.tensor([0.25]),
+    "a whole block and one": torch.rand(257, generator=torch.Generator().manual_seed(3)),
+    "one far off": torch.cat([torch.rand(700, generator=torch.Generator().manual_seed(4)), torch.tensor([3e38])]),
+    "a mean that overflows": torch.full((700,), 3e38),
+    "NaN": torch.cat([torch.rand(300, generator=torch.Generator().manual_seed(5)), torch.tensor([math.nan])]),
+}
+
+
+@pytest.mark.parametrize("nested_block_size", [64, 256])
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_double_quantization_of_constants_is_that_of_the_reference(name, nested_block_size):
+    absmax = CONSTANTS[name]
+    expected = double_quantize(absmax, nested_block_size)
+    found = compiled(double_quantize, absmax, nested_block_size)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    arguments = (expected[0], expected[1], dynamic_map(), expected[2], nested_block_size)
+    decoded = compiled(double_dequantize, *arguments)
+    torch.testing.assert_close(decoded, double_dequantize(*arguments), rtol=0, atol=0, equal_nan=True)

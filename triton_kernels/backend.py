@@ -11,7 +11,7 @@ from types import ModuleType
 # device type -> backend -> the operations that it has. The reference is plain torch, has all of them, and runs
 # wherever torch does.
 BACKENDS: dict[str, dict[str, frozenset[str]]] = {
-    "cpu": {"cpu": frozenset({"affine", "codebook", "error_stats"})},
+    "cpu": {"cpu": frozenset({"affine", "codebook", "double_quant", "error_stats"})},
     "cuda": {},
 }
 

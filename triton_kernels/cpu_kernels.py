@@ -330,6 +330,45 @@ def sum_errors_with_delta(weight: Any, decoded: Any, delta: Any, totals: Any) ->
 
 
 @kernel()
+def encode_constants(
+    absmax: Any, offset: Any, nearest: Any, nested_block_size: int, codes: Any, nested_absmax: Any
+) -> None:
+    """See double_quant_reference.py; `nearest` is the code of each point of its grid."""
+    centred = np.empty(nested_block_size, np.float32)
+    zero, half, one = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+    grid, centre = np.float32(nearest.size - 1), offset.reshape(1)[0]
+    for block in range(nested_absmax.size):
+        first = block * nested_block_size
+        count = min(nested_block_size, codes.size - first)
+        source, target = absmax[first : first + count], codes[first : first + count]
+        largest, has_nan = zero, False
+        for i in range(count):
+            centred[i] = source[i] - centre
+            largest = max(largest, abs(centred[i]))
+            has_nan |= centred[i] != centred[i]
+        nested_absmax[block] = np.float32(np.nan) if has_nan else largest
+        inverse = one / largest if largest > zero else zero
+        for i in range(count):
+            x = centred[i] * inverse
+            x = min(max(x, -one), one) if x == x else zero
+            cell = np.int64((x + one) * half * grid + half)
+            target[i] = nearest[cell] if largest > zero and not has_nan else np.uint8(0)
+
+
+@kernel()
+def decode_constants(
+    codes: Any, nested_absmax: Any, code_map: Any, offset: Any, nested_block_size: int, absmax: Any
+) -> None:
+    """See double_quant_reference.py."""
+    centre = offset.reshape(1)[0]
+    for block in range(nested_absmax.size):
+        part = slice(block * nested_block_size, (block + 1) * nested_block_size)
+        source, target, scale = codes[part], absmax[part], nested_absmax[block]
+        for i in range(source.size):
+            target[i] = code_map[source[i]] * scale + centre
+
+
+@kernel()
 def min_max(groups: Any, ends: Any) -> None:
     for row in range(groups.shape[0]):
         lowest, highest = _least(groups[row]), _greatest(groups[row])

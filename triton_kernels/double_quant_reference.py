@@ -14,7 +14,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """uint8 [n], float32 [ceil(n / nested_block_size)], float32 []. See double_quant.py."""
     numel = absmax.numel()
-    offset = _mean(absmax)
+    offset = mean(absmax)
     centred = absmax - offset
     n_nested = -(-numel // nested_block_size)
     padded = torch.zeros(n_nested * nested_block_size, dtype=torch.float32, device=absmax.device)
@@ -26,7 +26,7 @@ def quantize(
     # Where the mean overflows float32 nothing can be scaled; the offset says so, and the codes must still be indices.
     scaled = (padded * reciprocal[:, None]).clamp_(-1.0, 1.0).nan_to_num_(0.0)
     cell = ((scaled + 1.0) * 0.5 * GRID + 0.5).to(torch.int64)
-    codes = _nearest_entry(code_map)[cell]
+    codes = nearest_entry(code_map)[cell]
     codes = torch.where(nested_absmax[:, None] > 0, codes, torch.zeros_like(codes))
     return codes.view(-1)[:numel].contiguous(), nested_absmax, offset
 
@@ -44,14 +44,14 @@ def dequantize(
 
 
 @lru_cache(maxsize=4)  # by identity: the contract hands the same map in each time
-def _nearest_entry(code_map: torch.Tensor) -> torch.Tensor:
+def nearest_entry(code_map: torch.Tensor) -> torch.Tensor:
     """uint8 [GRID + 1]: the index of the map entry nearest to each grid point."""
     points = torch.arange(GRID + 1, dtype=torch.float32, device=code_map.device) / GRID * 2.0 - 1.0
     midpoints = (code_map[:-1] + code_map[1:]) / 2
     return torch.bucketize(points, midpoints).to(torch.uint8)
 
 
-def _mean(absmax: torch.Tensor) -> torch.Tensor:
+def mean(absmax: torch.Tensor) -> torch.Tensor:
     """The float32 mean as one thread computes it: with more, torch's summation order depends on their number, and
     the same checkpoint would get other bytes on another machine.
     """

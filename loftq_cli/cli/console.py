@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
@@ -49,6 +50,12 @@ def megabytes(nbytes: int) -> str:
 
 def peak_nbytes() -> int:
     """The most memory this process has had in use."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        pass
+    # On Linux this one begins with what the process that started it had in use.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
