@@ -17,7 +17,7 @@ from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import code_rows, load_layout
 from loftq_cli.methods.method import METHODS, Initialization, load_method
-from loftq_cli.metrics import LayerError, layer_error
+from loftq_cli.metrics import LayerError, is_finite, layer_error
 from loftq_cli.plan import CopyJob, LayerJob
 from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.recipe import Recipe
@@ -167,12 +167,11 @@ def _initialize(
 
 def _packed(recipe: Recipe, job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
     """The tensors to write. Raises InputError for what would not be finite."""
-    import torch
 
     tensors = load_layout(str(recipe.layout)).pack(job.matrix, initial.quantized)
     tensors |= peft_adapter.pack(job.module, initial.lora)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise InputError(
                 f"{name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}",
                 hint="--adapter-dtype float32 holds more" if "lora_" in name else "--exclude it",
@@ -215,7 +214,7 @@ def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) ->
         slab = checkpoint.load_rows(name, start, min(start + step, rows)) if ref.shape else checkpoint.load(name)
         digest.update(tensor_bytes(slab))
         cast = slab.to(getattr(torch, dtype))
-        if not torch.equal(torch.isfinite(cast), torch.isfinite(slab)):
+        if not is_finite(cast) and not torch.equal(torch.isfinite(cast), torch.isfinite(slab)):
             raise InputError(f"has numbers too large for {dtype}", file=ref.file, tensor=name)
         yield tensor_bytes(cast)
 

@@ -29,7 +29,7 @@ from loftq_cli.merge_report import (
     total_retention,
     write_side_files,
 )
-from loftq_cli.metrics import delta_rows, group_delta, layer_error
+from loftq_cli.metrics import delta_rows, group_delta, is_finite, layer_error
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL
@@ -282,10 +282,9 @@ def _is_turned(merge: Merge, job: MergeJob) -> bool:
 
 def _adapter_tensor(merge: Merge, name: str) -> torch.Tensor:
     """A tensor of the adapter. Raises InputError when it holds NaN or infinite values."""
-    import torch
 
     tensor = merge.adapter.weights.load(name)
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise InputError("holds NaN or infinite values", file=merge.adapter.weights.path, tensor=name)
     return tensor
 
@@ -296,7 +295,7 @@ def _finite(merge: Merge, job: MergeJob, tensor: torch.Tensor) -> torch.Tensor:
 
     dtype = job.outputs[0].dtype
     cast = tensor.to(getattr(torch, dtype)).contiguous()
-    if not bool(torch.isfinite(cast).all()):
+    if not is_finite(cast):
         hint = None if dtype == "float32" else "--dtype float32"
         raise InputError(f"merged, it is not finite in {dtype}", file=merge.base.path, tensor=job.name, hint=hint)
     return cast

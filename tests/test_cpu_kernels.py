@@ -118,12 +118,12 @@ def sizes(block_size: int) -> list[int]:
 
 
 def test_the_reference_serves_until_the_compiled_kernels_are_asked_for() -> None:
-    for op in (*COMPILED, "double_quant", "packing"):
+    for op in (*COMPILED, "packing"):
         assert implementation(op, "cpu").__name__.endswith(f".{op}_reference")
     assert use_compiled_kernels() is None
     for op in COMPILED:
         assert implementation(op, "cpu").__name__.endswith(f".{op}_cpu")
-    for op in ("double_quant", "packing"):
+    for op in ("packing",):
         assert implementation(op, "cpu").__name__.endswith(f".{op}_reference")
     use_reference_kernels()
     for op in COMPILED:

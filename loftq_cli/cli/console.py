@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
-from pathlib import Path
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
