@@ -92,7 +92,8 @@ def _other_notes(merge: Merge) -> list[str]:
 
 
 def _run_jobs(merge: Merge, directory: Path, observer: Observer, workers: Workers) -> tuple[MergedLayer, ...]:
-    files = OutputFiles(directory, {shard.file: shard.tensors for shard in merge.shards})
+    # A merge is not resumed: nobody asks for the hash of one tensor, and publishing takes that of each file.
+    files = OutputFiles(directory, {shard.file: shard.tensors for shard in merge.shards}, hashes=False)
     layers = []
 
     def run_job(job: MergeJob, sharing: Workers) -> MergedLayer | None:

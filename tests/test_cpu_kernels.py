@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -700,3 +702,20 @@ def test_double_quantization_of_constants_is_that_of_the_reference(name, nested_
     arguments = (expected[0], expected[1], dynamic_map(), expected[2], nested_block_size)
     decoded = compiled(double_dequantize, *arguments)
     torch.testing.assert_close(decoded, double_dequantize(*arguments), rtol=0, atol=0, equal_nan=True)
+
+
+FULL_DISK = """
+import resource, signal, torch
+from loftq_cli.triton_kernels import backend
+from loftq_cli.triton_kernels.codebook import quantize_codebook
+assert backend.use_compiled_kernels() is None
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+print(quantize_codebook(torch.ones(64), "nf4", 64)[0].tolist())
+"""
+
+
+def test_a_disk_that_is_full_keeps_no_kernel_and_computes(tmp_path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", FULL_DISK], env=environment, capture_output=True, text=True)
+    assert run.stdout.strip() == str([0xFF] * 32), run.stderr

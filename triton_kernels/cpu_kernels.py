@@ -8,6 +8,7 @@ as unsigned integers, which numba has both of.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
@@ -39,12 +40,25 @@ def kernel(*, reassociates: bool = False) -> Callable[[Callable[..., Any]], Call
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
-            made: Callable[..., Any] = numba.njit(cache=True, **options)(function)
+            made: Any = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # neither the package's folder nor the user's cache can be written
-            made = numba.njit(**options)(function)
-        return made
+            return numba.njit(**options)(function)  # type: ignore[no-any-return]
+        _forgive(getattr(made, "_cache", None))
+        return made  # type: ignore[no-any-return]
 
     return compiled
+
+
+def _forgive(cache: Any) -> None:
+    """A kernel that cannot be kept, on a full disk say, is compiled again another time; numba would end the run."""
+    save: Any = getattr(cache, "save_overload", None)
+
+    def try_to_save(*arguments: Any) -> None:
+        with suppress(OSError):
+            save(*arguments)
+
+    if save is not None:
+        cache.save_overload = try_to_save
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -12,7 +12,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, unread_tensor
 from loftq_cli.errors import StorageError
@@ -54,9 +54,12 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
 class SafetensorsWriter:
     """One output file, open for writing. An existing file of the right size is kept, for a run that is resumed."""
 
-    def __init__(self, path: Path, tensors: Sequence[OutTensor]) -> None:
-        """Lay `path` out for `tensors`. Raises StorageError when that is not possible."""
-        self.path = path
+    def __init__(self, path: Path, tensors: Sequence[OutTensor], *, hashes: bool = True) -> None:
+        """Lay `path` out for `tensors`; without `hashes` the sha256 of what is written is "", which saves the time.
+
+        Raises StorageError when that is not possible.
+        """
+        self.path, self._hashes = path, hashes
         self._tensors = {tensor.name: tensor for tensor in tensors}
         header, self._offsets, size = safetensors_layout(tensors)
         try:
@@ -90,7 +93,8 @@ class SafetensorsWriter:
     def place(self, name: str) -> TensorPlace:
         """Where a tensor's bytes go, to be filled from its beginning to its end."""
         start = self._offsets[name]
-        return TensorPlace(name, start, start + self._tensors[name].nbytes, self._write_at)
+        end, digest = start + self._tensors[name].nbytes, hashlib.sha256() if self._hashes else None
+        return TensorPlace(name, start, end, self._write_at, digest)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor as they lie in the file now."""
@@ -150,31 +154,36 @@ class SafetensorsWriter:
 class TensorPlace:
     """The place of one tensor in a file that is being written."""
 
-    def __init__(self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None]) -> None:
+    def __init__(
+        self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None], digest: Any
+    ) -> None:
         self._name, self._start, self._position, self._end = name, start, start, end
-        self._write_at, self._digest = write_at, hashlib.sha256()
+        self._write_at, self._digest = write_at, digest
 
     def append(self, data: bytes | memoryview) -> None:
         """The next bytes. Raises ValueError when they are more than planned."""
         if self._position + len(data) > self._end:
             raise ValueError(f"{self._name} has more bytes than planned")
         self._write_at(self._position, data)
-        self._digest.update(data)
+        if self._digest is not None:
+            self._digest.update(data)
         self._position += len(data)
 
     def close(self) -> str:
-        """The sha256 of all bytes. Raises ValueError when they are fewer than planned."""
+        """The sha256 of all bytes, if it is taken. Raises ValueError when they are fewer than planned."""
         if self._position != self._end:
             found, planned = self._position - self._start, self._end - self._start
             raise ValueError(f"{self._name} has {found} bytes, planned were {planned}")
-        return self._digest.hexdigest()
+        return "" if self._digest is None else str(self._digest.hexdigest())
 
 
 class OutputFiles:
     """Several output files, open for writing; a tensor finds its file by its name."""
 
-    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]]) -> None:
-        """`files`: relative name -> its tensors. Raises StorageError when one cannot be laid out."""
+    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]], *, hashes: bool = True) -> None:
+        """`files`: relative name -> its tensors; `hashes`: see `SafetensorsWriter`. Raises StorageError when one cannot
+        be laid out.
+        """
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
         for name, tensors in files.items():
@@ -182,7 +191,7 @@ class OutputFiles:
                 (directory / name).parent.mkdir(exist_ok=True)
             except OSError as error:
                 raise storage_error(error, directory / name) from None
-            writer = SafetensorsWriter(directory / name, tensors)
+            writer = SafetensorsWriter(directory / name, tensors, hashes=hashes)
             self._writers.append(writer)
             self._writer_of |= {tensor.name: writer for tensor in tensors}
 
