@@ -26,7 +26,6 @@ from loftq_cli.errors import StorageError, UsageError
 from loftq_cli.jobs import JobRunner, is_streamed
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.methods.method import METHODS
 from loftq_cli.metrics import LayerError, relative, total_error
 from loftq_cli.model_files import index_json, write_texts
 from loftq_cli.plan import CopyJob, LayerJob, Plan, build_plan, source_name
@@ -149,8 +148,7 @@ def run(
     Raises LoftqError; what is under the output's name then is what was there before.
     """
     plan, output = conversion.plan, conversion.output
-    passes = int(plan.recipe.iterations or 1) if METHODS[plan.recipe.method].iterates else 1
-    if (missing := choose_kernels(passes * sum(job.numel for job in plan.layers))) is not None:
+    if (missing := choose_kernels(plan.work)) is not None:
         observer.phase(missing)
     check_space(output, plan.base_nbytes + plan.adapter_nbytes)
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)

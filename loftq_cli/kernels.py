@@ -7,6 +7,14 @@ from __future__ import annotations
 _WORTH_COMPILING = 1 << 26
 
 
+COMPILER_NBYTES = 120_000_000  # memory of numba and LLVM, measured on Linux
+
+
+def is_worth_compiling(work: int) -> bool:
+    """Whether `work` weights times passes take longer than loading the compiler."""
+    return work >= _WORTH_COMPILING
+
+
 def choose_kernels(work: int) -> str | None:
     """Use compiled kernels for `work` weights times passes if that is worth it, and the reference if not: the bytes are
     the same. What has to be said where they would be worth it and cannot be had.
@@ -14,5 +22,5 @@ def choose_kernels(work: int) -> str | None:
     from loftq_cli.triton_kernels.backend import use_compiled_kernels, use_reference_kernels
 
     use_reference_kernels()
-    missing = use_compiled_kernels() if work >= _WORTH_COMPILING else None
+    missing = use_compiled_kernels() if is_worth_compiling(work) else None
     return f"compiled kernels would be several times faster, and cannot be used: {missing}" if missing else None

@@ -18,6 +18,7 @@ from typing import Any
 from loftq_cli import __version__
 from loftq_cli.errors import UsageError
 from loftq_cli.family import Family
+from loftq_cli.kernels import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, load_layout
 from loftq_cli.methods.method import METHODS
@@ -145,9 +146,18 @@ class Plan:
         method = METHODS[self.recipe.method]
         per_weight, per_gram = method.exact_nbytes if self.recipe.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
-        return _TORCH_NBYTES + max(
-            per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 for job in self.layers
+        compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
+        return (
+            _TORCH_NBYTES
+            + compiler
+            + max(per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 for job in self.layers)
         )
+
+    @property
+    def work(self) -> int:
+        """Weights times the passes over them."""
+        passes = int(self.recipe.iterations or 1) if METHODS[self.recipe.method].iterates else 1
+        return passes * sum(job.numel for job in self.layers)
 
     @property
     def shard_of(self) -> dict[str, str]:
