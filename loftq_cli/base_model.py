@@ -14,7 +14,7 @@ from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError
 from loftq_cli.family import Family
 from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, StoredTensors, code_rows, load_layout
-from loftq_cli.rows import ComputedRows, Rows, TensorRows, plain
+from loftq_cli.rows import Rows, TensorRows, stored_rows
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import TensorRef
 
@@ -136,9 +136,7 @@ class BaseModel:
             raise InputError("is not a matrix", file=ref.file, tensor=name)
         if self.family.is_transposed(module_of(name)):
             return TensorRows(self.load(name), transposed=True)
-        return ComputedRows(
-            (ref.shape[0], ref.shape[1]), lambda part: plain(self.checkpoint.load_rows(name, part.start, part.stop))
-        )
+        return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
 
     def _decoded(self, matrix: StoredMatrix) -> Rows:
         from loftq_cli.quant.formats import make_quantizer
@@ -150,12 +148,7 @@ class BaseModel:
         if lying is None or refs[lying.name].shape[0] < lying.span(slice(0, matrix.shape[0])).stop:
             return quantizer.decoded(self.quantized_tensor(matrix.name))
         constants = load_layout(self.layout).unpack(matrix, self.stored, has_codes=False)
-
-        def codes(part: slice) -> torch.Tensor:
-            span = lying.span(part)
-            return lying.unpack(self.checkpoint.load_rows(lying.name, span.start, span.stop))
-
-        return quantizer.decoded(constants, codes)
+        return quantizer.decoded(constants, lying.reader(self.checkpoint.load_rows))
 
     def parts(self, name: str) -> list[TensorRef]:
         """The stored tensors that make the weight called `name`."""

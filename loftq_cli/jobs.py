@@ -22,7 +22,7 @@ from loftq_cli.plan import CopyJob, LayerJob
 from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import layer_result
-from loftq_cli.rows import ComputedRows, Rows, TensorRows, plain
+from loftq_cli.rows import Rows, TensorRows, stored_rows
 from loftq_cli.workers import Workers, beside
 
 if TYPE_CHECKING:
@@ -100,12 +100,19 @@ class JobRunner:
         if made.entry is not None:
             return made.entry, True
         if isinstance(job, CopyJob):
-            digest = hashlib.sha256()
-            chunks = _copied_chunks(self._checkpoint, job, digest)
-            copied = {job.output.name: self._files[job.output.name].write_chunks(job.output.name, chunks)}
-            return JournalEntry(job.name, digest.hexdigest(), copied, {}), False
+            return self._copy(job), False
         written = {name: self._files[name].write(name, tensor) for name, tensor in made.tensors.items()}
         return JournalEntry(job.name, made.input_sha256, {**made.written, **written}, dict(made.result)), False
+
+    def _copy(self, job: CopyJob) -> JournalEntry:
+        checkpoint, name = self._checkpoint, job.output.name
+        if job.output.dtype == checkpoint.tensors[job.name].dtype:
+            sha256 = self._files[name].write_chunks(name, checkpoint.chunks(job.name))
+            return JournalEntry(job.name, sha256, {name: sha256}, {})  # what comes out is what went in
+        digest = hashlib.sha256()
+        chunks = recast_chunks(checkpoint, job.name, job.output.dtype, digest)
+        written = {name: self._files[name].write_chunks(name, chunks)}
+        return JournalEntry(job.name, digest.hexdigest(), written, {})
 
     def _stream(self, job: LayerJob, workers: Workers) -> Converted:
         """A layer of which only a few rows are in memory: they are read, and their codes written, one after the other;
@@ -114,21 +121,15 @@ class JobRunner:
         lying = code_rows(str(self._recipe.layout), job.matrix)
         assert lying is not None
         checkpoint, file = self._checkpoint, self._files[lying.name]
-        weight = ComputedRows(
-            job.matrix.shape, lambda part: plain(checkpoint.load_rows(job.name, part.start, part.stop))
-        )
+        weight = stored_rows(checkpoint.load_rows, job.name, job.matrix.shape)
         place = file.place(lying.name)
 
         def put(part: slice, codes: torch.Tensor) -> None:
             place.append(tensor_bytes(lying.pack(codes)))
 
-        def read_back(part: slice) -> torch.Tensor:
-            span = lying.span(part)
-            return lying.unpack(file.load_rows(lying.name, span.start, span.stop))
-
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
             initial = _initialize(self._recipe, job, weight, put, workers)
-            decoded = _quantizer(self._recipe, job).decoded(initial.quantized, read_back)
+            decoded = _quantizer(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
             error = layer_error(weight, decoded, initial.lora, workers)
             tensors = _packed(self._recipe, job, initial)
             return Converted(tensors, input_sha256(), _result(job, initial, error), written={lying.name: place.close()})
@@ -187,17 +188,6 @@ def _result(job: LayerJob, initial: Initialization, error: LayerError) -> dict[s
 def _seed(seed: int, name: str) -> int:
     """A seed for one tensor: the order of the jobs cannot change what is drawn."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
-
-
-def _copied_chunks(checkpoint: Checkpoint, job: CopyJob, digest: Any) -> Iterator[memoryview]:
-    """The bytes of a copied tensor, in pieces; `digest` takes in what was read."""
-    ref = checkpoint.tensors[job.name]
-    if job.output.dtype == ref.dtype:
-        for chunk in checkpoint.chunks(job.name):
-            digest.update(chunk)
-            yield chunk
-        return
-    yield from recast_chunks(checkpoint, job.name, job.output.dtype, digest)
 
 
 def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) -> Iterator[memoryview]:

@@ -211,7 +211,6 @@ def _requantized(
         return rows if delta is None else rows.float() + delta(part)
 
     quantizer = make_quantizer(matrix.spec, matrix.dtype)
-
     quantized = quantizer.quantize(ComputedRows(weight.shape, merge_rows, weight.multiple), workers=workers)
     tensors = load_layout(merge.form.layout).pack(matrix, quantized)
     if pair is None or delta is None:

@@ -57,6 +57,11 @@ class ComputedRows:
         return self.compute(part)
 
 
+def stored_rows(load_rows: Callable[[str, int, int], torch.Tensor], name: str, shape: tuple[int, int]) -> Rows:
+    """A matrix whose rows are read when they are asked for; `load_rows` gives some of the tensor called `name`."""
+    return ComputedRows(shape, lambda part: plain(load_rows(name, part.start, part.stop)))
+
+
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` as contiguous float32 or bfloat16, which is what kernels read."""
     import torch

@@ -27,14 +27,11 @@ def quantize(
 
 @dataclass(frozen=True, slots=True)
 class _CompiledForm(affine_reference.Form):
-    def min_max(self, piece: torch.Tensor) -> torch.Tensor:
+    def extremes(self, piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ends = np.empty((2, len(piece)), np.float32)
         min_max(piece.numpy(), ends)
         lowest, highest = torch.from_numpy(ends)[:, :, None]
-        if self.offset == "float":
-            return torch.stack((lowest, highest))
-        lowest, highest = lowest.clamp(max=0.0), highest.clamp(min=0.0)
-        return torch.maximum(-lowest, highest)[None] if self.offset == "none" else torch.stack((lowest, highest))
+        return lowest, highest
 
     def encode(self, piece: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
         codes = torch.empty(piece.shape, dtype=torch.uint8)
@@ -44,12 +41,10 @@ class _CompiledForm(affine_reference.Form):
         return codes
 
     def squared_error(self, piece: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        scale, offset = self.fit(ends)
         is_float = self.offset == "float"
         if self.scale_dtype == torch.float16 and not is_float:
-            codes = self.encode(piece, scale, offset)
-            decoded = affine_reference.decode(codes, scale, offset, is_bias=False)
-            return (piece - decoded).square_().sum(1, keepdim=True, dtype=torch.float64)
+            return affine_reference.Form.squared_error(self, piece, ends)
+        scale, offset = self.fit(ends)
         errors = np.empty(len(piece), np.float64)
         rounds = self.scale_dtype == torch.bfloat16 and not is_float
         squared_errors(piece.numpy(), *self._constants(scale, offset), is_float, rounds, 2**self.bits - 1, errors)

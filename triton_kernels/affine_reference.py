@@ -91,11 +91,16 @@ class Form:
     scale_dtype: torch.dtype
 
     def min_max(self, piece: torch.Tensor) -> torch.Tensor:
-        lowest, highest = torch.aminmax(piece, dim=1, keepdim=True)  # NaN where the group holds one
+        lowest, highest = self.extremes(piece)
         if self.offset == "float":
             return torch.stack((lowest, highest))
         lowest, highest = lowest.clamp(max=0.0), highest.clamp(min=0.0)
         return torch.maximum(-lowest, highest)[None] if self.offset == "none" else torch.stack((lowest, highest))
+
+    def extremes(self, piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The least and the greatest of each group; NaN where it holds one."""
+        lowest, highest = torch.aminmax(piece, dim=1, keepdim=True)
+        return lowest, highest
 
     def fit(self, ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale in its dtype, and the offset: a bias in the same dtype or a zero point in float32."""

@@ -107,6 +107,15 @@ class CodeRows:
     pack: Callable[[torch.Tensor], torch.Tensor]
     unpack: Callable[[torch.Tensor], torch.Tensor]
 
+    def reader(self, load_rows: Callable[[str, int, int], torch.Tensor]) -> Callable[[slice], torch.Tensor]:
+        """What gives the codes of some rows; `load_rows` gives rows of a stored tensor by its name."""
+
+        def codes(part: slice) -> torch.Tensor:
+            span = self.span(part)
+            return self.unpack(load_rows(self.name, span.start, span.stop))
+
+        return codes
+
 
 class Layout(Protocol):
     """The functions of a module in LAYOUTS. Those that read are missing where nothing is quantized on disk, and
