@@ -28,14 +28,17 @@ class WatchedFile:
     identity: tuple[int, int, int, int]  # st_ino, st_size, st_mtime_ns, st_ctime_ns
 
     @classmethod
-    def open(cls, path: Path) -> WatchedFile:
-        """Raises InputError when there is no such regular file, it is empty or a git-LFS pointer."""
+    def open(cls, path: Path, *, may_be_empty: bool = False) -> WatchedFile:
+        """Raises InputError when there is no such regular file, it is empty or a git-LFS pointer. A file that
+        `may_be_empty` is taken whatever is in it.
+        """
         descriptor = open_regular_file(path)
         try:
             file = cls(path, _identity(os.fstat(descriptor)))
         finally:
             os.close(descriptor)
-        refuse_placeholder(path, file.read(0, min(file.nbytes, 64)))
+        if not may_be_empty:
+            refuse_placeholder(path, file.read(0, min(file.nbytes, 64)))
         return file
 
     @property
