@@ -11,19 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from loftq_cli.checkpoint.side_files import copy_side_files
+from loftq_cli.checkpoint.journal import JournalEntry
+from loftq_cli.checkpoint.side_files import copy_side_files, side_files_nbytes
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
-from loftq_cli.checkpoint.staging import (
-    JournalEntry,
-    Staging,
-    check_apart,
-    check_output,
-    check_space,
-    finished_mark,
-)
+from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.jobs import JobRunner, is_streamed
+from loftq_cli.jobs import NOT_FINITE, JobRunner, is_streamed
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.metrics import LayerError, relative, total_error
@@ -117,7 +111,7 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     """
     path = resolve_model(model)
     checkpoint = open_checkpoint(path)
-    check_apart(output, [checkpoint.directory or path])
+    check_apart(output, [checkpoint.directory or path, *checkpoint.files])
     config = checkpoint.config()
     plan = build_plan(checkpoint.tensors, config, recipe)
     return Conversion(checkpoint, config, plan, output, output.as_posix())
@@ -133,7 +127,7 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
     if mark is not None:
         names = [job.name for job in conversion.plan.jobs]
         inputs = fingerprint_of({name: conversion.checkpoint.sha256(name) for name in names})
-        if mark.get("input_sha256") == inputs:
+        if mark.input_sha256 == inputs:
             return True
     check_output(conversion.output, overwrite=overwrite)
     return False
@@ -150,32 +144,37 @@ def run(
     plan, output = conversion.plan, conversion.output
     if (missing := choose_kernels(plan.work)) is not None:
         observer.phase(missing)
-    check_space(output, plan.base_nbytes + plan.adapter_nbytes)
+    check_space(output, plan.base_nbytes + plan.adapter_nbytes + side_files_nbytes(conversion.checkpoint.directory))
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
     try:
-        with started(threads) as workers:
-            results, entries, resumed = _run_jobs(conversion, staging, observer, workers)
+        with started(threads) as workers, _output_files(plan, staging.path) as files:
+            results, entries, resumed = _run_jobs(conversion, staging, files, observer, workers)
             if verify:
                 observer.phase("verifying what was written")
                 _verify(conversion, staging.path, results, workers)
+            sums = files.sums_by_file({name: s for entry in entries.values() for name, s in entry.outputs.items()})
         observer.phase("publishing")
-        _write_side_files(conversion, staging.path, results, _base_fingerprint(plan, entries))
+        staging.keep_only(sums)
+        _write_side_files(conversion, staging.path, results, entries)
         conversion.checkpoint.check_unchanged()
         inputs = {name: entry.input_sha256 for name, entry in entries.items()}
-        staging.publish({**TOOL, "input_sha256": fingerprint_of(inputs)})
+        staging.publish(TOOL, sums, fingerprint_of(inputs))
     finally:
         staging.close()
     total = total_error(result.error for result in results)
     return Outcome(output, output / plan.adapter_dir, tuple(results), total, resumed, verify)
 
 
+def _output_files(plan: Plan, directory: Path) -> OutputFiles:
+    adapter = {f"{plan.adapter_dir}/{peft_adapter.WEIGHTS_NAME}": plan.adapter_tensors}
+    return OutputFiles(directory, {shard.file: shard.tensors for shard in plan.shards} | adapter)
+
+
 def _run_jobs(
-    conversion: Conversion, staging: Staging, observer: Observer, workers: Workers
+    conversion: Conversion, staging: Staging, files: OutputFiles, observer: Observer, workers: Workers
 ) -> tuple[list[LayerResult], dict[str, JournalEntry], int]:
     """Every job of the plan; returns the layers' results, all journal entries, and how many layers were kept."""
     plan = conversion.plan
-    adapter = {f"{plan.adapter_dir}/{peft_adapter.WEIGHTS_NAME}": plan.adapter_tensors}
-    files = OutputFiles(staging.path, {shard.file: shard.tensors for shard in plan.shards} | adapter)
     results: list[LayerResult] = []
     entries: dict[str, JournalEntry] = {}
     resumed = 0
@@ -186,21 +185,26 @@ def _run_jobs(
         if isinstance(job, LayerJob):
             observer.layer_started(job.name)
 
-    try:
-        # Closed before the files are: by then nothing is being written any more.
-        with closing(in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)) as done:
-            for job, (entry, kept) in zip(plan.jobs, done, strict=True):
-                if not kept:
-                    staging.record(entry)
-                entries[job.name] = entry
-                if isinstance(job, LayerJob):
-                    results.append(LayerResult.from_json(entry.result))
-                    resumed += kept
-                    observer.layer_done(results[-1], resumed=kept)
-        files.close(sync=True)
-    finally:
-        files.close(sync=False)
+    # The jobs end before the recording does: by then nothing is being written any more.
+    with (
+        staging.recording(files.sync) as record,
+        closing(in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)) as done,
+    ):
+        for job, (entry, kept) in zip(plan.jobs, done, strict=True):
+            if not kept:
+                record(entry)
+            entries[job.name] = entry
+            if isinstance(job, LayerJob):
+                results.append(LayerResult.from_json(entry.result))
+                resumed += kept
+                observer.layer_done(results[-1], resumed=kept)
+            elif NOT_FINITE in entry.result:
+                observer.phase(f"note: {_not_finite_note(job)}")
     return results, entries, resumed
+
+
+def _not_finite_note(job: LayerJob | CopyJob) -> str:
+    return f"{job.name} holds NaN or infinite values, and is copied as it is"
 
 
 def _base_fingerprint(plan: Plan, entries: Mapping[str, JournalEntry]) -> str:
@@ -240,10 +244,11 @@ def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResu
 
 
 def _write_side_files(
-    conversion: Conversion, directory: Path, results: Sequence[LayerResult], base_fingerprint: str
+    conversion: Conversion, directory: Path, results: Sequence[LayerResult], entries: Mapping[str, JournalEntry]
 ) -> None:
     plan, base_model = conversion.plan, conversion.base_model
-    source = source_name(conversion.checkpoint.path)
+    source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
+    notes = [_not_finite_note(job) for job in plan.copies if NOT_FINITE in entries[job.name].result]
     if conversion.checkpoint.directory is not None:
         copy_side_files(conversion.checkpoint.directory, directory)
     texts = {
@@ -254,7 +259,7 @@ def _write_side_files(
         "README.md": model_card(plan, results, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(
-            report_json(plan, results, source=source, base_model=base_model, base_fingerprint=base_fingerprint)
+            report_json(plan, results, notes, source=source, base_model=base_model, base_fingerprint=base_fingerprint)
         ),
     }
     if len(plan.shards) > 1:

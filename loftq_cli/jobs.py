@@ -6,12 +6,12 @@ The order of jobs and publishing are convert.py's.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.checkpoint.journal import JournalEntry
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.checkpoint.staging import JournalEntry
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.layouts import peft_adapter
@@ -23,11 +23,13 @@ from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import layer_result
 from loftq_cli.rows import Rows, TensorRows, stored_rows
+from loftq_cli.tensors import WEIGHT_DTYPES
 from loftq_cli.workers import Workers, beside
 
 if TYPE_CHECKING:
     import torch
 
+NOT_FINITE = "not_finite"  # in the result of a copied tensor: it holds NaN or infinite values
 _WHOLE_NUMEL = 1 << 20  # weights: 4 MB in float32
 _SLAB_NUMEL = 1 << 22  # elements converted at once when a copy changes dtype: 16 MB of float32
 
@@ -106,13 +108,17 @@ class JobRunner:
 
     def _copy(self, job: CopyJob) -> JournalEntry:
         checkpoint, name = self._checkpoint, job.output.name
-        if job.output.dtype == checkpoint.tensors[job.name].dtype:
-            sha256 = self._files[name].write_chunks(name, checkpoint.chunks(job.name))
-            return JournalEntry(job.name, sha256, {name: sha256}, {})  # what comes out is what went in
+        dtype = checkpoint.tensors[job.name].dtype
         digest = hashlib.sha256()
-        chunks = recast_chunks(checkpoint, job.name, job.output.dtype, digest)
-        written = {name: self._files[name].write_chunks(name, chunks)}
-        return JournalEntry(job.name, digest.hexdigest(), written, {})
+        if job.output.dtype == dtype:
+            chunks = checkpoint.chunks(job.name)
+        else:
+            chunks = recast_chunks(checkpoint, job.name, job.output.dtype, digest)
+        watched = WatchedChunks(chunks, job.output.dtype)
+        sha256 = self._files[name].write_chunks(name, watched)
+        # Of the same dtype, what comes out is what went in.
+        input_sha256 = sha256 if job.output.dtype == dtype else digest.hexdigest()
+        return JournalEntry(job.name, input_sha256, {name: sha256}, {} if watched.are_finite else {NOT_FINITE: True})
 
     def _stream(self, job: LayerJob, workers: Workers) -> Converted:
         """A layer of which only a few rows are in memory: they are read, and their codes written, one after the other;
@@ -188,6 +194,22 @@ def _result(job: LayerJob, initial: Initialization, error: LayerError) -> dict[s
 def _seed(seed: int, name: str) -> int:
     """A seed for one tensor: the order of the jobs cannot change what is drawn."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+
+
+class WatchedChunks:
+    """The bytes of a tensor as they pass by; `are_finite` says whether none of the numbers was NaN or infinite."""
+
+    def __init__(self, chunks: Iterable[memoryview], dtype: str) -> None:
+        self._chunks, self._dtype = chunks, dtype
+        self.are_finite = True
+
+    def __iter__(self) -> Iterator[memoryview]:
+        import torch
+
+        for chunk in self._chunks:
+            if chunk and self.are_finite and self._dtype in WEIGHT_DTYPES:
+                self.are_finite = is_finite(torch.frombuffer(chunk, dtype=getattr(torch, self._dtype)))
+            yield chunk
 
 
 def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) -> Iterator[memoryview]:

@@ -6,17 +6,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.adapter_source import LoraTensors
-from loftq_cli.checkpoint.staging import Staging, check_space
+from loftq_cli.checkpoint.journal import JournalEntry
+from loftq_cli.checkpoint.side_files import side_files_nbytes
+from loftq_cli.checkpoint.staging import Staging, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
-from loftq_cli.errors import InputError, NumericError, QualityError
-from loftq_cli.jobs import recast_chunks
+from loftq_cli.errors import InputError, LoftqError, NumericError, QualityError, StorageError
+from loftq_cli.jobs import NOT_FINITE, WatchedChunks, recast_chunks
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts.layout import StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import pooling_of
@@ -32,11 +33,11 @@ from loftq_cli.merge_report import (
 from loftq_cli.metrics import delta_rows, group_delta, is_finite, layer_error
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
-from loftq_cli.report import TOOL
+from loftq_cli.report import TOOL, fingerprint_of
 from loftq_cli.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs
 from loftq_cli.schedule import in_turn
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, lora_pair
+from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, OutTensor, lora_pair
 from loftq_cli.workers import Workers, started
 
 if TYPE_CHECKING:
@@ -56,26 +57,50 @@ class Observer(Protocol):
     def layer_merged(self, layer: MergedLayer) -> None: ...
 
 
+def already_done(merge: Merge, *, overwrite: bool) -> bool:
+    """Whether the output is the complete, undamaged result of this very merge, and nobody wants it replaced.
+
+    Raises UsageError when something else stands there.
+    """
+    mark = None if overwrite else finished_mark(merge.output, merge.fingerprint)
+    if mark is not None and mark.input_sha256 == _InputSums(merge).all():
+        return True
+    check_output(merge.output, overwrite=overwrite)
+    return False
+
+
 def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, threads: int = 1) -> MergeOutcome:
-    """Merge, check, publish; or leave nothing behind. The bytes are the same with any number of threads.
+    """Merge, check, publish. Continues an interrupted run of the same merge; the bytes are the same, with any number of
+    threads.
 
     Raises QualityError when quantizing again, or rounding zero points, erases more than half of the adapter, unless
-    forced.
+    forced. What is refused leaves nothing behind; what the disk or the user stopped can be continued.
     """
-    contents = check_contents(merge.base, merge.provenance, force=merge.options.force)
+    sums = _InputSums(merge)
+    contents = check_contents(merge.base, merge.provenance, sums.base, force=merge.options.force)
     notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge), *_other_notes(merge))
     missing = choose_kernels(sum(_numel(job) for job in merge.jobs if job.is_touched or job.matrix is not None))
     for note in (*notes, *([missing] if missing else [])):
         observer.note(note)
-    check_space(merge.output, merge.nbytes)
+    check_space(merge.output, merge.nbytes + side_files_nbytes(merge.base.checkpoint.directory))
     staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
-    with staging.whole(TOOL) as directory:
-        with started(threads) as workers:
-            outcome = MergeOutcome(_run_jobs(merge, directory, observer, workers), notes)
-        _check_retention(merge, outcome.layers)
-        write_side_files(merge, directory, outcome)
+    try:
+        with started(threads) as workers, OutputFiles(staging.path, _files(merge)) as files:
+            layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries), staging, observer, workers)
+        _check_retention(merge, layers)
+        outcome = MergeOutcome(layers, (*notes, *_not_finite_notes(entries)))
+        written = files.sums_by_file({name: s for entry in entries for name, s in entry.outputs.items()})
+        staging.keep_only(written)
+        write_side_files(merge, staging.path, outcome)
         merge.base.checkpoint.check_unchanged()
         merge.adapter.weights.check_unchanged()
+        staging.publish(TOOL, written, sums.all())
+    except LoftqError as error:
+        if not isinstance(error, StorageError):
+            staging.discard()
+        raise
+    finally:
+        staging.close()
     return outcome
 
 
@@ -91,61 +116,147 @@ def _other_notes(merge: Merge) -> list[str]:
     return notes
 
 
-def _run_jobs(merge: Merge, directory: Path, observer: Observer, workers: Workers) -> tuple[MergedLayer, ...]:
-    # A merge is not resumed: nobody asks for the hash of one tensor, and publishing takes that of each file.
-    files = OutputFiles(directory, {shard.file: shard.tensors for shard in merge.shards}, hashes=False)
-    layers = []
+def _not_finite_notes(entries: Sequence[JournalEntry]) -> list[str]:
+    return [_not_finite_note(entry.unit) for entry in entries if NOT_FINITE in entry.result]
 
-    def run_job(job: MergeJob, sharing: Workers) -> MergedLayer | None:
-        return _run_job(merge, job, files, sharing)
 
-    try:
-        # Closed before the files are: by then nothing is being written any more.
-        with closing(in_turn(merge.jobs, run_job, _numel, workers)) as done:
-            for layer in done:
-                if layer is not None:
-                    layers.append(layer)
-                    observer.layer_merged(layer)
-        files.close(sync=True)
-    finally:
-        files.close(sync=False)
-    return tuple(layers)
+def _not_finite_note(name: str) -> str:
+    return f"{name} holds NaN or infinite values, and is copied as it is"
+
+
+def _files(merge: Merge) -> dict[str, Sequence[OutTensor]]:
+    return {shard.file: shard.tensors for shard in merge.shards}
+
+
+@dataclass
+class _InputSums:
+    """The sha256 of the tensors of base and adapter, each hashed once."""
+
+    merge: Merge
+    _known: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def base(self, name: str) -> str:
+        """Of a stored tensor of the base."""
+        return self._of("base", self.merge.base.checkpoint.sha256, name)
+
+    def of(self, job: MergeJob) -> str:
+        """Of everything that a job reads."""
+        base, adapter = self.merge.base, self.merge.adapter.weights
+        parts = base.parts(job.name) if job.name in base.tensors else []
+        factors = [] if job.lora is None else [job.lora.lora_A, job.lora.lora_B]
+        bias = None if job.lora_bias is None else job.lora_bias.lora_bias
+        read = [name for name in (*factors, bias, job.replacement) if name is not None]
+        sums = {f"base {part.name}": self.base(part.name) for part in parts}
+        return fingerprint_of(sums | {f"adapter {name}": self._of("adapter", adapter.sha256, name) for name in read})
+
+    def all(self) -> str:
+        """Of everything that the merge reads."""
+        return fingerprint_of({job.name: self.of(job) for job in self.merge.jobs})
+
+    def remember(self, name: str, sha256: str) -> None:
+        """What is known of a tensor of the base that was copied byte by byte."""
+        self._known["base", name] = sha256
+
+    def _of(self, side: str, sha256: Callable[[str], str], name: str) -> str:
+        if (side, name) not in self._known:
+            self._known[side, name] = sha256(name)
+        return self._known[side, name]
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """Does the jobs of a merge, or keeps what a journal says of them once input and output have been hashed."""
+
+    merge: Merge
+    files: OutputFiles
+    sums: _InputSums
+    entries: Mapping[str, JournalEntry]
+
+    def run(self, job: MergeJob, workers: Workers) -> tuple[JournalEntry, bool]:
+        """What the journal is to say of a job, and whether it said so before."""
+        entry = self.entries.get(job.name)
+        if entry is not None and entry.input_sha256 == self.sums.of(job) and self._is_written(entry):
+            return entry, True
+        written, result = _run_job(self.merge, job, self.files, workers)
+        if job.is_copied and not _is_recast(self.merge, job):
+            for name, sha256 in written.items():
+                self.sums.remember(name, sha256)
+        return JournalEntry(job.name, self.sums.of(job), written, result), False
+
+    def _is_written(self, entry: JournalEntry) -> bool:
+        return all(self.files[name].sha256(name) == sha256 for name, sha256 in entry.outputs.items())
+
+
+def _run_jobs(
+    runner: _Runner, staging: Staging, observer: Observer, workers: Workers
+) -> tuple[tuple[MergedLayer, ...], list[JournalEntry]]:
+    layers: list[MergedLayer] = []
+    entries: list[JournalEntry] = []
+    # The jobs end before the recording does: by then nothing is being written any more.
+    with (
+        staging.recording(runner.files.sync) as record,
+        closing(in_turn(runner.merge.jobs, runner.run, _numel, workers)) as done,
+    ):
+        for entry, kept in done:
+            if not kept:
+                record(entry)
+            entries.append(entry)
+            if NOT_FINITE in entry.result:
+                observer.note(_not_finite_note(entry.unit))
+            elif entry.result:
+                layers.append(MergedLayer.from_json(entry.result))
+                observer.layer_merged(layers[-1])
+    return tuple(layers), entries
 
 
 def _numel(job: MergeJob) -> int:
     return math.prod(job.matrix.shape if job.matrix else job.outputs[0].shape)
 
 
-def _run_job(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -> MergedLayer | None:
+def _run_job(
+    merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers
+) -> tuple[dict[str, str], dict[str, Any]]:
+    """Write what becomes of a tensor; the sha256 of each that was written, and what is to be said of it."""
     if job.is_copied:
-        _copy(merge, job, files)
-        return None
+        return _copy(merge, job, files)
     output = job.outputs[0]
     if job.lora is None and job.matrix is None and job.name not in merge.base.quantized:
-        files[output.name].write(output.name, _finite(merge, job, _vector(merge, job)))
-        return None
-    try:
-        if job.keeps_codes:
-            tensors, layer = _moved(merge, job, workers)
-        elif job.matrix is not None:
-            tensors, layer = _requantized(merge, job, job.matrix, workers)
-        else:
-            return _merged(merge, job, files, workers)
-    except NumericError as error:
-        raise error.at(file=merge.base.path, tensor=job.name) from None
+        tensors, layer = {output.name: _finite(merge, job, _vector(merge, job))}, None
+    else:
+        try:
+            if job.keeps_codes:
+                tensors, layer = _moved(merge, job, workers)
+            elif job.matrix is not None:
+                tensors, layer = _requantized(merge, job, job.matrix, workers)
+            else:
+                sha256, layer = _merged(merge, job, files, workers)
+                return {output.name: sha256}, {} if layer is None else layer.to_json()
+        except NumericError as error:
+            raise error.at(file=merge.base.path, tensor=job.name) from None
     for name, tensor in tensors.items():
-        files[name].write(name, tensor)
-    return layer
+        if not is_finite(tensor):
+            what = f"merged, {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
+            raise InputError(what, file=merge.base.path, tensor=job.name, hint="--layout dense")
+    written = {name: files[name].write(name, tensor) for name, tensor in tensors.items()}
+    return written, {} if layer is None else layer.to_json()
 
 
-def _copy(merge: Merge, job: MergeJob, files: OutputFiles) -> None:
+def _copy(merge: Merge, job: MergeJob, files: OutputFiles) -> tuple[dict[str, str], dict[str, Any]]:
     checkpoint = merge.base.checkpoint
+    written, are_finite = {}, True
     for output in job.outputs:
         if output.dtype == checkpoint.tensors[output.name].dtype:
             chunks = checkpoint.chunks(output.name)
         else:
             chunks = recast_chunks(checkpoint, output.name, output.dtype, hashlib.sha256())
-        files[output.name].write_chunks(output.name, chunks)
+        watched = WatchedChunks(chunks, output.dtype)
+        written[output.name] = files[output.name].write_chunks(output.name, watched)
+        are_finite = are_finite and watched.are_finite
+    return written, {} if are_finite else {NOT_FINITE: True}
+
+
+def _is_recast(merge: Merge, job: MergeJob) -> bool:
+    return any(output.dtype != merge.base.checkpoint.tensors[output.name].dtype for output in job.outputs)
 
 
 def _vector(merge: Merge, job: MergeJob) -> torch.Tensor:
@@ -157,8 +268,8 @@ def _vector(merge: Merge, job: MergeJob) -> torch.Tensor:
     return value
 
 
-def _merged(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -> MergedLayer | None:
-    """Write the merged weight in full precision, a few rows at a time; what merging it did.
+def _merged(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -> tuple[str, MergedLayer | None]:
+    """Write the merged weight in full precision, a few rows at a time; its sha256, and what merging it did.
 
     Where the file holds the matrix transposed, all of it is in memory.
     """
@@ -186,14 +297,14 @@ def _merged(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -
             yield rows
 
     if _is_turned(merge, job):
-        files[output.name].write(output.name, torch.cat(list(merged())).T.contiguous())
+        sha256 = files[output.name].write(output.name, torch.cat(list(merged())).T.contiguous())
     else:
-        files[output.name].write_chunks(output.name, (tensor_bytes(rows) for rows in merged()))
+        sha256 = files[output.name].write_chunks(output.name, (tensor_bytes(rows) for rows in merged()))
     if pair is None:
-        return None
+        return sha256, None
     squared_weight = math.fsum(sums.squared_weight for sums in squares)
     squared_delta = math.fsum(sums.squared_delta for sums in squares)
-    return MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
+    return sha256, MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
 
 
 def _requantized(

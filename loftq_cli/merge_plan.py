@@ -9,17 +9,18 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.base_model import BaseModel
-from loftq_cli.checkpoint.staging import check_apart, check_output
+from loftq_cli.checkpoint.staging import check_apart
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_form import MergeForm, MergeOptions, choose_form
-from loftq_cli.plan import Shard, decoded_dtype, pack_shards
+from loftq_cli.plan import Shard, decoded_dtype, pack_shards, source_name
 from loftq_cli.provenance import Provenance, check_provenance
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.recipe import parse_size
@@ -85,10 +86,13 @@ class Merge:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the options and of both inputs' headers."""
-        refs = [*self.base.tensors.values(), *self.adapter.weights.tensors.values()]
+        """A hash of all that decides the bytes of the result, other than the numbers in the inputs."""
+        refs = [*self.base.checkpoint.tensors.values(), *self.adapter.weights.tensors.values()]
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
-        values = [TOOL, asdict(self.options), self.dtype, dict(self.adapter.config), headers]
+        options = {name: value for name, value in asdict(self.options).items() if name != "force"}
+        sources = [source_name(self.base.path), source_name(self.adapter.path)]
+        configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout]
+        values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -132,15 +136,14 @@ class Merge:
         return load_layout(self.form.layout).model_config(config, facts)
 
 
-def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOptions, *, overwrite: bool) -> Merge:
+def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOptions) -> Merge:
     """Open both inputs and plan. Reads no numbers and writes nothing.
 
     Raises MismatchError when the adapter does not fit the base, naming the tensor.
     """
     base = BaseModel.open(base_path)
     adapter = open_adapter(adapter_path)
-    check_apart(output, [base.folder, adapter.path])
-    check_output(output, overwrite=overwrite)
+    check_apart(output, [base.folder, *base.checkpoint.files, adapter.path])
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
     is_pooled = _is_pooled(base, adapter, options)
     if options.pooling is not None and not is_pooled:

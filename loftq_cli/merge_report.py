@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.checkpoint.checksums import CHECKSUMS
 from loftq_cli.checkpoint.side_files import copy_side_files
-from loftq_cli.checkpoint.staging import CHECKSUMS
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_plan import Merge
 from loftq_cli.metrics import relative
@@ -43,6 +43,18 @@ class MergedLayer:
     squared_delta: float
     retained: float | None = None
     difference: OffsetDifference | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every number, for a journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> MergedLayer:
+        """The inverse of `to_json`."""
+        from loftq_cli.quant.affine import OffsetDifference
+
+        found = values["difference"]
+        return cls(**{**values, "difference": None if found is None else OffsetDifference(**found)})
 
     @property
     def retention(self) -> float | None:

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loftq_cli.checkpoint.writer import storage_error
+from loftq_cli.checkpoint import disk
 from loftq_cli.report import dump_json
 
 
 def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
     """Write small files by relative name. Raises StorageError."""
     for name, text in texts.items():
-        try:
-            (directory / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise storage_error(error, directory / name) from None
+        disk.write_file(directory / name, text.encode())
 
 
 def index_json(shard_of: Mapping[str, str], total_nbytes: int) -> str:

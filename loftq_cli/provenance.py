@@ -5,7 +5,7 @@ the original weights included, its effect is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,16 @@ def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], 
     return _by_fingerprint(known, made_for, force=force)
 
 
-def check_contents(base: BaseModel, provenance: Provenance, *, force: bool) -> str | None:
+def check_contents(base: BaseModel, provenance: Provenance, sha256: Callable[[str], str], *, force: bool) -> str | None:
     """Hash the base's quantized weights and compare; returns what came out of it, None for a base that has none.
+    `sha256` gives that of a stored tensor.
 
     Raises MismatchError when they are not those of the records, unless `force`.
     """
     if provenance.expected is None:
         return "could not check the base's quantized weights: nothing records them" if provenance.layers else None
     sums = {
-        part.name: base.checkpoint.sha256(part.name)
-        for name in provenance.layers
-        if name in base.tensors
-        for part in base.parts(name)
+        part.name: sha256(part.name) for name in provenance.layers if name in base.tensors for part in base.parts(name)
     }
     if fingerprint_of(sums) == provenance.expected:
         return "the base's quantized weights have the recorded sha256"

@@ -100,9 +100,15 @@ def error_json(error: LayerError) -> dict[str, float | None]:
 
 
 def report_json(
-    plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str, base_fingerprint: str
+    plan: Plan,
+    layers: Sequence[LayerResult],
+    notes: Sequence[str] = (),
+    *,
+    source: str,
+    base_model: str,
+    base_fingerprint: str,
 ) -> dict[str, Any]:
-    """loftq_report.json."""
+    """loftq_report.json. `notes` come after the plan's."""
     return {
         "format_version": 1,
         **TOOL,
@@ -122,7 +128,7 @@ def report_json(
         },
         "layers": [layer.to_json() for layer in layers],
         "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
-        "notes": list(plan.notes),
+        "notes": [*plan.notes, *notes],
     }
 
 

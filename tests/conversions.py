@@ -67,7 +67,7 @@ def run_conversion(
 
 def run_merge(base: Path, adapter: Path, output: Path, **options: Any) -> Path:
     """Merge with the library, with what `loftq merge` does by default; gives `output`."""
-    prepared = merge_plan.prepare(base, adapter, output, MergeOptions(**options), overwrite=False)
+    prepared = merge_plan.prepare(base, adapter, output, MergeOptions(**options))
     merge.run(prepared, Silent(), overwrite=False, restart=False)
     return output
 

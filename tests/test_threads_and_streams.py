@@ -134,9 +134,7 @@ def test_merging_in_parts_and_threads_gives_the_same_files(options, trained, tmp
     whole = files_of(run_merge(trained, trained / "qlora_init", tmp_path / "whole", **options))
     monkeypatch.setattr(schedule, "SMALL_NUMEL", 0)
     monkeypatch.setattr(merge, "STREAMED_NUMEL", 1 << 12)
-    prepared = merge_plan.prepare(
-        trained, trained / "qlora_init", tmp_path / "parts", MergeOptions(**options), overwrite=False
-    )
+    prepared = merge_plan.prepare(trained, trained / "qlora_init", tmp_path / "parts", MergeOptions(**options))
     merge.run(prepared, Silent(), overwrite=False, restart=False, threads=2)
     parts = files_of(tmp_path / "parts")
     assert parts.keys() == whole.keys()

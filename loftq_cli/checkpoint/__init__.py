@@ -6,7 +6,10 @@ safetensors_file.py   header-checked reading of one .safetensors file
 torch_file.py         reading of one torch zip file, with no code of it ever run
 torch_pickle.py       the pickle inside it, as data
 source.py             a checkpoint as a whole: which files it consists of, and its tensors
+disk.py               every change that is made to a disk
 writer.py             header-first writing of one .safetensors file
+journal.py            what a run has finished, line by line
+checksums.py          the completeness mark of a result
 staging.py            the output directory: hidden until it is complete
 side_files.py         the small files that travel with a model
 """

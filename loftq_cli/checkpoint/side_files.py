@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection
 from pathlib import Path
 
-from loftq_cli.checkpoint.writer import storage_error
+from loftq_cli.checkpoint import disk
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 
 # Other forms of the same weights, and what belongs to a training run or a repository: none describes our output.
 _WEIGHT_SUFFIXES = {
@@ -46,6 +46,11 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
     return copied, left
 
 
+def side_files_nbytes(directory: Path | None) -> int:
+    """Bytes of the files that would be copied."""
+    return 0 if directory is None else sum((directory / path).stat().st_size for path in find_side_files(directory)[0])
+
+
 def copy_side_files(source: Path, target: Path, *, leave: Collection[str] = ()) -> None:
     """Copy what `find_side_files` finds in `source`, but for the names in `leave`, with fresh normal permissions.
 
@@ -55,8 +60,9 @@ def copy_side_files(source: Path, target: Path, *, leave: Collection[str] = ()) 
         if path.as_posix() in leave:
             continue
         copy = target / (SOURCE_CARD if path == Path("README.md") else path)
-        try:
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / path, copy)
-        except OSError as error:
-            raise storage_error(error, copy) from None
+        disk.make_directory(copy.parent)
+        file, position = WatchedFile.open(source / path, may_be_empty=True), 0
+        with disk.written_file(copy) as descriptor:
+            for chunk in file.chunks(0, file.nbytes, CHUNK_NBYTES):
+                disk.write_at(descriptor, position, chunk, copy)
+                position += len(chunk)

@@ -1,40 +1,72 @@
 """The output directory, hidden until it is complete: work happens in `.NAME.partial` beside it, under a lock, with a
-journal of finished layers; publication is one rename. Nobody ever sees a half-written result under its own name.
+journal of finished units; publication is one rename. Nobody ever sees a half-written result under its own name.
+
+Beside a mount point, or where the parent may not be written, there is no such place: there it is `.partial` inside, and
+publication moves file by file, the config and then the checksums last.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.checkpoint.writer import storage_error
-from loftq_cli.errors import InputError, LoftqError, StorageError, UsageError
+from loftq_cli.checkpoint import disk
+from loftq_cli.checkpoint.checksums import CHECKSUMS, Checksums, file_sha256, files_in, read_checksums
+from loftq_cli.checkpoint.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
+from loftq_cli.errors import InputError, StorageError, UsageError
 
-CHECKSUMS = "checksums.json"  # the completeness mark: written last, names every other file
-_JOURNAL = ".journal"
+_JOURNAL, _RESULT, _REPLACED = ".journal", "result", "replaced"
+_NO_CONTENT = {".partial", "lost+found"}  # in a directory that is a mount point
+_SYNC_SECONDS = 2.0  # of work that a power failure may cost beside the unit at hand; a kill costs only that one
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True, slots=True)
-class JournalEntry:
-    """One finished unit of work: what went in, what came out (tensor name -> sha256), and what was measured."""
+class _Place:
+    """Where a result is made.
 
-    unit: str
-    input_sha256: str
-    outputs: dict[str, str]
-    result: dict[str, Any]
+    target   the directory that it becomes, links resolved
+    root     the hidden directory, which is locked; what is written is in its `result`
+    moves    whether publication moves file by file
+    """
+
+    target: Path
+    root: Path
+    moves: bool
+
+    @property
+    def result(self) -> Path:
+        return self.root / _RESULT
+
+    @property
+    def replaced(self) -> Path:
+        return self.root / _REPLACED
+
+    @property
+    def journal(self) -> Path:
+        return self.root / _JOURNAL
+
+    def is_published(self) -> bool:
+        """Whether the hidden directory is what a run left behind that died after its publication."""
+        if not read_journal(self.journal).is_publishing:
+            return False
+        return not (self.result / CHECKSUMS).exists() if self.moves else not self.result.exists()
 
 
 class Staging:
-    """A locked staging directory: `path` is where to write, `publish` names it, `close` lets go of the lock."""
+    """A locked staging directory: `path` is where to write, `entries` what is finished already by unit, `publish` makes
+    it visible, `close` lets go of the lock.
+    """
 
     def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool) -> None:
         """Raises UsageError when `output` is taken, and StorageError when another process is writing it.
@@ -42,119 +74,159 @@ class Staging:
         `fingerprint` stands for the input and every option that affects bytes: an unfinished run with another one
         is not continued, and `restart` discards it.
         """
-        self.output = Path(os.path.abspath(output))
-        self.path = self.output.parent / f".{self.output.name}.partial"
-        self._replaced = self.output.parent / f".{self.output.name}.replaced"
-        self._fingerprint = fingerprint
-        self._fd = -1
-        if not self._replaced.exists():
+        self.output, self._fingerprint = output, fingerprint
+        self._place = _place_of(output)
+        self.path = self._place.result
+        self._journal: Journal | None = None
+        if not self._place.replaced.exists():
             check_output(output, overwrite=overwrite)
+        self._lock = _locked(self._place, output)
         try:
-            self._lock()
-            self._recover()
+            _recover(self._place)
             check_output(output, overwrite=overwrite)
             self.entries = self._open_journal(restart=restart)
-        except OSError as error:
-            self.close()
-            raise storage_error(error, self.path) from None
-        except LoftqError:
+        except BaseException:
             self.close()
             raise
 
-    def record(self, entry: JournalEntry) -> None:
-        """Append a finished unit to the journal."""
-        line = json.dumps([entry.unit, entry.input_sha256, entry.outputs, entry.result])
-        with open(self.path / _JOURNAL, "a", encoding="utf-8") as journal:
-            journal.write(f"{_line_hash(line)} {line}\n")
+    @contextmanager
+    def recording(self, sync: Callable[[], None]) -> Iterator[Callable[[JournalEntry], None]]:
+        """What adds a finished unit to the journal. `sync` brings what units wrote to the disk; it runs beside the work
+        every few seconds, and once more when the block ends.
 
-    def publish(self, tool: dict[str, Any]) -> None:
-        """Make everything durable, write the checksums (with `tool`'s values beside them), and rename into place."""
+        Raises StorageError when the disk fails. What may not be on it then is taken back out of the journal.
+        """
+        journal, running = self._open(), list[Future[None]]()
+        since = time.monotonic()
+
+        def make_durable(end: int) -> None:
+            try:
+                sync()
+                journal.sync(end)
+            except StorageError:
+                journal.cut()
+                raise
+
+        def record(entry: JournalEntry) -> None:
+            nonlocal since
+            if running and running[0].done():
+                running.pop().result()
+            journal.append(entry)
+            if not running and time.monotonic() - since > _SYNC_SECONDS:
+                running.append(background.submit(make_durable, journal.end))
+                since = time.monotonic()
+
+        with ThreadPoolExecutor(1, "loftq-sync") as background:
+            yield record
+            for future in running:
+                future.result()
+        make_durable(journal.end)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Remove every file but these: what an earlier run wrote beside them is written again, or is not ours."""
+        kept = set(names)
+        for name in files_in(self.path):
+            if name not in kept:
+                disk.remove(self.path / name)
+
+    def publish(
+        self, tool: Mapping[str, Any], tensors: Mapping[str, Mapping[str, str]], input_sha256: str | None
+    ) -> None:
+        """Make everything durable, write the checksums (with `tool`'s values beside them), and show the result.
+
+        `tensors`: relative name of a weight file -> tensor name -> sha256.
+        """
+        journal, result = self._open(), self.path
+        files = {name: file_sha256(result / name) for name in files_in(result) if name != CHECKSUMS}
+        mark = Checksums(self._fingerprint, input_sha256, files, tensors)
+        text = json.dumps({**tool, **mark.to_json()}, indent=2) + "\n"
+        disk.write_file(result / CHECKSUMS, text.encode())
         try:
-            files = [p for p in sorted(self.path.rglob("*")) if p.is_file() and p.name not in (_JOURNAL, CHECKSUMS)]
-            sums = {p.relative_to(self.path).as_posix(): file_sha256(p) for p in files}
-            mark = {**tool, "fingerprint": self._fingerprint, "files": sums}
-            (self.path / CHECKSUMS).write_text(json.dumps(mark, indent=2) + "\n", encoding="utf-8")
-            (self.path / _JOURNAL).unlink(missing_ok=True)
-            for path in [*files, self.path / CHECKSUMS, *(p for p in self.path.rglob("*") if p.is_dir()), self.path]:
-                _sync(path)
-            if self.output.exists():
-                os.rename(self.output, self._replaced)
-            os.rename(self.path, self.output)
-            _sync(self.output.parent)
-            shutil.rmtree(self._replaced, ignore_errors=True)
-        except OSError as error:
-            raise storage_error(error, self.output) from None
+            _sync_tree(result)
+        except StorageError:
+            journal.cut(to_nothing=True)
+            raise
+        journal.publish()
+        if self._place.moves:
+            _move_in(self._place)
+        else:
+            _rename_in(self._place)
+        _clear(self._place)
 
     @contextmanager
-    def whole(self, tool: dict[str, Any]) -> Iterator[Path]:
-        """The directory to write into: published when the block ends, and gone, with its lock, when it raises."""
-        published = False
+    def whole(self, tool: Mapping[str, Any]) -> Iterator[Path]:
+        """The directory to write into, for what is made in one go: published when the block ends, and gone, with its
+        lock, when it raises.
+        """
         try:
             yield self.path
-            self.publish(tool)
-            published = True
+            self.publish(tool, {}, None)
+        except BaseException:
+            self.discard()
+            raise
         finally:
-            if not published:
-                shutil.rmtree(self.path, ignore_errors=True)
             self.close()
+
+    def discard(self) -> None:
+        """Remove what was written; what stood under the output's name stays or comes back."""
+        _recover(self._place)
+        _clear(self._place)
 
     def close(self) -> None:
         """Let go of the lock."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
-    def _lock(self) -> None:
-        # The lock is on the directory itself and goes with the process: there is no stale lock to clean up.
-        self.path.mkdir(exist_ok=True)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StorageError(
-                "another loftq process is writing it", file=self.output, hint="wait for it, or choose another output"
-            ) from None
-        if not os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
-            raise StorageError("another loftq process has just finished it", file=self.output, hint="run again")
-
-    def _recover(self) -> None:
-        """Undo the first half of a replacement that was interrupted between its two renames."""
-        if self._replaced.exists():
-            if self.output.exists():
-                shutil.rmtree(self._replaced)
-            else:
-                os.rename(self._replaced, self.output)
+    def _open(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
     def _open_journal(self, *, restart: bool) -> dict[str, JournalEntry]:
-        journal = self.path / _JOURNAL
-        lines = [] if restart or not journal.exists() else _valid_lines(journal)
-        if lines and lines[0] != self._fingerprint:
+        place, found = self._place, read_journal(self._place.journal)
+        is_done = place.is_published()
+        if not restart and not is_done and found.fingerprint not in (None, self._fingerprint):
             raise UsageError(
                 "an unfinished run with another input, other options or another version lies beside it",
                 file=self.output,
                 hint="run the same command as before to continue it, or --restart to start over",
             )
-        if not lines:
-            for path in self.path.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            lines = [self._fingerprint]
-        text = (json.dumps(line) for line in lines)
-        journal.write_text("".join(f"{_line_hash(line)} {line}\n" for line in text), encoding="utf-8")
-        return {line[0]: JournalEntry(*line) for line in lines[1:]}
+        if restart or is_done or found.fingerprint is None:
+            for path in place.root.iterdir():
+                disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
+            found = JournalContents()
+        disk.make_directory(place.result)
+        self._journal = Journal(place.journal, found)
+        if found.fingerprint is None:
+            self._journal.start(self._fingerprint)
+        self._journal.sync(self._journal.end)
+        # Without this one, and with a journal that speaks of publishing, a result would count as published.
+        disk.remove(place.result / CHECKSUMS)
+        disk.sync_directory(place.root)
+        disk.sync_directory(place.root.parent)
+        return by_unit(found.entries)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises UsageError when something stands under `output` that a result may not replace."""
-    parent = Path(os.path.abspath(output)).parent
-    if not parent.is_dir():
-        raise UsageError("its parent directory does not exist", file=output, hint=f"mkdir -p {parent}")
+    place = _place_of(output)
+    if not place.target.parent.is_dir():
+        hint = f"mkdir -p {place.target.parent}"
+        raise UsageError("its parent directory does not exist", file=output, hint=hint)
     if not os.path.lexists(output):
         return
     if not output.is_dir():
         raise UsageError("is not a directory", file=output, hint="choose another output")
-    if not any(output.iterdir()):
+    if not _contents(place):
         return
-    if not (output / CHECKSUMS).is_file():
+    try:
+        mark = read_checksums(place.target)
+    except InputError:
+        mark = None
+    if mark is None:
         raise UsageError(
             "is not empty and not a result of this tool",
             file=output,
@@ -162,26 +234,33 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UsageError("exists already", file=output, hint="--overwrite replaces it")
+    known = {*mark.files, CHECKSUMS}
+    found = (name for name in files_in(place.target) if not (place.moves and name.startswith(".partial/")))
+    added = [name for name in found if name not in known]
+    if added:
+        more = f" and {len(added) - 3} more files" if len(added) > 3 else ""
+        what = f"holds {', '.join(added[:3])}{more}, which the run that made it did not write"
+        raise UsageError(what, file=output, hint="move what you need out of it, or choose another output")
 
 
-def finished_mark(output: Path, fingerprint: str) -> dict[str, Any] | None:
+def finished_mark(output: Path, fingerprint: str) -> Checksums | None:
     """The completeness mark of the result under `output`, when it is that of `fingerprint` and every file of it is as
-    it was written.
+    it was written. What its run may have left behind after publishing it is removed.
     """
     try:
-        mark = read_json_object(output / CHECKSUMS)
-        files = mark["files"]
+        mark = read_checksums(output)
         # In this order: a result of something else is not worth reading through.
-        if mark["fingerprint"] == fingerprint and all(
-            file_sha256(output / name) == expected for name, expected in files.items()
-        ):
-            return mark
-    except (InputError, StorageError, OSError, KeyError, AttributeError):
-        pass
-    return None
+        if mark is None or mark.fingerprint != fingerprint:
+            return None
+        if any(file_sha256(output / name) != expected for name, expected in mark.files.items()):
+            return None
+    except (InputError, StorageError):
+        return None
+    _sweep(output)
+    return mark
 
 
-def check_apart(output: Path, inputs: list[Path]) -> None:
+def check_apart(output: Path, inputs: Iterable[Path]) -> None:
     """Raises UsageError when `output` is, contains or lies inside one of `inputs`."""
     target = Path(os.path.realpath(output))
     for path in inputs:
@@ -193,38 +272,153 @@ def check_apart(output: Path, inputs: list[Path]) -> None:
 
 
 def check_space(output: Path, nbytes: int) -> None:
-    """Raises StorageError when the file system of `output` has less than `nbytes` free."""
-    free = shutil.disk_usage(Path(os.path.abspath(output)).parent).free
-    if free < nbytes:
+    """Raises StorageError when the file system of `output` has less than `nbytes` free, beside what an unfinished run
+    has taken of it already.
+    """
+    place = _place_of(output)
+    taken = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
+    free = shutil.disk_usage(place.root.parent).free
+    if free + taken < nbytes:
         raise StorageError(
-            f"needs {nbytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free", file=output, hint="write elsewhere"
+            f"needs {(nbytes - taken) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            file=output,
+            hint="free some space or write elsewhere",
         )
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes. Raises OSError."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _place_of(output: Path) -> _Place:
+    target = Path(os.path.realpath(output))
+    moves = target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
+    return _Place(target, target / ".partial" if moves else target.parent / f".{target.name}.partial", moves)
 
 
-def _valid_lines(journal: Path) -> list[Any]:
-    """The values of the journal's lines up to the first torn or foreign one."""
-    values = []
-    for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-        checksum, _, text = line.partition(" ")
-        if checksum != _line_hash(text):
-            break
-        values.append(json.loads(text))
-    return values
-
-
-def _line_hash(line: str) -> str:
-    return hashlib.sha256(line.encode()).hexdigest()[:16]
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _is_mount(path: Path) -> bool:
+    """Whether another file system, or another part of the same one, is mounted there."""
+    if os.path.ismount(path):
+        return True
     try:
-        os.fsync(fd)
+        lines = _MOUNTS.read_bytes().splitlines()
+    except OSError:
+        return False
+    points = (re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]) for line in lines)
+    return os.fsencode(path) in points  # of the same file system, ismount sees none
+
+
+def _contents(place: _Place) -> list[str]:
+    ignored = _NO_CONTENT if place.moves else set()
+    return [name for name in os.listdir(place.target) if name not in ignored]
+
+
+def _locked(place: _Place, output: Path) -> int:
+    """A descriptor that holds the lock. It is on the hidden directory itself and goes with the process: there is no
+    stale lock to clean up.
+    """
+    disk.make_directory(place.root)
+    try:
+        descriptor = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise disk.storage_error(error, place.root) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(place.root)):
+            raise FileNotFoundError
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            what, hint = "another loftq process is writing it", "wait for it, or choose another output"
+        elif isinstance(error, FileNotFoundError):
+            what, hint = "another loftq process has just finished it", "run again"
+        else:
+            raise disk.storage_error(error, place.root) from None
+        raise StorageError(what, file=output, hint=hint) from None
+
+
+def _sweep(output: Path) -> None:
+    """Remove what a run left behind that died after publishing."""
+    place = _place_of(output)
+    if not place.root.is_dir() or not place.is_published():
+        return
+    try:
+        lock = _locked(place, output)
+    except StorageError:
+        return
+    try:
+        _clear(place)
     finally:
-        os.close(fd)
+        os.close(lock)
+
+
+def _recover(place: _Place) -> None:
+    """Undo a publication that was interrupted: what stood there before stands there again."""
+    if place.is_published():
+        return
+    if place.moves:
+        if read_journal(place.journal).is_publishing:
+            _move_back(place)
+    elif place.replaced.exists() and not os.path.lexists(place.target):
+        disk.rename(place.replaced, place.target)
+
+
+def _clear(place: _Place) -> None:
+    disk.remove_tree(place.replaced)  # while the journal says that nothing of it is to come back
+    disk.remove_tree(place.root)
+    disk.sync_directory(place.root.parent)
+
+
+def _rename_in(place: _Place) -> None:
+    is_replacing = place.target.exists() and any(place.target.iterdir())
+    if is_replacing:
+        disk.remove_tree(place.replaced)
+        disk.rename(place.target, place.replaced)
+    try:
+        disk.rename(place.result, place.target)  # an empty directory gives way
+    except BaseException:
+        _recover(place)
+        raise
+    disk.sync_directory(place.target.parent)
+
+
+def _move_in(place: _Place) -> None:
+    before = read_checksums(place.target)
+    if before is not None:
+        disk.make_directory(place.replaced)
+        _move(_top_names(before), place.target, place.replaced)
+    # Weights first: nothing loads a folder without its config.
+    names = sorted(os.listdir(place.result), key=lambda name: (name == "config.json", name.endswith(".json")))
+    _move([name for name in names if name != CHECKSUMS], place.result, place.target)
+    disk.rename(place.result / CHECKSUMS, place.target / CHECKSUMS)
+    disk.sync_directory(place.target)
+
+
+def _move_back(place: _Place) -> None:
+    if (mark := read_checksums(place.result)) is not None:
+        here = [name for name in _top_names(mark) if name != CHECKSUMS and not (place.result / name).exists()]
+        _move([name for name in here if (place.target / name).exists()], place.target, place.result)
+    if place.replaced.is_dir():
+        _move(sorted(os.listdir(place.replaced)), place.replaced, place.target)
+        disk.remove_tree(place.replaced)
+
+
+def _top_names(mark: Checksums) -> list[str]:
+    """What a result has in its folder; the completeness mark first, then the config."""
+    names = {name.partition("/")[0] for name in mark.files}
+    return [CHECKSUMS, *sorted(names, key=lambda name: (name != "config.json", name))]
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        disk.rename(source / name, target / name)
+    disk.sync_directory(target)
+    disk.sync_directory(source)
+
+
+def _sync_tree(directory: Path) -> None:
+    for name in files_in(directory):
+        descriptor = disk.open_file(directory / name)
+        try:
+            disk.sync(descriptor, directory / name)
+        finally:
+            os.close(descriptor)
+    for folder, _, _ in os.walk(directory, topdown=False):
+        disk.sync_directory(Path(folder))

@@ -4,7 +4,6 @@ first and each tensor is written into its place, in any order. Byte-identical to
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -12,8 +11,10 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING
 
+from loftq_cli.checkpoint import disk
 from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, unread_tensor
 from loftq_cli.errors import StorageError
 from loftq_cli.tensors import ITEMSIZE, OutTensor
@@ -54,19 +55,13 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
 class SafetensorsWriter:
     """One output file, open for writing. An existing file of the right size is kept, for a run that is resumed."""
 
-    def __init__(self, path: Path, tensors: Sequence[OutTensor], *, hashes: bool = True) -> None:
-        """Lay `path` out for `tensors`; without `hashes` the sha256 of what is written is "", which saves the time.
-
-        Raises StorageError when that is not possible.
-        """
-        self.path, self._hashes = path, hashes
+    def __init__(self, path: Path, tensors: Sequence[OutTensor]) -> None:
+        """Lay `path` out for `tensors`. Raises StorageError when that is not possible."""
+        self.path = path
         self._tensors = {tensor.name: tensor for tensor in tensors}
         header, self._offsets, size = safetensors_layout(tensors)
-        try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            os.ftruncate(self._fd, size)
-        except OSError as error:
-            raise storage_error(error, path) from None
+        self._fd = disk.open_file(path)
+        disk.resize(self._fd, size, path)
         self._write_at(0, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> str:
@@ -93,8 +88,7 @@ class SafetensorsWriter:
     def place(self, name: str) -> TensorPlace:
         """Where a tensor's bytes go, to be filled from its beginning to its end."""
         start = self._offsets[name]
-        end, digest = start + self._tensors[name].nbytes, hashlib.sha256() if self._hashes else None
-        return TensorPlace(name, start, end, self._write_at, digest)
+        return TensorPlace(name, start, start + self._tensors[name].nbytes, self._write_at)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of a tensor as they lie in the file now."""
@@ -110,7 +104,7 @@ class SafetensorsWriter:
                     raise StorageError("the file became shorter while it was written", file=self.path)
                 view, position = view[count:], position + count
         except OSError as error:
-            raise storage_error(error, self.path) from None
+            raise disk.storage_error(error, self.path) from None
         return tensor
 
     def sha256(self, name: str) -> str:
@@ -126,82 +120,83 @@ class SafetensorsWriter:
             position += len(chunk)
         return digest.hexdigest()
 
-    def close(self, *, sync: bool) -> None:
-        """Close the file; with `sync`, first make sure that it is on disk. Raises StorageError when it is not."""
-        if self._fd < 0:
-            return
-        fd, self._fd = self._fd, -1
-        try:
-            try:
-                if sync:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise storage_error(error, self.path) from None
+    def sync(self) -> None:
+        """Return when what was written is on the disk. Raises StorageError when it is not."""
+        disk.sync(self._fd, self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
     def _write_at(self, position: int, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                written = os.pwrite(self._fd, view, position)
-                position += written
-                view = view[written:]
-        except OSError as error:
-            raise storage_error(error, self.path) from None
+        disk.write_at(self._fd, position, data, self.path)
 
 
 class TensorPlace:
     """The place of one tensor in a file that is being written."""
 
-    def __init__(
-        self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None], digest: Any
-    ) -> None:
+    def __init__(self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None]) -> None:
         self._name, self._start, self._position, self._end = name, start, start, end
-        self._write_at, self._digest = write_at, digest
+        self._write_at, self._digest = write_at, hashlib.sha256()
 
     def append(self, data: bytes | memoryview) -> None:
         """The next bytes. Raises ValueError when they are more than planned."""
         if self._position + len(data) > self._end:
             raise ValueError(f"{self._name} has more bytes than planned")
         self._write_at(self._position, data)
-        if self._digest is not None:
-            self._digest.update(data)
+        self._digest.update(data)
         self._position += len(data)
 
     def close(self) -> str:
-        """The sha256 of all bytes, if it is taken. Raises ValueError when they are fewer than planned."""
+        """The sha256 of all bytes. Raises ValueError when they are fewer than planned."""
         if self._position != self._end:
             found, planned = self._position - self._start, self._end - self._start
             raise ValueError(f"{self._name} has {found} bytes, planned were {planned}")
-        return "" if self._digest is None else str(self._digest.hexdigest())
+        return self._digest.hexdigest()
 
 
 class OutputFiles:
     """Several output files, open for writing; a tensor finds its file by its name."""
 
-    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]], *, hashes: bool = True) -> None:
-        """`files`: relative name -> its tensors; `hashes`: see `SafetensorsWriter`. Raises StorageError when one cannot
-        be laid out.
-        """
+    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]]) -> None:
+        """`files`: relative name -> its tensors. Raises StorageError when one cannot be laid out."""
+        self._files = files
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
         for name, tensors in files.items():
-            try:
-                (directory / name).parent.mkdir(exist_ok=True)
-            except OSError as error:
-                raise storage_error(error, directory / name) from None
-            writer = SafetensorsWriter(directory / name, tensors, hashes=hashes)
+            disk.make_directory((directory / name).parent)
+            writer = SafetensorsWriter(directory / name, tensors)
             self._writers.append(writer)
             self._writer_of |= {tensor.name: writer for tensor in tensors}
 
     def __getitem__(self, name: str) -> SafetensorsWriter:
         return self._writer_of[name]
 
-    def close(self, *, sync: bool) -> None:
-        """Close all of them; see `SafetensorsWriter.close`."""
+    def sums_by_file(self, sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """The sha256 of each tensor by its file's name, from those by its own."""
+        return {file: {tensor.name: sums[tensor.name] for tensor in tensors} for file, tensors in self._files.items()}
+
+    def sync(self) -> None:
+        """Return when what was written to them, and their names, are on the disk. Raises StorageError."""
         for writer in self._writers:
-            writer.close(sync=sync)
+            writer.sync()
+        for folder in {writer.path.parent for writer in self._writers}:
+            disk.sync_directory(folder)
+
+    def close(self) -> None:
+        """Close all of them."""
+        for writer in self._writers:
+            writer.close()
+
+    def __enter__(self) -> OutputFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
@@ -210,11 +205,3 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
     flat = tensor.detach().contiguous().view(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
-
-
-def storage_error(error: OSError, path: Path) -> StorageError:
-    """An OSError as one line for the user."""
-    hint = None
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        hint = "free some space or write elsewhere, then run the same command to continue"
-    return StorageError((error.strerror or "input/output error").lower(), file=path, hint=hint)

@@ -61,13 +61,17 @@ def merge(
         max_shard_size=max_shard_size or "5GB",
         force=force,
     )
-    prepared = prepare(resolve_model(base), adapter, output, choices, overwrite=overwrite)
+    prepared = prepare(resolve_model(base), adapter, output, choices)
+    done = merging.already_done(prepared, overwrite=overwrite)
     if not quiet:
         say(f"{len(prepared.adapter.lora)} layers to merge, {megabytes(prepared.nbytes)} to write")
     if dry_run:
         for note in prepared.provenance.notes:
             say(f"note: {note}")
         _print_plan(prepared, as_json=as_json)
+        return
+    if done:
+        say(f"{output}: already done, with these inputs and options")
         return
     progress = _Progress(len(prepared.adapter.lora), quiet=quiet)
     outcome = merging.run(

@@ -93,10 +93,6 @@ def _texts(adapted: Sequence[peft_adapter.AdaptedModule], origin: Origin | None)
 
 def _write(tensors: Mapping[str, torch.Tensor], adapted: Sequence[peft_adapter.AdaptedModule], directory: Path) -> None:
     planned = [tensor for module in adapted for tensor in peft_adapter.planned(module)]
-    files = OutputFiles(directory, {peft_adapter.WEIGHTS_NAME: planned})
-    try:
+    with OutputFiles(directory, {peft_adapter.WEIGHTS_NAME: planned}) as files:
         for key, tensor in tensors.items():
             files[key].write(key, tensor.cpu())
-        files.close(sync=True)
-    finally:
-        files.close(sync=False)

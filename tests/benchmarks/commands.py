@@ -21,7 +21,7 @@ def run_convert(source: Path, output: Path, threads: int = 1, *, verify: bool = 
 
 def run_merge(base: Path, output: Path, threads: int) -> None:
     """A converted directory and the adapter in it."""
-    prepared = merge_plan.prepare(base, base / "qlora_init", output, MergeOptions(), overwrite=False)
+    prepared = merge_plan.prepare(base, base / "qlora_init", output, MergeOptions())
     merge.run(prepared, Silent(), overwrite=False, restart=False, threads=threads)
 
 

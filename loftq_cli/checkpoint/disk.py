@@ -1,0 +1,129 @@
+"""Every change that this program makes to a disk, one small operation each, so that what a crash or a full disk does to
+a run can be tried at each of them. Knows no format; an OSError becomes a StorageError that names the file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from loftq_cli.errors import StorageError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory unless it is there."""
+    with _reported(path):
+        path.mkdir(exist_ok=True)
+
+
+def open_file(path: Path) -> int:
+    """A descriptor for reading and writing; the file is made, with normal permissions, unless it is there."""
+    with _reported(path):
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+
+
+def resize(descriptor: int, nbytes: int, path: Path) -> None:
+    """Cut the file, or let it grow by a hole."""
+    with _reported(path):
+        os.ftruncate(descriptor, nbytes)
+
+
+def write_at(descriptor: int, position: int, data: bytes | memoryview, path: Path) -> None:
+    """Write all of `data`: one call of the system writes at most 2 GB, and less where a disk is nearly full."""
+    view = memoryview(data)
+    with _reported(path):
+        while view:
+            written = os.pwrite(descriptor, view, position)
+            position += written
+            view = view[written:]
+
+
+def sync(descriptor: int, path: Path) -> None:
+    """Return when everything written to the file is on the disk. After an error the file cannot be trusted: the system
+    may have dropped what it could not write.
+    """
+    with _reported(path):
+        os.fsync(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Return when the names in a directory are on the disk."""
+    with _reported(path):
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except PermissionError:  # a directory that may be written and not be read
+            return
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+                raise
+        finally:
+            os.close(descriptor)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Give a file or a directory another name on the same file system, at once."""
+    with _reported(new):
+        os.rename(old, new)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if it is there."""
+    with _reported(path):
+        path.unlink(missing_ok=True)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and everything in it, if it is there. A link in it is removed, and never followed."""
+    with _reported(path):
+        if os.path.lexists(path):
+            shutil.rmtree(path)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """The whole content of a small file, in place of what was in it."""
+    with written_file(path) as descriptor:
+        write_at(descriptor, 0, data, path)
+
+
+@contextmanager
+def written_file(path: Path) -> Iterator[int]:
+    """A descriptor of an empty file for the length of the block."""
+    descriptor = open_file(path)
+    try:
+        resize(descriptor, 0, path)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """An OSError as one line for the user."""
+    what = (error.strerror or "input/output error").lower()
+    if error.errno not in _FULL:
+        return StorageError(what, file=path)
+    free = f", {_free(path)} are free" if error.errno == errno.ENOSPC else ""
+    hint = "free some space or write elsewhere, then run the same command to continue"
+    return StorageError(what + free, file=path, hint=hint)
+
+
+def _free(path: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(path.parent).free / 1e9:.2f} GB"
+    except OSError:
+        return "0 GB"
+
+
+@contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, path) from None
