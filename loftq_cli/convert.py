@@ -122,7 +122,7 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
 
     Raises UsageError when something else stands there.
     """
-    mark = None if overwrite else finished_mark(conversion.output, conversion.fingerprint)
+    mark = finished_mark(conversion.output, conversion.fingerprint, overwrite=overwrite)
     # The fingerprint covers headers and options; whether the weights are the same, only their bytes can tell.
     if mark is not None:
         names = [job.name for job in conversion.plan.jobs]

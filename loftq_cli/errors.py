@@ -12,6 +12,7 @@ EXIT_INPUT = 2
 EXIT_STORAGE = 3
 EXIT_MISMATCH = 4
 EXIT_QUALITY = 5
+EXIT_MEMORY = 6
 EXIT_INTERRUPTED = 130
 
 _NAME_LIMIT = 160  # a name longer than two terminal lines hides the message around it
@@ -86,3 +87,23 @@ class QualityError(LoftqError):
     """A quality gate the user asked for, or that protects the result, was not met."""
 
     exit_code = EXIT_QUALITY
+
+
+class MemoryShortage(LoftqError):
+    """There is not enough memory for the matrix at hand."""
+
+    exit_code = EXIT_MEMORY
+
+
+def is_memory_shortage(error: BaseException) -> bool:
+    """Whether Python, numpy or torch could not get memory; torch says so by a RuntimeError, of which only the text
+    tells.
+    """
+    if isinstance(error, RuntimeError):
+        return "can't allocate memory" in str(error) or "out of memory" in str(error)
+    return isinstance(error, MemoryError)
+
+
+def memory_shortage() -> MemoryShortage:
+    """What is said about it."""
+    return MemoryShortage("not enough memory", hint="--threads 1 takes less; --dry-run says how much is needed")

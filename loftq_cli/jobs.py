@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.journal import JournalEntry
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
-from loftq_cli.errors import InputError, LoftqError
+from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import code_rows, load_layout
 from loftq_cli.methods.method import METHODS, Initialization, load_method
@@ -92,9 +92,11 @@ class JobRunner:
             tensors = _packed(self._recipe, job, initial)
             decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
             result = _result(job, initial, layer_error(weight, decoded, initial.lora, workers))
-        except LoftqError as error:
-            file = self._checkpoint.tensors[job.name].file
-            raise error if error.tensor else error.at(file=file, tensor=job.name) from None
+        except (LoftqError, MemoryError, RuntimeError) as found_error:
+            error = memory_shortage() if is_memory_shortage(found_error) else found_error
+            if isinstance(error, LoftqError) and not error.tensor:
+                error = error.at(file=self._checkpoint.tensors[job.name].file, tensor=job.name)
+            raise error from None
         return Converted(tensors, found.sha256, result)
 
     def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:

@@ -62,7 +62,7 @@ def already_done(merge: Merge, *, overwrite: bool) -> bool:
 
     Raises UsageError when something else stands there.
     """
-    mark = None if overwrite else finished_mark(merge.output, merge.fingerprint)
+    mark = finished_mark(merge.output, merge.fingerprint, overwrite=overwrite)
     if mark is not None and mark.input_sha256 == _InputSums(merge).all():
         return True
     check_output(merge.output, overwrite=overwrite)

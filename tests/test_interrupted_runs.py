@@ -163,11 +163,11 @@ def test_the_same_command_on_a_finished_result_does_nothing(source, out):
 def test_a_damaged_result_does_not_count_as_done(source, out):
     run_conversion(source, out, **RECIPE)
     fingerprint = json.loads((out / "checksums.json").read_text())["fingerprint"]
-    assert finished_mark(out, fingerprint)
+    assert finished_mark(out, fingerprint, overwrite=False)
     with open(out / "model.safetensors", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"\x7f")
-    assert finished_mark(out, fingerprint) is None
+    assert finished_mark(out, fingerprint, overwrite=False) is None
 
 
 def test_a_result_of_other_weights_under_the_same_headers_does_not_count_as_done(source, out, tmp_path):

@@ -414,6 +414,32 @@ def test_an_earlier_result_is_refused_without_overwrite(checkpoints, tmp_path, c
     assert _run(["merge", *map(str, arguments), "--quiet"]) == 0
     capsys.readouterr()
 
+    status, line = refused(capsys, *arguments, "--dtype", "float16")
+
+    assert (status, "exists already (--overwrite replaces it)" in line) == (2, True), line
+
+
+def test_the_same_merge_again_does_nothing(checkpoints, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+    arguments = ("merge", str(checkpoints / "llama"), str(adapter), str(tmp_path / "out"))
+    assert _run([*arguments, "--quiet"]) == 0
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
+    capsys.readouterr()
+
+    assert _run([*arguments]) == 0
+
+    assert "already done, with these inputs and options" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
+
+
+def test_a_merge_of_another_adapter_under_the_same_name_is_not_taken_for_done(checkpoints, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+    arguments = (checkpoints / "llama", adapter, tmp_path / "out")
+    assert _run(["merge", *map(str, arguments), "--quiet"]) == 0
+    capsys.readouterr()
+    shutil.rmtree(adapter)
+    write_adapter(adapter, {name: tensor + 1 for name, tensor in lora_tensors(Q0, (128, 128)).items()})
+
     status, line = refused(capsys, *arguments)
 
     assert (status, "exists already (--overwrite replaces it)" in line) == (2, True), line
@@ -442,26 +468,6 @@ def test_an_output_in_or_around_an_input_is_refused(where, checkpoints, tmp_path
 
     assert (status, "may not be, contain or lie inside the input" in line) == (2, True), line
     assert names_in(tmp_path / "base") == names_in(checkpoints / "llama")
-
-
-def test_an_interrupted_merge_leaves_nothing(checkpoints, tmp_path):
-    from loftq_cli import merge as merging
-    from loftq_cli.merge_plan import MergeOptions, prepare
-
-    class Interrupts:
-        def note(self, text: str) -> None:
-            pass
-
-        def layer_merged(self, layer: object) -> None:
-            raise KeyboardInterrupt
-
-    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
-    merge = prepare(checkpoints / "llama", adapter, tmp_path / "out", MergeOptions(), overwrite=False)
-
-    with pytest.raises(KeyboardInterrupt):
-        merging.run(merge, Interrupts(), overwrite=False, restart=False)
-
-    assert names_in(tmp_path) == ["adapter"]
 
 
 def test_the_exit_status_and_the_one_line_reach_the_shell(checkpoints, tmp_path):

@@ -62,6 +62,14 @@ class _Place:
             return False
         return not (self.result / CHECKSUMS).exists() if self.moves else not self.result.exists()
 
+    def is_left_over(self) -> bool:
+        """Whether there is a hidden directory, and nothing of use in it."""
+        return self.root.is_dir() and (self.is_published() or read_journal(self.journal).fingerprint is None)
+
+    def is_half_published(self) -> bool:
+        """Whether a run died while it published: what stands under the output's name may be a part of its result."""
+        return read_journal(self.journal).is_publishing and not self.is_published()
+
 
 class Staging:
     """A locked staging directory: `path` is where to write, `entries` what is finished already by unit, `publish` makes
@@ -78,8 +86,7 @@ class Staging:
         self._place = _place_of(output)
         self.path = self._place.result
         self._journal: Journal | None = None
-        if not self._place.replaced.exists():
-            check_output(output, overwrite=overwrite)
+        check_output(output, overwrite=overwrite)
         self._lock = _locked(self._place, output)
         try:
             _recover(self._place)
@@ -216,7 +223,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if not place.target.parent.is_dir():
         hint = f"mkdir -p {place.target.parent}"
         raise UsageError("its parent directory does not exist", file=output, hint=hint)
-    if not os.path.lexists(output):
+    if not os.path.lexists(output) or place.is_half_published():  # that is undone first
         return
     if not output.is_dir():
         raise UsageError("is not a directory", file=output, hint="choose another output")
@@ -243,10 +250,14 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError(what, file=output, hint="move what you need out of it, or choose another output")
 
 
-def finished_mark(output: Path, fingerprint: str) -> Checksums | None:
+def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksums | None:
     """The completeness mark of the result under `output`, when it is that of `fingerprint` and every file of it is as
     it was written. What its run may have left behind after publishing it is removed.
+
+    One that is to be replaced counts only where its run left something behind: then this run continues that one.
     """
+    if overwrite and not _place_of(output).is_left_over():
+        return None
     try:
         mark = read_checksums(output)
         # In this order: a result of something else is not worth reading through.
@@ -337,7 +348,7 @@ def _locked(place: _Place, output: Path) -> int:
 def _sweep(output: Path) -> None:
     """Remove what a run left behind that died after publishing."""
     place = _place_of(output)
-    if not place.root.is_dir() or not place.is_published():
+    if not place.is_left_over():
         return
     try:
         lock = _locked(place, output)
@@ -354,14 +365,16 @@ def _recover(place: _Place) -> None:
     if place.is_published():
         return
     if place.moves:
-        if read_journal(place.journal).is_publishing:
+        if place.is_half_published():
             _move_back(place)
     elif place.replaced.exists() and not os.path.lexists(place.target):
         disk.rename(place.replaced, place.target)
 
 
 def _clear(place: _Place) -> None:
-    disk.remove_tree(place.replaced)  # while the journal says that nothing of it is to come back
+    # The journal last: until then it says that nothing of this is to come back.
+    disk.remove_tree(place.replaced)
+    disk.remove_tree(place.result)
     disk.remove_tree(place.root)
     disk.sync_directory(place.root.parent)
 
@@ -371,6 +384,7 @@ def _rename_in(place: _Place) -> None:
     if is_replacing:
         disk.remove_tree(place.replaced)
         disk.rename(place.target, place.replaced)
+        disk.sync_directory(place.root)
     try:
         disk.rename(place.result, place.target)  # an empty directory gives way
     except BaseException:

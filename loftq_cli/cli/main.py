@@ -16,7 +16,17 @@ from loftq_cli.cli.console import say
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
 from loftq_cli.cli.quantize import quantize
-from loftq_cli.errors import EXIT_INPUT, EXIT_INTERRUPTED, EXIT_OK, EXIT_STORAGE, LoftqError
+from loftq_cli.errors import (
+    EXIT_INPUT,
+    EXIT_INTERRUPTED,
+    EXIT_MEMORY,
+    EXIT_OK,
+    EXIT_STORAGE,
+    LoftqError,
+    StorageError,
+    is_memory_shortage,
+    memory_shortage,
+)
 
 # Typer brings its own copy of click, so its errors are found from a class that it does export.
 _CommandLineError: type[Exception] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
@@ -53,7 +63,9 @@ def _root(
 
 def main() -> None:
     """Run the command line and exit."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a shell started in the background
+            signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without a character of ours shows another one
@@ -61,6 +73,9 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
+    """The first signal ends the run in order, which may take as long as the matrix at hand; a second one at once."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
@@ -76,8 +91,16 @@ def _run(arguments: list[str]) -> int:
         return EXIT_INPUT
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not is_memory_shortage(error):
+            raise
+        say(f"error: {memory_shortage()}")
+        return EXIT_MEMORY
     except (BrokenPipeError, SystemExit):  # whoever read stdout has gone; Typer answers that by SystemExit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
+        return EXIT_STORAGE
+    except OSError as error:  # of what is not a weight file: the terminal's, a cache's
+        say(f"error: {StorageError(error.strerror or 'input/output error', file=error.filename)}")
         return EXIT_STORAGE
     if status == EXIT_INTERRUPTED:  # Typer turns a KeyboardInterrupt into this status without a word
         say("interrupted; run the same command to continue")
