@@ -4,16 +4,17 @@ computes with. Reads only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.checkpoint import source
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.family import Family
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, StoredTensors, code_rows, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, Layout, StoredMatrix, StoredTensors, code_rows, load_layout
 from loftq_cli.rows import Rows, TensorRows, stored_rows
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import TensorRef
@@ -61,10 +62,8 @@ class BaseModel:
 
     @classmethod
     def _of(cls, path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> BaseModel:
-        plain = {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
-        refs = checkpoint.tensors
-        dtype = Family(plain).dtype(refs.values())
-        stored = StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.load_rows, checkpoint.raw, path)
+        plain, refs = _without_container(config), checkpoint.tensors
+        stored = _stored(path, checkpoint, config)
         layout, names = _container(stored)
         if layout is None:
             return cls(path, dict(refs), {}, None, Family(config), plain, checkpoint, stored)
@@ -73,12 +72,9 @@ class BaseModel:
             name: container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
             for name in names
         }
+        for error in _orphans(stored, container, names):
+            raise error
         owner = {part: name for name in names for part in container.parts(name)}
-        for part, ref in refs.items():
-            name = f"{part.rpartition('.')[0]}.weight"
-            if part not in owner and part != name and part in container.parts(name):
-                what = "is part of a quantized weight, and its codes are missing"
-                raise InputError(what, file=ref.file, tensor=part)
         tensors: dict[str, TensorRef] = {}
         for part, ref in refs.items():
             matrix = quantized.get(owner.get(part, part))
@@ -110,6 +106,11 @@ class BaseModel:
         """The quantized weight called `name`. Raises InputError for numbers that no quantizer writes."""
         assert self.layout is not None
         return load_layout(self.layout).unpack(self.quantized[name], self.stored)
+
+    def check_constants(self, name: str) -> None:
+        """Raises InputError for constants of the quantized weight called `name` that no quantizer writes."""
+        assert self.layout is not None
+        load_layout(self.layout).unpack(self.quantized[name], self.stored, has_codes=False)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
         """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""
@@ -156,6 +157,55 @@ class BaseModel:
         if self.layout is None or name not in self.quantized:
             return [refs[name]]
         return [refs[part] for part in load_layout(self.layout).parts(name) if part in refs]
+
+
+def faults(path: Path) -> Iterator[LoftqError]:
+    """Everything that `BaseModel.open` refuses `path` for, where that stops at the first: of all weight files, or, when
+    those are right, of all quantized weights in them.
+    """
+    are_files_right = True
+    for error in source.faults(path):
+        are_files_right = False
+        yield error
+    if not are_files_right:
+        return
+    try:
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config()
+        stored = _stored(path, checkpoint, config)
+        layout, names = _container(stored)
+    except LoftqError as error:
+        yield error
+        return
+    if layout is None:
+        return
+    container, family = load_layout(layout), Family(_without_container(config))
+    for name in names:
+        try:
+            container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
+        except LoftqError as error:
+            yield error
+    yield from _orphans(stored, container, names)
+
+
+def _without_container(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
+
+
+def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
+    refs = checkpoint.tensors
+    dtype = Family(_without_container(config)).dtype(refs.values())
+    return StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.load_rows, checkpoint.raw, path)
+
+
+def _orphans(stored: StoredTensors, container: Layout, names: Sequence[str]) -> Iterator[InputError]:
+    """An error for each part of a quantized weight that is none of `names`."""
+    owned = {part for name in names for part in container.parts(name)}
+    for part, ref in stored.refs.items():
+        name = f"{part.rpartition('.')[0]}.weight"
+        if part not in owned and part != name and part in container.parts(name):
+            what = "is part of a quantized weight, and its codes are missing"
+            yield InputError(what, file=ref.file, tensor=part)
 
 
 def _container(stored: StoredTensors) -> tuple[str | None, list[str]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object, read_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
-from loftq_cli.errors import InputError, StorageError, printable
+from loftq_cli.errors import InputError, LoftqError, StorageError, printable
 from loftq_cli.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -146,6 +146,24 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return _open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None)
 
 
+def faults(path: Path) -> Iterator[LoftqError]:
+    """Everything that `open_checkpoint` refuses `path` for, where that stops at the first; nothing where it opens."""
+    try:
+        weights = _weights_in(path) if stat.S_ISDIR(_mode_of(path)) else path
+        if weights == path or not weights.name.endswith(".index.json"):
+            open_weights_file(weights)
+            return
+        file_of = _read_index(weights)[1]
+    except LoftqError as error:
+        yield error
+        return
+    for name in sorted(set(file_of.values())):
+        try:
+            _check_agrees(open_weights_file(path / name), file_of, weights)
+        except LoftqError as error:
+            yield error
+
+
 def open_files(directory: Path, names: Sequence[str]) -> Checkpoint:
     """The checkpoint of exactly the weight files called `names`, in a directory that may not be complete yet."""
     readers = {directory / name: open_weights_file(directory / name) for name in names}
@@ -173,12 +191,7 @@ def _open_single(path: Path, weights: Path, directory: Path | None) -> Checkpoin
 
 
 def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
-    index = WatchedFile.open(index_file)
-    if index.nbytes > MAX_JSON_NBYTES:
-        message = f"is larger than the {MAX_JSON_NBYTES} bytes allowed here"
-        raise InputError(message, file=index_file, hint=_DOWNLOAD)
-    content = parse_json_object(index.read(0, index.nbytes), file=index_file)
-    file_of = _checked_weight_map(content.get("weight_map"), index_file)
+    index, file_of = _read_index(index_file)
     names = sorted(set(file_of.values()))
     missing = [name for name in names if not os.path.exists(directory / name)]
     if missing:
@@ -189,6 +202,16 @@ def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
         _check_agrees(reader, file_of, index_file)
         tensors.update(reader.tensors)
     return Checkpoint(directory, directory, tuple(readers), index_file, tensors, readers, index)
+
+
+def _read_index(index_file: Path) -> tuple[WatchedFile, dict[str, str]]:
+    """The index, and the name of the file that each tensor is in."""
+    index = WatchedFile.open(index_file)
+    if index.nbytes > MAX_JSON_NBYTES:
+        message = f"is larger than the {MAX_JSON_NBYTES} bytes allowed here"
+        raise InputError(message, file=index_file, hint=_DOWNLOAD)
+    content = parse_json_object(index.read(0, index.nbytes), file=index_file)
+    return index, _checked_weight_map(content.get("weight_map"), index_file)
 
 
 def _checked_weight_map(weight_map: object, index_file: Path) -> dict[str, str]:

@@ -10,6 +10,7 @@ from loftq_cli import inspection
 from loftq_cli.base_model import BaseModel
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, result, say, table
+from loftq_cli.cli.verify import verified
 from loftq_cli.convert import resolve_model
 from loftq_cli.errors import QualityError, UsageError
 from loftq_cli.metrics import GroupErrors, LayerError, total_error
@@ -26,6 +27,7 @@ def inspect(
     sort: options.Sort = "name",
     top: options.Top = None,
     fail_above: options.FailAbove = None,
+    verify: options.Verify = False,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -33,9 +35,17 @@ def inspect(
 
     On a converted directory the errors come from its report, or, with --against ORIGINAL, from the files themselves.
     On a full-precision checkpoint: what quantize would do, and with --try the error that a quant type would give.
+    With --verify, on any of them and on an adapter: what is damaged.
     """
     inspection.check_sort_key(sort)
     threads = threads or available_threads()
+    if verify:
+        given = {"--against": against, "--try": try_, "--top": top, "--fail-above": fail_above}
+        others = [*(name for name, value in given.items() if value is not None), *(["--sort"] * (sort != "name"))]
+        if others:
+            raise UsageError(f"--verify computes no errors for {others[0]}", hint="run inspect once for each")
+        verified(resolve_model(path), threads, as_json=as_json)
+        return
     with BaseModel.open(resolve_model(path)) as base:
         if base.quantized or (base.folder / REPORT_NAME).is_file():
             if try_:

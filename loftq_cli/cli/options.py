@@ -254,6 +254,9 @@ Try = Annotated[
 ]
 Sort = Annotated[str, typer.Option(metavar="name|error|base_error|numel", help="Order of the layers.")]
 Top = Annotated[int | None, typer.Option(min=1, help="Only the first N layers.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Re-check checksums, index, config and numbers; names what is damaged.")
+]
 FailAbove = Annotated[
     float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
 ]

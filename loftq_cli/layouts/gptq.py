@@ -113,16 +113,20 @@ def parts(name: str) -> tuple[str, ...]:
     return tuple(module + part for part in ("qweight", "qzeros", "scales", "g_idx"))
 
 
-def unpack(matrix: StoredMatrix, stored: StoredTensors) -> QuantizedTensor:
+def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
     """The inverse of `pack`; of a v1 checkpoint too, which stores zero points less one.
 
     Raises InputError for zero points that two loaders would read differently.
     """
+    import torch
+
     from loftq_cli.triton_kernels.packing import unpack_rows
 
     spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
     module = matrix.name.removesuffix("weight")
-    codes = unpack_rows(stored.load(f"{module}qweight").T, spec.bits, in_features)
+    codes = torch.empty((0, in_features), dtype=torch.uint8)
+    if has_codes:
+        codes = unpack_rows(stored.load(f"{module}qweight").T, spec.bits, in_features)
     zero_points = unpack_rows(stored.load(f"{module}qzeros"), spec.bits, out_features).T.contiguous()
     found = quantization_config(stored, "gptq") or {}
     if found.get("checkpoint_format") != "gptq_v2":

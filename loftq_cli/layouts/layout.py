@@ -162,8 +162,8 @@ class Layout(Protocol):
         ...
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`, for a matrix that `stored_matrix` gave; without its codes on demand, where there are
-        `code_rows`. Raises InputError for numbers that no quantizer writes.
+        """The inverse of `pack`, for a matrix that `stored_matrix` gave; without its codes on demand. Raises InputError
+        for numbers that no quantizer writes.
         """
         ...
 
