@@ -271,7 +271,10 @@ def _recomputed(
         raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
     pair = adapter.pair(module, row.shape) if adapter else None
     weight, decoded = original.rows(name), base.rows(row.name)
-    error = layer_error(weight, decoded, pair, workers)
+    try:
+        error = layer_error(weight, decoded, pair, workers)
+    except NumericError as what:
+        raise what.at(file=original.path, tensor=name) from None
     for model, amount in ((original, error.squared_weight), (base, error.squared_error)):
         if not math.isfinite(amount):
             raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)

@@ -5,6 +5,7 @@ where the matrix before ended. No quantization here.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol
@@ -25,7 +26,8 @@ _COLD_STEPS = 4  # of "fast", on the first matrix; one on those that start from 
 _LEAST_RATIO = 0.03
 _NOTHING = torch.finfo(torch.float32).eps
 
-_NO_DECOMPOSITION = "its residual has no singular value decomposition that is found"
+# Of a matrix, the largest entry whose squares and products are inside float32's range; beyond it a matrix is scaled.
+_LARGEST = 1e10
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ def make_solver(
     if is_exact(svd, rank, shape):
         return ExactSolver(rank)
     solver = SubspaceSolver if svd == "fast" else KrylovSolver
-    return solver(rank, generator, workers)
+    return _Rescaling(solver(rank, generator, workers))
 
 
 class ExactSolver:
@@ -102,6 +104,27 @@ def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.
     return _signed(*((short_factor, long_factor.T) if wide else (long_factor, short_factor.T)))
 
 
+class _Rescaling:
+    """An iteration, again with a matrix of smaller numbers where float32 cannot hold products of what it has."""
+
+    def __init__(self, solver: SubspaceSolver | KrylovSolver) -> None:
+        self._solver = solver
+
+    def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
+        """See `Solver`. Peak memory where it has to scale: one more copy of `matrix`."""
+        try:
+            return self._solver(matrix, balances=balances)
+        except NumericError:
+            largest = max(abs(float(end)) for end in torch.aminmax(matrix))
+            if not _LARGEST < largest < math.inf:
+                raise
+        self._solver.forget()
+        root = 2.0 ** (math.frexp(largest)[1] // 2)  # powers of two: nothing is rounded
+        found = self._solver((matrix / root).div_(root))
+        self._solver.forget()  # what it would start from is of the other size
+        return Factors(found.left * root, found.right * root, found.gain * root**4)
+
+
 class _Iteration:
     """What both iterations have in common: products with a matrix, a few of its rows at a time. What is summed over
     them is summed in their order.
@@ -110,6 +133,10 @@ class _Iteration:
     def __init__(self, rank: int, generator: torch.Generator, workers: Workers = SERIAL) -> None:
         self._rank, self._generator, self._workers = rank, generator, workers
         self._start: torch.Tensor | None = None  # [in, width], from the matrix before
+
+    def forget(self) -> None:
+        """Take the next matrix for the first."""
+        self._start = None
 
     def _times(self, matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """matrix @ right, float32 [out, width]."""
@@ -155,7 +182,7 @@ class SubspaceSolver(_Iteration):
         right = self._transposed_times(matrix, basis)  # [rank, in]
         scale = float(right.abs().max())
         if not math.isfinite(scale):
-            raise NumericError(_NO_DECOMPOSITION)
+            raise _no_decomposition()
         unit = right / scale if scale else right  # its squares are inside float32's range
         gram = unit @ unit.T
         squares = gram.diagonal()
@@ -218,7 +245,7 @@ def _row_norms(matrix: torch.Tensor) -> torch.Tensor:
     """float32. Raises NumericError when one is not finite."""
     norms: torch.Tensor = torch.linalg.vector_norm(matrix.double(), dim=1).float()  # squares may overflow float32
     if not bool(torch.isfinite(norms).all()):
-        raise NumericError(_NO_DECOMPOSITION)
+        raise _no_decomposition()
     return norms
 
 
@@ -259,13 +286,16 @@ def _is_orthonormal(basis: torch.Tensor) -> bool:
 def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:
     """The left singular vectors of a wide float32 matrix as columns, the largest singular value first.
 
-    In float32 where its spectrum is flat, as that of quantization noise is, and float64 where it is not.
+    In float32 where its spectrum is flat, as that of quantization noise is, and float64 where it is not, or LAPACK does
+    not converge.
     """
     gram = matrix @ matrix.T
     if _is_usual(gram):
-        values, vectors = _eigen(gram)
-        if bool(values[0] > _LEAST_RATIO * values[-1]):
-            return vectors.flip(1)
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            values, vectors = torch.linalg.eigh(gram)
+            if bool(values[0] > _LEAST_RATIO * values[-1]):
+                descending: torch.Tensor = vectors.flip(1)
+                return descending
     wide = matrix.double()
     return _eigenvectors(wide @ wide.T).float()
 
@@ -277,16 +307,24 @@ def _is_usual(gram: torch.Tensor) -> bool:
 
 
 def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors of a symmetric matrix as columns, by descending eigenvalue. Raises NumericError."""
-    return _eigen(gram)[1].flip(1)
+    """Eigenvectors of a symmetric float64 matrix as columns, by descending eigenvalue. Raises NumericError."""
+    # LAPACK may or may not say that it does not converge on NaN.
+    if bool(torch.isfinite(gram).all()):
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            vectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
+            return vectors
+        with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+            # Of a matrix without negative eigenvalues, the same by another algorithm.
+            left: torch.Tensor = torch.linalg.svd(gram).U
+            return left
+    raise _no_decomposition()
 
 
-def _eigen(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        raise NumericError(_NO_DECOMPOSITION) from None
-    return values, vectors
+def _no_decomposition() -> NumericError:
+    return NumericError(
+        "its residual has no singular value decomposition that is found",
+        hint="--svd exact, then --method qlora or --exclude it",
+    )
 
 
 def _roots(singular: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -154,15 +154,18 @@ def group_errors(
     weight: Rows, decoded: Rows, lora: LoraPair | None, group_size: int, workers: Workers = SERIAL
 ) -> GroupErrors:
     """The errors of the groups of `group_size` neighbouring columns, of what `layer_error` is about."""
+    import torch
+
     delta = None if lora is None else delta_rows(lora)
 
     def errors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         rows = weight.rows(part).float()
         difference = rows - (decoded.rows(part) if delta is None else decoded.rows(part) + delta(part))
         shape = (len(rows), -1, group_size)
-        squared_weight = rows.view(shape).square().sum(dim=2)  # [rows, groups in a row]
-        squared_error = difference.view(shape).square().sum(dim=2)
-        return (squared_error / squared_weight).sqrt().where(squared_weight > 0, 0.0), squared_weight > 0
+        # The norms take float64 inside: squares of 1e20, or of 1e-23, are outside float32's range.
+        norms = torch.linalg.vector_norm(rows.view(shape), dim=2, dtype=torch.float64)  # [rows, groups in a row]
+        lost = torch.linalg.vector_norm(difference.view(shape), dim=2, dtype=torch.float64)
+        return (lost / norms).where(norms > 0, 0.0), norms > 0
 
     groups = counted = worst = 0
     total, largest = 0.0, 0.0

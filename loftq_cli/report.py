@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from loftq_cli import __version__
 from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, NumericError
 from loftq_cli.methods.method import METHODS
 from loftq_cli.metrics import LayerError, total_error
 from loftq_cli.plan import LayerJob, Plan
@@ -69,7 +70,10 @@ class LayerResult:
 def layer_result(
     job: LayerJob, error: LayerError, quantization_error: float, iteration_errors: Sequence[float], best_iteration: int
 ) -> LayerResult:
-    """The result of one job of the plan."""
+    """The result of one job of the plan. Raises NumericError for an error that is not finite: no report holds one."""
+    measured = [*dataclasses.astuple(error), quantization_error, *iteration_errors]
+    if not all(math.isfinite(value) for value in measured):
+        raise NumericError("its values with the adapter are too large for float32", hint="--method qlora")
     return LayerResult(
         name=job.name,
         module=job.module,

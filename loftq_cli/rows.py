@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from loftq_cli.errors import NumericError
+
 if TYPE_CHECKING:
     import torch
 
@@ -63,10 +65,28 @@ def stored_rows(load_rows: Callable[[str, int, int], torch.Tensor], name: str, s
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as contiguous float32 or bfloat16, which is what kernels read."""
+    """`tensor` as contiguous float32 or bfloat16, which is what kernels read.
+
+    Raises NumericError for float64 numbers that only become infinite here.
+    """
     import torch
 
-    return (tensor if tensor.dtype in (torch.float32, torch.bfloat16) else tensor.float()).contiguous()
+    if tensor.dtype in (torch.float32, torch.bfloat16):
+        return tensor.contiguous()
+    narrow = tensor.float().contiguous()
+    if tensor.dtype == torch.float64 and bool((narrow.isinf() & tensor.isfinite()).any()):
+        raise NumericError("has numbers too large for float32", hint="quantize --exclude keeps it as it is")
+    return narrow
+
+
+def not_finite(weight: Rows) -> NumericError:
+    """The error of a matrix, or of it minus something, that was found not to be finite: which of the two it is."""
+    for part in slabs(weight.shape, weight.multiple, STREAMED_NUMEL):
+        if not bool(weight.rows(part).isfinite().all()):
+            return NumericError("holds NaN or infinite values")
+    return NumericError(
+        "is too large for float32 without what its adapter holds", hint="--iterations 1, or --exclude it"
+    )
 
 
 def slabs(shape: tuple[int, int], multiple: int = 1, numel: int = SLAB_NUMEL) -> list[slice]:

@@ -62,7 +62,10 @@ def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: 
     out_features = residual.shape[0]
     means = torch.empty(out_features, residual.shape[1] // lora.group_size)
     for part in slabs((out_features, residual.shape[1])):
-        means[part] = residual[part].float().view(-1, means.shape[1], lora.group_size).mean(dim=2)
+        groups = residual[part].float().view(-1, means.shape[1], lora.group_size)
+        means[part] = groups.mean(dim=2)
+        if not bool(torch.isfinite(means[part]).all()):  # the sum overflowed, not the mean
+            means[part] = groups.double().mean(dim=2)
     found = solve(means)
     rank = found.left.shape[1]
     root = math.sqrt(start.scaling)

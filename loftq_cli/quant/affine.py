@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.errors import NumericError
-from loftq_cli.rows import STREAMED_NUMEL, Rows, plain, slabs
+from loftq_cli.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs
 from loftq_cli.tensors import AffineSpec, AffineTensor
 from loftq_cli.triton_kernels.affine import AffineGroups, dequantize_affine, quantize_affine
 from loftq_cli.triton_kernels.error_stats import error_stats
@@ -39,7 +39,8 @@ class AffineQuantizer:
         """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
 
         With `sink`, that gets the codes [rows, in] a few rows at a time, in order, and the result holds none.
-        Raises NumericError when a weight is NaN or infinite, or a scale overflows its dtype.
+        Raises NumericError when a weight is NaN or infinite, when a scale or a bias overflows its dtype, and when what
+        is stored decodes to infinity in the dtype that a loader decodes to.
         """
         spec = self.spec
 
@@ -58,8 +59,11 @@ class AffineQuantizer:
             constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
             if not all(bool(torch.isfinite(constant).all()) for constant in constants):
                 if not bool(torch.isfinite(target).all()):
-                    raise NumericError("holds NaN or infinite values")
-                raise NumericError(f"its scales are too large for {spec.scale_dtype}", hint="--scale-dtype float32")
+                    raise not_finite(weight)
+                what = "scales" if groups.biases is None else "scales or biases"
+                raise NumericError(f"its {what} are too large for {spec.scale_dtype}", hint=self._larger)
+            if not self._decodes(groups):
+                raise NumericError(f"decodes to numbers too large for {self._narrowest}", hint=self._larger)
             return groups
 
         groups_shape = (weight.shape[0], weight.shape[1] // spec.group_size)
@@ -81,6 +85,37 @@ class AffineQuantizer:
             if biases is not None and groups.biases is not None:
                 biases[part] = groups.biases
         return AffineTensor(codes, scales, zero_points, biases, spec, self.dtype)
+
+    @property
+    def _narrowest(self) -> str:
+        """Of the dtypes that a loader computes values in, the one with the least range."""
+        return min(self.spec.scale_dtype, self.dtype, key=lambda name: torch.finfo(getattr(torch, name)).max)
+
+    @property
+    def _larger(self) -> str:
+        """What holds larger numbers. A range of 3e38 on both sides of 0 is twice what float32 holds."""
+        if self.spec.scale_dtype == "float16":
+            return "--scale-dtype float32 where the layout has it, or --exclude it"
+        has_other_form = self.spec.zero_point == "int" and not self.spec.symmetric
+        return "--symmetric, or --exclude it" if has_other_form else "--exclude it"
+
+    def _decodes(self, groups: AffineGroups) -> bool:
+        """Whether all values are finite in each dtype that a loader computes them in: a code times its scale can
+        overflow where the scale does not, and a range's end that was rounded up too.
+        """
+        constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
+        largest = sum(max(map(abs, map(float, torch.aminmax(c)))) for c in constants if c.numel())
+        if 2**self.spec.bits * largest < torch.finfo(getattr(torch, self._narrowest)).max:
+            return True
+        values = dequantize_affine(
+            groups.codes,
+            groups.scales,
+            groups.zero_points,
+            self.spec.bits,
+            self.spec.group_size,
+            biases=groups.biases,
+        )
+        return bool(torch.isfinite(values.to(getattr(torch, self.dtype))).all())
 
     def residual(self, weight: Rows, quantized: AffineTensor, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:
         """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
