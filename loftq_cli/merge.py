@@ -232,7 +232,8 @@ def _run_job(
                 sha256, layer = _merged(merge, job, files, workers)
                 return {output.name: sha256}, {} if layer is None else layer.to_json()
         except NumericError as error:
-            raise error.at(file=merge.base.path, tensor=job.name) from None
+            hint = error.hint if job.keeps_codes else None if job.matrix is None else "leave out --requantize"
+            raise NumericError(error.message, file=merge.base.path, tensor=job.name, hint=hint) from None
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             what = f"merged, {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"

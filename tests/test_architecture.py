@@ -93,6 +93,22 @@ def test_outside_packages_stay_in_their_place(module, path):
     assert all(n.startswith("loftq_cli.triton_kernels") for n in imported(path) if n.startswith("loftq_cli"))
 
 
+def test_one_module_changes_the_disk() -> None:
+    """So that a crash can be tried at each change. (Numba's cache of machine code is numba's.)"""
+    changes = {"rename", "replace", "unlink", "rmdir", "mkdir", "makedirs", "rmtree", "copyfile", "truncate", "symlink"}
+    changes |= {"write_text", "write_bytes", "ftruncate", "pwrite", "fsync", "removedirs", "touch", "link", "move"}
+    for module, path in modules():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or module.endswith("checkpoint.disk"):
+                continue
+            called = node.func
+            if isinstance(called, ast.Attribute) and called.attr in changes:
+                owner = called.value.id if isinstance(called.value, ast.Name) else ""
+                is_text = called.attr == "replace" and owner not in ("os", "path")
+                assert owner in ("disk", "dataclasses") or is_text, f"{path}:{node.lineno}"
+            assert not (isinstance(called, ast.Name) and called.id == "open"), f"{path}:{node.lineno}"
+
+
 def test_every_row_of_every_table_names_a_module_that_exists():
     rows = [*LAYOUTS.values(), *METHODS.values(), *FORMATS.values()]
     assert all(find_spec(row.module) for row in rows)

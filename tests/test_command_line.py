@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -316,3 +318,91 @@ def test_a_reader_that_goes_away_is_status_3_without_a_traceback(tmp_path):
     os.close(write)
     assert done.returncode == 3
     assert "Traceback" not in done.stderr
+
+
+def test_a_full_device_behind_stdout_is_status_3_without_a_traceback():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "loftq_cli", "inspect", "builtin:tiny-llama", "--json"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "error: No space left on device\n"
+
+
+def test_a_second_signal_ends_the_program_at_once():
+    program = """
+import os, signal
+from loftq_cli.cli import main
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, main._interrupt)
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except KeyboardInterrupt:
+    print("in order", flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "in order\n")
+
+
+MEMORY_PROGRAM = """
+import resource, sys, torch
+from pathlib import Path
+from loftq_cli.cli.main import _run
+torch.zeros(8) @ torch.zeros(8)
+size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (size + 200_000_000,) * 2)
+sys.exit(_run(sys.argv[1:]))
+"""
+
+
+def test_too_little_memory_is_status_6_and_names_the_tensor(tmp_path):
+    weight = torch.zeros(1, 4096).expand(8192, -1).bfloat16()  # 67 MB, and twice that in float32
+    save_file({"layers.0.proj.weight": weight.contiguous()}, tmp_path / "m.safetensors")
+    options = ("quantize", tmp_path / "m.safetensors", tmp_path / "out", "-q", "--threads", 1, "--svd", "exact")
+    command = [sys.executable, "-c", MEMORY_PROGRAM, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 6
+    assert done.stderr == (
+        f"error: {tmp_path}/m.safetensors: tensor layers.0.proj.weight: not enough memory "
+        "(--threads 1 takes less; --dry-run says how much is needed)\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+def test_what_is_copied_with_nan_in_it_is_said_and_reported(run, source, tmp_path):
+    model = damaged(source, tmp_path / "model", **{NORM: torch.full((128,), float("nan"), dtype=torch.bfloat16)})
+    status, _, err = run("quantize", model, "out", *FAST)
+    note = f"{NORM} holds NaN or infinite values, and is copied as it is"
+    assert status == 0
+    assert f"note: {note}" in err.splitlines()
+    assert json.loads((tmp_path / "out" / "loftq_report.json").read_text())["notes"][-1] == note
+    status, _, err = run("merge", "out", "out/loftq_init", "merged")
+    assert status == 0
+    assert f"note: {note}" in err.splitlines()
+    assert json.loads((tmp_path / "merged" / "loftq_merge_report.json").read_text())["notes"][-1] == note
+
+
+@pytest.mark.parametrize("command", ["quantize", "merge", "inspect"])
+@pytest.mark.parametrize("damage", ["header", "index", "config"])
+def test_damage_is_refused_in_less_time_than_importing_torch_takes(tmp_path, source, command, damage):
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    if damage == "header":
+        (model / "model.safetensors").write_bytes(b"\xff" * 1000)
+    elif damage == "index":
+        index = {"weight_map": {"a": "../a.safetensors"}}
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        (model / "config.json").write_text("{")
+    last = {"quantize": [tmp_path / "out"], "merge": [tmp_path / "adapter", tmp_path / "out"], "inspect": []}
+    program = "import sys; sys.modules['torch'] = None; from loftq_cli.cli.main import main; main()"
+    arguments = [sys.executable, "-c", program, command, str(model), *map(str, last[command])]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {model}/")
+    assert len(done.stderr.splitlines()) == 1
+    assert sorted(os.listdir(tmp_path)) == ["model"]

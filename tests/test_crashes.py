@@ -225,13 +225,13 @@ def kill_everywhere(scenario: Callable[[], Scenario], tmp_path: Path, wanted: in
 
 
 def test_a_kill_at_any_operation_loses_one_unit_at_most(scenario: Callable[[], Scenario], tmp_path: Path) -> None:
-    kill_everywhere(scenario, tmp_path, 12, loses_power=False)
+    kill_everywhere(scenario, tmp_path, 4, loses_power=False)
 
 
 def test_a_power_failure_at_any_operation_loses_nothing_that_was_visible(
     scenario: Callable[[], Scenario], tmp_path: Path
 ) -> None:
-    kill_everywhere(scenario, tmp_path, 12, loses_power=True)
+    kill_everywhere(scenario, tmp_path, 4, loses_power=True)
 
 
 @pytest.mark.slow

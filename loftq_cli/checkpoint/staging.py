@@ -194,14 +194,15 @@ class Staging:
 
     def _open_journal(self, *, restart: bool) -> dict[str, JournalEntry]:
         place, found = self._place, read_journal(self._place.journal)
-        is_done = place.is_published()
-        if not restart and not is_done and found.fingerprint not in (None, self._fingerprint):
+        is_other = found.fingerprint != self._fingerprint
+        is_worthless = place.is_published() or not found.entries
+        if is_other and not restart and not is_worthless:
             raise UsageError(
                 "an unfinished run with another input, other options or another version lies beside it",
                 file=self.output,
                 hint="run the same command as before to continue it, or --restart to start over",
             )
-        if restart or is_done or found.fingerprint is None:
+        if restart or is_other or is_worthless:
             for path in place.root.iterdir():
                 disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
             found = JournalContents()

@@ -17,7 +17,7 @@ from tempfile import gettempdir
 import torch
 
 from loftq_cli.workers import available_threads
-from tests.benchmarks import ceiling, conversion, growth, matrix, nf4, scratch
+from tests.benchmarks import ceiling, conversion, durability, growth, matrix, nf4, scratch
 from tests.benchmarks.contenders import warm_up_kernels
 from tests.benchmarks.measuring import Settings, Table, machine, rendered
 
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "nf4": nf4.run,
     "convert": conversion.run_convert,
     "merge": conversion.run_merge,
+    "durability": durability.run,
     "scratch": scratch.run,
     "growth": growth.run,
 }

@@ -38,7 +38,7 @@ def run_convert(settings: Settings) -> Iterator[Table]:
     """`loftq quantize --method qlora`, with and without reading back what was written."""
     for dtype in (torch.bfloat16,) if settings.quick else (torch.bfloat16, torch.float32):
         with TemporaryDirectory(dir=settings.directory) as folder:
-            source, output = write_checkpoint(Path(folder) / "source", *_shape(settings), dtype), Path(folder) / "out"
+            source, output = write_checkpoint(Path(folder) / "source", *shape(settings), dtype), Path(folder) / "out"
             checks = {"convert": True}
             if dtype == torch.bfloat16 and not settings.quick:
                 checks["convert --no-verify"] = False
@@ -49,21 +49,21 @@ def run_convert(settings: Settings) -> Iterator[Table]:
             }
             rows = _beside_copies(source, output, commands, settings)
             profile = probe("profile", "run_convert", source, output, 1).result
-        title = f"convert: QLoRA of {_about(settings, dtype)}"
+        title = f"convert: QLoRA of {about(settings, dtype)}"
         yield Table(title, rows, _notes(), {"profile of one thread": profile})
 
 
 def run_merge(settings: Settings) -> Iterator[Table]:
     """`loftq merge` and `loftq inspect --against` of what a conversion wrote, with an adapter that adds something."""
     with TemporaryDirectory(dir=settings.directory) as folder:
-        source = write_checkpoint(Path(folder) / "source", *_shape(settings), torch.bfloat16)
+        source = write_checkpoint(Path(folder) / "source", *shape(settings), torch.bfloat16)
         base, output = Path(folder) / "base", Path(folder) / "out"
         probe("command", "run_convert", source, base, settings.threads)
-        _train(base / "qlora_init" / "adapter_model.safetensors")
+        train(base / "qlora_init" / "adapter_model.safetensors")
         commands = {f"merge, {n} threads": ("run_merge", base, output, n) for n in _counts(settings)}
         commands |= {f"inspect, {n} threads": ("run_inspect", base, source, n) for n in _counts(settings)}
         rows = _beside_copies(source, output, commands, settings)
-    yield Table(f"merge: merge and inspect --against of {_about(settings, torch.bfloat16)}", rows, _notes())
+    yield Table(f"merge: merge and inspect --against of {about(settings, torch.bfloat16)}", rows, _notes())
 
 
 def _beside_copies(
@@ -112,8 +112,8 @@ def _notes() -> tuple[str, ...]:
     )
 
 
-def _train(adapter: Path) -> None:
-    """Random values in every lora_B."""
+def train(adapter: Path) -> None:
+    """Put random values into every lora_B."""
     tensors, generator = load_file(adapter), torch.Generator().manual_seed(0)
     for tensor in (tensors[name] for name in sorted(tensors) if "lora_B" in name):
         tensor.normal_(0.0, 0.01, generator=generator)
@@ -124,13 +124,14 @@ def _counts(settings: Settings) -> list[int]:
     return sorted({1, settings.threads})
 
 
-def _shape(settings: Settings) -> tuple[int, int]:
+def shape(settings: Settings) -> tuple[int, int]:
     """Layers, and the sides of their matrices: enough work for compiled kernels, see loftq_cli/kernels.py."""
     return (17, 2048) if settings.quick else (30, 4096)
 
 
-def _about(settings: Settings, dtype: torch.dtype) -> str:
-    layers, size = _shape(settings)
+def about(settings: Settings, dtype: torch.dtype) -> str:
+    """What the checkpoint of `shape` is called."""
+    layers, size = shape(settings)
     return f"{layers} × {size}² {_name(dtype)}, {layers * size**2 * dtype.itemsize / 1e9:.2f} GB"
 
 

@@ -88,6 +88,16 @@ def _command(name: str, first: str, second: str, threads: str, *verify: str) -> 
     return partial(getattr(commands, name), Path(first), Path(second), int(threads), **options)
 
 
+def _unsynced(*arguments: str) -> Callable[[], None]:
+    """The same without the calls that bring files and names to the disk."""
+    from loftq_cli.checkpoint import disk
+
+    work = _command(*arguments)
+    disk.sync = lambda descriptor, path: None
+    disk.sync_directory = lambda path: None
+    return work
+
+
 def _profile(*arguments: str) -> Callable[[], dict[str, object]]:
     """Seconds of `_command` by what they went to, and its most expensive functions; of the first thread."""
     work, profiler = _command(*arguments), cProfile.Profile()
@@ -150,6 +160,7 @@ MEASUREMENTS: dict[str, Callable[..., Callable[[], Any]]] = {
     "imports": _imports,
     "copy": _copy,
     "command": _command,
+    "unsynced": _unsynced,
     "profile": _profile,
     "scratch": _scratch,
 }
