@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError
-from loftq_cli.family import Family
+from loftq_cli.family import Family, check_types
 from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, StoredTensors, code_rows, load_layout
 from loftq_cli.rows import Rows, TensorRows, stored_rows
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import TensorRef
+from loftq_cli.tensors import TensorRef, config_file_beside
 
 if TYPE_CHECKING:
     import torch
@@ -63,12 +63,15 @@ class BaseModel:
     def _of(cls, path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> BaseModel:
         plain = {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
         refs = checkpoint.tensors
-        dtype = Family(plain).dtype(refs.values())
+        file = config_file_beside(refs.values())
+        check_types(config, file)
+        family = Family(plain, file)
+        dtype = family.dtype(refs.values())
         stored = StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.load_rows, checkpoint.raw, path)
         layout, names = _container(stored)
         if layout is None:
-            return cls(path, dict(refs), {}, None, Family(config), plain, checkpoint, stored)
-        family, container = Family(plain), load_layout(layout)
+            return cls(path, dict(refs), {}, None, Family(config, file), plain, checkpoint, stored)
+        container = load_layout(layout)
         quantized = {
             name: container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
             for name in names
