@@ -41,5 +41,5 @@ def test_what_escapes_is_shown_with_how_to_make_it_again() -> None:
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
 
     assert run.returncode == 1
-    assert "report: input 0 (--only report --seed 7)" in run.stdout
+    assert "report: input 0 (--only report --seed 7 --number 0)" in run.stdout
     assert "ZeroDivisionError" in run.stdout

@@ -51,8 +51,9 @@ def read_checksums(directory: Path) -> Checksums | None:
     if not os.path.lexists(path):
         return None
     values = read_json_object(path)
-    files, tensors = values.get("files"), values.get("tensors", {})
-    inputs, fingerprint = values.get("input_sha256"), values.get("fingerprint")
+    files: Any = values.get("files")
+    tensors, inputs = values.get("tensors", {}), values.get("input_sha256")
+    fingerprint: Any = values.get("fingerprint")
     is_ours = (
         values.get("tool") == _TOOL
         and isinstance(fingerprint, str)

@@ -53,14 +53,14 @@ class TargetModules:
         elif isinstance(self.targets, str):
             chosen = _fully_matched("target_modules", self.targets, modules)
         else:
-            chosen = {module for module in modules if _ends_with_one(module, self.targets)}
-            chosen = self._in_layers(chosen)
+            exact = self.targets.intersection(modules)  # in any layer
+            chosen = self._in_layers(_ending_with_one(modules, self.targets)).union(exact)
         return chosen - self._excluded(modules)
 
     def _excluded(self, modules: Sequence[str]) -> set[str]:
         if isinstance(self.excluded, str):
             return _fully_matched("exclude_modules", self.excluded, modules)
-        return {module for module in modules if _ends_with_one(module, self.excluded)}
+        return _ending_with_one(modules, self.excluded)
 
     def _in_layers(self, modules: set[str]) -> set[str]:
         """Those of `modules` whose first number is one of the layers; a pattern must match what stands before it."""
@@ -95,11 +95,17 @@ def _names(key: str, config: Mapping[str, Any]) -> tuple[str, ...] | str | None:
     return tuple(value)
 
 
-def _ends_with_one(module: str, names: frozenset[str]) -> bool:
-    """Whether `module` is one of `names`, or ends in one after a dot."""
-    if module in names:
-        return True
-    return any(module[at + 1 :] in names for at, character in enumerate(module) if character == ".")
+def _ending_with_one(modules: Sequence[str], names: frozenset[str]) -> set[str]:
+    """Those of `modules` that are one of `names`, or end in one after a dot. There are few lengths, and may be many
+    names: a converted model's config has one for each of its modules.
+    """
+    lengths = sorted({len(name) for name in names})
+
+    def ends(module: str) -> bool:
+        places = (len(module) - length for length in lengths if length < len(module))
+        return any(module[at - 1] == "." and module[at:] in names for at in places)
+
+    return {module for module in modules if module in names or ends(module)}
 
 
 def _fully_matched(key: str, expression: str, modules: Sequence[str]) -> set[str]:

@@ -11,7 +11,7 @@ import os
 import sys
 from collections import defaultdict
 
-from tests.fuzzing.engine import Tally, divided, run
+from tests.fuzzing.engine import Chunk, Tally, divided, run
 from tests.fuzzing.targets import TARGETS
 
 _FEW = 50  # of fewer inputs, all may be accepted or none
@@ -24,7 +24,10 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     targets = {name: target for name, target in TARGETS.items() if not options.only or name in options.only}
     tallies: dict[str, list[Tally]] = defaultdict(list)
-    for tally in run(divided(targets, options.inputs, options.seed), options.processes):
+    chunks = divided(targets, options.inputs, options.seed)
+    if options.number is not None:
+        chunks = [Chunk(name, options.seed, options.number, options.number + 1) for name in targets]
+    for tally in run(chunks, options.processes):
         tallies[tally.target].append(tally)
         if tally.failure is not None:
             print(tally.failure)
@@ -54,6 +57,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--inputs", type=int, default=1_000_000, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--only", action="append", choices=list(TARGETS), metavar="NAME", help=", ".join(TARGETS))
+    parser.add_argument("--number", type=int, metavar="N", help="this input alone")
     parser.add_argument("--processes", type=int, default=1, metavar="N")
     return parser.parse_args()
 

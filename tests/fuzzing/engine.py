@@ -94,6 +94,7 @@ def run_chunk(chunk: Chunk) -> Tally:
     """Read every input of a chunk, up to the first that something escapes from."""
     session, random = _session(chunk.target), Random()
     accepted, began = 0, time.process_time()
+    failure, number = None, chunk.start
     for number in range(chunk.start, chunk.stop):
         random.seed((chunk.seed << 64) + (zlib.crc32(chunk.target.encode()) << 32) + number)
         data = session.make(random)
@@ -103,12 +104,12 @@ def run_chunk(chunk: Chunk) -> Tally:
             accepted += 1
         except LoftqError as error:
             if not str(error).isprintable():
-                failure = _described(chunk, number, data, "the message is not printable")
-                return Tally(chunk.target, number + 1, accepted, time.process_time() - began, failure)
-        except Exception:
+                failure = _described(chunk, number, data, "its message is not printable")
+        except (Exception, SystemExit):
             failure = _described(chunk, number, data, traceback.format_exc(limit=-12))
-            return Tally(chunk.target, number - chunk.start + 1, accepted, time.process_time() - began, failure)
-    return Tally(chunk.target, chunk.stop - chunk.start, accepted, time.process_time() - began)
+        if failure is not None:
+            break
+    return Tally(chunk.target, number - chunk.start + 1, accepted, time.process_time() - began, failure)
 
 
 @cache
@@ -144,5 +145,5 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _described(chunk: Chunk, number: int, data: Any, what: str) -> str:
-    again = f"--only {chunk.target} --seed {chunk.seed}"
+    again = f"--only {chunk.target} --seed {chunk.seed} --number {number}"
     return f"{chunk.target}: input {number} ({again})\n{repr(data)[:_SHOWN]}\n{what}"
