@@ -113,8 +113,8 @@ class AdapterSource:
             if name.endswith(".weight") and len(base.tensors[name].shape) == 2
         }
         named = _targeted(self.config, sorted(set(called.values())), self.path / CONFIG_NAME)
-        replaced = {module_of(loaded) for loaded in self.whole}
-        return [name for name, module in called.items() if module in named - self.lora.keys() - replaced]
+        untrained = named - self.lora.keys() - {module_of(loaded) for loaded in self.whole}
+        return [name for name, module in called.items() if module in untrained]
 
     def is_same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bytes."""

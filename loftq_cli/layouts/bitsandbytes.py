@@ -129,16 +129,18 @@ def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> Stor
 
 def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
     """The checked JSON blob of the weight called `name`. Raises InputError."""
-    found = [part for part in stored.refs if part.startswith(f"{name}{STATE_PREFIX}")]
-    if len(found) != 1 or stored.refs[found[0]].nbytes > _MAX_STATE_NBYTES:
-        what = "is one of several" if len(found) > 1 else f"has {stored.refs[found[0]].nbytes} bytes"
-        raise InputError(
-            f"{what}, and a weight has one small quant_state", file=file_of(found[0], stored), tensor=found[0]
-        )
-    state = read_state(name, stored.raw(found[0]), file_of(name, stored))
+    file = file_of(name, stored)
+    found = [part for part in parts(name) if STATE_PREFIX in part and part in stored.refs]
+    if len(found) != 1:
+        what = "has two quant_states" if found else "has a quant_state of a type that we do not know"
+        raise InputError(what, file=file, tensor=name)
+    nbytes = stored.refs[found[0]].nbytes
+    if nbytes > _MAX_STATE_NBYTES:
+        raise InputError(f"has {nbytes} bytes, and a quant_state is small", file=file, tensor=found[0])
+    state = read_state(name, stored.raw(found[0]), file)
     if found[0] != f"{name}{STATE_PREFIX}{state['quant_type']}":
         what = f"says quant_type {state['quant_type']}, and its name another one"
-        raise InputError(what, file=file_of(found[0], stored), tensor=found[0])
+        raise InputError(what, file=file, tensor=found[0])
     return state
 
 

@@ -76,7 +76,7 @@ def divided(targets: dict[str, Target], inputs: int, seed: int) -> list[Chunk]:
     """All inputs in chunks, by the shares of `targets`."""
     total, chunks = sum(target.share for target in targets.values()), []
     for name, target in targets.items():
-        count = max(1, inputs * target.share // total)
+        count = -(-inputs * target.share // total)
         chunks += [Chunk(name, seed, at, min(at + _CHUNK, count)) for at in range(0, count, _CHUNK)]
     return chunks
 
