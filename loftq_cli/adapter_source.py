@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from loftq_cli.layouts.peft_adapter import (
     CONFIG_NAME,
     PREFIX,
     WEIGHTS_NAME,
-    pattern_value,
     pooling_of,
     scaling_of,
+    values_of,
 )
+from loftq_cli.layouts.peft_targets import TargetModules
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import WEIGHT_DTYPES, Pooling
 
@@ -51,12 +52,15 @@ _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations t
 
 @dataclass(frozen=True, slots=True)
 class LoraTensors:
-    """Tensor names of one adapted module, the factor its product is scaled by, and how its input is pooled."""
+    """Tensor names of one adapted module, its alpha and the factor its product is scaled by, and how its input is
+    pooled.
+    """
 
     module: str
     lora_A: str
     lora_B: str
     lora_bias: str | None
+    alpha: float
     scaling: float
     is_embedding: bool
     pooling: Pooling | None = None
@@ -89,12 +93,28 @@ class AdapterSource:
         if not wanted or wanted & known:
             return names
         for prefix in {f"{module.partition('.')[0]}." for module in wanted}:
-            if {module.removeprefix(prefix) for module in wanted} <= known:
+            if all(module.removeprefix(prefix) in known for module in wanted):
                 return {name: prefix + loaded for name, loaded in names.items()}
         for prefix in sorted({f"{module.partition('.')[0]}." for module in known}):
-            if {prefix + module for module in wanted} <= known:
+            if all(prefix + module in known for module in wanted):
                 return {name: loaded.removeprefix(prefix) for name, loaded in names.items()}
         return names
+
+    def untrained_in(self, base: BaseModel) -> list[str]:
+        """Weights of `base` whose modules the config names as adapted, and of which the adapter holds nothing.
+
+        Raises InputError for a config that names modules in a way that PEFT does not.
+        """
+        if not isinstance(self.config.get("target_modules"), list):
+            return []  # only a list was written by somebody who meant each of its entries
+        called = {
+            name: module_of(loaded)
+            for name, loaded in self.names_in(base).items()
+            if name.endswith(".weight") and len(base.tensors[name].shape) == 2
+        }
+        named = _targeted(self.config, sorted(set(called.values())), self.path / CONFIG_NAME)
+        untrained = named - self.lora.keys() - {module_of(loaded) for loaded in self.whole}
+        return [name for name, module in called.items() if module in untrained]
 
     def is_same(self, name: str, other: str) -> bool:
         """Whether two tensors have the same bytes."""
@@ -142,31 +162,15 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
             file=file,
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT",
         )
-    _check_numbers(config, file)
+    try:
+        # Without modules: what is no number at all is said before any tensor is looked at.
+        values_of(config, "r", ()), values_of(config, "lora_alpha", ())
+        TargetModules.of(config), pooling_of(config)
+    except ValueError as error:
+        raise InputError(str(error), file=file) from None
     saved = config.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
         raise InputError("modules_to_save is not a list of names", file=file)
-
-
-def _check_numbers(config: Mapping[str, Any], file: Path) -> None:
-    for name in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(name) or {}
-        if not isinstance(pattern, dict) or not all(type(v) in (int, float) and v > 0 for v in pattern.values()):
-            raise InputError(f"{name} is not a table of positive numbers", file=file)
-        for key in pattern:
-            try:
-                re.compile(rf"(.*\.)?({key})$")
-            except (re.error, OverflowError, RecursionError):
-                raise InputError(f"{name} has the key {key!r}, no regular expression", file=file) from None
-    if type(config.get("r", 8)) is not int or config.get("r", 8) < 1:
-        raise InputError(f"r is {config.get('r')!r}, not a positive whole number", file=file)
-    alpha = config.get("lora_alpha", 8)
-    if type(alpha) not in (int, float) or alpha <= 0:
-        raise InputError(f"lora_alpha is {alpha!r}, not a positive number", file=file)
-    try:
-        pooling_of(config)
-    except ValueError as error:
-        raise InputError(str(error), file=file) from None
 
 
 def _sort_tensors(source: AdapterSource) -> None:
@@ -188,8 +192,10 @@ def _sort_tensors(source: AdapterSource) -> None:
             originals.append(name)
         else:
             _place_whole(source, name, key)
+    _check_targeted(source, factors)
+    ranks, alphas = (_values_of(source, key, list(factors)) for key in ("r", "lora_alpha"))
     for module, parts in factors.items():
-        source.lora[module] = _lora_tensors(module, parts, source)
+        source.lora[module] = _lora_tensors(module, parts, source, int(ranks[module]), alphas[module])
     for name in originals:  # with bias="all" PEFT saves these too
         if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in source.whole:
             raise MismatchError("is left over: no trained copy is beside it", file=file, tensor=name)
@@ -209,7 +215,30 @@ def _place_whole(source: AdapterSource, name: str, key: str) -> None:
     source.unused[written_twice[0]] = f"PEFT reads {source.whole[target]} instead"
 
 
-def _lora_tensors(module: str, parts: Mapping[str, str], source: AdapterSource) -> LoraTensors:
+def _values_of(source: AdapterSource, key: str, modules: Sequence[str]) -> dict[str, int | float]:
+    try:
+        return values_of(source.config, key, modules)
+    except ValueError as error:
+        raise InputError(str(error), file=source.path / CONFIG_NAME) from None
+
+
+def _targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> set[str]:
+    try:
+        return TargetModules.of(config).named(modules)
+    except ValueError as error:
+        raise InputError(str(error), file=file) from None
+
+
+def _check_targeted(source: AdapterSource, factors: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises MismatchError for a tensor that PEFT would drop: its module is none of those that the config names."""
+    named = _targeted(source.config, list(factors), source.path / CONFIG_NAME)
+    for module, parts in factors.items():
+        if module not in named:
+            what = f"its module is none of those that {CONFIG_NAME} adapts (target_modules), and PEFT would drop it"
+            raise MismatchError(what, file=source.weights.path, tensor=next(iter(parts.values())))
+
+
+def _lora_tensors(module: str, parts: Mapping[str, str], source: AdapterSource, rank: int, alpha: float) -> LoraTensors:
     file, any_name = source.weights.path, next(iter(parts.values()))
     is_embedding = any(part in parts for part in _EMBEDDING)
     part_A, part_B = _EMBEDDING if is_embedding else _LINEAR
@@ -226,11 +255,11 @@ def _lora_tensors(module: str, parts: Mapping[str, str], source: AdapterSource) 
             raise MismatchError(f"is {shape}, not a matrix", file=file, tensor=name)
     if shape_A[0] != shape_B[1]:
         raise MismatchError(f"is {shape_B} and lora_A is {shape_A}: their ranks differ", file=file, tensor=name_B)
-    rank = pattern_value(source.config.get("rank_pattern") or {}, module, source.config.get("r", 8))
     if shape_A[0] != rank:
         raise MismatchError(f"has rank {shape_A[0]}, and {CONFIG_NAME} says {rank}", file=file, tensor=name_A)
     bias = parts.get(_BIAS)
     if bias is not None and tensors[bias].shape != shape_B[:1]:
         raise MismatchError(f"is {tensors[bias].shape} and lora_B is {shape_B}", file=file, tensor=bias)
     pooling = None if is_embedding else pooling_of(source.config)
-    return LoraTensors(module, name_A, name_B, bias, scaling_of(source.config, module, rank), is_embedding, pooling)
+    scaling = scaling_of(source.config, alpha, rank)
+    return LoraTensors(module, name_A, name_B, bias, alpha, scaling, is_embedding, pooling)

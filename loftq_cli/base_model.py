@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint import source
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError, LoftqError
-from loftq_cli.family import Family
+from loftq_cli.family import Family, check_types
 from loftq_cli.layouts.layout import LAYOUTS, Layout, StoredMatrix, StoredTensors, code_rows, load_layout
 from loftq_cli.rows import Rows, TensorRows, stored_rows
 from loftq_cli.targets import module_of
-from loftq_cli.tensors import TensorRef
+from loftq_cli.tensors import TensorRef, config_file_beside
 
 if TYPE_CHECKING:
     import torch
@@ -63,11 +63,12 @@ class BaseModel:
     @classmethod
     def _of(cls, path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> BaseModel:
         plain, refs = _without_container(config), checkpoint.tensors
-        stored = _stored(path, checkpoint, config)
+        file, stored = config_file_beside(refs.values()), _stored(path, checkpoint, config)
+        family = Family(plain, file)
         layout, names = _container(stored)
         if layout is None:
-            return cls(path, dict(refs), {}, None, Family(config), plain, checkpoint, stored)
-        family, container = Family(plain), load_layout(layout)
+            return cls(path, dict(refs), {}, None, Family(config, file), plain, checkpoint, stored)
+        container = load_layout(layout)
         quantized = {
             name: container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
             for name in names
@@ -194,7 +195,9 @@ def _without_container(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
     refs = checkpoint.tensors
-    dtype = Family(_without_container(config)).dtype(refs.values())
+    file = config_file_beside(refs.values())
+    check_types(config, file)
+    dtype = Family(_without_container(config), file).dtype(refs.values())
     return StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.load_rows, checkpoint.raw, path)
 
 

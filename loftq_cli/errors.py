@@ -20,9 +20,8 @@ _NAME_LIMIT = 160  # a name longer than two terminal lines hides the message aro
 
 def printable(text: object, limit: int = _NAME_LIMIT) -> str:
     """`text` on one line, with control and other unprintable characters escaped, cut at `limit` characters."""
-    escaped = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in str(text)
-    )
+    shown = str(text)[: limit + 1]  # escaping makes nothing shorter, and a hostile text may be as long as its file
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in shown)
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, printable
 from loftq_cli.tensors import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
 
 # Families whose linears are Conv1D: stored [in, out], loaded as [out, in].
@@ -78,19 +79,41 @@ _PREFIX_OF = {family: prefix for prefix, families in _FAMILIES_OF_PREFIX.items()
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
 
 
+# What decides something here or in a container, and the type it must have where it is there and not null.
+_TEXT, _OBJECT, _SWITCH = (str, "a text"), (dict, "an object"), (bool, "true or false")
+_NESTED_KEYS = {"tie_word_embeddings": _SWITCH, "vocab_size": (int, "a whole number")}
+_KEYS = {
+    **_NESTED_KEYS,
+    "model_type": _TEXT,
+    "architectures": (list, "a list of class names"),
+    "text_config": _OBJECT,
+    "is_encoder_decoder": _SWITCH,
+    "quantization_config": _OBJECT,
+    "quantization": _OBJECT,
+}
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What `config` (the model's config.json, empty where there is none) says about its tensors."""
+    """What `config` (the model's config.json, empty where there is none) says about its tensors; `file` is where that
+    lies, if it is known.
+    """
 
     config: Mapping[str, Any]
+    file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        """Raises InputError for a value of the wrong type, and for a model that is quantized already."""
+        check_types(self.config, self.file)
         quantization = self.config.get("quantization_config") or self.config.get("quantization")
         if quantization:
             known = "?" if "quantization_config" in self.config else "mlx"
             method = quantization.get("quant_method", known) if isinstance(quantization, dict) else "?"
             raise InputError(
-                f"the model is quantized already ({method})", hint="start from the full-precision checkpoint"
+                f"the model is quantized already ({method})",
+                file=self.file,
+                hint="start from the full-precision checkpoint",
             )
 
     @property
@@ -151,3 +174,25 @@ class Family:
         if _HEAD_CLASS.search(self.architectures[0]):
             return module if has_prefix else f"{prefix}.{module}"
         return module.removeprefix(f"{prefix}.")
+
+
+def check_types(config: Mapping[str, Any], file: Path | None) -> None:
+    """Raises InputError naming the key of a config whose value is of another type than everybody writes."""
+    _check_keys(config, _KEYS, "", file)
+    if not all(isinstance(name, str) for name in config.get("architectures") or ()):
+        raise InputError("architectures is not a list of class names", file=file)
+    _check_keys(config.get("text_config") or {}, _NESTED_KEYS, "text_config.", file)
+
+
+def _check_keys(
+    config: Mapping[str, Any], keys: Mapping[str, tuple[type, str]], prefix: str, file: Path | None
+) -> None:
+    for key, (kind, what) in keys.items():
+        value = config.get(key)
+        if value is not None and type(value) is not kind:
+            raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not {what}", file=file)
+    for key in _DTYPE_KEYS:
+        value = config.get(key)
+        # A model of several parts may have an object of dtypes, which says nothing here.
+        if value is not None and type(value) not in (str, dict):
+            raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not the name of a dtype", file=file)

@@ -5,7 +5,6 @@ conversion would make of it. Reads only; works without transformers, PEFT or bit
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -173,6 +172,7 @@ class _Adapter:
     weights: WeightsFile
     config_file: Path
     config: dict[str, object]
+    alphas: dict[str, int | float]
 
     @classmethod
     def beside(cls, base: BaseModel, reported: str | None) -> _Adapter | None:
@@ -182,7 +182,8 @@ class _Adapter:
             if name and peft_adapter.is_adapter_directory(directory):
                 weights = open_weights_file(directory / peft_adapter.WEIGHTS_NAME)
                 config_file = directory / peft_adapter.CONFIG_NAME
-                return cls(weights, config_file, read_json_object(config_file))
+                config = read_json_object(config_file)
+                return cls(weights, config_file, config, _alphas(weights, config, config_file))
         return None
 
     def rank(self, module: str) -> int | None:
@@ -191,10 +192,7 @@ class _Adapter:
 
     def scaling(self, module: str) -> float | None:
         rank = self.rank(module)
-        try:
-            return None if not rank else peft_adapter.scaling_of(self.config, module, rank)
-        except (ArithmeticError, AttributeError, TypeError, ValueError, re.error):
-            raise InputError(f"gives no scaling for {module}", file=self.config_file, hint="convert again") from None
+        return peft_adapter.scaling_of(self.config, self.alphas[module], rank) if rank else None
 
     def pooling(self) -> Pooling | None:
         try:
@@ -217,6 +215,17 @@ class _Adapter:
         ):
             raise MismatchError(f"does not fit a layer of {shape}", file=self.weights.path, tensor=name_A)
         return lora_pair(self.weights.load(name_A), self.weights.load(name_B), scaling, pooling)
+
+
+def _alphas(weights: WeightsFile, config: dict[str, object], config_file: Path) -> dict[str, int | float]:
+    """The alpha of every module that has a lora_A."""
+    prefix, suffix = peft_adapter.PREFIX, peft_adapter.tensor_names("")[0].removeprefix(peft_adapter.PREFIX)
+    names = [name for name in weights.tensors if name.startswith(prefix) and name.endswith(suffix)]
+    try:
+        modules = [name.removeprefix(prefix).removesuffix(suffix) for name in names]
+        return peft_adapter.values_of(config, "lora_alpha", modules)
+    except ValueError as error:
+        raise InputError(str(error), file=config_file, hint="convert again") from None
 
 
 def _layer_row(

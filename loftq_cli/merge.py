@@ -78,7 +78,8 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, thr
     """
     sums = _InputSums(merge)
     contents = check_contents(merge.base, merge.provenance, sums.base, force=merge.options.force)
-    notes = (*merge.provenance.notes, *([contents] if contents else []), *_unused_notes(merge), *_other_notes(merge))
+    found = [contents] if contents else []
+    notes = (*merge.provenance.notes, *found, *merge.notes, *_unused_notes(merge), *_other_notes(merge))
     missing = choose_kernels(sum(_numel(job) for job in merge.jobs if job.is_touched or job.matrix is not None))
     for note in (*notes, *([missing] if missing else [])):
         observer.note(note)

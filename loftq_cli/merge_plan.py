@@ -16,7 +16,7 @@ from typing import Any
 from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.staging import check_apart
-from loftq_cli.errors import MismatchError, UsageError
+from loftq_cli.errors import MismatchError, UsageError, printable
 from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_form import MergeForm, MergeOptions, choose_form
@@ -31,6 +31,7 @@ from loftq_cli.tensors import WEIGHT_DTYPES, AffineSpec, CodebookSpec, OutTensor
 # The output layer over the vocabulary, and classes that have none: only the former can share the embedding's weight.
 _VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
 _HEADLESS_CLASS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$|(?<!Head)(?<!Heads)Model$")
+_MAX_NAMES = 3  # more hide the sentence around them
 _TIED = "belongs to a weight that embedding and head share"
 
 
@@ -67,7 +68,10 @@ class MergeJob:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that is ready to run: base and adapter fit together as far as their headers tell."""
+    """A merge that is ready to run: base and adapter fit together as far as their headers tell.
+
+    notes   what has to be said about how they do
+    """
 
     base: BaseModel
     adapter: AdapterSource
@@ -78,6 +82,7 @@ class Merge:
     jobs: tuple[MergeJob, ...]
     shards: tuple[Shard, ...]
     provenance: Provenance
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -159,9 +164,20 @@ def prepare(base_path: Path, adapter_path: Path, output: Path, options: MergeOpt
     if unfit is not None and not any(job.matrix for job in jobs):
         raise UsageError(f"no weight to quantize: {unfit.note}", tensor=unfit.name, hint="another --group-size")
     shards = pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size))
-    merge = Merge(base, adapter, output, options, form, dtype, jobs, shards, provenance)
+    merge = Merge(
+        base, adapter, output, options, form, dtype, jobs, shards, provenance, _untrained_notes(base, adapter)
+    )
     merge.model_config()  # refuses a model that the container's loaders do not read
     return merge
+
+
+def _untrained_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:
+    untrained = adapter.untrained_in(base)
+    if not untrained:
+        return ()
+    shown = ", ".join(printable(name, 80) for name in untrained[:_MAX_NAMES])
+    more = f" and {len(untrained) - _MAX_NAMES} more" if len(untrained) > _MAX_NAMES else ""
+    return (f"the adapter's target_modules name layers of which it holds nothing, merged as they are: {shown}{more}",)
 
 
 def _is_pooled(base: BaseModel, adapter: AdapterSource, options: MergeOptions) -> bool:

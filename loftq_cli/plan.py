@@ -25,7 +25,16 @@ from loftq_cli.methods.method import METHODS
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.recipe import Recipe, recipe_json
 from loftq_cli.targets import Target, choose_targets, module_of
-from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, CodebookSpec, LoraSpec, OutTensor, Pooling, TensorRef
+from loftq_cli.tensors import (
+    MODEL_DTYPES,
+    AffineSpec,
+    CodebookSpec,
+    LoraSpec,
+    OutTensor,
+    Pooling,
+    TensorRef,
+    config_file_beside,
+)
 
 _TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
 
@@ -204,9 +213,10 @@ class Plan:
 def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
     """The plan for a checkpoint's tensors and its config.json (empty where there is none).
 
-    Raises UsageError when an option does not fit a tensor, or nothing is left to quantize.
+    Raises UsageError when an option does not fit a tensor, or nothing is left to quantize; InputError for a config with
+    a value of the wrong type.
     """
-    family = Family(config)
+    family = Family(config, config_file_beside(tensors.values()))
     planner, jobs = _jobs(tensors, family, recipe)
     if planner.layout.QUANTIZED_ON_DISK and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint="--layout dense")
@@ -226,7 +236,7 @@ def possible_jobs(
     tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe
 ) -> list[LayerJob | CopyJob]:
     """The jobs of a plan, for looking at a checkpoint: it is no error when there is nothing to quantize."""
-    return _jobs(tensors, Family(config), recipe)[1]
+    return _jobs(tensors, Family(config, config_file_beside(tensors.values())), recipe)[1]
 
 
 def _jobs(

@@ -12,7 +12,7 @@ from typing import Any
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.errors import InputError, MismatchError
+from loftq_cli.errors import InputError, MismatchError, printable
 from loftq_cli.report import PROVENANCE_NAME, fingerprint_of, is_fitted, read_report
 
 _FORCE = "merge it into the base it was made for, or --force"
@@ -93,7 +93,7 @@ def _by_fingerprint(base: _Base, made_for: Mapping[str, Any], *, force: bool) ->
         note = f"{PROVENANCE_NAME} in the adapter names this base" if base.fingerprint else "the base has no report"
         return base.provenance(note, expected=expected, is_binding=binding)
     what = "is another quantized base" if base.layers else "is not quantized"
-    said = f"the {method} adapter was made for {made_for.get('base_model')}, and this base {what}"
+    said = f"the {method} adapter was made for {printable(made_for.get('base_model'))}, and this base {what}"
     if is_fitted(made_for) and not force:
         raise MismatchError(said, file=base.model.path, hint=_FORCE)
     # An adapter that starts at zero holds no base's error, so another base is worth a note and no refusal.

@@ -10,13 +10,14 @@ import difflib
 import json
 import math
 import re
+import reprlib
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.errors import StorageError, UsageError, printable
 from loftq_cli.layouts.layout import LAYOUTS, default_layout
 from loftq_cli.methods.method import INITS, METHODS
 from loftq_cli.quant.formats import FORMATS, RANGES
@@ -25,6 +26,7 @@ from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 # How the low-rank step is solved, and how many alternations that asks for: cheap ones, more of them.
 SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
+_MAX_INT = 2**63 - 1  # TOML's own limit, which Python's reader leaves open
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
@@ -254,7 +256,10 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{text!r} is not a size", hint="write it like 5GB or 500MB")
-    nbytes = int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > _MAX_INT:
+        raise UsageError(f"{printable(text, 80)} is larger than any disk", hint="write it like 5GB or 500MB")
+    nbytes = int(size)
     if nbytes < 10**6:
         raise UsageError(f"max_shard_size {text} is less than 1 MB", hint="a shard holds at least one tensor anyway")
     return nbytes
@@ -272,7 +277,7 @@ def _read_recipe(source: str) -> dict[str, Any]:
         raise StorageError(error.strerror or "cannot be read", file=path) from None
     try:
         table = tomllib.loads(data.decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # beside its own, that of a number with thousands of digits
         raise UsageError(f"not valid TOML: {error}", file=path) from None
     overrides = table.pop("override", [])
     if not isinstance(overrides, list) or not all(isinstance(entry, dict) for entry in overrides):
@@ -312,10 +317,12 @@ def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise UsageError(f"{name} must be a list of strings", file=path)
+    if type(value) is int and abs(value) > _MAX_INT:
+        raise UsageError(f"{name} is a number of more than 64 bits", file=path)
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise UsageError(f"{name} must be {_KIND_NAMES[kind]}, not {value!r}", file=path)
+        raise UsageError(f"{name} must be {_KIND_NAMES[kind]}, not {reprlib.repr(value)}", file=path)
     return value
 
 
@@ -352,5 +359,5 @@ def _positive(name: str, value: float | None) -> None:
 def _regex(name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
-    except (re.error, RecursionError) as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise UsageError(f"{name} {pattern!r} is not a regular expression: {error}") from None

@@ -54,7 +54,8 @@ class LayerResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LayerResult:
-        """The inverse of `to_json`. Raises KeyError or TypeError for values of another shape."""
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for values of another shape."""
+        _check_layer(values)
         sums = {field.name: float(values["error"][field.name]) for field in dataclasses.fields(LayerError)}
         return cls(
             **{
@@ -152,13 +153,29 @@ def read_report(directory: Path) -> tuple[dict[str, Any], list[LayerResult]] | N
         return None
     values = read_json_object(path)
     try:
-        str(values["base_fingerprint"]), str(values["recipe"]["method"]), str(values["adapter_dir"])
-        layers = [LayerResult.from_json(layer) for layer in values["layers"]]
-        if not all(isinstance(x.name, str) and min(dataclasses.astuple(x.error)) >= 0 for x in layers):
+        texts = [values[key] for key in ("base_fingerprint", "base_model", "adapter_dir")]
+        if not all(isinstance(text, str) for text in (*texts, values["recipe"]["method"])):
             raise ValueError
-        return values, layers
+        return values, [LayerResult.from_json(layer) for layer in values["layers"]]
     except (KeyError, TypeError, ValueError, AttributeError):
         raise InputError("is not a report of this tool", file=path, hint="convert again") from None
+
+
+def _check_layer(values: Mapping[str, Any]) -> None:
+    """Raises KeyError, TypeError or ValueError unless `values` has the types that `to_json` gives."""
+    numbers = [values[key] for key in ("bits_per_weight", "alpha", "scaling", "quantization_error", "best_iteration")]
+    numbers += [*values["iteration_errors"], *(values["error"][f.name] for f in dataclasses.fields(LayerError))]
+    shape = values["shape"]
+    is_ours = (
+        all(isinstance(values[key], str) for key in ("name", "module", "quant_type"))
+        and isinstance(shape, (list, tuple))
+        and len(shape) == 2
+        and all(type(size) is int and size > 0 for size in (*shape, values["rank"]))
+        and isinstance(values["transposed"], bool)
+        and all(type(number) in (int, float) and number >= 0 for number in numbers)
+    )
+    if not is_ours:
+        raise ValueError
 
 
 def fingerprint_of(sums: Mapping[str, str]) -> str:

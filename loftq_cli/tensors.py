@@ -6,6 +6,7 @@ No arithmetic and no files here; torch is needed for annotations only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,12 @@ class TensorRef:
     @property
     def nbytes(self) -> int:
         return self.numel * ITEMSIZE[self.dtype]
+
+
+def config_file_beside(refs: Iterable[TensorRef]) -> Path | None:
+    """Where the config.json of a model with these tensors lies: in the folder of its weights."""
+    ref = next(iter(refs), None)
+    return None if ref is None else ref.file.parent / "config.json"
 
 
 @dataclass(frozen=True, slots=True)

@@ -398,9 +398,9 @@ def test_nan_in_a_tried_tensor_is_named(original, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says", "status"),
     [
-        (lambda d: edit_json(d / "adapter_config.json", lora_alpha="many"), "gives no scaling for", 2),
-        (lambda d: edit_json(d / "adapter_config.json", alpha_pattern={"(": 4}), "gives no scaling for", 2),
-        (lambda d: edit_json(d / "adapter_config.json", alpha_pattern=[1]), "gives no scaling for", 2),
+        (lambda d: edit_json(d / "adapter_config.json", lora_alpha="many"), "lora_alpha is 'many', not a positive", 2),
+        (lambda d: edit_json(d / "adapter_config.json", alpha_pattern={"(": 4}), "the key '(', no regular", 2),
+        (lambda d: edit_json(d / "adapter_config.json", alpha_pattern=[1]), "alpha_pattern is not a table", 2),
         (lambda d: (d / "adapter_model.safetensors").unlink(), "adapter_model.safetensors", 2),
         (
             lambda d: edit_tensors(

@@ -161,6 +161,62 @@ BROKEN = {
         config={"rank_pattern": {"q_proj(": 4}}, says=("rank_pattern", "'q_proj('"), status=2
     ),
     "saved modules that are a number": Broken(config={"modules_to_save": 3}, says=("modules_to_save",), status=2),
+    "targets that are a number": Broken(
+        config={"target_modules": 3},
+        says=("adapter_config.json", "target_modules is neither a list of names"),
+        status=2,
+    ),
+    "targets that are no names": Broken(
+        config={"target_modules": ["q_proj", None]}, says=("target_modules is neither",), status=2
+    ),
+    "excluded modules that are an object": Broken(
+        config={"exclude_modules": {"a": 1}}, says=("exclude_modules is neither",), status=2
+    ),
+    "layers that are text": Broken(
+        config={"target_modules": ["q_proj"], "layers_to_transform": "0"},
+        says=("layers_to_transform is not",),
+        status=2,
+    ),
+    "targets that are no expression": Broken(
+        config={"target_modules": "q_proj("}, says=("target_modules", "'q_proj('", "no regular expression"), status=2
+    ),
+    # expressions made to run for years
+    "a rank pattern that never ends": Broken(
+        config={"rank_pattern": {"(.*.*)*x": 4}},
+        says=("adapter_config.json", "rank_pattern", "'(.*.*)*x'", "takes too long to match"),
+        status=2,
+    ),
+    "an alpha pattern that never ends": Broken(
+        config={"alpha_pattern": {"([a-z_.0-9]+)+!": 4}},
+        says=("adapter_config.json", "alpha_pattern", "'([a-z_.0-9]+)+!'", "takes too long"),
+        status=2,
+    ),
+    "targets that never end": Broken(
+        config={"target_modules": "(.*.*)*x"}, says=("target_modules", "takes too long to match"), status=2
+    ),
+    "excluded modules that never end": Broken(
+        config={"target_modules": ["q_proj"], "exclude_modules": "(.*.*)*x"},
+        says=("exclude_modules", "takes too long"),
+        status=2,
+    ),
+    "an expression of a million characters": Broken(
+        config={"rank_pattern": {"q" * 1_000_000: 4}}, says=("rank_pattern", "1000000 characters"), status=2
+    ),
+    # tensors that PEFT would drop
+    "a module that is no target": Broken(
+        config={"target_modules": ["v_proj", "proj"]},
+        says=("adapter_model.safetensors", f"{Q0}.lora_A.weight", "target_modules", "PEFT would drop it"),
+    ),
+    "no targets": Broken(config={"target_modules": []}, says=("PEFT would drop it",)),
+    "a module that the expression does not match": Broken(
+        config={"target_modules": r".*\.v_proj"}, says=(f"{Q0}.lora_A.weight", "PEFT would drop it")
+    ),
+    "a module that is excluded": Broken(
+        config={"target_modules": ["q_proj"], "exclude_modules": ["self_attn.q_proj"]}, says=("PEFT would drop it",)
+    ),
+    "a module in another layer": Broken(
+        config={"target_modules": ["q_proj"], "layers_to_transform": [1]}, says=("PEFT would drop it",)
+    ),
     # numbers
     "NaN": Broken(
         tensors={f"{Q0}.lora_B.weight": NAN},
@@ -388,6 +444,80 @@ def test_no_config_value_brings_down_more_than_the_merge(key, checkpoints, tmp_p
         arguments = ["merge", str(checkpoints / "converted"), str(adapter), str(tmp_path / "out"), "--dry-run"]
         assert _run(arguments) in (0, 2, 4)
         (adapter / "adapter_config.json").write_text(config)
+
+
+CONFIG_VALUES = {
+    "architectures": [5, "LlamaForCausalLM", [5], {"a": 1}],
+    "model_type": [7, ["llama"]],
+    "text_config": [[], "llama", 3],
+    "torch_dtype": [7, ["float16"], True],
+    "tie_word_embeddings": ["yes", 1],
+    "vocab_size": ["x", 1.5, [160]],
+    "quantization_config": [3, "gptq", [1]],
+    "quantization": [True],
+}
+
+
+@pytest.mark.parametrize(("key", "value"), [(key, value) for key, values in CONFIG_VALUES.items() for value in values])
+def test_a_config_value_of_the_wrong_type_is_refused_by_its_key(key, value, checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "llama", tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", **{key: value})
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+
+    status, line = refused(capsys, tmp_path / "base", adapter, tmp_path / "out")
+
+    assert status == 2
+    assert line.startswith(f"error: {tmp_path}/base/config.json: {key} is "), line
+    assert _run(["quantize", str(tmp_path / "base"), str(tmp_path / "out"), "--dry-run"]) == 2
+    assert f"config.json: {key} is " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["dtype", "tie_word_embeddings", "vocab_size"])
+def test_a_nested_config_value_of_the_wrong_type_is_refused_by_its_key(key, checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "llama", tmp_path / "base")
+    edit_json(tmp_path / "base" / "config.json", text_config={key: [1]})
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)))
+
+    status, line = refused(capsys, tmp_path / "base", adapter, tmp_path / "out")
+
+    assert (status, f"config.json: text_config.{key} is [1], not " in line) == (2, True), line
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("xyz", ": has a quant_state of a type that we do not know"),
+        ("fp4", ".quant_state.bitsandbytes__fp4: says quant_type nf4, and its name another one"),
+    ],
+)
+def test_a_quant_state_under_the_name_of_another_type_is_refused(name, says, checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "converted", tmp_path / "base")
+    state = f"{Q0}.weight.quant_state.bitsandbytes__"
+    edit_tensors(tmp_path / "base" / "model.safetensors", lambda t: t.update({state + name: t.pop(f"{state}nf4")}))
+
+    status, line = refused(capsys, tmp_path / "base", tmp_path / "base" / "qlora_init", tmp_path / "out")
+
+    assert (status, f"{Q0}.weight{says}" in line) == (2, True), line
+
+
+def test_a_weight_with_two_quant_states_is_refused(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "converted", tmp_path / "base")
+    state = f"{Q0}.weight.quant_state.bitsandbytes__"
+    edit_tensors(tmp_path / "base" / "model.safetensors", lambda t: t.update({f"{state}fp4": t[f"{state}nf4"].clone()}))
+
+    status, line = refused(capsys, tmp_path / "base", tmp_path / "base" / "qlora_init", tmp_path / "out")
+
+    assert (status, f"{Q0}.weight: has two quant_states" in line) == (2, True), line
+
+
+def test_a_quant_state_as_large_as_a_weight_is_not_read(checkpoints, tmp_path, capsys):
+    shutil.copytree(checkpoints / "converted", tmp_path / "base")
+    state = {f"{Q0}.weight.quant_state.bitsandbytes__nf4": torch.zeros(20_000, dtype=torch.uint8)}
+    edit_tensors(tmp_path / "base" / "model.safetensors", lambda tensors: tensors.update(state))
+
+    status, line = refused(capsys, tmp_path / "base", tmp_path / "base" / "qlora_init", tmp_path / "out")
+
+    assert (status, "has 20000 bytes, and a quant_state is small" in line) == (2, True), line
 
 
 def test_an_adapter_without_tensors_is_refused(checkpoints, tmp_path, capsys):

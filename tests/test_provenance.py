@@ -235,6 +235,38 @@ def test_a_damaged_report_is_refused(converted, tmp_path, capsys):
     assert (status, "is not a report of this tool" in said) == (2, True), said
 
 
+def _with_layer(**values):
+    return lambda report: {**report, "layers": [{**report["layers"][0], **values}, *report["layers"][1:]]}
+
+
+REPORTS = {
+    "an adapter's folder that is a number": lambda report: {**report, "adapter_dir": 5},
+    "no name of the base": lambda report: {key: value for key, value in report.items() if key != "base_model"},
+    "a name of the base that is a list": lambda report: {**report, "base_model": ["a"]},
+    "a fingerprint that is a number": lambda report: {**report, "base_fingerprint": 1},
+    "a method that is a list": lambda report: {**report, "recipe": {"method": ["loftq"]}},
+    "layers that are text": lambda report: {**report, "layers": "abc"},
+    "a shape that is text": _with_layer(shape="ab"),
+    "a shape of one side": _with_layer(shape=[8]),
+    "no rank": _with_layer(rank=None),
+    "an error that is text": _with_layer(quantization_error="0.1"),
+    "errors that are text": _with_layer(iteration_errors="12"),
+    "a format without a name": _with_layer(quant_type=["nf4"]),
+}
+
+
+@pytest.mark.parametrize("case", REPORTS)
+def test_a_report_with_a_value_of_the_wrong_type_is_refused(case, converted, tmp_path, capsys):
+    base = copy_of(converted, tmp_path / "base")
+    report = json.loads((base / "loftq_report.json").read_text())
+    (base / "loftq_report.json").write_text(json.dumps(REPORTS[case](report)))
+
+    status, said = merge(capsys, base, base / "loftq_init", tmp_path / "out")
+
+    assert (status, "loftq_report.json: is not a report of this tool" in said) == (2, True), said
+    assert _run(["inspect", str(base)]) == 2
+
+
 # An adapter that PEFT saved after training has no side file.
 
 

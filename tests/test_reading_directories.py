@@ -181,7 +181,6 @@ def test_a_file_that_changes_meanwhile_is_named(sharded: Path, changed: str) -> 
         ".",
         "",
         "model.safetensors\0.safetensors",
-        "\ud800.safetensors",
         ".safetensors",
         "pytorch_model.bin",
         "model.safetensors.index.json",
@@ -196,6 +195,12 @@ def test_a_shard_name_that_is_not_a_plain_weight_file_is_refused(sharded: Path, 
     assert error.file == str(sharded / INDEX)
     assert error.tensor == "a"
     assert error.message.endswith("is not the name of a .safetensors file beside the index")
+
+
+def test_half_a_character_in_an_index_is_refused(sharded: Path) -> None:
+    write_index(sharded, {"a": "\ud800.safetensors"})
+
+    assert "half a character" in refusal(sharded).message
 
 
 def test_a_torch_index_may_only_name_torch_files(sharded: Path) -> None:
@@ -242,6 +247,41 @@ def test_an_index_above_the_limit_is_not_read(sharded: Path) -> None:
     os.truncate(sharded / INDEX, 1 << 40)  # a sparse file: reading it whole would need 1 TB
 
     assert refusal(sharded).message == "is larger than the 100000000 bytes allowed here"
+
+
+@pytest.mark.parametrize("change", ["edited", "replaced", "removed"])
+def test_a_config_that_changes_during_a_run_is_noticed(sharded: Path, change: str) -> None:
+    config = sharded / "config.json"
+    config.write_text('{"model_type": "llama"}')
+    checkpoint = open_checkpoint(sharded)
+    checkpoint.check_unchanged()
+    if change == "removed":
+        config.unlink()
+    elif change == "edited":
+        config.write_text('{"model_type": "gpt2_"}')
+    else:
+        shutil.copy(config, sharded / "copy")
+        os.replace(sharded / "copy", config)
+
+    for use in (checkpoint.check_unchanged, checkpoint.config):
+        with pytest.raises(StorageError, match="changed while it was being read") as caught:
+            use()
+        assert caught.value.file == str(config)
+
+
+def test_a_config_is_read_as_it_was_when_the_checkpoint_was_opened(sharded: Path) -> None:
+    (sharded / "config.json").write_text('{"model_type": "llama"}')
+
+    assert open_checkpoint(sharded).config() == {"model_type": "llama"}
+    (sharded / "config.json").unlink()
+    assert open_checkpoint(sharded).config() == {}
+
+
+@pytest.mark.parametrize("content", ["", "version https://git-lfs.github.com/spec/v1\n"])
+def test_a_config_that_was_not_downloaded_is_refused_at_once(sharded: Path, content: str) -> None:
+    (sharded / "config.json").write_text(content)
+
+    assert refusal(sharded).file == str(sharded / "config.json")
 
 
 def test_missing_shards_are_named(sharded: Path) -> None:

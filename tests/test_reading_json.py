@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,9 @@ def test_a_linked_file_is_read(tmp_path: Path) -> None:
         (b'{"alpha": -1e999}', "the number -1e999 is too large"),
         (b'{"r": ' + b"9" * 5000 + b"}", "a number of 5000 digits is too large"),
         (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested too deeply"),
+        (b'{"a": "\\ud800"}', "half a character"),
+        (b'{"a": [{"\\uDC00\\ud800": 1}]}', "half a character"),
         (b'{"a": "\xff"}', "not UTF-8"),
         ('{"a": 1}'.encode("utf-16"), "not UTF-8"),
         (b"[1, 2]", "not a JSON object"),
@@ -58,6 +64,76 @@ def test_what_is_not_one_strict_object_is_refused(text: bytes, message: str) -> 
     assert message in caught.value.message
     assert caught.value.file == "config.json"
     assert caught.value.hint is not None
+
+
+def test_a_whole_character_may_be_escaped_in_two_halves() -> None:
+    assert parse_json_object(b'{"a": "\\ud83d\\ude00"}', file=HERE) == {"a": "\U0001f600"}
+
+
+def test_ninety_nine_levels_are_read() -> None:
+    assert parse_json_object(b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}", file=HERE)
+
+
+@pytest.mark.parametrize("item", ["[]", "{}", '{"a":0}', '"":[]', '"abcd":1', "[[[[]]]]", '"\\"[":[]'])
+def test_a_large_text_of_little_else_than_lists_objects_or_keys_is_refused(item: str) -> None:
+    items = ",".join([item] * (1_200_000 // len(item)))
+    text = f"{{{items}}}" if item.startswith('"') else f'{{"a": [{items}]}}'
+
+    with pytest.raises(InputError, match="holds too many lists or objects for its size"):
+        parse_json_object(text.encode(), file=HERE)
+
+
+def test_brackets_in_texts_are_no_lists() -> None:
+    value = {f"params['layers'][{i}]['w']": '[[{{"\\":' * 3 for i in range(30_000)}
+    text = json.dumps(value).encode()
+
+    assert len(text) > 1_000_000 and text.count(b"[") > len(text) // 16
+    assert parse_json_object(text, file=HERE) == value
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
+from loftq_cli.cli.console import peak_nbytes
+from loftq_cli.errors import InputError
+before = peak_nbytes()
+try:
+    print(len(SafetensorsFile(Path(sys.argv[1])).tensors), end=" ")
+except InputError as error:
+    print("refused", end=" ")
+print(peak_nbytes() - before)
+"""
+
+
+def header_of(path: Path, text: bytes, data_nbytes: int = 0) -> tuple[str, int]:
+    """What reading a file of this header gives, in a process of its own, and what that takes at its peak."""
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + data_nbytes)
+    run = subprocess.run([sys.executable, "-c", PEAK, str(path)], capture_output=True, text=True, check=True)
+    said, peak = run.stdout.split()
+    return said, int(peak)
+
+
+@pytest.mark.parametrize("item", [b"[],", b"{},", b'{"a":[[]]},'])
+def test_a_hostile_header_of_20_mb_takes_few_times_its_size(tmp_path: Path, item: bytes) -> None:
+    text = b'{"a":[' + (item * (20_000_000 // len(item)))[:-1] + b"]}"
+
+    said, peak = header_of(tmp_path / "a.safetensors", text)
+
+    assert said == "refused"
+    assert peak < 8 * len(text)
+
+
+def test_a_header_of_100_000_tensors_is_read(tmp_path: Path) -> None:
+    # As short as entries can be: scalars of one byte, names of six characters.
+    entry = {"dtype": "U8", "shape": []}
+    header = {f"t{i:05}": {**entry, "data_offsets": [i, i + 1]} for i in range(100_000)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+
+    said, _ = header_of(tmp_path / "a.safetensors", text, data_nbytes=100_000)
+
+    assert said == "100000"
 
 
 def test_the_message_says_which_part_of_the_file_is_wrong() -> None:

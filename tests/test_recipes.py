@@ -75,6 +75,13 @@ def test_a_whole_number_is_a_number(tmp_path):
         ("[[override]]\nmatch = 'a'\nrank = 0", "rank must be at least 1"),
         ("rank = ", "not valid TOML"),
         ("\x00", "not valid TOML"),
+        (f"rank = {'9' * 5000}", "not valid TOML"),
+        (f"seed = {'9' * 30}", "seed is a number of more than 64 bits"),
+        (f"alpha = {'9' * 400}", "alpha is a number of more than 64 bits"),
+        (f"method = 0x{'F' * 5000}", "method is a number of more than 64 bits"),
+        (f"rank = {'[' * 200}{']' * 200}", "rank must be a whole number, not \\[\\[\\["),
+        (f"max_shard_size = '{'9' * 400}GB'", "is larger than any disk"),
+        ("include = ['a{99999999999}']", "is not a regular expression"),
     ],
 )
 def test_every_mistake_is_named(tmp_path, text, message):

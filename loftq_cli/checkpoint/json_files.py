@@ -1,5 +1,6 @@
 """Configs, indexes and headers as JSON, read strictly: a regular file of bounded size, UTF-8, an object,
-no key twice (RFC 8259 section 4 leaves that open, so readers disagree), only finite numbers.
+no key twice (RFC 8259 section 4 leaves that open, so readers disagree), only finite numbers, only Unicode text,
+no deeper and no denser than such files are. Knows nothing of what they mean.
 """
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,9 +16,17 @@ from loftq_cli.checkpoint.watched_file import open_regular_file, refuse_placehol
 from loftq_cli.errors import InputError, StorageError, printable
 
 MAX_JSON_NBYTES = 100_000_000  # what safetensors allows a header; the largest published index is a fifth of it
+_MAX_DEPTH = 100  # configs nest less than ten levels; what walks the values later may recurse
+# An entry of a safetensors header has at least 51 bytes for its three containers and four keys. Above this size, what
+# is denser is refused before Python spends 60 bytes on each "[]" and 300 on each key.
+_DENSE_NBYTES = 1_000_000
+_NBYTES_PER_CONTAINER = 16
+_NBYTES_PER_KEY = 12
 _MAX_INT_DIGITS = 64  # tokenizers write int(1e30) for "no limit"; Python itself refuses above 4300 digits
 
 _DAMAGED = "download it again, or take it from its source"
+_STRING_OR_OPENING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{:]', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json_object(path: Path, *, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
@@ -41,8 +51,9 @@ def parse_json_object(data: bytes | bytearray, *, file: Path, what: str = "the f
     """The JSON object in `data`, which comes from `file`; `what` names it in messages ("the header").
 
     Raises InputError when it is not UTF-8, not JSON, not an object, holds a key twice, NaN, Infinity or a number
-    that is not finite as a float, or is nested too deeply.
+    that is not finite as a float, is nested too deeply, or would take many times its size in memory.
     """
+    _refuse_density(data, file, what)
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -59,7 +70,45 @@ def parse_json_object(data: bytes | bytearray, *, file: Path, what: str = "the f
         raise InputError(f"{what} is not valid JSON: {exc}", file=file, hint=_DAMAGED) from exc
     if not isinstance(value, dict):
         raise InputError(f"{what} is not a JSON object", file=file, hint=_DAMAGED)
+    _refuse_depth(value, data, file, what)
+    _refuse_surrogates(value, data, file, what)
     return value
+
+
+def _refuse_density(data: bytes | bytearray, file: Path, what: str) -> None:
+    if len(data) <= _DENSE_NBYTES:
+        return
+    max_containers, max_keys = len(data) // _NBYTES_PER_CONTAINER, len(data) // _NBYTES_PER_KEY
+    if data.count(b"[") + data.count(b"{") <= max_containers and data.count(b":") <= max_keys:
+        return
+    containers = keys = 0  # without those in texts, which take time to leave out
+    for found in _STRING_OR_OPENING.finditer(data):
+        keys += found[0] == b":"
+        containers += found[0] in (b"[", b"{")
+        if containers > max_containers or keys > max_keys:
+            raise InputError(f"{what} holds too many lists or objects for its size", file=file, hint=_DAMAGED)
+
+
+def _refuse_depth(value: dict[str, Any], data: bytes | bytearray, file: Path, what: str) -> None:
+    if data.count(b"[") + data.count(b"{") <= _MAX_DEPTH:
+        return
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        children = (node.values() if isinstance(node, dict) else node for node in level)
+        level = [child for group in children for child in group if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise InputError(f"{what} is nested too deeply", file=file, hint=_DAMAGED)
+
+
+def _refuse_surrogates(value: dict[str, Any], data: bytes | bytearray, file: Path, what: str) -> None:
+    """Half a character can be escaped in JSON, and written to no file."""
+    if not _SURROGATE.search(data):
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as exc:
+        raise InputError(f"{what} holds half a character (a lone surrogate)", file=file, hint=_DAMAGED) from exc
 
 
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object, read_json_object
+from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
@@ -80,6 +80,7 @@ class Checkpoint:
     tensors: dict[str, TensorRef]
     _readers: dict[Path, WeightsFile] = field(repr=False)
     _index: WatchedFile | None = field(repr=False)
+    _config: WatchedFile | None = field(repr=False)
 
     def load(self, name: str) -> torch.Tensor:
         """The tensor, contiguous on the CPU, in memory of its own.
@@ -105,17 +106,20 @@ class Checkpoint:
         return self._reader(name).sha256(name)
 
     def config(self) -> dict[str, Any]:
-        """config.json beside the weights; empty where there is none. Raises InputError for a damaged one."""
-        if self.directory is None or not (self.directory / "config.json").exists():
-            return {}
-        return read_json_object(self.directory / "config.json")
+        """config.json beside the weights; empty where there is none. Raises InputError for a damaged one,
+        StorageError for one that changed since the checkpoint was opened.
+        """
+        return {} if self._config is None else _json_in(self._config)
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when a weight file or the index was replaced or rewritten since it was opened."""
+        """Raises StorageError when a weight file, the index or config.json was replaced or rewritten since the
+        checkpoint was opened.
+        """
         for reader in self._readers.values():
             reader.check_unchanged()
-        if self._index is not None:
-            self._index.check_unchanged()
+        for file in (self._index, self._config):
+            if file is not None:
+                file.check_unchanged()
 
     def close(self) -> None:
         """Ends the use. There is nothing to free: each read opens its file and closes it."""
@@ -168,7 +172,7 @@ def open_files(directory: Path, names: Sequence[str]) -> Checkpoint:
     """The checkpoint of exactly the weight files called `names`, in a directory that may not be complete yet."""
     readers = {directory / name: open_weights_file(directory / name) for name in names}
     tensors = {name: ref for reader in readers.values() for name, ref in reader.tensors.items()}
-    return Checkpoint(directory, directory, tuple(readers), None, tensors, readers, None)
+    return Checkpoint(directory, directory, tuple(readers), None, tensors, readers, None, None)
 
 
 def open_weights_file(path: Path) -> WeightsFile:
@@ -187,11 +191,25 @@ def open_weights_file(path: Path) -> WeightsFile:
 
 def _open_single(path: Path, weights: Path, directory: Path | None) -> Checkpoint:
     reader = open_weights_file(weights)
-    return Checkpoint(path, directory, (weights,), None, reader.tensors, {weights: reader}, None)
+    config = _config_in(directory)
+    return Checkpoint(path, directory, (weights,), None, reader.tensors, {weights: reader}, None, config)
+
+
+def _config_in(directory: Path | None) -> WatchedFile | None:
+    if directory is None or not os.path.lexists(directory / "config.json"):
+        return None
+    return WatchedFile.open(directory / "config.json")
+
+
+def _json_in(file: WatchedFile) -> dict[str, Any]:
+    if file.nbytes > MAX_JSON_NBYTES:
+        message = f"is larger than the {MAX_JSON_NBYTES} bytes allowed here"
+        raise InputError(message, file=file.path, hint=_DOWNLOAD)
+    return parse_json_object(file.read(0, file.nbytes), file=file.path)
 
 
 def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
-    index, file_of = _read_index(index_file)
+    (index, file_of), config = _read_index(index_file), _config_in(directory)
     names = sorted(set(file_of.values()))
     missing = [name for name in names if not os.path.exists(directory / name)]
     if missing:
@@ -201,17 +219,13 @@ def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
     for reader in readers.values():
         _check_agrees(reader, file_of, index_file)
         tensors.update(reader.tensors)
-    return Checkpoint(directory, directory, tuple(readers), index_file, tensors, readers, index)
+    return Checkpoint(directory, directory, tuple(readers), index_file, tensors, readers, index, config)
 
 
 def _read_index(index_file: Path) -> tuple[WatchedFile, dict[str, str]]:
     """The index, and the name of the file that each tensor is in."""
     index = WatchedFile.open(index_file)
-    if index.nbytes > MAX_JSON_NBYTES:
-        message = f"is larger than the {MAX_JSON_NBYTES} bytes allowed here"
-        raise InputError(message, file=index_file, hint=_DOWNLOAD)
-    content = parse_json_object(index.read(0, index.nbytes), file=index_file)
-    return index, _checked_weight_map(content.get("weight_map"), index_file)
+    return index, _checked_weight_map(_json_in(index).get("weight_map"), index_file)
 
 
 def _checked_weight_map(weight_map: object, index_file: Path) -> dict[str, str]:

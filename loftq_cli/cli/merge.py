@@ -66,7 +66,7 @@ def merge(
     if not quiet:
         say(f"{len(prepared.adapter.lora)} layers to merge, {megabytes(prepared.nbytes)} to write")
     if dry_run:
-        for note in prepared.provenance.notes:
+        for note in (*prepared.provenance.notes, *prepared.notes):
             say(f"note: {note}")
         _print_plan(prepared, as_json=as_json)
         return

@@ -9,4 +9,6 @@ grouped.py              what the integer containers have in common
 stored_parts.py         checks of what is read
 dequantized.py          the decoded values as an ordinary checkpoint
 peft_adapter.py         LoRA tensors and adapter_config.json as PEFT loads them
+peft_targets.py         which modules such a config adapts
+module_patterns.py      the regular expressions in it, in bounded time
 """

@@ -29,6 +29,7 @@ STATE_PREFIX = ".quant_state.bitsandbytes__"
 _OFFSET_WIDTH = 15
 # The CPU kernels of bitsandbytes ask for this many rows a time; where they cannot have them, the model does not run.
 _ROW_MULTIPLE = 32
+_MAX_STATE_NBYTES = 10_000  # bitsandbytes writes 200
 
 
 def fit(spec: CodebookSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
@@ -116,9 +117,7 @@ def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> Stor
     for part in (name, f"{name}.absmax", f"{name}.quant_map"):
         if part not in stored.refs:
             raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
-    state_name = next(part for part in parts(name) if STATE_PREFIX in part and part in stored.refs)
-    file = file_of(name, stored)
-    state = read_state(name, stored.raw(state_name), file)
+    file, state = file_of(name, stored), _stored_state(name, stored)
     spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
     matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
     for tensor in planned(matrix):
@@ -126,6 +125,23 @@ def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> Stor
         if STATE_PREFIX not in tensor.name:
             check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
     return matrix
+
+
+def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
+    """The checked JSON blob of the weight called `name`. Raises InputError."""
+    file = file_of(name, stored)
+    found = [part for part in parts(name) if STATE_PREFIX in part and part in stored.refs]
+    if len(found) != 1:
+        what = "has two quant_states" if found else "has a quant_state of a type that we do not know"
+        raise InputError(what, file=file, tensor=name)
+    nbytes = stored.refs[found[0]].nbytes
+    if nbytes > _MAX_STATE_NBYTES:
+        raise InputError(f"has {nbytes} bytes, and a quant_state is small", file=file, tensor=found[0])
+    state = read_state(name, stored.raw(found[0]), file)
+    if found[0] != f"{name}{STATE_PREFIX}{state['quant_type']}":
+        what = f"says quant_type {state['quant_type']}, and its name another one"
+        raise InputError(what, file=file, tensor=found[0])
+    return state
 
 
 def parts(name: str) -> tuple[str, ...]:
@@ -148,7 +164,7 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
         raise InputError(what, file=file_of(name, stored), tensor=f"{name}.quant_map")
     absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
     if spec.double_quant:
-        state = read_state(name, stored.raw(f"{name}{STATE_PREFIX}{spec.codebook}"), file_of(name, stored))
+        state = _stored_state(name, stored)
         absmax = NestedAbsmax(
             load(f"{name}.absmax"),
             load(f"{name}.nested_absmax"),

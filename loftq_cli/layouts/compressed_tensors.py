@@ -75,7 +75,7 @@ def quantized_names(stored: StoredTensors) -> list[str]:
         return []
     if found.get("format") != "pack-quantized":
         what = f"its compressed-tensors format is {found.get('format')!r}, of which we read pack-quantized"
-        raise InputError(what, file=stored.path)
+        raise InputError(what, file=stored.config_file)
     return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
 
 
@@ -164,11 +164,13 @@ def _scheme(stored: StoredTensors) -> Mapping[str, Any]:
     listed = list(groups.values()) if isinstance(groups, dict) else []
     schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
     if len(schemes) != 1 or not isinstance(schemes[0], dict):
-        raise InputError(f"its config has {len(schemes)} schemes of weights, and we read one", file=stored.path)
+        raise InputError(f"its config has {len(schemes)} schemes of weights, and we read one", file=stored.config_file)
     scheme: dict[str, Any] = schemes[0]
     if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
         what = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
-        raise InputError(what, file=stored.path)
+        raise InputError(what, file=stored.config_file)
     if scheme.get("actorder") not in (None, False, "static", "weight"):
-        raise InputError("act-order: its groups are not neighbouring columns, which is not read", file=stored.path)
+        raise InputError(
+            "act-order: its groups are not neighbouring columns, which is not read", file=stored.config_file
+        )
     return scheme

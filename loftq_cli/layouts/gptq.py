@@ -76,7 +76,7 @@ def quantized_names(stored: StoredTensors) -> list[str]:
         return []
     if found.get("desc_act"):
         raise InputError(
-            "act-order (desc_act): its groups are not neighbouring columns, which is not read", file=stored.path
+            "act-order (desc_act): its groups are not neighbouring columns, which is not read", file=stored.config_file
         )
     return [f"{name.removesuffix('qweight')}weight" for name in stored.refs if name.endswith(".qweight")]
 

@@ -54,7 +54,7 @@ def checked_bits(values: Mapping[str, Any], key: str, stored: StoredTensors) -> 
     known = sorted(row.bits for row in FORMATS.values() if row.is_affine)
     if bits not in known:
         raise InputError(
-            f"is quantized to {bits} bits, of which we read {', '.join(map(str, known))}", file=stored.path
+            f"is quantized to {bits} bits, of which we read {', '.join(map(str, known))}", file=stored.config_file
         )
     return bits
 

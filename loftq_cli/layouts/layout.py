@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
-from loftq_cli.tensors import MODEL_DTYPES, OutTensor, TensorRef
+from loftq_cli.tensors import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +91,11 @@ class StoredTensors:
     load_rows: Callable[[str, int, int], torch.Tensor]
     raw: Callable[[str], bytes]
     path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """What to name in an error about the config."""
+        return config_file_beside(self.refs.values()) or self.path
 
 
 @dataclass(frozen=True, slots=True)

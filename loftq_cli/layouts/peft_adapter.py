@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.errors import printable
+from loftq_cli.layouts.module_patterns import first_matches
 from loftq_cli.tensors import LoraPair, LoraSpec, OutTensor, Pooling
 
 if TYPE_CHECKING:
@@ -100,19 +102,31 @@ def pooling_of(config: Mapping[str, Any]) -> Pooling | None:
     return Pooling(convention, group_size)
 
 
-def pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The entry of a rank_pattern or alpha_pattern that PEFT takes for `module`: the first key, as a regular
-    expression, that matches the end of the name at a dot.
+def values_of(config: Mapping[str, Any], key: str, modules: Sequence[str]) -> dict[str, int | float]:
+    """What PEFT takes for each of `modules`: `key` is "r" or "lora_alpha", and the first key of its pattern that
+    matches, as a regular expression, the end of a module's name at a dot wins over it.
+
+    Raises ValueError naming the key of anything that is no positive number, or no usable expression.
     """
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    kinds = (int,) if key == "r" else (int, float)
+    default, pattern_key = config.get(key, 8), "rank_pattern" if key == "r" else "alpha_pattern"
+    if type(default) not in kinds or default <= 0:
+        what = "positive whole number" if key == "r" else "positive number"
+        raise ValueError(f"{key} is {printable(repr(default), 80)}, not a {what}")
+    pattern = config.get(pattern_key) or {}
+    if not isinstance(pattern, dict) or not all(type(value) in kinds and value > 0 for value in pattern.values()):
+        raise ValueError(f"{pattern_key} is not a table of positive numbers")
+    if not pattern:
+        return dict.fromkeys(modules, default)
+    try:
+        found = first_matches({end: rf"(.*\.)?({end})$" for end in pattern}, modules)
+    except ValueError as error:
+        raise ValueError(f"{pattern_key} has {error}") from None
+    return {module: pattern[found[module]] if module in found else default for module in modules}
 
 
-def scaling_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The scaling that PEFT applies to an adapter of `rank` on `module`."""
-    alpha = pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+def scaling_of(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+    """The scaling that PEFT applies to an adapter of `alpha` and `rank`."""
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, printable
 from loftq_cli.layouts.layout import StoredTensors
 from loftq_cli.tensors import OutTensor
 
@@ -40,6 +40,6 @@ def whole_number(values: Mapping[str, Any], key: str, stored: StoredTensors, *, 
     """A number of the quantization_config. Raises InputError."""
     value = values.get(key)
     if type(value) is not int or value < least:
-        what = f"its quantization_config has {key} {value!r}, not a whole number from {least} up"
-        raise InputError(what, file=stored.path)
+        what = f"its quantization_config has {key} {printable(repr(value), 80)}, not a whole number from {least} up"
+        raise InputError(what, file=stored.config_file)
     return value

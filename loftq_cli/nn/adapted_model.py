@@ -254,9 +254,7 @@ def _lora_spec(source: AdapterSource, lora: LoraTensors, shape: tuple[int, ...])
     pooling = None if inputs == shape[1] else lora.pooling
     if (out_features, inputs * (pooling.group_size if pooling else 1)) != shape:
         raise MismatchError(f"does not fit a layer of {shape}", file=source.weights.path, tensor=lora.lora_A)
-    config = source.config
-    alpha = peft_adapter.pattern_value(config.get("alpha_pattern") or {}, lora.module, config.get("lora_alpha", 8))
-    return LoraSpec(rank, alpha, bool(config.get("use_rslora")), ref.dtype, pooling)
+    return LoraSpec(rank, lora.alpha, bool(source.config.get("use_rslora")), ref.dtype, pooling)
 
 
 def _is_ignored(model: nn.Module, name: str) -> bool:
