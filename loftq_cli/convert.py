@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loftq_cli.checkpoint.journal import JournalEntry
+from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.side_files import copy_side_files, side_files_nbytes
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
@@ -110,6 +111,8 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     Raises LoftqError for everything that can be known to go wrong before the first number is read.
     """
     path = resolve_model(model)
+    if not is_tensor_name(str(output)):  # the adapter's config has the name of its base
+        raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
     config = checkpoint.config()

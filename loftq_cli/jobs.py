@@ -72,7 +72,10 @@ class JobRunner:
             return entry
         if isinstance(job, CopyJob) or is_streamed(self._recipe, job):
             return LoadedWeight()
-        stored = self._checkpoint.load(job.name)
+        try:
+            stored = self._checkpoint.load(job.name)
+        except (MemoryError, RuntimeError) as error:
+            raise self._named(error, job) from None
         return LoadedWeight(stored, hashlib.sha256(tensor_bytes(stored)).hexdigest())
 
     def compute(self, job: LayerJob | CopyJob, found: LoadedWeight | JournalEntry, workers: Workers) -> Converted:
@@ -92,11 +95,8 @@ class JobRunner:
             tensors = _packed(self._recipe, job, initial)
             decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
             result = _result(job, initial, layer_error(weight, decoded, initial.lora, workers))
-        except (LoftqError, MemoryError, RuntimeError) as found_error:
-            error = memory_shortage() if is_memory_shortage(found_error) else found_error
-            if isinstance(error, LoftqError) and not error.tensor:
-                error = error.at(file=self._checkpoint.tensors[job.name].file, tensor=job.name)
-            raise error from None
+        except (LoftqError, MemoryError, RuntimeError) as error:
+            raise self._named(error, job) from None
         return Converted(tensors, found.sha256, result)
 
     def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:
@@ -107,6 +107,14 @@ class JobRunner:
             return self._copy(job), False
         written = {name: self._files[name].write(name, tensor) for name, tensor in made.tensors.items()}
         return JournalEntry(job.name, made.input_sha256, {**made.written, **written}, dict(made.result)), False
+
+    def _named(self, error: Exception, job: LayerJob) -> Exception:
+        """What stopped a job, with the tensor's name."""
+        if is_memory_shortage(error):
+            error = memory_shortage()
+        if isinstance(error, LoftqError) and not error.tensor:
+            return error.at(file=self._checkpoint.tensors[job.name].file, tensor=job.name)
+        return error
 
     def _copy(self, job: CopyJob) -> JournalEntry:
         checkpoint, name = self._checkpoint, job.output.name

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli import __version__
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import UsageError, printable
 from loftq_cli.family import Family
 from loftq_cli.kernels import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.layouts import peft_adapter
@@ -413,5 +413,5 @@ def _unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
 
 
 def source_name(path: Path) -> str:
-    """How a checkpoint is called in reports: its last path component."""
-    return path.name or path.resolve().name
+    """How a checkpoint is called in reports: its last path component, without what is no text."""
+    return printable(path.name or path.resolve().name)

@@ -234,7 +234,10 @@ def _loading_lines(plan: Plan, base_model: str) -> str:
 
     PEFT pools inputs on GPTQ layers only, and by its own convention; transformers reads no MLX.
     """
-    architectures = plan.family.architectures
+    architectures, base = (
+        plan.family.architectures,
+        json.dumps(base_model, ensure_ascii=False),
+    )  # a literal of Python too
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
@@ -243,10 +246,10 @@ def _loading_lines(plan: Plan, base_model: str) -> str:
         make = "from_config" if auto.startswith("Auto") else "_from_config"
         return f"""from transformers import AutoConfig, {auto}
 from loftq_cli.nn import load_adapted
-model = {auto}.{make}(AutoConfig.from_pretrained("{base_model}"))
-model = load_adapted(model, "{base_model}")"""
+model = {auto}.{make}(AutoConfig.from_pretrained({base}))
+model = load_adapted(model, {base})"""
     device = ', device_map="cpu"' if plan.layout == "metal" else ""
     return f"""from transformers import {auto}
 from peft import PeftModel
-model = {auto}.from_pretrained("{base_model}"{device})
-model = PeftModel.from_pretrained(model, "{base_model}", subfolder="{plan.adapter_dir}", is_trainable=True)"""
+model = {auto}.from_pretrained({base}{device})
+model = PeftModel.from_pretrained(model, {base}, subfolder="{plan.adapter_dir}", is_trainable=True)"""

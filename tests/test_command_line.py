@@ -238,6 +238,33 @@ def test_names_in_a_checkpoint_are_data(run, tmp_path, name):
     assert len(out.splitlines()) == 3
 
 
+@pytest.mark.parametrize(
+    "name", [b"[bold]x[red]", b"a\x1b[31m", b"two\nlines", b"{0}%s", b'quote"s', b"\xff\xfe", b"-x"]
+)
+def test_names_of_files_are_data_too(source, tmp_path, name):
+    folder = Path(os.fsdecode(name))
+    shutil.copytree(source, tmp_path / folder)
+    output = "out " + name.decode(errors="ignore")
+    done = loftq("quantize", f"./{folder}", output, *FAST, cwd=tmp_path)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert "\x1b" not in done.stdout + done.stderr
+    assert len(done.stdout.splitlines()) == 3
+    card = (tmp_path / output / "README.md").read_text()
+    compile(card.partition("```python\n")[2].partition("```")[0], "card", "exec")
+    assert card.splitlines()[5].startswith("# ")
+    merged = loftq("merge", output, f"{output}/loftq_init", "merged", cwd=tmp_path)
+    assert (merged.returncode, "Traceback" in merged.stderr) == (0, False), merged.stderr
+    verified = loftq("inspect", output, "--verify", cwd=tmp_path)
+    assert verified.stdout.startswith("verified: "), verified.stdout
+    refused = loftq("quantize", f"./{folder}", "merged", cwd=tmp_path)
+    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+
+
+def test_an_output_whose_name_is_no_text_is_refused(source, tmp_path):
+    done = loftq("quantize", source, os.fsdecode(b"\xff"), *FAST, cwd=tmp_path)
+    assert (done.returncode, "is not a name that can be written as text" in done.stderr) == (2, True), done.stderr
+
+
 def test_a_single_weight_file_converts_without_a_config(run, tmp_path):
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)) * 0.02
     save_file({"layers.0.proj.weight": weight, "layers.0.norm.weight": torch.ones(64)}, tmp_path / "w.safetensors")

@@ -8,6 +8,7 @@ from loftq_cli import merge as merging
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say, table
 from loftq_cli.convert import resolve_model
+from loftq_cli.errors import printable
 from loftq_cli.merge_form import MergeOptions
 from loftq_cli.merge_plan import Merge, prepare
 from loftq_cli.merge_report import (
@@ -129,7 +130,7 @@ def _print_outcome(prepared: Merge, outcome: MergeOutcome, *, as_json: bool) -> 
         result(json.dumps(values, indent=2))
         return
     form = prepared.options.requantize or (prepared.form.layout if prepared.form.keeps_codes else prepared.dtype)
-    result(f"merged   {prepared.output}  {megabytes(prepared.nbytes)}, {len(outcome.layers)} layers, {form}")
+    result(f"merged   {printable(prepared.output)}  {megabytes(prepared.nbytes)}, {len(outcome.layers)} layers, {form}")
     if total is not None:
         result(f"retained {total:.1%} of the adapter")
     largest, lost = largest_difference(outcome.layers), total_lost(outcome.layers)

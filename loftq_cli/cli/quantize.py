@@ -7,6 +7,7 @@ import json
 from loftq_cli import convert
 from loftq_cli.cli import options
 from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
+from loftq_cli.errors import printable
 from loftq_cli.layouts.peft_adapter import WEIGHTS_NAME
 from loftq_cli.plan import LayerJob, Plan
 from loftq_cli.quant.formats import size_of, spec_json
@@ -135,8 +136,9 @@ def _print_outcome(plan: Plan, outcome: convert.Outcome, *, as_json: bool) -> No
     if as_json:
         result(json.dumps(values, indent=2))
         return
-    result(f"base     {outcome.output}  {megabytes(plan.base_nbytes)}, {bits_per_weight(plan):.2f} bits a weight")
-    result(f"adapter  {outcome.adapter}  {megabytes(plan.adapter_nbytes)}")
+    base = printable(outcome.output)
+    result(f"base     {base}  {megabytes(plan.base_nbytes)}, {bits_per_weight(plan):.2f} bits a weight")
+    result(f"adapter  {printable(outcome.adapter)}  {megabytes(plan.adapter_nbytes)}")
     result(
         f"error    {outcome.quantization_error:.4f} quantized alone -> {outcome.total.error:.4f} with the adapter "
         f"({'read back and checked' if outcome.verified else 'not read back'})"
