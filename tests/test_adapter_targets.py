@@ -139,7 +139,7 @@ def base_of(directory: Path) -> Path:
 def test_targets_that_the_adapter_holds_nothing_of_are_noted(tmp_path: Path, targets: list[str]) -> None:
     adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q, (32, 64)), target_modules=targets)
 
-    merge = prepare(base_of(tmp_path / "base"), adapter, tmp_path / "out", MergeOptions(), overwrite=False)
+    merge = prepare(base_of(tmp_path / "base"), adapter, tmp_path / "out", MergeOptions())
 
     assert merge.notes == (
         f"the adapter's target_modules name layers of which it holds nothing, merged as they are: {V}.weight",
@@ -150,7 +150,7 @@ def test_targets_that_the_adapter_holds_nothing_of_are_noted(tmp_path: Path, tar
 def test_an_adapter_that_holds_all_that_it_names_is_merged_without_a_note(tmp_path: Path, targets: Any) -> None:
     adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q, (32, 64)), target_modules=targets)
 
-    merge = prepare(base_of(tmp_path / "base"), adapter, tmp_path / "out", MergeOptions(), overwrite=False)
+    merge = prepare(base_of(tmp_path / "base"), adapter, tmp_path / "out", MergeOptions())
 
     assert merge.notes == ()
 

@@ -238,26 +238,39 @@ def test_names_in_a_checkpoint_are_data(run, tmp_path, name):
     assert len(out.splitlines()) == 3
 
 
-@pytest.mark.parametrize(
-    "name", [b"[bold]x[red]", b"a\x1b[31m", b"two\nlines", b"{0}%s", b'quote"s', b"\xff\xfe", b"-x"]
-)
-def test_names_of_files_are_data_too(source, tmp_path, name):
-    folder = Path(os.fsdecode(name))
+ODD_NAMES = [b"[bold]x[red]", b"a\x1b[31m", b"two\nlines", b"{0}%s", b'quote"s', b"\xff\xfe", b"-x"]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_names_of_files_are_data_too(run, source, tmp_path, name):
+    folder = os.fsdecode(name)
     shutil.copytree(source, tmp_path / folder)
     output = "out " + name.decode(errors="ignore")
-    done = loftq("quantize", f"./{folder}", output, *FAST, cwd=tmp_path)
-    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
-    assert "\x1b" not in done.stdout + done.stderr
-    assert len(done.stdout.splitlines()) == 3
+    status, out, err = run("quantize", f"./{folder}", output, *FAST)
+    assert (status, len(out.splitlines())) == (0, 3), err
+    assert "\x1b" not in out + err
     card = (tmp_path / output / "README.md").read_text()
     compile(card.partition("```python\n")[2].partition("```")[0], "card", "exec")
     assert card.splitlines()[5].startswith("# ")
-    merged = loftq("merge", output, f"{output}/loftq_init", "merged", cwd=tmp_path)
-    assert (merged.returncode, "Traceback" in merged.stderr) == (0, False), merged.stderr
-    verified = loftq("inspect", output, "--verify", cwd=tmp_path)
-    assert verified.stdout.startswith("verified: "), verified.stdout
-    refused = loftq("quantize", f"./{folder}", "merged", cwd=tmp_path)
-    assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1)
+    status, out, err = run("merge", output, f"{output}/loftq_init", "merged")
+    assert (status, "\x1b" in out + err) == (0, False), err
+    status, out, err = run("inspect", output, "--verify")
+    assert (status, out.startswith("verified: ")) == (0, True), out
+    status, _, err = run("quantize", f"./{folder}", "merged")
+    assert (status, len(err.splitlines())) == (2, 1)
+
+
+def test_a_side_file_whose_name_is_no_text_is_left(run, source, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    (tmp_path / "model" / os.fsdecode(b"caf\xe9.txt")).write_text("au lait")
+    (tmp_path / "model" / "café.txt").write_text("crème")
+    status, _, _ = run("quantize", "model", "out", *FAST, "-q")
+    assert (status, "café.txt" in os.listdir(tmp_path / "out"), os.fsdecode(b"caf\xe9.txt") in os.listdir("out")) == (
+        0,
+        True,
+        False,
+    )
+    assert run("inspect", "out", "--verify")[0] == 0
 
 
 def test_an_output_whose_name_is_no_text_is_refused(source, tmp_path):

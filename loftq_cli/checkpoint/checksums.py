@@ -51,18 +51,21 @@ def read_checksums(directory: Path) -> Checksums | None:
     if not os.path.lexists(path):
         return None
     values = read_json_object(path)
-    files, tensors = values.get("files"), values.get("tensors", {})
-    fingerprint, inputs = values.get("fingerprint"), values.get("input_sha256")
-    are_named = _are_sums(files) and all(_is_relative(name) for name in files or ())
-    are_known = isinstance(tensors, dict) and all(name in (files or ()) for name in tensors)
-    if (
-        values.get("tool") != _TOOL
-        or not isinstance(fingerprint, str)
-        or not (inputs is None or isinstance(inputs, str))
-        or not (are_named and are_known and all(_are_sums(sums) for sums in tensors.values()))
-    ):
+    files: Any = values.get("files")
+    fingerprint: Any = values.get("fingerprint")
+    tensors, inputs = values.get("tensors", {}), values.get("input_sha256")
+    is_ours = (
+        values.get("tool") == _TOOL
+        and isinstance(fingerprint, str)
+        and (inputs is None or isinstance(inputs, str))
+        and _are_sums(files)
+        and all(_is_relative(name) for name in files)
+        and isinstance(tensors, dict)
+        and all(name in files and _are_sums(sums) for name, sums in tensors.items())
+    )
+    if not is_ours:
         raise InputError("is not a list of checksums of this tool", file=path, hint="convert again")
-    return Checksums(fingerprint, inputs, files or {}, tensors)
+    return Checksums(fingerprint, inputs, files, tensors)
 
 
 def file_sha256(path: Path) -> str:

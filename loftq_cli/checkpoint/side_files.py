@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from loftq_cli.checkpoint import disk
+from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 
 # Other forms of the same weights, and what belongs to a training run or a repository: none describes our output.
@@ -23,8 +24,8 @@ MAX_NBYTES = 200_000_000  # the largest tokenizers have tens of MB; more is not 
 def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
     """(copied, left): relative paths of the files beside the weights, at most one folder deep, in order.
 
-    Left are files in other weight formats and oversized ones. Hidden files and `config.json`, which we write
-    ourselves, and folders that hold an adapter are in neither.
+    Left are files in other weight formats, oversized ones, and those whose name is no UTF-8, which no JSON can list.
+    Hidden files and `config.json`, which we write ourselves, and folders that hold an adapter are in neither.
     """
     copied: list[Path] = []
     left: list[Path] = []
@@ -38,8 +39,8 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
             if name.startswith(".") or (here == Path() and name in _SKIPPED_NAMES) or name.endswith(".index.json"):
                 continue
             full = directory / path
-            is_weights = full.suffix.lower() in _WEIGHT_SUFFIXES
-            if is_weights or not full.is_file() or full.stat().st_size > MAX_NBYTES:
+            is_left = full.suffix.lower() in _WEIGHT_SUFFIXES or not is_tensor_name(str(path))
+            if is_left or not full.is_file() or full.stat().st_size > MAX_NBYTES:
                 left.append(path)
             else:
                 copied.append(path)

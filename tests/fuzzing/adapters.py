@@ -90,7 +90,7 @@ def merge(directory: Path) -> Session:
     def read(item: tuple[bytes, bytes]) -> None:
         (base / "config.json").write_bytes(item[0])
         (adapter_directory / "adapter_config.json").write_bytes(item[1])
-        plan = prepare(base, adapter_directory, output, MergeOptions(), overwrite=False)
+        plan = prepare(base, adapter_directory, output, MergeOptions())
         assert plan.fingerprint and plan.model_config()
 
     return Session(make, read)

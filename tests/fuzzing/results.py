@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from random import Random
@@ -9,6 +10,8 @@ from typing import Any
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.checksums import read_checksums
+from loftq_cli.checkpoint.journal import parse_journal
+from loftq_cli.errors import InputError
 from loftq_cli.provenance import check_provenance
 from loftq_cli.recipe import Override, Recipe, recipe_toml, resolve_recipe
 from loftq_cli.report import read_report
@@ -112,6 +115,27 @@ def checksums(directory: Path) -> Session:
         assert found.to_json()
 
     return Session(lambda random: json_bytes(_CHECKSUMS, random, hostile), read)
+
+
+def journal(directory: Path) -> Session:
+    """The lines of a journal, some of another form under a right checksum, some damaged. What ends its reading counts
+    as refused.
+    """
+    values = ["options", *(["w.weight", "1" * 64, {"w.weight": "2" * 64}, {"error": 0.1}] for _ in range(3))]
+    texts = [json.dumps(value).encode() for value in values]
+
+    def make(random: Random) -> bytes:
+        lines = [json_bytes(value, random) if random.random() < 0.3 else text for value, text in zip(values, texts)]
+        whole = b"".join(hashlib.sha256(line).hexdigest()[:16].encode() + b" " + line + b"\n" for line in lines)
+        return edited(whole, random) if random.random() < 0.3 else whole
+
+    def read(data: bytes) -> None:
+        found = parse_journal(data)
+        assert found.nbytes <= len(data)
+        if len(found.entries) < len(values) - 1:
+            raise InputError("does not hold every unit")
+
+    return Session(make, read)
 
 
 def recipe(directory: Path) -> Session:

@@ -21,5 +21,6 @@ TARGETS: dict[str, Target] = {
     "report": Target(results.report, 6),
     "provenance": Target(results.provenance, 3),
     "checksums": Target(results.checksums, 8),
+    "journal": Target(results.journal, 6),
     "recipe": Target(results.recipe, 2),
 }
