@@ -125,7 +125,10 @@ def journal(directory: Path) -> Session:
     texts = [json.dumps(value).encode() for value in values]
 
     def make(random: Random) -> bytes:
-        lines = [json_bytes(value, random) if random.random() < 0.3 else text for value, text in zip(values, texts)]
+        lines = [
+            json_bytes(value, random) if random.random() < 0.3 else text
+            for value, text in zip(values, texts, strict=True)
+        ]
         whole = b"".join(hashlib.sha256(line).hexdigest()[:16].encode() + b" " + line + b"\n" for line in lines)
         return edited(whole, random) if random.random() < 0.3 else whole
 
