@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from loftq_cli.checkpoint.checksums import CHECKSUMS
 from loftq_cli.checkpoint.journal import JournalEntry
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
-from loftq_cli.checkpoint.side_files import copy_side_files, side_files_nbytes
+from loftq_cli.checkpoint.side_files import are_copied, copy_side_files, nbytes_of, side_file_copies
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles
@@ -42,6 +43,7 @@ from loftq_cli.schedule import Steps, in_order
 from loftq_cli.workers import Workers, started
 
 _BUILTIN = Path(__file__).parent / "builtin"
+_OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # of a source that is a result itself
 _VERIFY_TOLERANCE = 1e-6  # the same sums over the same numbers; only the order of additions could differ
 
 
@@ -64,6 +66,11 @@ class Conversion:
     plan: Plan
     output: Path
     base_model: str
+
+    @property
+    def side_files(self) -> dict[str, Path]:
+        """The small files that are copied, by the names of their copies; what the result has of its own is not."""
+        return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES)
 
     @property
     def fingerprint(self) -> str:
@@ -130,7 +137,7 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
     if mark is not None:
         names = [job.name for job in conversion.plan.jobs]
         inputs = fingerprint_of({name: conversion.checkpoint.sha256(name) for name in names})
-        if mark.input_sha256 == inputs:
+        if mark.input_sha256 == inputs and are_copied(conversion.side_files, mark.files):
             return True
     check_output(conversion.output, overwrite=overwrite)
     return False
@@ -147,9 +154,11 @@ def run(
     plan, output = conversion.plan, conversion.output
     if (missing := choose_kernels(plan.work)) is not None:
         observer.phase(missing)
-    check_space(output, plan.base_nbytes + plan.adapter_nbytes + side_files_nbytes(conversion.checkpoint.directory))
+    check_space(output, plan.base_nbytes + plan.adapter_nbytes + nbytes_of(conversion.side_files))
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
     try:
+        if staging.entries:
+            observer.phase(f"continuing: of {len(plan.jobs)} tensors {len(staging.entries)} are finished, and are hashed")
         with started(threads) as workers, _output_files(plan, staging.path) as files:
             results, entries, resumed = _run_jobs(conversion, staging, files, observer, workers)
             if verify:
@@ -252,8 +261,7 @@ def _write_side_files(
     plan, base_model = conversion.plan, conversion.base_model
     source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
     notes = [_not_finite_note(job) for job in plan.copies if NOT_FINITE in entries[job.name].result]
-    if conversion.checkpoint.directory is not None:
-        copy_side_files(conversion.checkpoint.directory, directory)
+    copy_side_files(conversion.side_files, directory)
     texts = {
         f"{plan.adapter_dir}/{peft_adapter.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.adapter_source import LoraTensors
 from loftq_cli.checkpoint.journal import JournalEntry
-from loftq_cli.checkpoint.side_files import side_files_nbytes
+from loftq_cli.checkpoint.side_files import are_copied, nbytes_of
 from loftq_cli.checkpoint.staging import Staging, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, LoftqError, NumericError, QualityError, StorageError
@@ -26,6 +26,7 @@ from loftq_cli.merge_report import (
     MergedLayer,
     MergeOutcome,
     largest_difference,
+    side_files,
     total_lost,
     total_retention,
     write_side_files,
@@ -63,7 +64,7 @@ def already_done(merge: Merge, *, overwrite: bool) -> bool:
     Raises UsageError when something else stands there.
     """
     mark = finished_mark(merge.output, merge.fingerprint, overwrite=overwrite)
-    if mark is not None and mark.input_sha256 == _InputSums(merge).all():
+    if mark is not None and mark.input_sha256 == _InputSums(merge).all() and are_copied(side_files(merge), mark.files):
         return True
     check_output(merge.output, overwrite=overwrite)
     return False
@@ -83,9 +84,11 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, thr
     missing = choose_kernels(sum(_numel(job) for job in merge.jobs if job.is_touched or job.matrix is not None))
     for note in (*notes, *([missing] if missing else [])):
         observer.note(note)
-    check_space(merge.output, merge.nbytes + side_files_nbytes(merge.base.checkpoint.directory))
+    check_space(merge.output, merge.nbytes + nbytes_of(side_files(merge)))
     staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
     try:
+        if staging.entries:
+            observer.note(f"continuing: of {len(merge.jobs)} tensors {len(staging.entries)} are finished, and are hashed")
         with started(threads) as workers, OutputFiles(staging.path, _files(merge)) as files:
             layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries), staging, observer, workers)
         _check_retention(merge, layers)

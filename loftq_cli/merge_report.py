@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.checksums import CHECKSUMS
-from loftq_cli.checkpoint.side_files import copy_side_files
+from loftq_cli.checkpoint.side_files import copy_side_files, side_file_copies
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_plan import Merge
 from loftq_cli.metrics import relative
@@ -133,12 +133,16 @@ def finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
+def side_files(merge: Merge) -> dict[str, Path]:
+    """The small files of the base that are copied, by the names of their copies."""
+    card = {"README.md"} if (merge.base.folder / REPORT_NAME).is_file() else set()
+    return side_file_copies(merge.base.checkpoint.directory, leave=_NOT_COPIED | card)
+
+
 def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> None:
     """Tokenizer and the like, config, index, report and card. Raises StorageError."""
     base = merge.base
-    if base.checkpoint.directory is not None:
-        card = {"README.md"} if (base.folder / REPORT_NAME).is_file() else set()
-        copy_side_files(base.folder, directory, leave=_NOT_COPIED | card)
+    copy_side_files(side_files(merge), directory)
     texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
     if len(merge.shards) > 1:
         shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}

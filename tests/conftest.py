@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 
 # The matrices of these tests are small: on a busy machine a second thread costs LAPACK more than it brings. Set before
@@ -11,3 +13,10 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`out` in an empty working directory: the output's name as typed is in some of its files."""
+    monkeypatch.chdir(tmp_path)
+    return Path("out")

@@ -35,13 +35,6 @@ def uninterrupted(source, tmp_path_factory):
     return files_of(where / "out")
 
 
-@pytest.fixture
-def out(tmp_path, monkeypatch):
-    """`out` in an empty working directory: the output's name as typed is in some of its files."""
-    monkeypatch.chdir(tmp_path)
-    return type(tmp_path)("out")
-
-
 def partial(out):
     """Where an unfinished result is hidden, with its journal."""
     return out.parent / ".out.partial"

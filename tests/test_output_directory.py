@@ -4,6 +4,7 @@ files, space and second writers.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -35,13 +36,6 @@ def expected(source, tmp_path_factory):
         patch.chdir(where)
         run_conversion(source, type(where)("out"), **RECIPE)
     return files_of(where / "out")
-
-
-@pytest.fixture
-def out(tmp_path, monkeypatch):
-    """`out` in an empty working directory: the output's name as typed is in some of its files."""
-    monkeypatch.chdir(tmp_path)
-    return type(tmp_path)("out")
 
 
 @pytest.fixture
@@ -233,3 +227,44 @@ def test_every_tensor_is_in_the_checksums_under_its_file(source, out):
             with safe_open(result / name, "pt") as file:
                 assert sorted(mark["tensors"][name]) == sorted(file.keys())
             assert mark["files"][name] == file_sha256(result / name)
+
+
+def test_a_result_whose_tokenizer_was_replaced_since_is_not_taken_for_done(source, out, tmp_path):
+    shutil.copytree(source, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    command = ("quantize", "model", "out", "--rank", "4", "--iterations", "1", "-q")
+    assert loftq(*command).returncode == 0
+    assert "already done" in loftq(*command).stderr
+    (tmp_path / "model" / "tokenizer.json").write_text('{"version": 2}')
+    assert "exists already (--overwrite replaces it)" in loftq(*command).stderr
+
+
+def test_where_the_file_system_has_no_locks_the_work_is_done_without(source, out, expected, monkeypatch):
+    def nothing(descriptor, operation):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", nothing)
+    run_conversion(source, out, **RECIPE)
+    assert files_of(out) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EACCES, "check its permissions, or write elsewhere"),
+        (errno.EROFS, "check its permissions, or write elsewhere"),
+        (errno.EIO, "check the disk, then run the same command to continue"),
+        (errno.EMFILE, "a larger --max-shard-size, or ulimit -n"),
+        (errno.EDQUOT, "free some space or write elsewhere, then run the same command to continue"),
+    ],
+)
+def test_what_the_system_refuses_comes_with_a_remedy(source, out, monkeypatch, number, remedy):
+    def refuse(path, *arguments, real=os.open):
+        if str(path).endswith(".safetensors") and arguments[0] & os.O_CREAT:
+            raise OSError(number, os.strerror(number))
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StorageError) as caught:
+        run_conversion(source, out, **RECIPE)
+    assert str(caught.value).endswith(f"{os.strerror(number).lower()} ({remedy})")

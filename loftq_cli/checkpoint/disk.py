@@ -13,7 +13,14 @@ from pathlib import Path
 
 from loftq_cli.errors import StorageError
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FREE = "free some space or write elsewhere, then run the same command to continue"
+_ALLOW = "check its permissions, or write elsewhere"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
+    errno.EIO: "check the disk, then run the same command to continue",
+    errno.EMFILE: "a larger --max-shard-size, or ulimit -n",
+}
 
 
 def make_directory(path: Path) -> None:
@@ -107,11 +114,8 @@ def written_file(path: Path) -> Iterator[int]:
 def storage_error(error: OSError, path: Path) -> StorageError:
     """An OSError as one line for the user."""
     what = (error.strerror or "input/output error").lower()
-    if error.errno not in _FULL:
-        return StorageError(what, file=path)
     free = f", {_free(path)} are free" if error.errno == errno.ENOSPC else ""
-    hint = "free some space or write elsewhere, then run the same command to continue"
-    return StorageError(what + free, file=path, hint=hint)
+    return StorageError(what + free, file=path, hint=_REMEDIES.get(error.errno or 0))
 
 
 def _free(path: Path) -> str:

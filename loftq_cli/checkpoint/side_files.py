@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from loftq_cli.checkpoint import disk
+from loftq_cli.checkpoint.checksums import file_sha256
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 
@@ -47,23 +48,33 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
     return copied, left
 
 
-def side_files_nbytes(directory: Path | None) -> int:
-    """Bytes of the files that would be copied."""
-    return 0 if directory is None else sum((directory / path).stat().st_size for path in find_side_files(directory)[0])
+def side_file_copies(source: Path | None, *, leave: Collection[str] = ()) -> dict[str, Path]:
+    """Name of each copy in the result -> the file that is copied, but for the names in `leave`.
 
-
-def copy_side_files(source: Path, target: Path, *, leave: Collection[str] = ()) -> None:
-    """Copy what `find_side_files` finds in `source`, but for the names in `leave`, with fresh normal permissions.
-
-    The source's README.md becomes SOURCE_README.md: a result has a card of its own. Raises StorageError.
+    The source's README.md becomes SOURCE_README.md: a result has a card of its own.
     """
-    for path in find_side_files(source)[0]:
-        if path.as_posix() in leave:
-            continue
-        copy = target / (SOURCE_CARD if path == Path("README.md") else path)
+    found = [] if source is None else find_side_files(source)[0]
+    named = {SOURCE_CARD if path == Path("README.md") else path.as_posix(): path for path in found}
+    return {name: Path(source or "") / path for name, path in named.items() if path.as_posix() not in leave}
+
+
+def copy_side_files(copies: Mapping[str, Path], target: Path) -> None:
+    """Make `copies` in `target`, with fresh normal permissions. Raises StorageError."""
+    for name, source in copies.items():
+        copy = target / name
         disk.make_directory(copy.parent)
-        file, position = WatchedFile.open(source / path, may_be_empty=True), 0
+        file, position = WatchedFile.open(source, may_be_empty=True), 0
         with disk.written_file(copy) as descriptor:
             for chunk in file.chunks(0, file.nbytes, CHUNK_NBYTES):
                 disk.write_at(descriptor, position, chunk, copy)
                 position += len(chunk)
+
+
+def are_copied(copies: Mapping[str, Path], sums: Mapping[str, str]) -> bool:
+    """Whether the files are still those whose sha256 a result lists by the names of the copies."""
+    return all(sums.get(name) == file_sha256(source) for name, source in copies.items())
+
+
+def nbytes_of(copies: Mapping[str, Path]) -> int:
+    """Bytes that they take."""
+    return sum(source.stat().st_size for source in copies.values())

@@ -7,6 +7,7 @@ publication moves file by file, the config and then the checksums last.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -28,6 +29,7 @@ from loftq_cli.errors import InputError, StorageError, UsageError
 _JOURNAL, _RESULT, _REPLACED = ".journal", "result", "replaced"
 _NO_CONTENT = {".partial", "lost+found"}  # in a directory that is a mount point
 _SYNC_SECONDS = 2.0  # of work that a power failure may cost beside the unit at hand; a kill costs only that one
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of network file systems that are mounted without them
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -203,7 +205,7 @@ class Staging:
                 hint="run the same command as before to continue it, or --restart to start over",
             )
         if restart or is_other or is_worthless:
-            for path in place.root.iterdir():
+            for path in list(place.root.iterdir()):
                 disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
             found = JournalContents()
         disk.make_directory(place.result)
@@ -331,7 +333,11 @@ def _locked(place: _Place, output: Path) -> int:
     except OSError as error:
         raise disk.storage_error(error, place.root) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
         if not os.path.samestat(os.fstat(descriptor), os.stat(place.root)):
             raise FileNotFoundError
         return descriptor
