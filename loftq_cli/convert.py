@@ -158,7 +158,7 @@ def run(
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
     try:
         if staging.entries:
-            observer.phase(f"continuing: of {len(plan.jobs)} tensors {len(staging.entries)} are finished, and are hashed")
+            observer.phase(f"continuing: {len(staging.entries)} of {len(plan.jobs)} tensors are finished; hashing them")
         with started(threads) as workers, _output_files(plan, staging.path) as files:
             results, entries, resumed = _run_jobs(conversion, staging, files, observer, workers)
             if verify:

@@ -88,7 +88,7 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, thr
     staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
     try:
         if staging.entries:
-            observer.note(f"continuing: of {len(merge.jobs)} tensors {len(staging.entries)} are finished, and are hashed")
+            observer.note(f"continuing: {len(staging.entries)} of {len(merge.jobs)} tensors are finished; hashing them")
         with started(threads) as workers, OutputFiles(staging.path, _files(merge)) as files:
             layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries), staging, observer, workers)
         _check_retention(merge, layers)

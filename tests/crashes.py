@@ -59,7 +59,7 @@ class FailingDisk:
     """Counts operations, and at number `at` (from 0) does what `fail` says: "kill", or an errno to report.
 
     Of `only` these operations, if given. With `loses_power`, a kill also takes back what was not synced: data in any
-    part and order, names from some moment on.
+    part and order, and names, all from some moment on or any of them.
     """
 
     trash: Path
@@ -119,19 +119,26 @@ class FailingDisk:
 
     def _lose(self, dice: random.Random) -> None:
         for change in reversed(self._data):
-            if change.path.exists() and (lost := dice.choice(["nothing", "all", "end"])) != "nothing":
-                kept = dice.randrange(0, len(change.before) + 1, SECTOR) if lost == "end" else 0
+            if change.path.exists() and (gone := dice.choice(["nothing", "all", "end"])) != "nothing":
+                kept = dice.randrange(0, len(change.before) + 1, SECTOR) if gone == "end" else 0
                 with open(change.path, "r+b") as file:
                     file.seek(change.position + kept)
                     file.write(change.before[kept:])
-                    if lost == "all":
+                    if gone == "all":
                         file.truncate(change.size_before)
-        for name in reversed(self._names[dice.randrange(len(self._names) + 1) :]):
+        since = dice.randrange(len(self._names) + 1)
+        lost = self._names[since:] if dice.random() < 0.5 else [name for name in self._names if dice.random() < 0.5]
+        for name in reversed(lost):
             if name.kind == "made" and name.path.exists():
                 shutil.rmtree(name.path) if name.path.is_dir() else name.path.unlink()
             elif name.kind in ("moved", "removed") and name.path.exists():
                 assert name.other is not None
-                os.rename(name.path, name.other)
+                if name.other.parent.is_dir() and not name.other.exists():
+                    os.rename(name.path, name.other)
+
+    def lose_power(self) -> None:
+        """After the end of a program: what it did not sync may be gone."""
+        self._lose(random.Random(self.seed))
 
     def _make_directory(self, path: Path) -> None:
         if not path.exists():

@@ -242,6 +242,15 @@ def test_a_kill_at_every_single_operation(
     kill_everywhere(scenario, tmp_path, 10**6, loses_power=loses_power)
 
 
+def test_after_success_a_power_failure_takes_nothing(scenario: Callable[[], Scenario], tmp_path: Path) -> None:
+    for seed in range(8):
+        made, failing = scenario(), FailingDisk(tmp_path / f"trash{seed}", seed=seed)
+        with failing.installed():
+            made.run()
+        failing.lose_power()
+        assert made.visible() == made.expected
+
+
 def test_three_kills_in_a_row_lose_nothing(scenario: Callable[[], Scenario], tmp_path: Path) -> None:
     count = operations(scenario, tmp_path)
     made = scenario()

@@ -213,8 +213,6 @@ class Staging:
         if found.fingerprint is None:
             self._journal.start(self._fingerprint)
         self._journal.sync(self._journal.end)
-        # Without this one, and with a journal that speaks of publishing, a result would count as published.
-        disk.remove(place.result / CHECKSUMS)
         disk.sync_directory(place.root)
         disk.sync_directory(place.root.parent)
         return by_unit(found.entries)
@@ -379,9 +377,6 @@ def _recover(place: _Place) -> None:
 
 
 def _clear(place: _Place) -> None:
-    # The journal last: until then it says that nothing of this is to come back.
-    disk.remove_tree(place.replaced)
-    disk.remove_tree(place.result)
     disk.remove_tree(place.root)
     disk.sync_directory(place.root.parent)
 
@@ -404,31 +399,44 @@ def _move_in(place: _Place) -> None:
     before = read_checksums(place.target)
     if before is not None:
         disk.make_directory(place.replaced)
-        _move(_top_names(before), place.target, place.replaced)
-    # Weights first: nothing loads a folder without its config.
-    names = sorted(os.listdir(place.result), key=lambda name: (name == "config.json", name.endswith(".json")))
-    _move([name for name in names if name != CHECKSUMS], place.result, place.target)
-    disk.rename(place.result / CHECKSUMS, place.target / CHECKSUMS)
-    disk.sync_directory(place.target)
+        disk.sync_directory(place.root)
+        _take_out(_top_names(before), place.target, place.replaced)
+    _bring_in(os.listdir(place.result), place.result, place.target)
 
 
 def _move_back(place: _Place) -> None:
     if (mark := read_checksums(place.result)) is not None:
-        here = [name for name in _top_names(mark) if name != CHECKSUMS and not (place.result / name).exists()]
-        _move([name for name in here if (place.target / name).exists()], place.target, place.result)
+        came = [name for name in _top_names(mark) if not (place.result / name).exists()]
+        _take_out([name for name in came if (place.target / name).exists()], place.target, place.result)
     if place.replaced.is_dir():
-        _move(sorted(os.listdir(place.replaced)), place.replaced, place.target)
+        _bring_in(os.listdir(place.replaced), place.replaced, place.target)
         disk.remove_tree(place.replaced)
 
 
 def _top_names(mark: Checksums) -> list[str]:
-    """What a result has in its folder; the completeness mark first, then the config."""
-    names = {name.partition("/")[0] for name in mark.files}
-    return [CHECKSUMS, *sorted(names, key=lambda name: (name != "config.json", name))]
+    """What a result has in its folder."""
+    return [CHECKSUMS, *{name.partition("/")[0] for name in mark.files}]
+
+
+def _take_out(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move a result's files, the mark and the config first: nothing loads a folder without its config."""
+    for kind in (2, 1, 0):
+        _move([name for name in names if _rank(name) == kind], source, target)
+
+
+def _bring_in(names: Iterable[str], source: Path, target: Path) -> None:
+    """Move a result's files, the config and the mark last."""
+    for kind in (0, 1, 2):
+        _move([name for name in names if _rank(name) == kind], source, target)
+
+
+def _rank(name: str) -> int:
+    return {"config.json": 1, CHECKSUMS: 2}.get(name, 0)
 
 
 def _move(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
+    """Move files, and return when that is on the disk."""
+    for name in sorted(names):
         disk.rename(source / name, target / name)
     disk.sync_directory(target)
     disk.sync_directory(source)
