@@ -234,10 +234,8 @@ def _loading_lines(plan: Plan, base_model: str) -> str:
 
     PEFT pools inputs on GPTQ layers only, and by its own convention; transformers reads no MLX.
     """
-    architectures, base = (
-        plan.family.architectures,
-        json.dumps(base_model, ensure_ascii=False),
-    )  # a literal of Python too
+    architectures = plan.family.architectures
+    base = json.dumps(base_model, ensure_ascii=False)  # which is how Python writes it too
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
