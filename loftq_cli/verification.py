@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.checksums import CHECKSUMS, Checksums, file_sha256, files_in, read_checksums
+from loftq_cli.checkpoint.place import HIDDEN_INSIDE, is_unfinished
 from loftq_cli.checkpoint.source import MODEL_FILES, WeightsFile, faults, open_checkpoint, open_weights_file
 from loftq_cli.consistency import Opened, is_behind_link, open_all, recorded_fingerprints
 from loftq_cli.errors import InputError, LoftqError
@@ -24,8 +24,6 @@ from loftq_cli.report import REPORT_NAME, fingerprint_of
 from loftq_cli.tensors import TensorRef
 from loftq_cli.workers import Workers, started
 
-# What staging works in, and what lies in it.
-_HIDDEN, _HIDDEN_INSIDE, _JOURNAL = re.compile(r"\.(.+\.)?partial"), ".partial", ".journal"
 _WITH_NUMBERS = ("float", "bfloat", "complex")  # dtypes that can hold NaN
 
 
@@ -40,7 +38,7 @@ def verify(path: Path, threads: int = 1, tell: Callable[[Problem], None] = lambd
     if not path.is_dir():
         return _verify_file(path, threads, tell)
     found = Findings(path, tell)
-    if _is_staging(path):
+    if is_unfinished(path):
         found.problem("is an unfinished result: the command that began it completes it")
         return found.verification(has_checksums=False)
     sums = _checksums(found)
@@ -57,12 +55,6 @@ def verify(path: Path, threads: int = 1, tell: Callable[[Problem], None] = lambd
         _check_fingerprints(found, opened, numbers.sha256)
     found.files |= opened.files()
     return found.verification(has_checksums=sums is not None)
-
-
-def _is_staging(directory: Path) -> bool:
-    whole = Path(os.path.abspath(directory))
-    is_hidden = any(_HIDDEN.fullmatch(name) for name in (whole.name, whole.parent.name))
-    return is_hidden or os.path.lexists(directory / _JOURNAL)
 
 
 def _verify_file(path: Path, threads: int, tell: Callable[[Problem], None]) -> Verification:
@@ -83,7 +75,7 @@ def _verify_file(path: Path, threads: int, tell: Callable[[Problem], None]) -> V
 def _checksums(found: Findings) -> Checksums | None:
     sums = found.attempt(read_checksums, found.directory)
     if sums is None and found.is_clean:
-        for name in (REPORT_NAME, MERGE_REPORT_NAME, _HIDDEN_INSIDE):
+        for name in (REPORT_NAME, MERGE_REPORT_NAME, HIDDEN_INSIDE):
             if os.path.lexists(found.directory / name):
                 found.problem(f"holds {name} and no {CHECKSUMS}, which is written last: it is incomplete")
     return sums

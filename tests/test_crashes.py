@@ -21,7 +21,7 @@ from crashes import FailingDisk, Killed
 from safetensors.torch import save_file
 
 from loftq_cli import convert, merge, merge_plan
-from loftq_cli.checkpoint import staging
+from loftq_cli.checkpoint import place, staging
 from loftq_cli.errors import StorageError
 from loftq_cli.merge_form import MergeOptions
 from loftq_cli.recipe import Recipe
@@ -150,7 +150,7 @@ def scenario(
     monkeypatch.setattr(staging, "_SYNC_SECONDS", -1.0)
     monkeypatch.setattr(staging, "ThreadPoolExecutor", AtOnce)
     if "mounted" in name:
-        monkeypatch.setattr(staging, "_is_mount", lambda path: path.name == "out")
+        monkeypatch.setattr(place, "_is_mount", lambda path: path.name == "out")
 
     def command(observer: Watching) -> None:
         run, given = (merge_into, base) if name == "merge" else (quantize, source)

@@ -17,7 +17,7 @@ import models
 import pytest
 from conversions import Silent, StopAfter, files_of, loftq, run_conversion, run_merge
 
-from loftq_cli.checkpoint import staging
+from loftq_cli.checkpoint import place
 from loftq_cli.checkpoint.checksums import file_sha256
 from loftq_cli.errors import StorageError, UsageError
 
@@ -41,14 +41,14 @@ def expected(source, tmp_path_factory):
 @pytest.fixture
 def mounted(out, tmp_path, monkeypatch):
     """The same as a mount point, by what the system says of it; with a blank in its name, which that writes as 040."""
-    place = tmp_path / "a disk"
-    place.mkdir()
-    monkeypatch.chdir(place)
+    disk = tmp_path / "a disk"
+    disk.mkdir()
+    monkeypatch.chdir(disk)
     out.mkdir()
     mounts = tmp_path / "mountinfo"
-    shown = str(place / "out").replace(" ", "\\040")
+    shown = str(disk / "out").replace(" ", "\\040")
     mounts.write_text(f"36 35 98:0 / / rw - ext4 /dev/a rw\n37 36 98:0 /x {shown} rw - ext4 /dev/a rw\n")
-    monkeypatch.setattr(staging, "_MOUNTS", mounts)
+    monkeypatch.setattr(place, "_MOUNTS", mounts)
     return out
 
 

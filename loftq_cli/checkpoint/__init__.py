@@ -10,6 +10,7 @@ disk.py               every change that is made to a disk
 writer.py             header-first writing of one .safetensors file
 journal.py            what a run has finished, line by line
 checksums.py          the completeness mark of a result
-staging.py            the output directory: hidden until it is complete
+place.py              where a result is made, and how it becomes visible
+staging.py            the output directory: locked, and hidden until it is complete
 side_files.py         the small files that travel with a model
 """

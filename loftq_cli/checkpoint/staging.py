@@ -1,8 +1,5 @@
-"""The output directory, hidden until it is complete: work happens in `.NAME.partial` beside it, under a lock, with a
-journal of finished units; publication is one rename. Nobody ever sees a half-written result under its own name.
-
-Beside a mount point, or where the parent may not be written, there is no such place: there it is `.partial` inside, and
-publication moves file by file, the config and then the checksums last.
+"""The output directory, hidden until it is complete: work happens in a folder of its own (place.py), under a lock, with
+a journal of finished units. Nobody ever sees a half-written result under its own name.
 """
 
 from __future__ import annotations
@@ -11,66 +8,22 @@ import errno
 import fcntl
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint import disk
 from loftq_cli.checkpoint.checksums import CHECKSUMS, Checksums, file_sha256, files_in, read_checksums
 from loftq_cli.checkpoint.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
+from loftq_cli.checkpoint.place import Place
 from loftq_cli.errors import InputError, StorageError, UsageError
 
-_JOURNAL, _RESULT, _REPLACED = ".journal", "result", "replaced"
-_NO_CONTENT = {".partial", "lost+found"}  # in a directory that is a mount point
 _SYNC_SECONDS = 2.0  # of work that a power failure may cost beside the unit at hand; a kill costs only that one
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of network file systems that are mounted without them
-_MOUNTS = Path("/proc/self/mountinfo")
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a result is made.
-
-    target   the directory that it becomes, links resolved
-    root     the hidden directory, which is locked; what is written is in its `result`
-    moves    whether publication moves file by file
-    """
-
-    target: Path
-    root: Path
-    moves: bool
-
-    @property
-    def result(self) -> Path:
-        return self.root / _RESULT
-
-    @property
-    def replaced(self) -> Path:
-        return self.root / _REPLACED
-
-    @property
-    def journal(self) -> Path:
-        return self.root / _JOURNAL
-
-    def is_published(self) -> bool:
-        """Whether the hidden directory is what a run left behind that died after its publication."""
-        if not read_journal(self.journal).is_publishing:
-            return False
-        return not (self.result / CHECKSUMS).exists() if self.moves else not self.result.exists()
-
-    def is_left_over(self) -> bool:
-        """Whether there is a hidden directory, and nothing of use in it."""
-        return self.root.is_dir() and (self.is_published() or read_journal(self.journal).fingerprint is None)
-
-    def is_half_published(self) -> bool:
-        """Whether a run died while it published: what stands under the output's name may be a part of its result."""
-        return read_journal(self.journal).is_publishing and not self.is_published()
 
 
 class Staging:
@@ -85,13 +38,13 @@ class Staging:
         is not continued, and `restart` discards it.
         """
         self.output, self._fingerprint = output, fingerprint
-        self._place = _place_of(output)
+        self._place = Place.of(output)
         self.path = self._place.result
         self._journal: Journal | None = None
         check_output(output, overwrite=overwrite)
         self._lock = _locked(self._place, output)
         try:
-            _recover(self._place)
+            self._place.recover()
             check_output(output, overwrite=overwrite)
             self.entries = self._open_journal(restart=restart)
         except BaseException:
@@ -156,11 +109,7 @@ class Staging:
             journal.cut(to_nothing=True)
             raise
         journal.publish()
-        if self._place.moves:
-            _move_in(self._place)
-        else:
-            _rename_in(self._place)
-        _clear(self._place)
+        self._place.publish()
 
     @contextmanager
     def whole(self, tool: Mapping[str, Any]) -> Iterator[Path]:
@@ -178,8 +127,8 @@ class Staging:
 
     def discard(self) -> None:
         """Remove what was written; what stood under the output's name stays or comes back."""
-        _recover(self._place)
-        _clear(self._place)
+        self._place.recover()
+        self._place.clear()
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -220,7 +169,7 @@ class Staging:
 
 def check_output(output: Path, *, overwrite: bool) -> None:
     """Raises UsageError when something stands under `output` that a result may not replace."""
-    place = _place_of(output)
+    place = Place.of(output)
     if not place.target.parent.is_dir():
         hint = f"mkdir -p {place.target.parent}"
         raise UsageError("its parent directory does not exist", file=output, hint=hint)
@@ -228,7 +177,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         return
     if not output.is_dir():
         raise UsageError("is not a directory", file=output, hint="choose another output")
-    if not _contents(place):
+    if not place.contents():
         return
     try:
         mark = read_checksums(place.target)
@@ -243,8 +192,7 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise UsageError("exists already", file=output, hint="--overwrite replaces it")
     known = {*mark.files, CHECKSUMS}
-    found = (name for name in files_in(place.target) if not (place.moves and name.startswith(".partial/")))
-    added = [name for name in found if name not in known]
+    added = [name for name in files_in(place.target) if name not in known and not place.is_hidden(name)]
     if added:
         more = f" and {len(added) - 3} more files" if len(added) > 3 else ""
         what = f"holds {', '.join(added[:3])}{more}, which the run that made it did not write"
@@ -257,7 +205,7 @@ def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksu
 
     One that is to be replaced counts only where its run left something behind: then this run continues that one.
     """
-    if overwrite and not _place_of(output).is_left_over():
+    if overwrite and not Place.of(output).is_left_over():
         return None
     try:
         mark = read_checksums(output)
@@ -287,7 +235,7 @@ def check_space(output: Path, nbytes: int) -> None:
     """Raises StorageError when the file system of `output` has less than `nbytes` free, beside what an unfinished run
     has taken of it already.
     """
-    place = _place_of(output)
+    place = Place.of(output)
     taken = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
     free = shutil.disk_usage(place.root.parent).free
     if free + taken < nbytes:
@@ -298,30 +246,7 @@ def check_space(output: Path, nbytes: int) -> None:
         )
 
 
-def _place_of(output: Path) -> _Place:
-    target = Path(os.path.realpath(output))
-    moves = target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
-    return _Place(target, target / ".partial" if moves else target.parent / f".{target.name}.partial", moves)
-
-
-def _is_mount(path: Path) -> bool:
-    """Whether another file system, or another part of the same one, is mounted there."""
-    if os.path.ismount(path):
-        return True
-    try:
-        lines = _MOUNTS.read_bytes().splitlines()
-    except OSError:
-        return False
-    points = (re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]) for line in lines)
-    return os.fsencode(path) in points  # of the same file system, ismount sees none
-
-
-def _contents(place: _Place) -> list[str]:
-    ignored = _NO_CONTENT if place.moves else set()
-    return [name for name in os.listdir(place.target) if name not in ignored]
-
-
-def _locked(place: _Place, output: Path) -> int:
+def _locked(place: Place, output: Path) -> int:
     """A descriptor that holds the lock. It is on the hidden directory itself and goes with the process: there is no
     stale lock to clean up.
     """
@@ -352,7 +277,7 @@ def _locked(place: _Place, output: Path) -> int:
 
 def _sweep(output: Path) -> None:
     """Remove what a run left behind that died after publishing."""
-    place = _place_of(output)
+    place = Place.of(output)
     if not place.is_left_over():
         return
     try:
@@ -360,86 +285,9 @@ def _sweep(output: Path) -> None:
     except StorageError:
         return
     try:
-        _clear(place)
+        place.clear()
     finally:
         os.close(lock)
-
-
-def _recover(place: _Place) -> None:
-    """Undo a publication that was interrupted: what stood there before stands there again."""
-    if place.is_published():
-        return
-    if place.moves:
-        if place.is_half_published():
-            _move_back(place)
-    elif place.replaced.exists() and not os.path.lexists(place.target):
-        disk.rename(place.replaced, place.target)
-
-
-def _clear(place: _Place) -> None:
-    disk.remove_tree(place.root)
-    disk.sync_directory(place.root.parent)
-
-
-def _rename_in(place: _Place) -> None:
-    is_replacing = place.target.exists() and any(place.target.iterdir())
-    if is_replacing:
-        disk.remove_tree(place.replaced)
-        disk.rename(place.target, place.replaced)
-        disk.sync_directory(place.root)
-    try:
-        disk.rename(place.result, place.target)  # an empty directory gives way
-    except BaseException:
-        _recover(place)
-        raise
-    disk.sync_directory(place.target.parent)
-
-
-def _move_in(place: _Place) -> None:
-    before = read_checksums(place.target)
-    if before is not None:
-        disk.make_directory(place.replaced)
-        disk.sync_directory(place.root)
-        _take_out(_top_names(before), place.target, place.replaced)
-    _bring_in(os.listdir(place.result), place.result, place.target)
-
-
-def _move_back(place: _Place) -> None:
-    if (mark := read_checksums(place.result)) is not None:
-        came = [name for name in _top_names(mark) if not (place.result / name).exists()]
-        _take_out([name for name in came if (place.target / name).exists()], place.target, place.result)
-    if place.replaced.is_dir():
-        _bring_in(os.listdir(place.replaced), place.replaced, place.target)
-        disk.remove_tree(place.replaced)
-
-
-def _top_names(mark: Checksums) -> list[str]:
-    """What a result has in its folder."""
-    return [CHECKSUMS, *{name.partition("/")[0] for name in mark.files}]
-
-
-def _take_out(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move a result's files, the mark and the config first: nothing loads a folder without its config."""
-    for kind in (2, 1, 0):
-        _move([name for name in names if _rank(name) == kind], source, target)
-
-
-def _bring_in(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move a result's files, the config and the mark last."""
-    for kind in (0, 1, 2):
-        _move([name for name in names if _rank(name) == kind], source, target)
-
-
-def _rank(name: str) -> int:
-    return {"config.json": 1, CHECKSUMS: 2}.get(name, 0)
-
-
-def _move(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move files, and return when that is on the disk."""
-    for name in sorted(names):
-        disk.rename(source / name, target / name)
-    disk.sync_directory(target)
-    disk.sync_directory(source)
 
 
 def _sync_tree(directory: Path) -> None:
