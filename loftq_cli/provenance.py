@@ -81,7 +81,7 @@ def check_contents(base: BaseModel, provenance: Provenance, sha256: Callable[[st
     if not provenance.is_binding:
         return f"base: {what}"
     if not force:
-        raise MismatchError(what, file=base.path, hint=_FORCE)
+        raise MismatchError(what, file=base.path, hint=f"inspect --verify says if it is damaged; {_FORCE}")
     return f"base: {what}, {_FORCED}"
 
 

@@ -1,7 +1,7 @@
 """Where a result is made, and how it becomes visible: beside the output, and by one rename.
 
 Where the output is a mount point, or its parent may not be written, that cannot be: there it is made in `.partial`
-inside, and publication moves file by file, the config and then the checksums last. Knows nothing of the files' contents.
+inside, and publication moves file by file, the config and then the checksums last. Looks into no file of a result.
 """
 
 from __future__ import annotations
