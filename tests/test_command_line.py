@@ -391,15 +391,15 @@ from pathlib import Path
 from loftq_cli.cli.main import _run
 torch.zeros(8) @ torch.zeros(8)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
-resource.setrlimit(resource.RLIMIT_AS, (size + 200_000_000,) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (size + 40_000_000,) * 2)
 sys.exit(_run(sys.argv[1:]))
 """
 
 
 def test_too_little_memory_is_status_6_and_names_the_tensor(tmp_path):
-    weight = torch.zeros(1, 4096).expand(8192, -1).bfloat16()  # 67 MB, and twice that in float32
+    weight = torch.zeros(1, 4096).expand(8192, -1).bfloat16()  # 67 MB
     save_file({"layers.0.proj.weight": weight.contiguous()}, tmp_path / "m.safetensors")
-    options = ("quantize", tmp_path / "m.safetensors", tmp_path / "out", "-q", "--threads", 1, "--svd", "exact")
+    options = ("quantize", tmp_path / "m.safetensors", tmp_path / "out", "-q", "--threads", 1, "--iterations", 1)
     command = [sys.executable, "-c", MEMORY_PROGRAM, *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 6
