@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
+from loftq_cli.adapter_source import open_adapter
+from loftq_cli.checkpoint.checksums import read_checksums
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from loftq_cli.checkpoint.source import WeightsFile, open_checkpoint
@@ -260,6 +262,63 @@ def test_an_index_of_any_content_is_read_or_refused(tmp_path: Path, index: Any) 
         return
 
     assert checkpoint.tensors.keys() == STATE.keys()
+
+
+ADAPTER = {
+    f"base_model.model.layers.{i}.proj.{part}.weight": torch.zeros(shape)
+    for i in range(2)
+    for part, shape in (("lora_A", (4, 8)), ("lora_B", (6, 4)))
+}
+ADAPTER_CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["proj"]}
+ADAPTER_KEYS = [
+    *ADAPTER_CONFIG,
+    *("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "layers_pattern", "use_dora"),
+    *("modules_to_save", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_qalora", "qalora_group_size"),
+]
+patterns = st.dictionaries(st.text(max_size=6) | st.sampled_from(["proj", "layers.0.proj", "(", "p.*j"]), hostile_ints)
+
+
+@bounded
+@given(st.dictionaries(st.sampled_from(ADAPTER_KEYS), json_values | patterns, max_size=4))
+def test_an_adapter_config_of_any_values_is_read_or_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "adapter_model.safetensors").write_bytes(save(ADAPTER))
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**ADAPTER_CONFIG, **values}))
+    try:
+        adapter = open_adapter(tmp_path)
+    except LoftqError as error:
+        assert str(tmp_path) in str(error)
+        assert str(error).isprintable()
+        return
+
+    assert {x.scaling > 0 for x in adapter.lora.values()} == {True}
+    assert len(adapter.lora) == 2
+
+
+CHECKSUMS_VALUES = {
+    "tool": "loftq-cli",
+    "fingerprint": "f",
+    "files": {"a/b.safetensors": "0" * 64},
+    "tensors": {"a/b.safetensors": {"w": "1" * 64}},
+}
+sums = st.dictionaries(
+    st.text(max_size=6) | st.sampled_from(["../a", "/a", "a//b", "a/./b", "a/b.safetensors"]),
+    st.sampled_from(["0" * 64, "A" * 64, ""]) | json_values,
+    max_size=3,
+)
+
+
+@bounded
+@given(st.dictionaries(st.sampled_from(sorted(CHECKSUMS_VALUES)), json_values | sums, max_size=2))
+def test_checksums_of_any_values_are_read_or_refused(tmp_path: Path, values: dict[str, Any]) -> None:
+    (tmp_path / "checksums.json").write_text(json.dumps({**CHECKSUMS_VALUES, **values}))
+    try:
+        found = read_checksums(tmp_path)
+    except LoftqError as error:
+        assert "checksums.json" in str(error)
+        return
+
+    assert found is not None
+    assert all((tmp_path / name).resolve().is_relative_to(tmp_path) for name in found.files)
 
 
 @bounded
