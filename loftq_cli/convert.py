@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loftq_cli.checkpoint.checksums import CHECKSUMS
-from loftq_cli.checkpoint.journal import JournalEntry
+from loftq_cli.checkpoint.journal import JournalEntry, outputs_of
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.side_files import are_copied, copy_side_files, nbytes_of, side_file_copies
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.jobs import NOT_FINITE, JobRunner, is_streamed
+from loftq_cli.jobs import NOT_FINITE, JobRunner, is_streamed, not_finite_note
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.metrics import LayerError, relative, total_error
@@ -164,7 +164,7 @@ def run(
             if verify:
                 observer.phase("verifying what was written")
                 _verify(conversion, staging.path, results, workers)
-            sums = files.sums_by_file({name: s for entry in entries.values() for name, s in entry.outputs.items()})
+            sums = files.sums_by_file(outputs_of(entries.values()))
         observer.phase("publishing")
         staging.keep_only(sums)
         _write_side_files(conversion, staging.path, results, entries)
@@ -211,12 +211,8 @@ def _run_jobs(
                 resumed += kept
                 observer.layer_done(results[-1], resumed=kept)
             elif NOT_FINITE in entry.result:
-                observer.phase(f"note: {_not_finite_note(job)}")
+                observer.phase(f"note: {not_finite_note(job.name)}")
     return results, entries, resumed
-
-
-def _not_finite_note(job: LayerJob | CopyJob) -> str:
-    return f"{job.name} holds NaN or infinite values, and is copied as it is"
 
 
 def _base_fingerprint(plan: Plan, entries: Mapping[str, JournalEntry]) -> str:
@@ -260,7 +256,7 @@ def _write_side_files(
 ) -> None:
     plan, base_model = conversion.plan, conversion.base_model
     source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
-    notes = [_not_finite_note(job) for job in plan.copies if NOT_FINITE in entries[job.name].result]
+    notes = [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result]
     copy_side_files(conversion.side_files, directory)
     texts = {
         f"{plan.adapter_dir}/{peft_adapter.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),

@@ -206,6 +206,11 @@ def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
 
 
+def not_finite_note(name: str) -> str:
+    """What is said of such a tensor."""
+    return f"{name} holds NaN or infinite values, and is copied as it is"
+
+
 class WatchedChunks:
     """The bytes of a tensor as they pass by; `are_finite` says whether none of the numbers was NaN or infinite."""
 
@@ -245,4 +250,4 @@ def is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: OutputFiles) -
     """Whether a finished unit can be kept: its input and its output are re-hashed, existence proves nothing."""
     if checkpoint.sha256(entry.unit) != entry.input_sha256:
         return False
-    return all(files[name].sha256(name) == sha256 for name, sha256 in entry.outputs.items())
+    return files.hold(entry.outputs)

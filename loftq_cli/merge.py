@@ -12,12 +12,12 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.adapter_source import LoraTensors
-from loftq_cli.checkpoint.journal import JournalEntry
+from loftq_cli.checkpoint.journal import JournalEntry, outputs_of
 from loftq_cli.checkpoint.side_files import are_copied, nbytes_of
 from loftq_cli.checkpoint.staging import Staging, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, LoftqError, NumericError, QualityError, StorageError
-from loftq_cli.jobs import NOT_FINITE, WatchedChunks, recast_chunks
+from loftq_cli.jobs import NOT_FINITE, WatchedChunks, not_finite_note, recast_chunks
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts.layout import StoredMatrix, load_layout
 from loftq_cli.layouts.peft_adapter import pooling_of
@@ -93,7 +93,7 @@ def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, thr
             layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries), staging, observer, workers)
         _check_retention(merge, layers)
         outcome = MergeOutcome(layers, (*notes, *_not_finite_notes(entries)))
-        written = files.sums_by_file({name: s for entry in entries for name, s in entry.outputs.items()})
+        written = files.sums_by_file(outputs_of(entries))
         staging.keep_only(written)
         write_side_files(merge, staging.path, outcome)
         merge.base.checkpoint.check_unchanged()
@@ -121,11 +121,7 @@ def _other_notes(merge: Merge) -> list[str]:
 
 
 def _not_finite_notes(entries: Sequence[JournalEntry]) -> list[str]:
-    return [_not_finite_note(entry.unit) for entry in entries if NOT_FINITE in entry.result]
-
-
-def _not_finite_note(name: str) -> str:
-    return f"{name} holds NaN or infinite values, and is copied as it is"
+    return [not_finite_note(entry.unit) for entry in entries if NOT_FINITE in entry.result]
 
 
 def _files(merge: Merge) -> dict[str, Sequence[OutTensor]]:
@@ -179,16 +175,13 @@ class _Runner:
     def run(self, job: MergeJob, workers: Workers) -> tuple[JournalEntry, bool]:
         """What the journal is to say of a job, and whether it said so before."""
         entry = self.entries.get(job.name)
-        if entry is not None and entry.input_sha256 == self.sums.of(job) and self._is_written(entry):
+        if entry is not None and entry.input_sha256 == self.sums.of(job) and self.files.hold(entry.outputs):
             return entry, True
         written, result = _run_job(self.merge, job, self.files, workers)
         if job.is_copied and not _is_recast(self.merge, job):
             for name, sha256 in written.items():
                 self.sums.remember(name, sha256)
         return JournalEntry(job.name, self.sums.of(job), written, result), False
-
-    def _is_written(self, entry: JournalEntry) -> bool:
-        return all(self.files[name].sha256(name) == sha256 for name, sha256 in entry.outputs.items())
 
 
 def _run_jobs(
@@ -206,7 +199,7 @@ def _run_jobs(
                 record(entry)
             entries.append(entry)
             if NOT_FINITE in entry.result:
-                observer.note(_not_finite_note(entry.unit))
+                observer.note(not_finite_note(entry.unit))
             elif entry.result:
                 layers.append(MergedLayer.from_json(entry.result))
                 observer.layer_merged(layers[-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +88,10 @@ def loftq(*arguments: object, cwd: Path | None = None, **environment: str) -> su
 def files_of(directory: Path) -> dict[str, bytes]:
     """Every file below `directory`, by relative name."""
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def converted_files(model: Path, directory: Path, **recipe: Any) -> dict[str, bytes]:
+    """Every file of a conversion that nothing happened to; in `directory` its output was typed as `out`."""
+    with chdir(directory):
+        run_conversion(model, Path("out"), **recipe)
+    return files_of(directory / "out")

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reading import read_everything
 from safetensors.torch import save
 
 from loftq_cli.adapter_source import open_adapter
 from loftq_cli.checkpoint.checksums import read_checksums
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.checkpoint.safetensors_file import DTYPES, SafetensorsFile
-from loftq_cli.checkpoint.source import WeightsFile, open_checkpoint
+from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.checkpoint.torch_file import TorchFile
 from loftq_cli.errors import LoftqError
 
@@ -74,17 +75,6 @@ def edited(content: bytes, changes: list[tuple[int, int, bytes]]) -> bytes:
         begin = place % (len(data) + 1)
         data[begin : begin + n_removed] = inserted
     return bytes(data)
-
-
-def read_everything(file: WeightsFile, file_nbytes: int) -> None:
-    """What was accepted must also be readable, with the shape it claims, and not larger than the file allows."""
-    for name, ref in file.tensors.items():
-        assert ref.nbytes <= file_nbytes
-        tensor = file.load(name)
-        assert (tensor.shape, str(tensor.dtype)) == (ref.shape, f"torch.{ref.dtype}")
-        assert sum(chunk.nbytes for chunk in file.chunks(name, 7)) == ref.nbytes
-        if ref.shape:
-            assert file.load_rows(name, 0, ref.shape[0]).shape == ref.shape
 
 
 def open_and_read(reader: type[SafetensorsFile] | type[TorchFile], path: Path, content: bytes) -> None:

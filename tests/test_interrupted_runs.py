@@ -13,7 +13,7 @@ from pathlib import Path
 
 import models
 import pytest
-from conversions import Silent, StopAfter, files_of, loftq, run_conversion
+from conversions import Silent, StopAfter, converted_files, files_of, loftq, run_conversion
 
 from loftq_cli.checkpoint.staging import Staging, check_apart, finished_mark
 from loftq_cli.errors import StorageError, UsageError
@@ -28,11 +28,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def uninterrupted(source, tmp_path_factory):
-    where = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(where)
-        run_conversion(source, type(where)("out"), **RECIPE)
-    return files_of(where / "out")
+    return converted_files(source, tmp_path_factory.mktemp("whole"), **RECIPE)
 
 
 def partial(out):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import models
 import pytest
-from conversions import Silent, StopAfter, files_of, loftq, run_conversion, run_merge
+from conversions import Silent, StopAfter, converted_files, files_of, loftq, run_conversion, run_merge
 
 from loftq_cli.checkpoint import place
 from loftq_cli.checkpoint.checksums import file_sha256
@@ -31,11 +31,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(source, tmp_path_factory):
-    where = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(where)
-        run_conversion(source, type(where)("out"), **RECIPE)
-    return files_of(where / "out")
+    return converted_files(source, tmp_path_factory.mktemp("whole"), **RECIPE)
 
 
 @pytest.fixture

@@ -167,3 +167,8 @@ def _line_hash(text: bytes) -> str:
 def by_unit(entries: Iterable[JournalEntry]) -> dict[str, JournalEntry]:
     """The entries by their units; of a unit that was made again, the last one."""
     return {entry.unit: entry for entry in entries}
+
+
+def outputs_of(entries: Iterable[JournalEntry]) -> dict[str, str]:
+    """The sha256 of every tensor that units wrote."""
+    return {name: sha256 for entry in entries for name, sha256 in entry.outputs.items()}

@@ -61,17 +61,22 @@ class Place:
 
     def is_published(self) -> bool:
         """Whether the hidden directory is what a run left behind that died after its publication."""
-        if not read_journal(self.journal).is_publishing:
-            return False
-        return not (self.result / CHECKSUMS).exists() if self.moves else not self.result.exists()
-
-    def is_left_over(self) -> bool:
-        """Whether there is a hidden directory, and nothing of use in it."""
-        return self.root.is_dir() and (self.is_published() or read_journal(self.journal).fingerprint is None)
+        return self._is_result_gone() and read_journal(self.journal).is_publishing
 
     def is_half_published(self) -> bool:
         """Whether a run died while it published: what stands under the output's name may be a part of its result."""
-        return read_journal(self.journal).is_publishing and not self.is_published()
+        return not self._is_result_gone() and read_journal(self.journal).is_publishing
+
+    def is_left_over(self) -> bool:
+        """Whether there is a hidden directory, and nothing of use in it."""
+        if not self.root.is_dir():
+            return False
+        found = read_journal(self.journal)
+        return found.fingerprint is None or (found.is_publishing and self._is_result_gone())
+
+    def _is_result_gone(self) -> bool:
+        """Whether nothing is left to publish: the result itself is moved, or, file by file, its mark as the last."""
+        return not (self.result / CHECKSUMS if self.moves else self.result).exists()
 
     def contents(self) -> list[str]:
         """Names of what stands under the output's name."""

@@ -174,6 +174,10 @@ class OutputFiles:
     def __getitem__(self, name: str) -> SafetensorsWriter:
         return self._writer_of[name]
 
+    def hold(self, sums: Mapping[str, str]) -> bool:
+        """Whether each of these tensors lies in its place with its sha256; what is there is read."""
+        return all(self[name].sha256(name) == sha256 for name, sha256 in sums.items())
+
     def sums_by_file(self, sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
         """The sha256 of each tensor by its file's name, from those by its own."""
         return {file: {tensor.name: sums[tensor.name] for tensor in tensors} for file, tensors in self._files.items()}

@@ -9,6 +9,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -53,13 +54,20 @@ def run_convert(settings: Settings) -> Iterator[Table]:
         yield Table(title, rows, _notes(), {"profile of one thread": profile})
 
 
-def run_merge(settings: Settings) -> Iterator[Table]:
-    """`loftq merge` and `loftq inspect --against` of what a conversion wrote, with an adapter that adds something."""
+@contextmanager
+def converted(settings: Settings) -> Iterator[tuple[Path, Path, Path]]:
+    """A checkpoint, its QLoRA conversion with an adapter that adds something, and a name for what comes of them."""
     with TemporaryDirectory(dir=settings.directory) as folder:
         source = write_checkpoint(Path(folder) / "source", *shape(settings), torch.bfloat16)
-        base, output = Path(folder) / "base", Path(folder) / "out"
+        base = Path(folder) / "base"
         probe("command", "run_convert", source, base, settings.threads)
-        train(base / "qlora_init" / "adapter_model.safetensors")
+        _train(base / "qlora_init" / "adapter_model.safetensors")
+        yield source, base, Path(folder) / "out"
+
+
+def run_merge(settings: Settings) -> Iterator[Table]:
+    """`loftq merge` and `loftq inspect --against` of what a conversion wrote, with an adapter that adds something."""
+    with converted(settings) as (source, base, output):
         commands = {f"merge, {n} threads": ("run_merge", base, output, n) for n in _counts(settings)}
         commands |= {f"inspect, {n} threads": ("run_inspect", base, source, n) for n in _counts(settings)}
         rows = _beside_copies(source, output, commands, settings)
@@ -112,7 +120,7 @@ def _notes() -> tuple[str, ...]:
     )
 
 
-def train(adapter: Path) -> None:
+def _train(adapter: Path) -> None:
     """Put random values into every lora_B."""
     tensors, generator = load_file(adapter), torch.Generator().manual_seed(0)
     for tensor in (tensors[name] for name in sorted(tensors) if "lora_B" in name):

@@ -11,22 +11,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
-from tests.benchmarks.conversion import about, shape, train, write_checkpoint
+from tests.benchmarks.conversion import about, converted
 from tests.benchmarks.measuring import Settings, Table, interleaved, median_cpu, median_wall
 from tests.benchmarks.probe import Probe, probe
 
 
 def run(settings: Settings) -> Iterator[Table]:
     """In pairs, one after the other: the difference of the two in each pair, and its median."""
-    with TemporaryDirectory(dir=settings.directory) as folder:
-        source = write_checkpoint(Path(folder) / "source", *shape(settings), torch.bfloat16)
-        base, output = Path(folder) / "base", Path(folder) / "out"
-        probe("command", "run_convert", source, base, settings.threads)
-        train(base / "qlora_init" / "adapter_model.safetensors")
+    with converted(settings) as (source, base, output):
 
         def call(kind: str, name: str, given: Path, threads: int) -> Probe:
             try:

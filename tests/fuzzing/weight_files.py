@@ -16,12 +16,13 @@ from safetensors.torch import save, save_file
 
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
-from loftq_cli.checkpoint.source import WeightsFile, open_checkpoint
+from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.checkpoint.torch_file import TorchFile
 from loftq_cli.checkpoint.torch_pickle import read_state_dict
 from loftq_cli.errors import InputError
 from tests.fuzzing.engine import Session
 from tests.fuzzing.mutations import HOSTILE, changed, edited, json_bytes, pick
+from tests.reading import read_everything
 
 STATE = {
     "w": torch.arange(6.0).reshape(2, 3),
@@ -32,17 +33,6 @@ _SAFETENSORS = save(STATE, metadata={"format": "pt"})
 _DTYPES = ("F32", "BF16", "F16", "I64", "BOOL", "F8_E4M3", "U8", "F4", "C64")
 _SIZES = (0, 1, 2, 3, 4, 6, 8, 24, 28, 32, -1, 2**31, 2**48, 2**62, 2**63)
 _HEADER_VALUES = (*HOSTILE, *_DTYPES, *_SIZES, [2, 3], [6], [], [1] * 70, [0, 2**62, 2**62], [0, 8], [8, 32], [0, 0])
-
-
-def read_everything(file: WeightsFile, file_nbytes: int) -> None:
-    """What was accepted must also be readable, with the shape it claims, and not larger than the file allows."""
-    for name, ref in file.tensors.items():
-        assert ref.nbytes <= file_nbytes
-        tensor = file.load(name)
-        assert (tensor.shape, str(tensor.dtype)) == (ref.shape, f"torch.{ref.dtype}")
-        assert sum(chunk.nbytes for chunk in file.chunks(name, 7)) == ref.nbytes
-        if ref.shape:
-            assert file.load_rows(name, 0, ref.shape[0]).shape == ref.shape
 
 
 def json_objects(directory: Path) -> Session:
