@@ -5,14 +5,18 @@ A backend is a module `<op>_<backend>.py` beside the contract `<op>.py`, with th
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+_TRITON = frozenset({"codebook"})
+
 # device type -> backend -> the operations that it has. The reference is plain torch, has all of them, and runs
-# wherever torch does.
+# wherever torch does. On a processor Triton only interprets, which is for tests. (AMD's cards are "cuda" to torch.)
 BACKENDS: dict[str, dict[str, frozenset[str]]] = {
-    "cpu": {"cpu": frozenset({"affine", "codebook", "double_quant", "error_stats"})},
-    "cuda": {},
+    "cpu": {"cpu": frozenset({"affine", "codebook", "double_quant", "error_stats"}), "triton": _TRITON},
+    "cuda": {"triton": _TRITON},
 }
 
 _chosen: dict[str, str] = {}
@@ -28,13 +32,32 @@ def use_compiled_kernels() -> str | None:
         import_module(f"{__package__}.cpu_kernels")
     except ImportError as error:
         return f"numba is not there ({error})" if error.name == "numba" else str(error)
-    _chosen["cpu"] = "cpu"
+    use_backend("cpu", "cpu")
     return None
 
 
 def use_reference_kernels() -> None:
     """Undo `use_compiled_kernels`."""
-    _chosen.clear()
+    _chosen.pop("cpu", None)
+
+
+def use_backend(device_type: str, backend: str | None) -> None:
+    """Run `backend` on devices of this type from now on, where it has an operation; None for what runs by default.
+
+    Raises ValueError for one that the table does not have.
+    """
+    if backend is None:
+        _chosen.pop(device_type, None)
+    elif backend != "reference" and backend not in BACKENDS.get(device_type, ()):
+        raise ValueError(f"no backend {backend!r} for device type {device_type!r}")
+    else:
+        _chosen[device_type] = backend
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed: without it a GPU runs the plain torch definitions."""
+    return find_spec("triton") is not None
 
 
 def implementation(op: str, device_type: str) -> ModuleType:
@@ -44,7 +67,8 @@ def implementation(op: str, device_type: str) -> ModuleType:
     """
     if device_type not in BACKENDS:
         raise ValueError(f"no backend for device type {device_type!r}; known: {', '.join(BACKENDS)}")
-    backend = _chosen.get(device_type, "reference")
+    default = "triton" if device_type == "cuda" and has_triton() else "reference"
+    backend = _chosen.get(device_type, default)
     if op not in BACKENDS[device_type].get(backend, ()):
         backend = "reference"
     return import_module(f"{__package__}.{op}_{backend}")

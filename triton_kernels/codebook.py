@@ -34,12 +34,15 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 }
 
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
 @cache
-def codebook_table(codebook: str) -> torch.Tensor:
+def codebook_table(codebook: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """The table of `codebook`, float32 [16], ascending; read-only. Raises ValueError for an unknown name."""
     if codebook not in CODEBOOKS:
         raise ValueError(f"unknown codebook {codebook!r}; known: {', '.join(CODEBOOKS)}")
-    return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32)
+    return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32, device=device)
 
 
 def quantize_codebook(
@@ -55,7 +58,7 @@ def quantize_codebook(
 
     The code of w is the number of midpoints of neighbouring table entries strictly below w / absmax; a zero block
     takes the code of 0.0. absmax is NaN or Inf exactly where its block holds one: the caller decides what that means.
-    Raises ValueError unless the tensors are contiguous float32 or bfloat16 and `block_size` even and positive.
+    Raises ValueError unless the tensors are contiguous float32, bfloat16 or float16 and `block_size` even and positive.
     """
     numel = weight.numel()
     _check_floats("weight", weight, numel)
@@ -63,7 +66,7 @@ def quantize_codebook(
         _check_floats("minus", minus, numel)
     if block_size < 2 or block_size % 2:
         raise ValueError("block_size must be even and positive")
-    table = codebook_table(codebook).to(weight.device)
+    table = codebook_table(codebook, weight.device)
     if out is None:
         packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         out = packed, torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
@@ -86,7 +89,7 @@ def dequantize_codebook(
     Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
     """
     _check_constants(packed, absmax, block_size, numel)
-    table = codebook_table(codebook).to(packed.device)
+    table = codebook_table(codebook, packed.device)
     values = torch.empty(numel, dtype=dtype, device=packed.device)
     implementation("codebook", packed.device.type).dequantize(
         packed.reshape(-1), absmax.reshape(-1), table, block_size, values
@@ -106,13 +109,13 @@ def codebook_residual(
     """weight - (what `packed` and `absmax` decode to in `dtype`), taken in float32, into `out`; the sum of its squares
     before `out`'s dtype rounds them.
 
-    Raises ValueError unless both tensors are contiguous float32 or bfloat16 of one size and the constants fit.
+    Raises ValueError unless both tensors are contiguous float32, bfloat16 or float16 of one size and the constants fit.
     """
     numel = weight.numel()
     _check_floats("weight", weight, numel)
     _check_floats("out", out, numel)
     _check_constants(packed, absmax, block_size, numel)
-    table = codebook_table(codebook).to(weight.device)
+    table = codebook_table(codebook, weight.device)
     squares: float = implementation("codebook", weight.device.type).residual(
         weight.view(-1), packed.view(-1), absmax.view(-1), table, block_size, dtype, out.view(-1)
     )
@@ -120,8 +123,8 @@ def codebook_residual(
 
 
 def _check_floats(name: str, tensor: torch.Tensor, numel: int) -> None:
-    if tensor.dtype not in (torch.float32, torch.bfloat16) or not tensor.is_contiguous() or tensor.numel() != numel:
-        raise ValueError(f"{name} must be contiguous float32 or bfloat16 with {numel} elements")
+    if tensor.dtype not in _FLOATS or not tensor.is_contiguous() or tensor.numel() != numel:
+        raise ValueError(f"{name} must be contiguous float32, bfloat16 or float16 with {numel} elements")
 
 
 def _check_constants(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, numel: int) -> None:

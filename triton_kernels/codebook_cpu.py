@@ -24,6 +24,7 @@ def quantize(
     absmax: torch.Tensor,
 ) -> None:
     """See codebook_reference.py."""
+    weight, minus = _readable(weight), None if minus is None else _readable(minus)
     n_blocks = weight.numel() // block_size
     whole = n_blocks * block_size
     thresholds = ((table[:-1] + table[1:]) / 2).numpy()
@@ -79,7 +80,7 @@ def residual(
     n_blocks = weight.numel() // block_size
     whole = n_blocks * block_size
     squares = 0.0
-    if dtype == torch.float16:
+    if torch.float16 in (weight.dtype, dtype, out.dtype):
         n_blocks = whole = 0
     elif n_blocks:
         squares = residual_of_blocks(
@@ -97,6 +98,11 @@ def residual(
             weight[whole:], packed[whole // 2 :], absmax[n_blocks:], table, block_size, dtype, out[whole:]
         )
     return squares
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Numba has no half precision."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
 @lru_cache(maxsize=4)  # by identity: the contract hands the same table in each time
