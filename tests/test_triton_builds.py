@@ -1,6 +1,6 @@
-"""Every kernel compiles for GPUs that are not there, without spilling registers, and decides codes with exact arithmetic.
+"""Every kernel compiles for GPUs that are not there, spills no registers, and decides codes with exact arithmetic.
 
-The compiler and the disassembler are those in Triton's wheel; what is compiled is every launch that triton_launches.py
+The compiler and the disassembler are those in Triton's wheel; what is compiled is every launch that triton_launches
 makes. A kernel that is not among them fails here.
 """
 

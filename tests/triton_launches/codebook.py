@@ -1,4 +1,4 @@
-"""Calls of the contracts that together launch every kernel in the forms that conversions use. For triton_builds.py."""
+"""Codebook formats."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from loftq_cli.triton_kernels.backend import use_backend
 from loftq_cli.triton_kernels.codebook import codebook_residual, dequantize_codebook, quantize_codebook
-
-use_backend("cpu", "triton")
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
