@@ -23,7 +23,7 @@ def interpreted(operation: Callable[..., Any], *arguments: Any, **options: Any) 
 def triton_kernels() -> Any:
     """The Triton kernels on the CPU, for the length of the block."""
     pytest.importorskip("triton")
-    _convert_bfloat16_as_hardware_does()
+    _compute_as_hardware_does()
     use_backend("cpu", "triton")
     try:
         yield
@@ -31,9 +31,9 @@ def triton_kernels() -> Any:
         use_backend("cpu", None)
 
 
-def _convert_bfloat16_as_hardware_does() -> None:
-    """Exactly, and rounded to nearest, ties to even. The interpreter (3.6 to 3.9) cuts the lower half of a float32 off,
-    and mistakes subnormal numbers.
+def _compute_as_hardware_does() -> None:
+    """With bfloat16, rounded to nearest, ties to even. The interpreter (3.6 to 3.9) cuts the lower half of a float32
+    off, mistakes subnormal numbers, and multiplies the bits of bfloat16 matrices as if they were integers.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -50,5 +50,23 @@ def _convert_bfloat16_as_hardware_does() -> None:
             return (data.astype(np.uint32) << 16).view(np.float32)
         return original(data, source, target, mode)
 
+    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return multiply(self, *map(widened, (a, b)), *others)
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return interpreter.TensorHandle(convert(operand.data, tl.bfloat16, tl.float32, None), tl.float32)
+
     convert.is_exact = True  # type: ignore[attr-defined]
     interpreter._convert_float = convert
+    multiply = interpreter.InterpreterBuilder.create_dot
+    interpreter.InterpreterBuilder.create_dot = dot
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> Any:
+        patch(tensor, scope)
+        # Triton 3.6 makes an integer of an array with one dimension, which newer NumPy refuses.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched

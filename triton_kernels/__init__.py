@@ -7,7 +7,9 @@ cpu_kernels.py   the loops of what is compiled for the processor
 double_quant.py  8-bit block constants, and back
 error_stats.py   squared and largest error of an approximation, in one pass
 packing.py       integer codes as a bit stream in 32-bit words, and back
+residual.py      the passes of LoftQ over a stack of matrices
 
 `<op>.py` is the contract: it validates once and dispatches. `<op>_reference.py` is the definition in plain torch;
-every other backend of an operation answers to it, codes equal bit for bit. `<op>_cpu.py` is compiled for the processor.
+every other backend of an operation answers to it, codes equal bit for bit. `<op>_cpu.py` is compiled for the processor,
+`<op>_triton.py` for GPUs; launch_triton.py is how these are launched.
 """
