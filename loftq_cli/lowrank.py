@@ -140,28 +140,28 @@ class _Iteration:
 
     def _times(self, matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """matrix @ right, float32 [out, width]."""
-        dtype = product_dtype(matrix.dtype)
+        dtype = product_dtype(matrix)
         narrow = right.to(dtype).contiguous()
-        product = torch.empty(matrix.shape[0], right.shape[1])
+        product = torch.empty(matrix.shape[0], right.shape[1], device=matrix.device)
 
         def multiply(part: slice) -> None:
             product[part] = matrix[part].to(dtype) @ narrow
 
-        self._workers.each(multiply, slabs((matrix.shape[0], matrix.shape[1])))
+        self._workers.each(multiply, _slabs(matrix))
         return product
 
     def _transposed_times(self, matrix: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
         """left.T @ matrix, float32 [width, in]."""
-        dtype = product_dtype(matrix.dtype)
+        dtype = product_dtype(matrix)
         narrow = left.T.to(dtype).contiguous()
-        product = torch.zeros(left.shape[1], matrix.shape[1])
-        parts = slabs((matrix.shape[0], matrix.shape[1]))
-        for term in self._workers.map(lambda part: narrow[:, part] @ matrix[part].to(dtype), parts):
+        product = torch.zeros(left.shape[1], matrix.shape[1], device=matrix.device)
+        for term in self._workers.map(lambda part: narrow[:, part] @ matrix[part].to(dtype), _slabs(matrix)):
             product += term
         return product
 
-    def _random(self, rows: int, width: int) -> torch.Tensor:
-        return torch.randn(rows, width, generator=self._generator)
+    def _random(self, matrix: torch.Tensor, width: int) -> torch.Tensor:
+        """[in, width], drawn on the CPU: the same whatever the matrix is on."""
+        return torch.randn(matrix.shape[1], width, generator=self._generator).to(matrix.device)
 
 
 class SubspaceSolver(_Iteration):
@@ -173,12 +173,12 @@ class SubspaceSolver(_Iteration):
         """See `Solver`. Both sides of the matrix are at least the rank. Peak memory: a few matrices of that width."""
         start, steps = self._start, 1
         if start is None:
-            start, steps = self._random(matrix.shape[1], self._rank), _COLD_STEPS
+            start, steps = self._random(matrix, self._rank), _COLD_STEPS
         for _ in range(steps - 1):
             basis = _orthonormal(self._times(matrix, start))
             start = _orthonormal(self._transposed_times(matrix, basis).T.contiguous())
         basis = _orthonormal(self._times(matrix, start))  # [out, rank]
-        basis = basis.to(product_dtype(matrix.dtype)).float()  # as the product sees it
+        basis = basis.to(product_dtype(matrix)).float()  # as the product sees it
         right = self._transposed_times(matrix, basis)  # [rank, in]
         scale = float(right.abs().max())
         if not math.isfinite(scale):
@@ -204,7 +204,7 @@ class KrylovSolver(_Iteration):
         width = self._rank + _OVERSAMPLING
         start, blocks = self._start, _WARM_BLOCKS
         if start is None:
-            start, blocks = self._random(matrix.shape[1], width), _COLD_BLOCKS
+            start, blocks = self._random(matrix, width), _COLD_BLOCKS
         basis = _orthonormal(self._times(matrix, start))  # [out, width]
         for _ in range(blocks - 1):
             rows = self._transposed_times(matrix, basis[:, -width:])
@@ -213,7 +213,7 @@ class KrylovSolver(_Iteration):
             basis = torch.cat((basis, _orthonormal(block)), dim=1)  # [out, blocks * width]
             if not _is_orthonormal(basis):  # nothing but rounding was left in some directions of the block
                 basis = torch.linalg.qr(basis).Q
-        basis = basis.to(product_dtype(matrix.dtype)).float()  # as the product sees it
+        basis = basis.to(product_dtype(matrix)).float()  # as the product sees it
         projected = self._transposed_times(matrix, basis)  # [blocks * width, in]
         vectors = _left_vectors(projected)[:, :width]
         right = vectors.T @ projected  # [width, in] = S·Vᵀ
@@ -254,15 +254,25 @@ def _squared_singular_values(right: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(right.double(), dim=1).pow(4).sum())
 
 
-@cache
-def product_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What matrices stored in `dtype` are multiplied in: bfloat16 only where the processor has instructions for it,
-    which are then several times faster, and their sums float32; else float32.
+def product_dtype(matrix: torch.Tensor) -> torch.dtype:
+    """What `matrix` is multiplied in: bfloat16 only on a GPU, and where the processor has instructions for it, which
+    are then several times faster, and their sums float32; else float32.
     """
+    return matrix.dtype if not matrix.is_cpu or _multiplies_bfloat16() else torch.float32
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor does."""
     # torch tells it under private names only; without them, and on other processors, float32 is never wrong.
     known = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    has_products = any(is_supported() for is_supported in known if is_supported is not None)
-    return dtype if has_products else torch.float32
+    return any(is_supported() for is_supported in known if is_supported is not None)
+
+
+def _slabs(matrix: torch.Tensor) -> list[slice]:
+    """Of the rows of a matrix; a GPU takes all of them at once."""
+    rows, columns = matrix.shape
+    return slabs((rows, columns)) if matrix.is_cpu else [slice(0, rows)]
 
 
 def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
@@ -280,7 +290,7 @@ def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _is_orthonormal(basis: torch.Tensor) -> bool:
-    return bool((basis.T @ basis - torch.eye(basis.shape[1])).abs().max() < 1e-3)
+    return bool((basis.T @ basis - torch.eye(basis.shape[1], device=basis.device)).abs().max() < 1e-3)
 
 
 def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from loftq_cli.rows import STREAMED_NUMEL, Rows, slabs
+from loftq_cli.rows import STREAMED_NUMEL, Rows, slabs_of
 from loftq_cli.workers import SERIAL, Workers
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Wor
     def sums(part: slice) -> ErrorSums:
         return error_stats(weight.rows(part), decoded.rows(part), None if delta is None else delta(part))
 
-    parts = slabs(weight.shape, math.lcm(weight.multiple, decoded.multiple), STREAMED_NUMEL)
+    parts = slabs_of(weight, decoded.multiple, STREAMED_NUMEL)
     found = list(workers.map(sums, parts))
     return LayerError(
         squared_weight=math.fsum(part.squared_weight for part in found),
@@ -170,7 +170,7 @@ def group_errors(
     groups = counted = worst = 0
     total, largest = 0.0, 0.0
     per_row = weight.shape[1] // group_size
-    parts = slabs(weight.shape, math.lcm(weight.multiple, decoded.multiple), STREAMED_NUMEL)
+    parts = slabs_of(weight, decoded.multiple, STREAMED_NUMEL)
     for found, is_counted in workers.map(errors, parts):
         here = float(found.max()) if found.numel() else 0.0
         if here > largest or (math.isnan(here) and not math.isnan(largest)):  # NaN is never lost

@@ -1,4 +1,4 @@
-"""A matrix that is read a few rows at a time: in memory, or wherever its rows come from. No formats here."""
+"""A matrix that is read a few rows at a time: in memory, on a GPU, or wherever its rows come from. No formats here."""
 
 from __future__ import annotations
 
@@ -25,8 +25,18 @@ class Rows(Protocol):
     @property
     def multiple(self) -> int: ...
 
+    @property
+    def device(self) -> torch.device | str:
+        """Where its rows come to lie; everything that is computed from them lies there too."""
+        ...
+
+    @property
+    def slab_numel(self) -> int:
+        """How many weights at least are best taken at once; 0 where a processor's caches decide it."""
+        ...
+
     def rows(self, part: slice) -> torch.Tensor:
-        """Rows [part.start, part.stop), contiguous float32 or bfloat16."""
+        """Rows [part.start, part.stop), contiguous, in a dtype that `plain` leaves alone."""
         ...
 
 
@@ -37,6 +47,11 @@ class TensorRows:
     tensor: torch.Tensor
     transposed: bool = False
     multiple: int = 1
+    slab_numel: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -54,6 +69,8 @@ class ComputedRows:
     shape: tuple[int, int]
     compute: Callable[[slice], torch.Tensor]
     multiple: int = 1
+    device: torch.device | str = "cpu"
+    slab_numel: int = 0
 
     def rows(self, part: slice) -> torch.Tensor:
         return self.compute(part)
@@ -81,7 +98,7 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def not_finite(weight: Rows) -> NumericError:
     """The error of a matrix, or of it minus something, that was found not to be finite: which of the two it is."""
-    for part in slabs(weight.shape, weight.multiple, STREAMED_NUMEL):
+    for part in slabs_of(weight, numel=STREAMED_NUMEL):
         if not bool(weight.rows(part).isfinite().all()):
             return NumericError("holds NaN or infinite values")
     return NumericError(
@@ -97,6 +114,11 @@ def slabs(shape: tuple[int, int], multiple: int = 1, numel: int = SLAB_NUMEL) ->
     rows, columns = shape
     step = max(numel // max(columns, 1) // multiple, 1) * multiple
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def slabs_of(weight: Rows, multiple: int = 1, numel: int = SLAB_NUMEL) -> list[slice]:
+    """`slabs` of a matrix, of which as much is taken at once as suits the device that it is on."""
+    return slabs(weight.shape, math.lcm(weight.multiple, multiple), max(numel, weight.slab_numel))
 
 
 def row_multiple(columns: int, block_size: int) -> int:

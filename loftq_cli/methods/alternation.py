@@ -14,7 +14,7 @@ from loftq_cli.lowrank import product_dtype
 from loftq_cli.methods.method import Initialization
 from loftq_cli.metrics import delta_rows, relative
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
-from loftq_cli.rows import Rows, slabs
+from loftq_cli.rows import Rows, slabs_of
 from loftq_cli.tensors import LoraPair
 from loftq_cli.triton_kernels.error_stats import error_stats
 from loftq_cli.workers import SERIAL, Workers
@@ -74,7 +74,7 @@ class _Alternation:
 
     def __init__(self, weight: Rows, quantizer: Quantizer, fit: Fit, dtype: torch.dtype, workers: Workers) -> None:
         self._weight, self._quantizer, self._fit, self._workers = weight, quantizer, fit, workers
-        self._residual = torch.empty(weight.shape, dtype=dtype)
+        self._residual = torch.empty(weight.shape, dtype=dtype, device=weight.device)
 
     def step(self, quantized: QuantizedTensor) -> _Step:
         """A quantized matrix with the adapter of what it lost."""
@@ -90,11 +90,11 @@ class _Alternation:
         def squares(part: slice) -> float:
             return error_stats(residual[part], rows_of(part)).squared_base_error
 
-        return math.fsum(self._workers.map(squares, slabs(self._weight.shape)))
+        return math.fsum(self._workers.map(squares, slabs_of(self._weight)))
 
     def update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
         """What gives rows of s·B·A."""
-        return delta_rows(pair, product_dtype(self._residual.dtype))
+        return delta_rows(pair, product_dtype(self._residual))
 
     def squared_weight(self) -> float:
         """||W||²."""
@@ -103,4 +103,4 @@ class _Alternation:
             rows = self._weight.rows(part)
             return error_stats(rows, rows).squared_weight
 
-        return math.fsum(self._workers.map(squares, slabs(self._weight.shape)))
+        return math.fsum(self._workers.map(squares, slabs_of(self._weight)))

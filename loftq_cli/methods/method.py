@@ -110,14 +110,15 @@ def load_method(name: str) -> Method:
     return method
 
 
-def zero_adapter(shape: tuple[int, int], lora: LoraSpec, generator: torch.Generator) -> LoraPair:
+def zero_adapter(weight: Rows, lora: LoraSpec, generator: torch.Generator) -> LoraPair:
     """lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√inputs), lora_B zero: it adds nothing yet.
 
-    shape: [out, in] of the weight; lora_A has a column for every input, or for every pooled group of inputs.
+    lora_A has a column for every input, or for every pooled group of inputs. Drawn on the CPU, whatever the device is.
     """
     import torch
 
-    out_features, inputs = shape[0], shape[1] // lora.group_size
+    out_features, inputs = weight.shape[0], weight.shape[1] // lora.group_size
     bound, dtype = 1.0 / math.sqrt(inputs), getattr(torch, lora.dtype)
     lora_A = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
-    return lora_pair(lora_A.to(dtype), torch.zeros(out_features, lora.rank, dtype=dtype), lora.scaling, lora.pooling)
+    lora_B = torch.zeros(out_features, lora.rank, dtype=dtype, device=weight.device)
+    return lora_pair(lora_A.to(weight.device, dtype), lora_B, lora.scaling, lora.pooling)

@@ -16,7 +16,7 @@ from loftq_cli.lowrank import Solver, make_solver
 from loftq_cli.methods.alternation import alternate
 from loftq_cli.methods.method import Initialization, zero_adapter
 from loftq_cli.quant.formats import Quantizer
-from loftq_cli.rows import Rows, slabs
+from loftq_cli.rows import Rows, TensorRows, slabs_of
 from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
 from loftq_cli.workers import SERIAL, Workers
 
@@ -37,7 +37,7 @@ def initialize(
     alternations with the best adapter of this form, or the standard start where none is better.
     """
     del sink
-    start = zero_adapter(weight.shape, lora, generator)
+    start = zero_adapter(weight, lora, generator)
     if init == "residual":
         means = (weight.shape[0], weight.shape[1] // lora.group_size)
         solve = make_solver(svd, min(lora.rank, *means), means, generator, workers)
@@ -60,8 +60,8 @@ def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: 
     best rank-r approximation of the group means. Rank beyond that of the means keeps the rows of `start`, lora_B zero.
     """
     out_features = residual.shape[0]
-    means = torch.empty(out_features, residual.shape[1] // lora.group_size)
-    for part in slabs((out_features, residual.shape[1])):
+    means = torch.empty(out_features, residual.shape[1] // lora.group_size, device=residual.device)
+    for part in slabs_of(TensorRows(residual)):
         groups = residual[part].float().view(-1, means.shape[1], lora.group_size)
         means[part] = groups.mean(dim=2)
         if not bool(torch.isfinite(means[part]).all()):  # the sum overflowed, not the mean
@@ -69,7 +69,7 @@ def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: 
     found = solve(means)
     rank = found.left.shape[1]
     root = math.sqrt(start.scaling)
-    lora_A, lora_B = start.lora_A.float().clone(), torch.zeros(out_features, lora.rank)
+    lora_A, lora_B = start.lora_A.float().clone(), torch.zeros(out_features, lora.rank, device=means.device)
     lora_A[:rank], lora_B[:, :rank] = found.right / root, found.left / root
     dtype = getattr(torch, lora.dtype)
     pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)

@@ -28,4 +28,4 @@ def initialize(
     """Q = quantize(W); lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√in), lora_B zero."""
     del iterations, svd, init
     quantized = quantizer.quantize(weight, sink=sink, workers=workers)
-    return Initialization(quantized, zero_adapter(weight.shape, lora, generator))
+    return Initialization(quantized, zero_adapter(weight, lora, generator))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.errors import NumericError
-from loftq_cli.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs
+from loftq_cli.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs_of
 from loftq_cli.tensors import AffineSpec, AffineTensor
 from loftq_cli.triton_kernels.affine import AffineGroups, dequantize_affine, quantize_affine
 from loftq_cli.triton_kernels.error_stats import error_stats
@@ -68,12 +68,13 @@ class AffineQuantizer:
 
         groups_shape = (weight.shape[0], weight.shape[1] // spec.group_size)
         scale_dtype = getattr(torch, spec.scale_dtype)
-        codes = torch.empty((0, weight.shape[1]) if sink else weight.shape, dtype=torch.uint8)
-        scales = torch.empty(groups_shape, dtype=scale_dtype)
+        on = weight.device
+        codes = torch.empty((0, weight.shape[1]) if sink else weight.shape, dtype=torch.uint8, device=on)
+        scales = torch.empty(groups_shape, dtype=scale_dtype, device=on)
         has_zeros, has_biases = spec.zero_point == "int" and not spec.symmetric, spec.zero_point == "float"
-        zero_points = torch.empty(groups_shape, dtype=torch.uint8) if has_zeros else None
-        biases = torch.empty(groups_shape, dtype=scale_dtype) if has_biases else None
-        parts = slabs(weight.shape, weight.multiple, STREAMED_NUMEL)
+        zero_points = torch.empty(groups_shape, dtype=torch.uint8, device=on) if has_zeros else None
+        biases = torch.empty(groups_shape, dtype=scale_dtype, device=on) if has_biases else None
+        parts = slabs_of(weight, numel=STREAMED_NUMEL)
         for part, groups in zip(parts, workers.map(encode, parts), strict=True):
             if sink:
                 sink(part, groups.codes)
@@ -126,7 +127,7 @@ class AffineQuantizer:
             out[part] = difference
             return error_stats(difference, difference).squared_weight
 
-        return sum(workers.map(subtract, slabs(weight.shape, weight.multiple, STREAMED_NUMEL)))
+        return sum(workers.map(subtract, slabs_of(weight, numel=STREAMED_NUMEL)))
 
     def keep_nearer(
         self,
@@ -158,7 +159,7 @@ class AffineQuantizer:
             wide = keep.repeat_interleave(size, dim=1)
             new.codes[part] = torch.where(wide, previous.codes[part], new.codes[part])
 
-        workers.each(choose, slabs(weight.shape, weight.multiple, STREAMED_NUMEL))
+        workers.each(choose, slabs_of(weight, numel=STREAMED_NUMEL))
         return True
 
     def decoded(self, quantized: AffineTensor, codes: Callable[[slice], torch.Tensor] | None = None) -> DecodedGroups:
@@ -180,6 +181,11 @@ class DecodedGroups:
     quantized: AffineTensor
     codes: Callable[[slice], torch.Tensor] | None = None
     multiple: int = 1
+    slab_numel: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.quantized.scales.device
 
     @property
     def shape(self) -> tuple[int, int]:

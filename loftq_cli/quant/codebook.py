@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from loftq_cli.errors import NumericError
-from loftq_cli.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs
+from loftq_cli.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs_of
 from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
 from loftq_cli.triton_kernels.codebook import codebook_residual, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
@@ -50,14 +49,14 @@ class CodebookQuantizer:
         """
         spec, (out_features, in_features) = self.spec, weight.shape
         numel = out_features * in_features
-        packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8)
-        absmax = torch.empty(-(-numel // spec.block_size))
+        packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8, device=weight.device)
+        absmax = torch.empty(-(-numel // spec.block_size), device=weight.device)
 
         def encode(part: slice) -> torch.Tensor:
             first, last = part.start * in_features, part.stop * in_features
             codes, constants = _part(packed, absmax, part, in_features, spec.block_size)
             if sink:
-                codes = torch.empty((last - first + 1) // 2, dtype=torch.uint8)
+                codes = torch.empty((last - first + 1) // 2, dtype=torch.uint8, device=weight.device)
             subtracted = None if minus is None else minus(part)
             quantize_codebook(
                 weight.rows(part), spec.codebook, spec.block_size, minus=subtracted, out=(codes, constants)
@@ -124,8 +123,7 @@ class CodebookQuantizer:
         return self.decoded(quantized).rows(slice(0, quantized.shape[0])).float()
 
     def _slabs(self, weight: Rows, numel: int = SLAB_NUMEL) -> list[slice]:
-        multiple = math.lcm(weight.multiple, row_multiple(weight.shape[1], self.spec.block_size))
-        return slabs(weight.shape, multiple, numel)
+        return slabs_of(weight, row_multiple(weight.shape[1], self.spec.block_size), numel)
 
     def _nested(self, absmax: torch.Tensor, *, judges: bool) -> NestedAbsmax:
         """The double-quantized form of float32 [n_blocks]. Raises NumericError where they or their mean overflow, and
@@ -161,6 +159,11 @@ class DecodedCodebook:
     quantized: CodebookTensor
     absmax: torch.Tensor
     codes: Callable[[slice], torch.Tensor] | None = None
+    slab_numel: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.absmax.device
 
     @property
     def shape(self) -> tuple[int, int]:
