@@ -19,7 +19,7 @@ from loftq_cli.workers import SERIAL, Workers
 # Of the Krylov space of "faithful", for the first matrix of a sequence and for those that start from the one before.
 _COLD_BLOCKS, _WARM_BLOCKS = 4, 3
 _OVERSAMPLING = 8
-_COLD_STEPS = 4  # of "fast", on the first matrix; one on those that start from the one before
+COLD_STEPS = 4  # of "fast", on the first matrix; one on those that start from the one before
 
 # Of the smallest to the largest step of a Cholesky factor, and of the eigenvalues of products: quantization noise has
 # more than 0.3. Down to this float32 gives four digits, which is more than the iteration does.
@@ -173,7 +173,7 @@ class SubspaceSolver(_Iteration):
         """See `Solver`. Both sides of the matrix are at least the rank. Peak memory: a few matrices of that width."""
         start, steps = self._start, 1
         if start is None:
-            start, steps = self._random(matrix, self._rank), _COLD_STEPS
+            start, steps = self._random(matrix, self._rank), COLD_STEPS
         for _ in range(steps - 1):
             basis = _orthonormal(self._times(matrix, start))
             start = _orthonormal(self._transposed_times(matrix, basis).T.contiguous())

@@ -19,7 +19,7 @@ from loftq_cli.tensors import LoraPair
 from loftq_cli.triton_kernels.error_stats import error_stats
 from loftq_cli.workers import SERIAL, Workers
 
-_TIE = 1e-9  # of a squared error
+TIE = 1e-9  # of a squared error
 
 # The best adapter of a residual [out, in], and by how much it lowers the squared error.
 Fit = Callable[[torch.Tensor], tuple[LoraPair, float]]
@@ -53,7 +53,7 @@ def alternate(
         ):
             current = loop.step(current.quantized)
         # Sums differ in their last digits between kernels: which of equals is returned must not depend on that.
-        if current.squared_error < (1 - _TIE) * min(squared_errors):
+        if current.squared_error < (1 - TIE) * min(squared_errors):
             best = replace(best, quantized=current.quantized, lora=current.pair, best_iteration=iteration)
         squared_errors.append(current.squared_error)
     return replace(best, iteration_errors=tuple(relative(error, squared_weight) for error in squared_errors))

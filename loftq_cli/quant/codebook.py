@@ -137,7 +137,7 @@ class CodebookQuantizer:
         hint = "--no-double-quant, or double_quant = false in an [[override]]"
         if not bool(torch.isfinite(offset)) or not bool(torch.isfinite(nested_absmax).all()):
             raise NumericError("its block constants are too large to be double-quantized", hint=hint)
-        if judges and not _is_near(absmax, nested_absmax):
+        if judges and not bool(is_near(absmax, nested_absmax)):
             decoded = double_dequantize(codes, nested_absmax, code_map, offset, size)
             if _is_ruined(absmax, decoded):
                 raise NumericError("its block constants differ too much to be double-quantized", hint=hint)
@@ -185,13 +185,14 @@ class DecodedCodebook:
         return plain(values.view(-1, columns))
 
 
-def _is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> bool:
-    """Whether no constant can be decoded to one that is wrong by as much as the smallest: from a few numbers, without
-    decoding, which is all that most matrices need.
+def is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> torch.Tensor:
+    """bool [...]: whether no constant of [..., blocks] can be decoded to one that is wrong by as much as the smallest:
+    from a few numbers, without decoding, which is all that most matrices need.
     """
     if not absmax.numel():
-        return True
-    return max(_NESTED_ERROR * float(nested_absmax.max()), _SMALLEST) < float(absmax.min())
+        return torch.ones(absmax.shape[:-1], dtype=torch.bool, device=absmax.device)
+    near: torch.Tensor = (nested_absmax.amax(dim=-1) * _NESTED_ERROR).clamp(min=_SMALLEST) < absmax.amin(dim=-1)
+    return near
 
 
 def _is_ruined(absmax: torch.Tensor, decoded: torch.Tensor) -> bool:

@@ -1,0 +1,86 @@
+"""Codebook formats for a stack of equal matrices on a GPU, which is never waited for: what is unusual about a matrix is
+only noted, for whoever reads the result to take it the careful way, `loftq_cli.quant.codebook`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loftq_cli.quant.codebook import is_near
+from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
+from loftq_cli.triton_kernels.codebook import quantize_codebook
+from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
+from loftq_cli.triton_kernels.residual import CodedStack, quantize_difference
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedStack:
+    """n quantized matrices of one shape.
+
+    coded         their codes, and their constants as a loader decodes them
+    nested        the double-quantized constants, each with a first dimension n; None where they are stored as they are
+    is_ordinary   bool [n]: whether nothing was met that asks for the careful way
+    """
+
+    coded: CodedStack
+    nested: NestedAbsmax | None
+    is_ordinary: torch.Tensor
+
+
+def quantize_stack(
+    weight: torch.Tensor,
+    spec: CodebookSpec,
+    dtype: str,
+    update: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> QuantizedStack:
+    """The codes and constants of [n, out, in], or of it minus left @ right, as they will be stored.
+
+    Ordinary are finite matrices without zero blocks whose constants double quantization does not ruin and whose values
+    do not overflow `dtype`, which a loader decodes to.
+    """
+    n = len(weight)
+    if update is not None:
+        packed, absmax = quantize_difference(weight, *update, spec.codebook, spec.block_size)
+    elif weight[0].numel() % spec.block_size == 0:  # then the stack is one tall matrix, block by block
+        packed, absmax = (part.view(n, -1) for part in quantize_codebook(weight, spec.codebook, spec.block_size))
+    else:
+        pairs = [quantize_codebook(matrix, spec.codebook, spec.block_size) for matrix in weight]
+        packed, absmax = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+    largest = absmax.amax(dim=1)
+    is_ordinary = (largest < torch.finfo(getattr(torch, dtype)).max / 2) & largest.isfinite()
+    decoded, nested = absmax, None
+    if spec.double_quant:
+        decoded, nested = _nested(absmax, spec.nested_block_size)
+        is_ordinary &= nested.offset.isfinite()
+        # Of a matrix minus what an adapter holds there is nothing to judge: see `CodebookQuantizer`.
+        is_ordinary &= is_near(absmax, nested.absmax) if update is None else nested.absmax.isfinite().all(dim=1)
+    coded = CodedStack(packed, decoded, spec.codebook, spec.block_size, getattr(torch, dtype))
+    return QuantizedStack(coded, nested, is_ordinary)
+
+
+def unstacked(
+    packed: torch.Tensor,
+    constants: torch.Tensor | NestedAbsmax,
+    spec: CodebookSpec,
+    shape: tuple[int, int],
+    dtype: str,
+    i: int,
+) -> CodebookTensor:
+    """The i-th matrix of a stack as it is stored."""
+    if isinstance(constants, NestedAbsmax):
+        nested = NestedAbsmax(constants.codes[i], constants.absmax[i], constants.code_map, constants.offset[i])
+        return CodebookTensor(packed[i], nested, spec, shape, dtype)
+    return CodebookTensor(packed[i], constants[i], spec, shape, dtype)
+
+
+def _nested(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, NestedAbsmax]:
+    """float32 [n, blocks] as a loader decodes them, and their double-quantized form."""
+    code_map = dynamic_map(absmax.device)
+    parts = [double_quantize(constants, nested_block_size) for constants in absmax]
+    codes, nested_absmax, offset = (torch.stack(part) for part in zip(*parts, strict=True))
+    decoded = [
+        double_dequantize(*constants[:2], code_map, constants[2], nested_block_size) for constants in parts
+    ]
+    return torch.stack(decoded), NestedAbsmax(codes, nested_absmax, code_map, offset)
