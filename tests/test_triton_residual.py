@@ -117,6 +117,22 @@ def test_every_dtype_of_a_weight_is_read_as_what_it_is(dtype):
     assert float((product - expected).norm() / expected.norm()) < 1e-5
 
 
+def test_vectors_may_lie_column_after_column():
+    """As a triangular solve leaves them."""
+    weight, left, right = stack((2, 64, 128), 16)
+    coded = coded_stack(weight, 64)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (left, right, right.transpose(1, 2).contiguous())]
+    straight = [left, right, right.transpose(1, 2).contiguous()]
+    for a, b in zip(turned, straight, strict=True):
+        assert not a.is_contiguous() and torch.equal(a, b)
+    codes = [interpreted(quantize_difference, weight, *pair, "nf4", 64)[0] for pair in (turned[:2], straight[:2])]
+    assert torch.equal(*codes)
+    products = [interpreted(residual_product, weight, coded, vectors)[0] for vectors in (turned[2], straight[2])]
+    assert torch.equal(*products)
+    transposed = [interpreted(transposed_residual_product, weight, coded, v) for v in (turned[0], straight[0])]
+    assert torch.equal(*transposed)
+
+
 def test_a_stack_is_cut_into_parts_that_cover_every_row_and_column():
     """One tall and one wide matrix, for which a sum is taken in several programs."""
     for shape in ((1, 64 * 9 + 5, 64), (1, 64, 64 * 9)):

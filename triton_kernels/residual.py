@@ -52,7 +52,7 @@ def quantize_difference(
     absmax = torch.empty((n, -(-numel // block_size)), dtype=torch.float32, device=weight.device)
     table = codebook_table(codebook, weight.device)
     implementation("residual", weight.device.type).quantize_difference(
-        weight, left.bfloat16(), right.bfloat16(), table, block_size, packed, absmax
+        weight, left.bfloat16().contiguous(), right.bfloat16().contiguous(), table, block_size, packed, absmax
     )
     return packed, absmax
 
@@ -71,7 +71,7 @@ def residual_product(
     product: torch.Tensor
     squares: torch.Tensor
     product, squares = implementation("residual", weight.device.type).residual_product(
-        weight, coded, table, vectors.bfloat16()
+        weight, coded, table, vectors.bfloat16().contiguous()
     )
     return product, squares
 
@@ -86,7 +86,7 @@ def transposed_residual_product(weight: torch.Tensor, coded: CodedStack, vectors
     _check("vectors", vectors, (n, out_features, rank))
     table = codebook_table(coded.codebook, weight.device)
     product: torch.Tensor = implementation("residual", weight.device.type).transposed_residual_product(
-        weight, coded, table, vectors.bfloat16()
+        weight, coded, table, vectors.bfloat16().contiguous()
     )
     return product
 
