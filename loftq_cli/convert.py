@@ -5,7 +5,7 @@ numbers, the containers and the files are other modules'.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,8 @@ from loftq_cli.checkpoint.side_files import are_copied, copy_side_files, nbytes_
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles
+from loftq_cli.device import Device, open_device
+from loftq_cli.device_jobs import DeviceRunner, run_on_device
 from loftq_cli.errors import StorageError, UsageError
 from loftq_cli.jobs import NOT_FINITE, JobRunner, is_streamed, not_finite_note
 from loftq_cli.kernels import choose_kernels
@@ -144,26 +146,40 @@ def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
 
 
 def run(
-    conversion: Conversion, observer: Observer, *, overwrite: bool, restart: bool, verify: bool, threads: int = 1
+    conversion: Conversion,
+    observer: Observer,
+    *,
+    overwrite: bool,
+    restart: bool,
+    verify: bool,
+    threads: int = 1,
+    device: str = "cpu",
+    max_memory: int | None = None,
 ) -> Outcome:
     """Convert, verify, publish. Continues an interrupted run of the same conversion; the bytes are the same, with any
-    number of threads.
+    number of threads. A GPU, see `open_device`, takes sums in another order: its adapters differ in their last digits.
 
     Raises LoftqError; what is under the output's name then is what was there before.
     """
     plan, output = conversion.plan, conversion.output
-    if (missing := choose_kernels(plan.work)) is not None:
-        observer.phase(missing)
+    gpu = open_device(device, plan.work, max_memory)
+    missing = choose_kernels(plan.work) if gpu is None else None
+    for said in (missing, None if gpu is None else f"computing on {gpu}"):
+        if said is not None:
+            observer.phase(said)
     check_space(output, plan.base_nbytes + plan.adapter_nbytes + nbytes_of(conversion.side_files))
     staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
     try:
         if staging.entries:
             observer.phase(f"continuing: {len(staging.entries)} of {len(plan.jobs)} tensors are finished; hashing them")
         with started(threads) as workers, _output_files(plan, staging.path) as files:
-            results, entries, resumed = _run_jobs(conversion, staging, files, observer, workers)
+            results, entries, resumed = _run_jobs(conversion, staging, files, observer, workers, gpu)
             if verify:
                 observer.phase("verifying what was written")
-                _verify(conversion, staging.path, results, workers)
+                if gpu is None:
+                    _verify(conversion, staging.path, results, workers)
+                else:
+                    _verify_bytes(files, entries, staging.path, workers)
             sums = files.sums_by_file(outputs_of(entries.values()))
         observer.phase("publishing")
         staging.keep_only(sums)
@@ -183,7 +199,12 @@ def _output_files(plan: Plan, directory: Path) -> OutputFiles:
 
 
 def _run_jobs(
-    conversion: Conversion, staging: Staging, files: OutputFiles, observer: Observer, workers: Workers
+    conversion: Conversion,
+    staging: Staging,
+    files: OutputFiles,
+    observer: Observer,
+    workers: Workers,
+    gpu: Device | None,
 ) -> tuple[list[LayerResult], dict[str, JournalEntry], int]:
     """Every job of the plan; returns the layers' results, all journal entries, and how many layers were kept."""
     plan = conversion.plan
@@ -191,17 +212,19 @@ def _run_jobs(
     entries: dict[str, JournalEntry] = {}
     resumed = 0
     runner = JobRunner(conversion.checkpoint, plan.recipe, files, staging.entries)
-    steps = Steps(runner.load, runner.compute, runner.write)
 
     def announce(job: LayerJob | CopyJob) -> None:
         if isinstance(job, LayerJob):
             observer.layer_started(job.name)
 
+    def finished() -> Generator[tuple[JournalEntry, bool]]:
+        if gpu is None:
+            steps = Steps(runner.load, runner.compute, runner.write)
+            return in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)
+        return run_on_device(DeviceRunner(runner, gpu, plan.recipe), plan.jobs, workers.threads, announce)
+
     # The jobs end before the recording does: by then nothing is being written any more.
-    with (
-        staging.recording(files.sync) as record,
-        closing(in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)) as done,
-    ):
+    with staging.recording(files.sync) as record, closing(finished()) as done:
         for job, (entry, kept) in zip(plan.jobs, done, strict=True):
             if not kept:
                 record(entry)
@@ -249,6 +272,22 @@ def _verify(conversion: Conversion, directory: Path, results: Sequence[LayerResu
                     tensor=job.name,
                     hint="the disk or the memory is faulty",
                 )
+
+
+def _verify_bytes(files: OutputFiles, entries: Mapping[str, JournalEntry], directory: Path, workers: Workers) -> None:
+    """Read everything back and compare it with what was to be written: the errors that are reported are of that.
+
+    Raises StorageError naming the first tensor for which they differ.
+    """
+    sums = outputs_of(entries.values())
+    for (name, sha256), found in zip(sums.items(), workers.map(lambda n: files[n].sha256(n), sums), strict=True):
+        if found != sha256:
+            raise StorageError(
+                "is not as it was written when it is read back",
+                file=directory,
+                tensor=name,
+                hint="the disk or the memory is faulty",
+            )
 
 
 def _write_side_files(

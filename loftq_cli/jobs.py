@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.journal import JournalEntry
@@ -54,6 +54,10 @@ class Converted:
     written: Mapping[str, str] = field(default_factory=dict)
     entry: JournalEntry | None = None
 
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> Converted:
+        """The same with copies of the tensors."""
+        return replace(self, tensors={name: copy(tensor) for name, tensor in self.tensors.items()})
+
 
 class JobRunner:
     """The three steps of the jobs of a plan: read a tensor, compute, write what comes of it into its places. A job that
@@ -65,17 +69,19 @@ class JobRunner:
     ) -> None:
         self._checkpoint, self._recipe, self._files, self._entries = checkpoint, recipe, files, entries
 
-    def load(self, job: LayerJob | CopyJob) -> LoadedWeight | JournalEntry:
-        """The weight of a layer; the entry of a job that is done."""
+    def load(self, job: LayerJob | CopyJob, *, streams: bool = True) -> LoadedWeight | JournalEntry:
+        """The weight of a layer, unless it `streams` and can be read a few rows at a time; the entry of a job that is
+        done.
+        """
         entry = self._entries.get(job.name)
         if entry is not None and is_intact(self._checkpoint, entry, self._files):
             return entry
-        if isinstance(job, CopyJob) or is_streamed(self._recipe, job):
+        if isinstance(job, CopyJob) or (streams and is_streamed(self._recipe, job)):
             return LoadedWeight()
         try:
             stored = self._checkpoint.load(job.name)
         except (MemoryError, RuntimeError) as error:
-            raise self._named(error, job) from None
+            raise self.named(error, job) from None
         return LoadedWeight(stored, hashlib.sha256(tensor_bytes(stored)).hexdigest())
 
     def compute(self, job: LayerJob | CopyJob, found: LoadedWeight | JournalEntry, workers: Workers) -> Converted:
@@ -90,14 +96,19 @@ class JobRunner:
         try:
             if found.stored is None:
                 return self._stream(job, workers)
-            weight = TensorRows(found.stored, job.matrix.transposed)
-            initial = _initialize(self._recipe, job, weight, None, workers)
-            tensors = _packed(self._recipe, job, initial)
-            decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
-            result = _result(job, initial, layer_error(weight, decoded, initial.lora, workers))
+            return self.converted(job, TensorRows(found.stored, job.matrix.transposed), found.sha256, workers)
         except (LoftqError, MemoryError, RuntimeError) as error:
-            raise self._named(error, job) from None
-        return Converted(tensors, found.sha256, result)
+            raise self.named(error, job) from None
+
+    def converted(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
+        """What the method makes of a weight, wherever that lies."""
+        initial = _initialize(self._recipe, job, weight, None, workers)
+        decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
+        return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256)
+
+    def described(self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str) -> Converted:
+        """The tensors to write of a layer and what is said of it."""
+        return Converted(_packed(self._recipe, job, initial), sha256, _result(job, initial, error))
 
     def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:
         """Put it into its places. What the journal is to say, and whether it said so before."""
@@ -108,7 +119,7 @@ class JobRunner:
         written = {name: self._files[name].write(name, tensor) for name, tensor in made.tensors.items()}
         return JournalEntry(job.name, made.input_sha256, {**made.written, **written}, dict(made.result)), False
 
-    def _named(self, error: Exception, job: LayerJob) -> Exception:
+    def named(self, error: Exception, job: LayerJob) -> Exception:
         """What stopped a job, with the tensor's name."""
         if is_memory_shortage(error):
             error = memory_shortage()
@@ -167,8 +178,6 @@ def _quantizer(recipe: Recipe, job: LayerJob) -> Quantizer:
 def _initialize(
     recipe: Recipe, job: LayerJob, weight: Rows, sink: Callable[[slice, torch.Tensor], None] | None, workers: Workers
 ) -> Initialization:
-    import torch
-
     return load_method(recipe.method)(
         weight,
         _quantizer(recipe, job),
@@ -176,7 +185,7 @@ def _initialize(
         iterations=int(recipe.iterations or 1),
         svd=recipe.svd,
         init=recipe.init,
-        generator=torch.Generator().manual_seed(_seed(recipe.seed, job.name)),
+        generator=generator_for(recipe, job),
         sink=sink,
         workers=workers,
     )
@@ -201,9 +210,12 @@ def _result(job: LayerJob, initial: Initialization, error: LayerError) -> dict[s
     return layer_result(job, error, alone, initial.iteration_errors, initial.best_iteration).to_json()
 
 
-def _seed(seed: int, name: str) -> int:
-    """A seed for one tensor: the order of the jobs cannot change what is drawn."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "little") >> 1
+def generator_for(recipe: Recipe, job: LayerJob) -> torch.Generator:
+    """One for each tensor: the order of the jobs cannot change what is drawn."""
+    import torch
+
+    digest = hashlib.sha256(f"{recipe.seed}:{job.name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def not_finite_note(name: str) -> str:

@@ -63,6 +63,26 @@ class TensorRows:
 
 
 @dataclass(frozen=True, slots=True)
+class UploadedRows:
+    """Rows of a matrix in the processor's memory, on a device that does not hold all of it."""
+
+    matrix: TensorRows
+    device: torch.device
+    slab_numel: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+    @property
+    def multiple(self) -> int:
+        return self.matrix.multiple
+
+    def rows(self, part: slice) -> torch.Tensor:
+        return self.matrix.rows(part).to(self.device)
+
+
+@dataclass(frozen=True, slots=True)
 class ComputedRows:
     """A matrix whose rows a function gives."""
 

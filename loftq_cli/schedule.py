@@ -4,6 +4,7 @@ the last one's output written meanwhile. Knows nothing of what a job does; resul
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 Result = TypeVar("Result")
 
+_STACKS_AHEAD = 2  # that are read before they are needed, and written after: one of each hides the other's jitter
 SMALL_NUMEL = 1 << 22  # several matrices of at most so many weights, 16 MB in float32, may be in memory at once
 
 
@@ -92,3 +94,52 @@ def _large(
     finally:
         reader.close()
         writer.close()
+
+
+@dataclass(frozen=True)
+class StackSteps(Generic[Job, Input, Output, Result]):
+    """Jobs that are computed several at once. `compute` gives something for each of a stack, and had better not wait;
+    `write` is also told what was loaded, and the job's place in its stack.
+    """
+
+    load: Callable[[Job], Input]
+    compute: Callable[[Sequence[Job], Sequence[Input]], Sequence[Output]]
+    write: Callable[[Job, Input, Output, int], Result]
+
+
+def in_stacks(
+    stacks: Sequence[Sequence[Job]],
+    steps: StackSteps[Job, Input, Output, Result],
+    threads: int,
+    started: Callable[[Job], None] = lambda job: None,
+) -> Generator[Result]:
+    """The results of all jobs, stack by stack. Reading and writing have threads of their own; computing has the one
+    that asks for the results.
+
+    In memory at once: a stack that computes, two that are being read and two that are being written.
+    """
+    readers, writers = Workers(threads, inline=False), Workers(threads, inline=False)
+    reading: deque[list[Future[Input]]] = deque()
+    writing: deque[list[Future[Result]]] = deque()
+    try:
+        for i, stack in enumerate(stacks):
+            for later in stacks[i + len(reading) : i + 1 + _STACKS_AHEAD]:
+                reading.append([readers.submit(partial(steps.load, job)) for job in later])
+            for job in stack:
+                started(job)
+            try:
+                found = [future.result() for future in reading.popleft()]
+                made = steps.compute(stack, found)
+            except Exception:
+                while writing:  # what was done before it failed counts
+                    yield from (future.result() for future in writing.popleft())
+                raise
+            written = zip(stack, found, made, range(len(stack)), strict=True)
+            writing.append([writers.submit(partial(steps.write, *one)) for one in written])
+            if len(writing) > _STACKS_AHEAD:
+                yield from (future.result() for future in writing.popleft())
+        while writing:
+            yield from (future.result() for future in writing.popleft())
+    finally:
+        readers.close()
+        writers.close()

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Higher imports from lower, and from its own floor only inside one package.
 FLOORS = [
     ("errors",),
-    ("tensors", "workers", "rows"),
+    ("tensors", "workers", "rows", "device"),
     ("triton_kernels", "findings"),
     ("checkpoint", "quant", "lowrank", "metrics", "kernels"),
     ("methods", "layouts", "schedule"),
@@ -30,6 +30,7 @@ FLOORS = [
     ("plan", "base_model"),
     ("report",),
     ("jobs", "model_files", "inspection", "adapter_source", "provenance"),
+    ("device_jobs",),
     ("convert", "merge_form", "nn"),
     ("merge_plan",),
     ("merge_report",),

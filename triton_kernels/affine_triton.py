@@ -170,9 +170,7 @@ def _encode(values, scale, offset, TOP: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _squared_error(
-    values, is_column, lowest, highest, TOP: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr
-):
+def _squared_error(values, is_column, lowest, highest, TOP: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr):
     """float64, of each row when it is quantized to the range. See affine_reference.py."""
     scale, offset = _fit(lowest, highest, TOP, OFFSET, SCALE)
     steps = _encode(values, scale, offset, TOP, OFFSET) - 12582912.0
@@ -238,9 +236,7 @@ def _quantize_groups(
     values = tl.load(groups_ptr + offsets, mask=is_group[:, None] & is_column, other=0.0)
     lowest, highest = _ends(values, is_column, OFFSET)
     if TRIALS:
-        lowest, highest = _least_error_ends(
-            values, is_column, lowest, highest, shifts_ptr, TRIALS, TOP, OFFSET, SCALE
-        )
+        lowest, highest = _least_error_ends(values, is_column, lowest, highest, shifts_ptr, TRIALS, TOP, OFFSET, SCALE)
     scale, offset = _fit(lowest, highest, TOP, OFFSET, SCALE)
     codes = _encode(values, scale, offset, TOP, OFFSET).to(tl.int32, bitcast=True)
     if OFFSET != "float":

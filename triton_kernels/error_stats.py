@@ -36,17 +36,3 @@ def error_stats(weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor
         weight.reshape(-1), decoded.reshape(-1), None if delta is None else delta.reshape(-1)
     )
     return ErrorSums(*sums)
-
-
-def codebook_error_sums(weight, packed, absmax, codebook, block_size, dtype, lora_A=None, lora_B=None, scaling=1.0):
-    from loftq_cli.triton_kernels.codebook import dequantize_codebook
-
-    q = dequantize_codebook(packed, absmax, codebook, block_size, weight.numel(), dtype).view(weight.shape).float()
-    w = weight.double()
-    d = torch.zeros_like(q) if lora_A is None else scaling * (lora_B @ lora_A)
-    e = w - (q + d)
-    flips = ((w * (q + d)) < 0).sum().double()
-    zero = ((w != 0) & (q + d == 0)).sum().double()
-    return torch.stack(
-        [w.square().sum(), (w - q).square().sum(), e.square().sum(), e.abs().max(), d.double().square().sum(), flips, zero]
-    )

@@ -47,7 +47,7 @@ def initialize(
     found = alternate(
         weight, quantizer, lambda residual: fit_adapter(residual, lora, solve, balances), iterations, dtype, workers
     )
-    return found if balances or decomposes else replace(found, lora=_balanced(found.lora))
+    return found if balances or decomposes else replace(found, lora=balanced_pair(found.lora))
 
 
 def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver, balances: bool = True) -> tuple[LoraPair, float]:
@@ -62,7 +62,7 @@ def fit_adapter(residual: torch.Tensor, lora: LoraSpec, solve: Solver, balances:
     return pair, found.gain
 
 
-def _balanced(lora: LoraPair) -> LoraPair:
+def balanced_pair(lora: LoraPair) -> LoraPair:
     """The same adapter with equal norms in both factors; lora_B is orthonormal, up to the scaling."""
     found = balanced(Factors(lora.lora_B, lora.lora_A, 0.0))
     return replace(lora, lora_A=found.right, lora_B=found.left)

@@ -5,6 +5,7 @@ the host never waits. Which matrices may be stacked is for jobs to decide; what 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from loftq_cli.lowrank import COLD_STEPS
 from loftq_cli.methods.alternation import TIE
 from loftq_cli.quant.codebook_stack import QuantizedStack, quantize_stack
-from loftq_cli.tensors import CodebookSpec, LoraSpec
+from loftq_cli.tensors import CodebookSpec, LoraSpec, NestedAbsmax
+from loftq_cli.triton_kernels.double_quant import dynamic_map
 from loftq_cli.triton_kernels.error_stats import codebook_error_sums
 from loftq_cli.triton_kernels.residual import residual_product, transposed_residual_product
 
@@ -23,31 +25,59 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
-class StackedInitialization:
-    """What is made of n matrices [out, in]. All tensors are on their device, and may still be being computed.
+class StackedAlternation:
+    """What alternating finds of n matrices [out, in].
 
-    lora_A, lora_B    float32 [n, rank, in] and [n, out, rank], not balanced; None where nothing iterates
-    sums              float64 [n, 7], see `codebook_error_sums`: of what is stored
-    squared_errors    float64 [iterations, n], with the adapter; None where nothing iterates
-    squared_base      float64 [n]: what quantizing once loses; None where nothing iterates
-    best_iteration    int64 [n], counted from 1; None where nothing iterates
-    is_ordinary       bool [n]: the others are to be made one by one, by the method itself
+    lora_A, lora_B    float32 [n, rank, in] and [n, out, rank], not balanced
+    squared_errors    float64 [iterations, n], with the adapter
+    squared_base      float64 [n]: what quantizing once loses
+    best_iteration    int64 [n], counted from 1
     """
 
-    quantized: QuantizedStack
+    lora_A: torch.Tensor
+    lora_B: torch.Tensor
+    squared_errors: torch.Tensor
+    squared_base: torch.Tensor
+    best_iteration: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StackedInitialization:
+    """What a method makes of n matrices; on the device it may still be being computed.
+
+    packed        uint8 [n, bytes]
+    constants     float32 [n, blocks], or what is stored of them after double quantization, with a first dimension n
+    sums          float64 [n, 7], see `codebook_error_sums`: of what is stored
+    is_ordinary   bool [n]: the others are to be made one by one, by the method itself
+    alternation   None where nothing iterates
+    """
+
+    packed: torch.Tensor
+    constants: torch.Tensor | NestedAbsmax
     sums: torch.Tensor
     is_ordinary: torch.Tensor
-    lora_A: torch.Tensor | None = None
-    lora_B: torch.Tensor | None = None
-    squared_errors: torch.Tensor | None = None
-    squared_base: torch.Tensor | None = None
-    best_iteration: torch.Tensor | None = None
+    alternation: StackedAlternation | None
+
+    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> StackedInitialization:
+        """The same of copies of all tensors."""
+        constants, found = self.constants, self.alternation
+        if isinstance(constants, NestedAbsmax):
+            codes, absmax, offset = map(copy, (constants.codes, constants.absmax, constants.offset))
+            constants = NestedAbsmax(codes, absmax, dynamic_map(), offset)
+        else:
+            constants = copy(constants)
+        if found is not None:
+            pair = copy(found.lora_A), copy(found.lora_B)
+            errors = copy(found.squared_errors), copy(found.squared_base)
+            found = StackedAlternation(*pair, *errors, copy(found.best_iteration))
+        return StackedInitialization(copy(self.packed), constants, copy(self.sums), copy(self.is_ordinary), found)
 
 
 def quantize_once(weight: torch.Tensor, spec: CodebookSpec, dtype: str) -> StackedInitialization:
     """QLoRA of [n, out, in]: its adapter is not computed from the weights, and adds nothing."""
     quantized = quantize_stack(weight, spec, dtype)
-    return StackedInitialization(quantized, _sums(weight, quantized, None, 1.0), quantized.is_ordinary)
+    sums = _sums(weight, quantized, None, 1.0)
+    return StackedInitialization(quantized.coded.packed, quantized.constants, sums, quantized.is_ordinary, None)
 
 
 def alternate_stack(
@@ -61,7 +91,8 @@ def alternate_stack(
     vectors, update = start, None
     state = _Best.none(weight, lora.rank)
     is_ordinary = torch.ones(len(weight), dtype=torch.bool, device=weight.device)
-    squared_errors, squared_base = [], None
+    squared_errors: list[torch.Tensor] = []
+    squared_base_errors: list[torch.Tensor] = []
     for iteration in range(1, iterations + 1):
         quantized = quantize_stack(weight, spec, dtype, update)
         for _ in range(COLD_STEPS - 1 if iteration == 1 else 0):
@@ -77,7 +108,7 @@ def alternate_stack(
         is_ordinary &= quantized.is_ordinary & is_found & squared_error.isfinite()
         state = state.or_better(iteration, squared_error, update, (left, right))
         squared_errors.append(squared_error)
-        squared_base = squares if squared_base is None else squared_base
+        squared_base_errors.append(squares)
         vectors = (right / right.abs().amax(dim=(1, 2), keepdim=True).clamp_(min=_TINY)).transpose(1, 2).contiguous()
         update = (left, right)
     if iterations > 1:
@@ -86,9 +117,8 @@ def alternate_stack(
     root = math.sqrt(lora.scaling)
     lora_A, lora_B = state.factors[1] / root, state.factors[0] / root
     sums = _sums(weight, quantized, (lora_A, lora_B), lora.scaling)
-    return StackedInitialization(
-        quantized, sums, is_ordinary, lora_A, lora_B, torch.stack(squared_errors), squared_base, state.iteration
-    )
+    found = StackedAlternation(lora_A, lora_B, torch.stack(squared_errors), squared_base_errors[0], state.iteration)
+    return StackedInitialization(quantized.coded.packed, quantized.constants, sums, is_ordinary, found)
 
 
 def orthonormal_stack(columns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,11 @@ class QuantizedStack:
     nested: NestedAbsmax | None
     is_ordinary: torch.Tensor
 
+    @property
+    def constants(self) -> torch.Tensor | NestedAbsmax:
+        """As they are stored."""
+        return self.coded.absmax if self.nested is None else self.nested
+
 
 def quantize_stack(
     weight: torch.Tensor,
@@ -80,7 +85,5 @@ def _nested(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor,
     code_map = dynamic_map(absmax.device)
     parts = [double_quantize(constants, nested_block_size) for constants in absmax]
     codes, nested_absmax, offset = (torch.stack(part) for part in zip(*parts, strict=True))
-    decoded = [
-        double_dequantize(*constants[:2], code_map, constants[2], nested_block_size) for constants in parts
-    ]
+    decoded = [double_dequantize(*constants[:2], code_map, constants[2], nested_block_size) for constants in parts]
     return torch.stack(decoded), NestedAbsmax(codes, nested_absmax, code_map, offset)
