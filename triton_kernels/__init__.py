@@ -1,12 +1,13 @@
 """Numeric primitives; installed as `loftq_cli.triton_kernels`. They know tensors and numbers, no files and no methods.
 
-affine.py        group-wise integer quantization: codes, scales, zero points, and back
-backend.py       which implementation runs on which device
-codebook.py      block-wise codebook quantization (NF4): absmax, codes, packing, and back; what it loses
-cpu_kernels.py   the loops of what is compiled for the processor
-double_quant.py  8-bit block constants, and back
-error_stats.py   squared and largest error of an approximation, in one pass
-packing.py       integer codes as a bit stream in 32-bit words, and back
+affine.py         group-wise integer quantization: codes, scales, zero points, and back
+backend.py        which implementation runs on which device
+codebook.py       block-wise codebook quantization (NF4): absmax, codes, packing, and back; what it loses
+cpu_kernels.py    the loops of what is compiled for the processor
+double_quant.py   8-bit block constants, and back
+error_stats.py    squared and largest error of an approximation, in one pass; of codes and an adapter, fused
+factors.py        the factors of an adapter as the fused operations take them
+packing.py        integer codes as a bit stream in 32-bit words, and back
 
 `<op>.py` is the contract: it validates once and dispatches. `<op>_reference.py` is the definition in plain torch;
 every other backend of an operation answers to it, codes equal bit for bit. `<op>_cpu.py` is compiled for the processor.
