@@ -7,6 +7,7 @@ cpu_kernels.py    the loops of what is compiled for the processor
 double_quant.py   8-bit block constants, and back
 error_stats.py    squared and largest error of an approximation, in one pass; of codes and an adapter, fused
 factors.py        the factors of an adapter as the fused operations take them
+merging.py        a codebook matrix and an adapter made one weight; what survives quantizing again
 packing.py        integer codes as a bit stream in 32-bit words, and back
 
 `<op>.py` is the contract: it validates once and dispatches. `<op>_reference.py` is the definition in plain torch;
