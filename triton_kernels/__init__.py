@@ -4,6 +4,7 @@ affine.py         group-wise integer quantization: codes, scales, zero points, a
 backend.py        which implementation runs on which device
 codebook.py       block-wise codebook quantization (NF4): absmax, codes, packing, and back; what it loses
 cpu_kernels.py    the loops of what is compiled for the processor
+dequant_matmul.py products with a codebook matrix that is decoded on the way, and with an adapter beside it
 double_quant.py   8-bit block constants, and back
 error_stats.py    squared and largest error of an approximation, in one pass; of codes and an adapter, fused
 factors.py        the factors of an adapter as the fused operations take them
