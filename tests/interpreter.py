@@ -23,7 +23,9 @@ def interpreted(operation: Callable[..., Any], *arguments: Any, **options: Any) 
 def triton_kernels() -> Any:
     """The Triton kernels on the CPU, for the length of the block."""
     pytest.importorskip("triton")
-    _compute_as_hardware_does()
+    _convert_bfloat16_as_hardware_does()
+    _multiply_bfloat16_as_numbers()
+    _count_to_numbers_of_kernels()
     use_backend("cpu", "triton")
     try:
         yield
@@ -31,9 +33,19 @@ def triton_kernels() -> Any:
         use_backend("cpu", None)
 
 
-def _compute_as_hardware_does() -> None:
-    """With bfloat16, rounded to nearest, ties to even. The interpreter (3.6 to 3.9) cuts the lower half of a float32
-    off, mistakes subnormal numbers, and multiplies the bits of bfloat16 matrices as if they were integers.
+@contextmanager
+def poisoned_memory() -> Any:
+    """What torch.empty gives is NaN, or the largest integer, for the length of the block: what is not written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills uninitialized memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _convert_bfloat16_as_hardware_does() -> None:
+    """Exactly, and rounded to nearest, ties to even. The interpreter (3.6 to 3.9) cuts the lower half of a float32 off,
+    and mistakes subnormal numbers.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -50,23 +62,45 @@ def _compute_as_hardware_does() -> None:
             return (data.astype(np.uint32) << 16).view(np.float32)
         return original(data, source, target, mode)
 
-    def dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
-        return multiply(self, *map(widened, (a, b)), *others)
+    convert.is_exact = True  # type: ignore[attr-defined]
+    interpreter._convert_float = convert
+
+
+def _multiply_bfloat16_as_numbers() -> None:
+    """The interpreter (3.6 to 3.9) keeps bfloat16 as unsigned integers, and multiplies matrices of those."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    original = builder.create_dot
+    if getattr(original, "is_exact", False):
+        return
 
     def widened(operand: Any) -> Any:
         if operand.dtype.scalar != tl.bfloat16:
             return operand
-        return interpreter.TensorHandle(convert(operand.data, tl.bfloat16, tl.float32, None), tl.float32)
+        return interpreter.TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    convert.is_exact = True  # type: ignore[attr-defined]
-    interpreter._convert_float = convert
-    multiply = interpreter.InterpreterBuilder.create_dot
-    interpreter.InterpreterBuilder.create_dot = dot
-    patch = interpreter._patch_lang_tensor
+    def create_dot(self: Any, a: Any, b: Any, *others: Any) -> Any:
+        return original(self, widened(a), widened(b), *others)
 
-    def patched(tensor: Any, scope: Any) -> Any:
-        patch(tensor, scope)
-        # Triton 3.6 makes an integer of an array with one dimension, which newer NumPy refuses.
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+    create_dot.is_exact = True  # type: ignore[attr-defined]
+    builder.create_dot = create_dot
 
-    interpreter._patch_lang_tensor = patched
+
+def _count_to_numbers_of_kernels() -> None:
+    """NumPy 2.4 makes no integer of an array of one element, which is what the end of a loop is to the interpreter of
+    Triton 3.6.
+    """
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+    if getattr(original, "is_exact", False):
+        return
+
+    def patch(tensor: Any, *others: Any) -> None:
+        original(tensor, *others)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    patch.is_exact = True  # type: ignore[attr-defined]
+    interpreter._patch_lang_tensor = patch

@@ -10,7 +10,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-_TRITON = frozenset({"affine", "codebook", "double_quant", "packing", "residual"})
+_TRITON = frozenset(
+    {
+        "affine",
+        "codebook",
+        "dequant_matmul",
+        "double_quant",
+        "error_stats",
+        "merging",
+        "packing",
+        "residual",
+    }
+)
 
 # device type -> backend -> the operations that it has. The reference is plain torch, has all of them, and runs
 # wherever torch does. On a processor Triton only interprets, which is for tests. (AMD's cards are "cuda" to torch.)
@@ -65,10 +76,17 @@ def implementation(op: str, device_type: str) -> ModuleType:
 
     Raises ValueError for a device type that no backend serves.
     """
+    return import_module(f"{__package__}.{op}_{_backend_of(op, device_type)}")
+
+
+def has_kernels(op: str, device_type: str) -> bool:
+    """Whether something other than the definition implements `op` there. Raises as `implementation` does."""
+    return _backend_of(op, device_type) != "reference"
+
+
+def _backend_of(op: str, device_type: str) -> str:
     if device_type not in BACKENDS:
         raise ValueError(f"no backend for device type {device_type!r}; known: {', '.join(BACKENDS)}")
     default = "triton" if device_type == "cuda" and has_triton() else "reference"
     backend = _chosen.get(device_type, default)
-    if op not in BACKENDS[device_type].get(backend, ()):
-        backend = "reference"
-    return import_module(f"{__package__}.{op}_{backend}")
+    return backend if op in BACKENDS[device_type].get(backend, ()) else "reference"

@@ -70,7 +70,7 @@ def quantize_codebook(
     if out is None:
         packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         out = packed, torch.empty(-(-numel // block_size), dtype=torch.float32, device=weight.device)
-    _check_constants(*out, block_size, numel)
+    check_constants(*out, block_size, numel)
     flat = None if minus is None else minus.view(-1)
     implementation("codebook", weight.device.type).quantize(weight.view(-1), flat, table, block_size, *out)
     return out
@@ -88,7 +88,7 @@ def dequantize_codebook(
 
     Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
     """
-    _check_constants(packed, absmax, block_size, numel)
+    check_constants(packed, absmax, block_size, numel)
     table = codebook_table(codebook, packed.device)
     values = torch.empty(numel, dtype=dtype, device=packed.device)
     implementation("codebook", packed.device.type).dequantize(
@@ -114,7 +114,7 @@ def codebook_residual(
     numel = weight.numel()
     _check_floats("weight", weight, numel)
     _check_floats("out", out, numel)
-    _check_constants(packed, absmax, block_size, numel)
+    check_constants(packed, absmax, block_size, numel)
     table = codebook_table(codebook, weight.device)
     squares: float = implementation("codebook", weight.device.type).residual(
         weight.view(-1), packed.view(-1), absmax.view(-1), table, block_size, dtype, out.view(-1)
@@ -127,7 +127,8 @@ def _check_floats(name: str, tensor: torch.Tensor, numel: int) -> None:
         raise ValueError(f"{name} must be contiguous float32, bfloat16 or float16 with {numel} elements")
 
 
-def _check_constants(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, numel: int) -> None:
+def check_constants(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, numel: int) -> None:
+    """Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`."""
     if packed.dtype != torch.uint8 or packed.numel() != (numel + 1) // 2:
         raise ValueError(f"packed must be uint8 with {(numel + 1) // 2} elements")
     if absmax.dtype != torch.float32 or absmax.numel() != -(-numel // block_size):

@@ -6,6 +6,9 @@ import numpy as np
 import torch
 
 from loftq_cli.triton_kernels.cpu_kernels import bits_of, sum_errors, sum_errors_with_delta
+from loftq_cli.triton_kernels.error_stats_reference import codebook_sums
+
+__all__ = ["codebook_sums", "sums"]
 
 
 def sums(

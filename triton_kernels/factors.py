@@ -1,0 +1,24 @@
+"""The factors of an adapter as the fused operations take them."""
+
+from __future__ import annotations
+
+import torch
+
+
+def checked_factors(
+    lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, shape: tuple[int, int]
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """lora_A [rank, in] and lora_B [out, rank] in contiguous memory, or None for both.
+
+    Raises ValueError where there is only one, or where they are not float32, bfloat16 or float16 of these shapes.
+    """
+    if lora_A is None and lora_B is None:
+        return None, None
+    if lora_A is None or lora_B is None:
+        raise ValueError("lora_A and lora_B belong together")
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if factor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or factor.dim() != 2:
+            raise ValueError(f"{name} must be a float32, bfloat16 or float16 matrix")
+    if (lora_B.shape[0], lora_A.shape[1]) != shape or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not make {shape}")
+    return lora_A.contiguous(), lora_B.contiguous()
