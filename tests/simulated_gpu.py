@@ -38,6 +38,7 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from loftq_cli.triton_kernels.backend import has_triton
@@ -53,7 +54,10 @@ _WAITING = {
     "_linalg_eigh": "linalg_eigh",
     "_linalg_svd": "linalg_svd",
     "_unique2": "unique",
-    **{name: name for name in ("nonzero", "masked_select", "equal", "bincount", "unique_dim", "unique_consecutive")},
+    **{
+        name: name
+        for name in ("nonzero", "masked_select", "equal", "allclose", "bincount", "unique_dim", "unique_consecutive")
+    },
     **{name: name for name in ("linalg_eig", "linalg_lstsq", "multinomial", "histc")},
 }
 _active: SimulatedGpu | None = None
@@ -300,6 +304,13 @@ class SimulatedGpu:
     def race(self, message: str) -> None:
         self.races.append(f"race: {message}")
         raise AssertionError(self.races[-1])
+
+    @contextmanager
+    def expect_race(self, match: str) -> Iterator[None]:
+        """A race that a test is about: its message matches, and it does not fail the block."""
+        with pytest.raises(AssertionError, match=f"race: .*{match}"):
+            yield
+        self.races.clear()
 
     # -- memory
 
@@ -609,6 +620,7 @@ def simulated_gpu(memory_nbytes: int = 1 << 34) -> Iterator[SimulatedGpu]:
         SimulatedStream()  # the default one
         _set_device_guard()
         stack.callback(_make_factories(device)._destroy)
+        _device_constructors()  # remembers for good what it finds in torch
         for target, name, replacement in _replacements(device):
             stack.enter_context(mock.patch.object(target, name, replacement))
         yield device
