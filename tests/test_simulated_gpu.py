@@ -134,6 +134,25 @@ def test_waiting_for_an_earlier_copy_leaves_a_buffer_that_a_later_one_goes_to_ga
     assert buffer.isnan().all()
 
 
+def test_slots_of_one_pinned_buffer_are_waited_for_one_by_one(gpu):
+    buffer, stream = pinned(8, 1.0), torch.cuda.current_stream()
+    slots = torch.from_numpy(buffer.numpy()).view(2, 4)  # the memory is pinned, whoever looks at it
+    x = slots[0].to("cuda", non_blocking=True)
+    sent = stream.record_event()
+    slots[1].copy_(x, non_blocking=True)
+    sent.synchronize()
+    slots[0].fill_(2.0)
+    assert slots[1].isnan().all()
+    torch.cuda.synchronize()
+    assert slots.tolist() == [[2.0] * 4, [1.0] * 4]
+
+
+def test_memory_that_was_not_written_is_nan(gpu):
+    made = [torch.empty(3, device="cuda"), torch.empty_like(torch.ones(3), device="cuda")]
+    made += [made[0].new_empty(3), torch.empty_like(made[0])]
+    assert all(torch.isnan(x).all() for x in made)
+
+
 def test_overwriting_a_pinned_source_before_its_copy_was_waited_for_is_a_race(gpu):
     source = pinned(4, 1.0)
     source.to("cuda", non_blocking=True)
