@@ -14,7 +14,7 @@ operations and knows how far it has waited for the others, and so does the host.
 - Copies that are `non_blocking` between the device and pinned memory are late by as much as is legal. Before the host
   has waited, the destination is full of 0xFF; and a source that has changed by then is a race.
 - Waits of the host: `syncs` has them, with the line of loftq_cli that waits.
-- Memory: the bytes of live storages, against a limit.
+- Memory: the bytes of live storages, against a limit. Until it is written it is full of 0xFF, which is NaN in a float.
 
 Not modelled: time, more than one device, generators and graphs of the device, peers, work space inside operations,
 fragmentation, the rounding of allocations, TF32 and the device's own last bits. Races of host threads with each other
@@ -24,79 +24,54 @@ are not seen, nor is a write of pinned memory that changes no byte. What runs is
 from __future__ import annotations
 
 import ctypes
-import sys
-import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial, wraps
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from loftq_cli.triton_kernels.backend import has_triton
+from tests.simulated_timeline import (
+    DEVICE,
+    PendingCopy,
+    SimulatedEvent,
+    SimulatedStream,
+    Timeline,
+    activate,
+    active,
+    bytes_of,
+    covers,
+    overlap,
+    place,
+)
 
-DEVICE = torch.device("cuda", 0)
 NAME = "simulated GPU"
 aten = torch.ops.aten
 
-# Operations for whose result or error check the host waits, and what `syncs` calls them where that is another name.
+# Operations for whose result or error check the host waits, and what `syncs` calls them.
 _WAITING = {
     "_local_scalar_dense": "item",
     "_linalg_check_errors": "linalg error check",
     "_linalg_eigh": "linalg_eigh",
     "_linalg_svd": "linalg_svd",
     "_unique2": "unique",
-    **{name: name for name in ("nonzero", "masked_select", "equal", "bincount", "unique_dim", "unique_consecutive")},
-    **{name: name for name in ("linalg_eig", "linalg_lstsq", "multinomial", "histc")},
+    "allclose": "allclose",
+    "bincount": "bincount",
+    "equal": "equal",
+    "linalg_eig": "linalg_eig",
+    "linalg_lstsq": "linalg_lstsq",
+    "masked_select": "masked_select",
+    "nonzero": "nonzero",
+    "unique_consecutive": "unique",
+    "unique_dim": "unique",
 }
-_active: SimulatedGpu | None = None
-
-
-class Sync(NamedTuple):
-    """A wait of the host: "item", "copy to host", "pageable copy", "blocking copy", "stream.synchronize",
-    "event.synchronize", "device.synchronize" or the operation; and "file.py:line".
-    """
-
-    kind: str
-    place: str
-
-
-class Access(NamedTuple):
-    """What operation `index` of `stream` did with some bytes of a storage."""
-
-    first: int
-    end: int
-    stream: SimulatedStream
-    index: int
-    is_write: bool
-    place: str
-
-
-@dataclass
-class Memory:
-    """A storage of the device, or a pinned one (`home` is None): what was done with it that may still matter."""
-
-    nbytes: int
-    home: SimulatedStream | None
-    accesses: list[Access] = field(default_factory=list)
-    recorded: set[SimulatedStream] = field(default_factory=set)
-
-
-class PendingCopy(NamedTuple):
-    """A copy between pinned memory and the device: bytes that have not landed yet, or that must stay as they are."""
-
-    stream: SimulatedStream
-    index: int
-    host: torch.Tensor
-    value: torch.Tensor
-    place: str
 
 
 class SimulatedTensor(torch.Tensor):
@@ -121,10 +96,7 @@ class SimulatedTensor(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if _active is None:
-            raise RuntimeError("the simulated GPU of this tensor is gone")
-        with _active.lock:
-            return _active.run(func, args, kwargs or {})
+        return active().run(func, args, kwargs or {})
 
     def __repr__(self, **_: Any) -> str:
         return f"simulated {self.inner!r}"
@@ -142,7 +114,7 @@ class SimulatedTensor(torch.Tensor):
         return self.inner.untyped_storage()
 
     def record_stream(self, stream: SimulatedStream) -> None:  # type: ignore[override]
-        gpu().memory_of(self).recorded.add(stream)
+        active().memory_of(self.inner).recorded.add(stream)
 
     def is_pinned(self, device: Any = None) -> bool:
         return False
@@ -151,274 +123,39 @@ class SimulatedTensor(torch.Tensor):
         raise RuntimeError("cannot pin 'torch.cuda.Tensor': only dense CPU tensors can be pinned")
 
 
-class SimulatedStream:
-    """torch.cuda.Stream. `clock` is how far it has come, and how far it has waited for others."""
+class SimulatedGpu(Timeline):
+    """Operations on the device. For tests: `syncs`, `races`, `expect_race`, `allocated`, `max_allocated`."""
 
-    device, device_index, device_type, priority = DEVICE, 0, 1, 0
-
-    def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
-        self.gpu = gpu()
-        self.clock: dict[SimulatedStream, int] = {self: 0}
-        self.gpu.streams.append(self)
-        self.stream_id = self.cuda_stream = len(self.gpu.streams) - 1
-
-    def __repr__(self) -> str:
-        return f"stream {self.stream_id}"
-
-    def advance(self) -> int:
-        """The index of a new operation on it, which comes after all that the host has waited for."""
-        merge(self.clock, self.gpu.host)
-        self.clock[self] += 1
-        return self.clock[self]
-
-    def wait_event(self, event: SimulatedEvent) -> None:
-        merge(self.clock, event.clock)
-
-    def wait_stream(self, stream: SimulatedStream) -> None:
-        merge(self.clock, stream.clock)
-
-    def record_event(self, event: SimulatedEvent | None = None) -> SimulatedEvent:
-        event = event or SimulatedEvent()
-        event.record(self)
-        return event
-
-    def synchronize(self) -> None:
-        self.gpu.wait("stream.synchronize", self.clock)
-
-    def query(self) -> bool:
-        return self.record_event().query()
-
-    def __enter__(self) -> SimulatedStream:
-        self._previous = self.gpu.current_stream()
-        self.gpu.set_stream(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.gpu.set_stream(self._previous)
-
-
-class SimulatedEvent:
-    """torch.cuda.Event. Asked whether the device has reached it, it says no the first time, and yes the second."""
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.gpu = gpu()
-        self.clock: dict[SimulatedStream, int] = {}
-        self.was_asked = False
-
-    def record(self, stream: SimulatedStream | None = None) -> None:
-        stream = stream or self.gpu.current_stream()
-        self.clock, self.was_asked = dict(stream.clock), False
-
-    def wait(self, stream: SimulatedStream | None = None) -> None:
-        (stream or self.gpu.current_stream()).wait_event(self)
-
-    def synchronize(self) -> None:
-        self.gpu.wait("event.synchronize", self.clock)
-
-    def query(self) -> bool:
-        was_asked, self.was_asked = self.was_asked, True
-        is_known = all(covers(self.gpu.host, stream, index) for stream, index in self.clock.items())
-        if was_asked and not is_known:
-            self.gpu.reach(self.clock)
-        return was_asked or is_known
-
-    def elapsed_time(self, end: SimulatedEvent) -> float:
-        return 1.0
-
-
-class SimulatedGpu:
-    """What happened on the device: `syncs`, `races`, and its memory."""
-
-    def __init__(self, memory_nbytes: int) -> None:
-        self.memory_nbytes = memory_nbytes
-        self.syncs: list[Sync] = []
-        self.races: list[str] = []
-        self.allocated = self.max_allocated = 0
-        self.lock = threading.RLock()
-        self.streams: list[SimulatedStream] = []
-        self.host: dict[SimulatedStream, int] = {}
-        self._memory: dict[int, Memory] = {}
-        self._dead: list[int] = []  # storages that are gone: finalizers run anywhere, so they only say so
-        self._freed: list[Memory] = []
-        self._landings: list[PendingCopy] = []
-        self._loans: list[PendingCopy] = []
-        self._local = threading.local()
-
-    # -- streams and the host
-
-    def current_stream(self, device: Any = None) -> SimulatedStream:
-        return getattr(self._local, "stream", self.streams[0])
-
-    def set_stream(self, stream: SimulatedStream) -> None:
-        self._local.stream = stream
-
-    @contextmanager
-    def stream(self, stream: SimulatedStream | None) -> Iterator[None]:
-        """torch.cuda.stream: of this thread, as the current stream is."""
-        previous = self.current_stream()
-        self.set_stream(stream or previous)
-        try:
-            yield
-        finally:
-            self.set_stream(previous)
-
-    def synchronize(self, device: Any = None) -> None:
-        clock: dict[SimulatedStream, int] = {}
-        for stream in self.streams:
-            merge(clock, stream.clock)
-        self.wait("device.synchronize", clock)
-
-    def wait(self, kind: str, clock: dict[SimulatedStream, int]) -> None:
-        """The host waits until `clock` is reached."""
-        self.syncs.append(Sync(kind, place()))
-        self.reach(clock)
-
-    def reach(self, clock: dict[SimulatedStream, int]) -> None:
-        """The host knows that `clock` is reached: copies up to it have landed, and gave their sources back."""
-        with self.lock:
-            merge(self.host, clock)
-            self._land(lambda copy: covers(self.host, copy.stream, copy.index))
-            self._give_back(lambda copy: covers(self.host, copy.stream, copy.index))
-
-    def _land(self, is_due: Callable[[PendingCopy], bool]) -> None:
-        due = [copy for copy in self._landings if is_due(copy)]
-        self._landings = [copy for copy in self._landings if not is_due(copy)]
-        for copy in due:
-            copy.host.copy_(copy.value)
-        for copy in self._landings:  # on its way to the same place
-            if any(same_storage(copy.host, landed.host) for landed in due):
-                bytes_of(copy.host).fill_(0xFF)
-
-    def _give_back(self, is_due: Callable[[PendingCopy], bool]) -> None:
-        """Sources of copies may change from now on."""
-        returned = [copy for copy in self._loans if is_due(copy)]
-        self._loans = [copy for copy in self._loans if not is_due(copy)]
-        for copy in returned:
-            if not torch.equal(bytes_of(copy.host), bytes_of(copy.value)):
-                self.race(f"the pinned source of the copy at {copy.place} changed before the host waited for the copy")
-
-    def race(self, message: str) -> None:
-        self.races.append(f"race: {message}")
-        raise AssertionError(self.races[-1])
-
-    # -- memory
-
-    def memory_of(self, tensor: torch.Tensor) -> Memory:
-        """Of a tensor on the device. One from an earlier simulation counts from its first use here."""
-        storage = inner(tensor).untyped_storage()
-        self._bury()
-        if storage._cdata not in self._memory:
-            self._track(storage, self.streams[0])
-        return self._memory[storage._cdata]
-
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Remember its storage as pinned."""
-        with self.lock:
-            self._bury()
-            self._track(tensor.untyped_storage(), None)
-        return tensor
-
-    def is_pinned(self, tensor: torch.Tensor, device: Any = None) -> bool:
-        with self.lock:
-            self._bury()
-            memory = self._memory.get(tensor.untyped_storage()._cdata)
-            return memory is not None and memory.home is None
-
-    def pinned(self, tensor: torch.Tensor, device: Any = None) -> torch.Tensor:
-        """Tensor.pin_memory."""
-        return tensor if self.is_pinned(tensor) else self.pin(tensor.clone())
-
-    def memory_allocated(self, device: Any = None) -> int:
-        with self.lock:
-            self._bury()
-            return self.allocated
-
-    def max_memory_allocated(self, device: Any = None) -> int:
-        return self.max_allocated
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        self.max_allocated = self.memory_allocated()
-
-    def reserve(self, nbytes: int) -> None:
-        """Raise what the device raises when it has no `nbytes` more."""
-        if (free := self.memory_nbytes - self.memory_allocated()) < nbytes:
-            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes; {free} are free.")
-
-    def new(self, value: torch.Tensor, stream: SimulatedStream, index: int) -> SimulatedTensor:
-        """`value` as a tensor on the device, made by an operation; a view when its storage is there."""
-        self._bury()
-        storage = value.untyped_storage()
-        if storage._cdata not in self._memory:
-            self.reserve(storage.nbytes())
-            self._give_away(stream)
-            self._track(storage, stream)
-            self.touch(value, stream, index, is_write=True)
-        return SimulatedTensor(value)
-
-    def _track(self, storage: torch.UntypedStorage, home: SimulatedStream | None) -> None:
-        self._memory[storage._cdata] = Memory(storage.nbytes(), home)
-        weakref.finalize(storage, self._dead.append, storage._cdata).atexit = False
-        if home is not None:
-            self.allocated += storage.nbytes()
-            self.max_allocated = max(self.max_allocated, self.allocated)
-
-    def _bury(self) -> None:
-        while self._dead:
-            memory = self._memory.pop(self._dead.pop())
-            if memory.home is not None:
-                self.allocated -= memory.nbytes
-                self._freed.append(memory)
-
-    def _give_away(self, stream: SimulatedStream) -> None:
-        """Memory that `stream` freed goes to a new tensor of it: nobody else may be using it."""
-        freed, self._freed = self._freed, []
-        for memory in freed:
-            users = [access for access in memory.accesses if access.stream not in memory.recorded]
-            used = [access for access in users if not covers(memory.home.clock, access.stream, access.index)]
-            used = [access for access in used if not covers(self.host, access.stream, access.index)]
-            if used and memory.home is stream:
-                user = f"{used[0].stream}, which uses it at {used[0].place}"
-                self.race(f"memory is freed without waiting for {user} (record_stream), and may be new at {place()}")
-            if used:
-                self._freed.append(memory)
-
-    def touch(self, tensor: torch.Tensor, stream: SimulatedStream, index: int, *, is_write: bool) -> None:
-        """An operation's access to the bytes of a tensor, on the device or pinned."""
-        if tensor.numel() == 0:
-            return
-        memory, value = self.memory_of(tensor), inner(tensor)
-        first = value.storage_offset() * value.itemsize
-        steps = ((size - 1) * stride for size, stride in zip(value.size(), value.stride(), strict=True))
-        new = Access(first, first + (sum(steps) + 1) * value.itemsize, stream, index, is_write, place())
-        for old in memory.accesses:
-            conflicts = old.first < new.end and new.first < old.end and (is_write or old.is_write)
-            if conflicts and not covers(stream.clock, old.stream, old.index):
-                does, did = ("writes" if access.is_write else "reads" for access in (new, old))
-                self.race(f"{stream} {does} at {new.place} what {old.stream} {did} at {old.place}, without waiting")
-        memory.accesses = [old for old in memory.accesses if not follows(new, old)] + [new]
-
-    # -- operations
+    def new(self, made: torch.Tensor, stream: SimulatedStream, index: int, *, is_empty: bool) -> SimulatedTensor:
+        """`made` as a tensor on the device."""
+        if is_empty:
+            bytes_of(made).fill_(0xFF)
+        self.allocate(made, stream, index)
+        return SimulatedTensor(made)
 
     def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operation with at least one tensor of the device."""
-        kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
         device = kwargs.get("device")
-        if func is aten.copy_.default and not (is_there(args[0]) and is_there(args[1])):
-            return self._copy(*args, **kwargs)
-        if device is not None and device.type == "cpu":
-            return self._to_host(func, args, kwargs)
-        if device is not None:
-            check_device(device)
-            kwargs["device"] = torch.device("cpu")
-        kwargs.pop("non_blocking", None)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("device", "pin_memory")}
+        with self.lock:
+            if func is aten.copy_.default and not (is_there(args[0]) and is_there(args[1])):
+                return self._copy(*args, **kwargs)
+            if device is not None and device.type == "cpu":
+                return self._to_host(func, args, kwargs)
+            if device is not None:
+                check_device(device)
+                kwargs["device"] = torch.device("cpu")
+            return self._compute(func, args, kwargs)
+
+    def _compute(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """On tensors of the device, for tensors of the device."""
         tensors = list(tensors_of(func, args, kwargs))
         self._check_devices(func, tensors, args, kwargs)
         stream = self.current_stream()
         index = stream.advance()
-        if not func.is_view:
-            for tensor, is_write in tensors:
-                if is_there(tensor):
-                    self.touch(tensor, stream, index, is_write=is_write)
+        for tensor, is_write in tensors:
+            if is_there(tensor) and not func.is_view:
+                self.touch(inner(tensor), stream, index, is_write=is_write)
         result = func(*tree_map_only(SimulatedTensor, inner, args), **tree_map_only(SimulatedTensor, inner, kwargs))
         known = {id(inner(tensor)): tensor for tensor, is_write in tensors if is_write}
         for tensor in known.values():
@@ -426,9 +163,11 @@ class SimulatedGpu:
                 raise NotImplementedError(f"{func} resizes a tensor, which is not simulated")
         if kind := waits(func, args, kwargs):
             self.wait(kind, stream.clock)
-        return tree_map_only(
-            torch.Tensor, lambda t: known[id(t)] if id(t) in known else self.new(t, stream, index), result
-        )
+
+        def wrapped(made: torch.Tensor) -> torch.Tensor:
+            return known[id(made)] if id(made) in known else self.new(made, stream, index, is_empty=is_empty(func))
+
+        return tree_map_only(torch.Tensor, wrapped, result)
 
     def make(self, func: Any, *args: Any, **kwargs: Any) -> SimulatedTensor:
         """A factory function's tensor."""
@@ -439,7 +178,8 @@ class SimulatedGpu:
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         with self.lock:
             stream = self.current_stream()
-            return self.new(func(*args, **kwargs, device="cpu"), stream, stream.advance())
+            made = func(*args, **kwargs, device="cpu")
+            return self.new(made, stream, stream.advance(), is_empty=is_empty(func))
 
     def launch(self, run: Callable[..., None], executor: Any, *args: Any, **kwargs: Any) -> None:
         """A kernel in Triton's interpreter, which is not made for threads. It writes where bytes have changed."""
@@ -454,12 +194,12 @@ class SimulatedGpu:
             run(executor, *map(inner, args), **{name: inner(value) for name, value in kwargs.items()})
             for tensor, old in zip(tensors, before, strict=True):
                 is_write = not torch.equal(bytes_of(inner(tensor)), bytes_of(old))
-                self.touch(tensor, stream, index, is_write=is_write)
+                self.touch(inner(tensor), stream, index, is_write=is_write)
 
     def _to_host(self, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
         """`.to("cpu")`, and new_empty and its like with the CPU as device, which do not read the device."""
         is_async = kwargs.pop("non_blocking", False)
-        made = func(*tree_map_only(SimulatedTensor, inner, args), **kwargs)
+        made: torch.Tensor = func(*tree_map_only(SimulatedTensor, inner, args), **kwargs, device="cpu")
         if func is aten._to_copy.default:
             made = self.pin(made) if is_async else made  # as torch has it
             self._copy(made, args[0], is_async)
@@ -467,6 +207,8 @@ class SimulatedGpu:
 
     def _copy(self, target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         """Between the host and the device. What is converted or gathered by the host is not pinned on its way."""
+        if target.numel() == 0:
+            return target
         host, to_host = (source, False) if is_there(target) else (target, True)
         is_pinned = self.is_pinned(host)
         is_async = is_pinned and non_blocking and host.is_contiguous()
@@ -476,19 +218,19 @@ class SimulatedGpu:
         index = stream.advance()
         for tensor in (source, target):
             if is_there(tensor) or is_pinned:
-                self.touch(tensor, stream, index, is_write=tensor is target)
+                self.touch(inner(tensor), stream, index, is_write=tensor is target)
         if is_pinned:  # copies that this one follows on the device
-            self._land(lambda copy: same_storage(copy.host, host) and covers(stream.clock, copy.stream, copy.index))
+            self.land(lambda copy: overlap(copy.host, host) and covers(stream.clock, copy.stream, copy.index))
             if to_host:
-                self._give_back(lambda copy: same_storage(copy.host, host))
+                self.give_back(lambda copy: overlap(copy.host, host))
         value = torch.empty(host.shape, dtype=host.dtype).copy_(inner(source)) if to_host else source.clone()
         if is_async and to_host:
             bytes_of(host).fill_(0xFF)
-            self._landings.append(PendingCopy(stream, index, host, value, place()))
+            self.landings.append(PendingCopy(stream, index, host, value, place()))
         else:
             inner(target).copy_(value)
         if is_async and not to_host:
-            self._loans.append(PendingCopy(stream, index, host, value, place()))
+            self.loans.append(PendingCopy(stream, index, host, value, place()))
         if not is_async:
             kind = "copy to host" if to_host else "blocking copy" if is_pinned else "pageable copy"
             is_late = non_blocking and not to_host  # from a buffer of the driver's: only what came before is done
@@ -510,27 +252,6 @@ class SimulatedGpu:
             self.wait("pageable copy", self.current_stream().clock)
 
 
-def gpu() -> SimulatedGpu:
-    """The one of the block that this runs in."""
-    if _active is None:
-        raise RuntimeError("there is no simulated GPU")
-    return _active
-
-
-def merge(clock: dict[SimulatedStream, int], other: dict[SimulatedStream, int]) -> None:
-    clock.update({stream: index for stream, index in list(other.items()) if index > clock.get(stream, 0)})
-
-
-def covers(clock: dict[SimulatedStream, int], stream: SimulatedStream, index: int) -> bool:
-    return clock.get(stream, 0) >= index
-
-
-def follows(new: Access, old: Access) -> bool:
-    """Whether who is ordered after `new` is ordered after `old` too, and need not ask."""
-    is_inside = new.first <= old.first and old.end <= new.end
-    return is_inside and (new.is_write or (not old.is_write and old.stream is new.stream))
-
-
 def is_there(value: Any) -> bool:
     return isinstance(value, SimulatedTensor)
 
@@ -539,13 +260,9 @@ def inner(value: Any) -> Any:
     return value.inner if is_there(value) else value
 
 
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Of a contiguous tensor: the same memory."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def same_storage(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+def is_empty(func: Any) -> bool:
+    """Whether it makes tensors that nothing is written to."""
+    return func._schema.name.removeprefix("aten::").removeprefix("new_").startswith("empty")
 
 
 def check_device(device: torch.device) -> None:
@@ -573,47 +290,27 @@ def waits(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
     return "linalg error check" if kwargs.get("check_errors") else _WAITING.get(name)
 
 
-def place() -> str:
-    """Where in loftq_cli we are, as "file.py:line"; outside of it, where in the caller's file."""
-    frame: Any = sys._getframe(1)
-    outside = None
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module.partition(".")[0] == "loftq_cli":
-            break
-        if outside is None and module != __name__ and module.partition(".")[0] not in _NOT_CALLERS:
-            outside = frame
-        frame = frame.f_back
-    frame = frame or outside
-    return f"{frame.f_code.co_filename.rpartition('/')[2]}:{frame.f_lineno}" if frame else "?"
-
-
-_NOT_CALLERS = frozenset({"torch", "triton", "contextlib", "threading", "weakref"})
-
-
 @contextmanager
 def simulated_gpu(memory_nbytes: int = 1 << 34) -> Iterator[SimulatedGpu]:
     """The device, for the length of the block and in every thread. A race that was caught on its way fails the block.
 
     Skips the test where there is a real one: kernels are compiled for that.
     """
-    global _active
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    if _active is not None:
-        raise RuntimeError("one simulated GPU at a time")
-    device = SimulatedGpu(memory_nbytes)
+    gpu = SimulatedGpu(memory_nbytes)
     with ExitStack() as stack:
-        _active = device
-        stack.callback(_deactivate)
+        stack.callback(activate, None)
+        activate(gpu)
         SimulatedStream()  # the default one
         _set_device_guard()
-        stack.callback(_make_factories(device)._destroy)
-        for target, name, replacement in _replacements(device):
+        stack.callback(_make_factories(gpu)._destroy)
+        _device_constructors()  # remembers for good what it finds in torch
+        for target, name, replacement in _replacements(gpu):
             stack.enter_context(mock.patch.object(target, name, replacement))
-        yield device
-        device._give_back(lambda copy: True)
-    assert not device.races, device.races
+        yield gpu
+        gpu.give_back(lambda copy: True)  # sources of copies that were never waited for
+    assert not gpu.races, gpu.races
 
 
 def _set_device_guard() -> None:
@@ -628,18 +325,15 @@ def _set_device_guard() -> None:
         methods = (ctypes.c_void_p * 64)(*[ctypes.cast(zero, ctypes.c_void_p).value] * 64)
         guard = ctypes.c_void_p(ctypes.addressof(methods))
         guards[1] = ctypes.addressof(guard)
+        torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+        assert guards[1] != ctypes.addressof(guard)
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
 
 
-def _deactivate() -> None:
-    global _active
-    _active = None
-
-
-def _make_factories(device: SimulatedGpu) -> torch.library.Library:
+def _make_factories(gpu: SimulatedGpu) -> torch.library.Library:
     """Functions that make a tensor from none are CUDA kernels to torch: it finds them in any thread, from C++ too."""
     library = torch.library.Library("aten", "IMPL", "CUDA")
-    library.impl("copy_", lambda *args: device.run(aten.copy_.default, args, {}))  # torch.tensor skips our class
+    library.impl("copy_", lambda *args: gpu.run(aten.copy_.default, args, {}))  # torch.tensor skips our class
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a build with CUDA has kernels of its own, until the end of the block
         for schema in torch._C._jit_get_all_schemas():
@@ -650,7 +344,7 @@ def _make_factories(device: SimulatedGpu) -> torch.library.Library:
             name = f"{schema.name}.{schema.overload_name}".removesuffix(".").removeprefix("aten::")
             if _is_kernel(f"aten::{name}"):
                 packet = getattr(aten, schema.name.removeprefix("aten::"))
-                library.impl(name, partial(device.make, getattr(packet, schema.overload_name or "default")))
+                library.impl(name, partial(gpu.make, getattr(packet, schema.overload_name or "default")))
     return library
 
 
@@ -662,10 +356,10 @@ def _is_kernel(name: str) -> bool:
         return False
 
 
-def _replacements(device: SimulatedGpu) -> Iterator[tuple[Any, str, Any]]:
+def _replacements(gpu: SimulatedGpu) -> Iterator[tuple[Any, str, Any]]:
     """What of torch and Triton is another thing in the block."""
     properties = SimpleNamespace(
-        name=NAME, major=9, minor=0, total_memory=device.memory_nbytes, multi_processor_count=132, warp_size=32
+        name=NAME, major=9, minor=0, total_memory=gpu.memory_nbytes, multi_processor_count=132, warp_size=32
     )
     of_cuda = {
         "_lazy_init": lambda: None,
@@ -681,43 +375,43 @@ def _replacements(device: SimulatedGpu) -> Iterator[tuple[Any, str, Any]]:
         "get_device_name": lambda _=None: NAME,
         "get_device_capability": lambda _=None: (9, 0),
         "get_device_properties": lambda _=None: properties,
-        "mem_get_info": lambda _=None: (memory_nbytes_free(device), device.memory_nbytes),
-        "memory_allocated": device.memory_allocated,
-        "memory_reserved": device.memory_allocated,
-        "max_memory_allocated": device.max_memory_allocated,
-        "max_memory_reserved": device.max_memory_allocated,
-        "reset_peak_memory_stats": device.reset_peak_memory_stats,
+        "mem_get_info": lambda _=None: (memory_nbytes_free(gpu), gpu.memory_nbytes),
+        "memory_allocated": gpu.memory_allocated,
+        "memory_reserved": gpu.memory_allocated,
+        "max_memory_allocated": gpu.max_memory_allocated,
+        "max_memory_reserved": gpu.max_memory_allocated,
+        "reset_peak_memory_stats": gpu.reset_peak_memory_stats,
         "empty_cache": lambda: None,
-        "synchronize": device.synchronize,
+        "synchronize": gpu.synchronize,
         "Stream": SimulatedStream,
         "Event": SimulatedEvent,
-        "stream": device.stream,
-        "set_stream": device.set_stream,
-        "current_stream": device.current_stream,
-        "default_stream": lambda _=None: device.streams[0],
+        "stream": gpu.stream,
+        "set_stream": gpu.set_stream,
+        "current_stream": gpu.current_stream,
+        "default_stream": lambda _=None: gpu.streams[0],
     }
     yield from ((torch.cuda, name, replacement) for name, replacement in of_cuda.items())
-    yield torch.Tensor, "is_pinned", lambda tensor, device_=None: device.is_pinned(tensor)
-    yield torch.Tensor, "pin_memory", lambda tensor, device_=None: device.pinned(tensor)
+    yield torch.Tensor, "is_pinned", lambda tensor, device=None: gpu.is_pinned(tensor)
+    yield torch.Tensor, "pin_memory", lambda tensor, device=None: gpu.pinned(tensor)
     for name in ("empty", "zeros", "ones", "full", "tensor", "empty_strided", "empty_like", "zeros_like"):
-        yield torch, name, _pinning(device, getattr(torch, name))
+        yield torch, name, _pinning(gpu, getattr(torch, name))
     if has_triton():
         from triton.runtime.interpreter import GridExecutor
 
         call = GridExecutor.__call__
-        yield GridExecutor, "__call__", lambda *args, **kwargs: device.launch(call, *args, **kwargs)
+        yield GridExecutor, "__call__", lambda *args, **kwargs: gpu.launch(call, *args, **kwargs)
 
 
-def memory_nbytes_free(device: SimulatedGpu) -> int:
-    return device.memory_nbytes - device.memory_allocated()
+def memory_nbytes_free(gpu: SimulatedGpu) -> int:
+    return gpu.memory_nbytes - gpu.memory_allocated()
 
 
-def _pinning(device: SimulatedGpu, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _pinning(gpu: SimulatedGpu, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @wraps(function)
     def pinning(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         made = function(*args, **kwargs)
         if pin_memory and is_there(made):
             raise RuntimeError("Only dense CPU tensors can be pinned")
-        return device.pin(made) if pin_memory else made
+        return gpu.pin(made) if pin_memory else made
 
     return pinning
