@@ -251,8 +251,10 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "5GB", "500 MB", "1GiB" or "1000000". Raises UsageError for anything else, and for less than 1 MB."""
+def parse_size(text: str, name: str = "max_shard_size") -> int:
+    """Bytes of "5GB", "500 MB", "1GiB" or "1000000". Raises UsageError for anything else, and for less than 1 MB, in
+    which `name` is what has the size.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise UsageError(f"{text!r} is not a size", hint="write it like 5GB or 500MB")
@@ -261,7 +263,7 @@ def parse_size(text: str) -> int:
         raise UsageError(f"{printable(text, 80)} is larger than any disk", hint="write it like 5GB or 500MB")
     nbytes = int(size)
     if nbytes < 10**6:
-        raise UsageError(f"max_shard_size {text} is less than 1 MB", hint="a shard holds at least one tensor anyway")
+        raise UsageError(f"{name} {text} is less than 1 MB", hint="a whole tensor has to go in anyway")
     return nbytes
 
 

@@ -59,11 +59,23 @@ def run_conversion(
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
+    threads: int = 1,
+    device: str = "cpu",
+    max_memory: int | None = None,
     **recipe: Any,
 ) -> convert.Outcome:
     """Convert with the library, with what `loftq quantize` does by default."""
     conversion = convert.prepare(str(model), output, Recipe(**recipe))
-    return convert.run(conversion, observer or Silent(), overwrite=overwrite, restart=restart, verify=verify)
+    return convert.run(
+        conversion,
+        observer or Silent(),
+        overwrite=overwrite,
+        restart=restart,
+        verify=verify,
+        threads=threads,
+        device=device,
+        max_memory=max_memory,
+    )
 
 
 def run_merge(base: Path, adapter: Path, output: Path, **options: Any) -> Path:

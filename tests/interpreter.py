@@ -22,15 +22,20 @@ def interpreted(operation: Callable[..., Any], *arguments: Any, **options: Any) 
 @contextmanager
 def triton_kernels() -> Any:
     """The Triton kernels on the CPU, for the length of the block."""
-    pytest.importorskip("triton")
-    _convert_bfloat16_as_hardware_does()
-    _multiply_bfloat16_as_numbers()
-    _count_to_numbers_of_kernels()
+    compute_as_hardware_does()
     use_backend("cpu", "triton")
     try:
         yield
     finally:
         use_backend("cpu", None)
+
+
+def compute_as_hardware_does() -> None:
+    """Mend what Triton's interpreter computes otherwise, for the rest of the process."""
+    pytest.importorskip("triton")
+    _convert_bfloat16_as_hardware_does()
+    _multiply_bfloat16_as_numbers()
+    _count_to_numbers_of_kernels()
 
 
 @contextmanager

@@ -38,6 +38,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from loftq_cli.triton_kernels.backend import has_triton
+from tests.interpreter import compute_as_hardware_does
 from tests.simulated_timeline import (
     DEVICE,
     PendingCopy,
@@ -298,6 +299,7 @@ def simulated_gpu(memory_nbytes: int = 1 << 34) -> Iterator[SimulatedGpu]:
     """
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
+    compute_as_hardware_does()
     gpu = SimulatedGpu(memory_nbytes)
     with ExitStack() as stack:
         stack.callback(activate, None)

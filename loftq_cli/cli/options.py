@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from loftq_cli.device import DEVICES
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import INITS, METHODS
 from loftq_cli.quant.formats import FORMATS, RANGES
@@ -165,6 +166,23 @@ Overwrite = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(min=1, help="Threads to compute with. [default: one a processor]", rich_help_panel=_RUN),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar=DEVICES,
+        help="Where to compute. auto takes a GPU where there is one and the work is worth starting it.",
+        rich_help_panel=_RUN,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Of the GPU's memory, at most; larger matrices pass through it in parts. [default: most of what is free]",
+        rich_help_panel=_RUN,
+        show_default=False,
+    ),
 ]
 Restart = Annotated[
     bool, typer.Option("--restart", help="Discard an interrupted run instead of continuing it.", rich_help_panel=_RUN)

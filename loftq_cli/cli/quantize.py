@@ -7,11 +7,12 @@ import json
 from loftq_cli import convert
 from loftq_cli.cli import options
 from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
+from loftq_cli.device import check_device_name
 from loftq_cli.errors import printable
 from loftq_cli.layouts.peft_adapter import WEIGHTS_NAME
 from loftq_cli.plan import LayerJob, Plan
 from loftq_cli.quant.formats import size_of, spec_json
-from loftq_cli.recipe import recipe_json, recipe_toml, resolve_recipe
+from loftq_cli.recipe import parse_size, recipe_json, recipe_toml, resolve_recipe
 from loftq_cli.report import bits_per_weight, error_json
 from loftq_cli.workers import available_threads
 
@@ -42,6 +43,8 @@ def quantize(
     include: options.Include = None,
     exclude: options.Exclude = None,
     threads: options.Threads = None,
+    device: options.Device = "auto",
+    max_memory: options.MaxMemory = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
@@ -78,6 +81,8 @@ def quantize(
         "include": tuple(include) if include else None,
         "exclude": tuple(exclude) if exclude else None,
     }
+    check_device_name(device)
+    memory = None if max_memory is None else parse_size(max_memory, "max_memory")
     conversion = convert.prepare(model, output, resolve_recipe(recipe, flags))
     done = convert.already_done(conversion, overwrite=overwrite)
     if dry_run:
@@ -99,6 +104,8 @@ def quantize(
             restart=restart,
             verify=not no_verify,
             threads=threads or available_threads(),
+            device=device,
+            max_memory=memory,
         )
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
