@@ -65,10 +65,17 @@ def implementation(op: str, device_type: str) -> ModuleType:
 
     Raises ValueError for a device type that no backend serves.
     """
+    return import_module(f"{__package__}.{op}_{_backend_of(op, device_type)}")
+
+
+def has_kernels(op: str, device_type: str) -> bool:
+    """Whether something other than the definition implements `op` there. Raises as `implementation` does."""
+    return _backend_of(op, device_type) != "reference"
+
+
+def _backend_of(op: str, device_type: str) -> str:
     if device_type not in BACKENDS:
         raise ValueError(f"no backend for device type {device_type!r}; known: {', '.join(BACKENDS)}")
     default = "triton" if device_type == "cuda" and has_triton() else "reference"
     backend = _chosen.get(device_type, default)
-    if op not in BACKENDS[device_type].get(backend, ()):
-        backend = "reference"
-    return import_module(f"{__package__}.{op}_{backend}")
+    return backend if op in BACKENDS[device_type].get(backend, ()) else "reference"

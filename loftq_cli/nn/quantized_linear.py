@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from loftq_cli.nn.read_only_weight import READ_ONLY, ReadOnlyWeight
+from loftq_cli.quant.codebook import DecodedCodebook
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer, size_of
-from loftq_cli.tensors import AffineSpec, AffineTensor, CodebookTensor, NestedAbsmax
+from loftq_cli.tensors import AffineSpec, AffineTensor, CodebookSpec, CodebookTensor, NestedAbsmax
+from loftq_cli.triton_kernels.backend import has_kernels
+from loftq_cli.triton_kernels.dequant_matmul import dequant_matmul, dequant_matmul_input_gradient
 from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
 
 
@@ -19,8 +22,9 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear whose weight is stored quantized: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
 
     The weight is decoded as a loader of the stored tensors decodes it: in every pass, and again for the gradient of the
-    input, so that nothing dense is kept for backward; with `cache`, once. What it decodes from are buffers, which keep
-    their dtypes when the module is cast: codes are packed, int32 [out, ceil(in * bits / 32)] or uint8 in pairs.
+    input, so that nothing dense is kept for backward; with `cache`, once. On a GPU, what multiplies by NF4 codes
+    decodes them: see dequant_matmul.py. What it decodes from are buffers, which keep their dtypes when the module is
+    cast: codes are packed, int32 [out, ceil(in * bits / 32)] or uint8 in pairs.
     The bias is a Parameter that is not trained.
     """
 
@@ -86,8 +90,21 @@ class QuantizedLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         if self.cache:
             return functional.linear(input, self._weight_as(input.dtype), bias)
-        output: torch.Tensor = _DecodedLinear.apply(input, bias, self._weight_as)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _DecodedLinear.apply(input, bias, self)  # type: ignore[no-untyped-call]
         return output
+
+    def output(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`forward` with a weight that is decoded for it; nothing is differentiated."""
+        if not self._multiplies_codes(input):
+            return functional.linear(input, self._weight_as(input.dtype), bias)
+        output = self._multiplied(dequant_matmul, input)
+        return output if bias is None else output.add_(bias)
+
+    def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
+        """[..., in] of the gradient of `output` [..., out], in its dtype."""
+        if not self._multiplies_codes(gradient):
+            return gradient @ self._weight_as(gradient.dtype)
+        return self._multiplied(dequant_matmul_input_gradient, gradient)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, and the number format."""
@@ -100,6 +117,24 @@ class QuantizedLinear(nn.Linear):
     @property
     def _device(self) -> torch.device:
         return next(self.buffers(recurse=False)).device
+
+    def _multiplies_codes(self, tokens: torch.Tensor) -> bool:
+        """Whether kernels multiply tokens and codes; not under autocast, which chooses the dtype of dense operands."""
+        return (
+            isinstance(self.spec, CodebookSpec)
+            and self.in_features % 2 == 0
+            and tokens.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and not torch.is_autocast_enabled(tokens.device.type)
+            and has_kernels("dequant_matmul", tokens.device.type)
+        )
+
+    def _multiplied(self, operation: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+        """What an operation of dequant_matmul.py makes of tokens [..., features] and the stored codes."""
+        quantized = cast(CodebookTensor, self.quantized())
+        decoded = cast(DecodedCodebook, make_quantizer(quantized.spec, quantized.dtype).decoded(quantized))
+        matrix = (quantized.spec.codebook, quantized.spec.block_size, quantized.shape, getattr(torch, quantized.dtype))
+        product = operation(tokens.reshape(-1, tokens.shape[-1]), quantized.packed, decoded.absmax, *matrix)
+        return product.view(*tokens.shape[:-1], product.shape[-1])
 
     def _weight_as(self, dtype: torch.dtype) -> torch.Tensor:
         if not self.cache:
@@ -127,19 +162,17 @@ class QuantizedLinear(nn.Linear):
 
 
 class _DecodedLinear(torch.autograd.Function):
-    """functional.linear with a weight that is decoded for each pass; the gradient goes to input and bias alone."""
+    """A linear whose weight is decoded for each pass; the gradient goes to input and bias alone."""
 
     @staticmethod
-    def forward(
-        ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, weight_as: Callable[[torch.dtype], torch.Tensor]
-    ) -> torch.Tensor:
-        ctx.weight_as = weight_as
-        return functional.linear(input, weight_as(input.dtype), bias)
+    def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, linear: QuantizedLinear) -> torch.Tensor:
+        ctx.linear = linear
+        return linear.output(input, bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         (gradient,) = gradients
-        for_input = gradient @ ctx.weight_as(gradient.dtype) if ctx.needs_input_grad[0] else None
+        for_input = ctx.linear.input_gradient(gradient) if ctx.needs_input_grad[0] else None
         return for_input, gradient.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None
 
 
