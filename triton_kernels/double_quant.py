@@ -14,7 +14,7 @@ from loftq_cli.triton_kernels.backend import implementation
 
 
 @cache
-def dynamic_map() -> torch.Tensor:
+def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
     """The signed 8-bit dynamic map, float32 [256], ascending. Treat it as read-only.
 
     Seven decades 10^-6 .. 10^0; decade i has 2^i values, the means of neighbouring points of an even grid on
@@ -26,19 +26,20 @@ def dynamic_map() -> torch.Tensor:
         means = (grid[:-1] + grid[1:]) / 2.0
         decade = (10 ** (exponent - 6)) * means
         values += decade.tolist() + (-decade).tolist()
-    return torch.tensor(sorted(values), dtype=torch.float32)
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 def double_quantize(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)] and offset float32 [] of float32 [n].
 
-    The offset is infinite where the mean overflows float32: the caller decides what that means.
+    The offset is infinite where the mean, or its sum in float32 on a CPU, overflows float32: the caller decides what
+    that means. On a GPU the mean is exact before it is rounded, and its last bits can differ from a CPU's.
     Raises ValueError unless `absmax` is contiguous float32 with one dimension.
     """
     if absmax.dtype != torch.float32 or absmax.dim() != 1 or not absmax.is_contiguous():
         raise ValueError("absmax must be contiguous float32 with one dimension")
     codes, nested_absmax, offset = implementation("double_quant", absmax.device.type).quantize(
-        absmax, dynamic_map().to(absmax.device), nested_block_size
+        absmax, dynamic_map(absmax.device), nested_block_size
     )
     return codes, nested_absmax, offset
 

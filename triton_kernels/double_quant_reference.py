@@ -13,8 +13,14 @@ def quantize(
     absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """uint8 [n], float32 [ceil(n / nested_block_size)], float32 []. See double_quant.py."""
+    return quantize_around(mean(absmax), absmax, code_map, nested_block_size)
+
+
+def quantize_around(
+    offset: torch.Tensor, absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same with the offset that is given."""
     numel = absmax.numel()
-    offset = mean(absmax)
     centred = absmax - offset
     n_nested = -(-numel // nested_block_size)
     padded = torch.zeros(n_nested * nested_block_size, dtype=torch.float32, device=absmax.device)
@@ -46,9 +52,10 @@ def dequantize(
 @lru_cache(maxsize=4)  # by identity: the contract hands the same map in each time
 def nearest_entry(code_map: torch.Tensor) -> torch.Tensor:
     """uint8 [GRID + 1]: the index of the map entry nearest to each grid point."""
-    points = torch.arange(GRID + 1, dtype=torch.float32, device=code_map.device) / GRID * 2.0 - 1.0
-    midpoints = (code_map[:-1] + code_map[1:]) / 2
-    return torch.bucketize(points, midpoints).to(torch.uint8)
+    # On the CPU for all devices: on CUDA torch multiplies by the reciprocal of a number, which is not the quotient.
+    points = torch.arange(GRID + 1, dtype=torch.float32) / GRID * 2.0 - 1.0
+    midpoints = (code_map[:-1] + code_map[1:]).cpu() / 2
+    return torch.bucketize(points, midpoints).to(torch.uint8).to(code_map.device)
 
 
 def mean(absmax: torch.Tensor) -> torch.Tensor:

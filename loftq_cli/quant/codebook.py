@@ -134,7 +134,7 @@ class CodebookQuantizer:
         Of a matrix minus what an adapter holds there is nothing to judge: that is a part of what quantizing the matrix
         itself lost, which was judged first, and it turns zero blocks into rounding noise.
         """
-        size, code_map = self.spec.nested_block_size, dynamic_map().to(absmax.device)
+        size, code_map = self.spec.nested_block_size, dynamic_map(absmax.device)
         codes, nested_absmax, offset = double_quantize(absmax, size)
         hint = "--no-double-quant, or double_quant = false in an [[override]]"
         if not bool(torch.isfinite(offset)) or not bool(torch.isfinite(nested_absmax).all()):
