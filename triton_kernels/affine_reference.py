@@ -137,7 +137,7 @@ def _least_error_ends(piece: torch.Tensor, widest: torch.Tensor, form: Form) -> 
     reach = widest - centre
     best, best_error = widest, form.squared_error(piece, widest)
     factors = torch.ones_like(widest)
-    for shifts in _rounds(len(widest)):
+    for shifts in search_rounds(len(widest)):
         before = factors
         for shift in shifts:
             tried = before + shift.to(widest.device)
@@ -150,7 +150,7 @@ def _least_error_ends(piece: torch.Tensor, widest: torch.Tensor, form: Form) -> 
     return best
 
 
-def _rounds(n_ends: int) -> Iterator[list[torch.Tensor]]:
+def search_rounds(n_ends: int) -> Iterator[list[torch.Tensor]]:
     """The shifts [n_ends, 1, 1] of each round of the search."""
     yield [torch.full((n_ends, 1, 1), shift) for shift in COMMON_SHIFTS]
     for shift in END_SHIFTS:

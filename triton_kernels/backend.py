@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-_TRITON = frozenset({"codebook", "double_quant", "packing"})
+_TRITON = frozenset({"affine", "codebook", "double_quant", "packing"})
 
 # device type -> backend -> the operations that it has. The reference is plain torch, has all of them, and runs
 # wherever torch does. On a processor Triton only interprets, which is for tests. (AMD's cards are "cuda" to torch.)
