@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -211,7 +212,7 @@ class TestStacks:
 
 
 class TestMemory:
-    RECIPE = {"method": "loftq", "iterations": 2, "rank": 4}
+    RECIPE = MappingProxyType({"method": "loftq", "iterations": 2, "rank": 4})
 
     def test_with_little_memory_the_result_is_the_same(self, model, tmp_path):
         """As little as makes each matrix go by itself, and as makes it pass a few rows at a time."""

@@ -110,3 +110,21 @@ def test_a_map_is_made_once_for_a_device():
     assert torch.equal(dynamic_map(torch.device("cpu")), dynamic_map())
     nearest = double_quant_reference.nearest_entry
     assert nearest(dynamic_map()) is nearest(dynamic_map())
+
+
+@pytest.mark.parametrize("n", [1, 700, 5003])
+def test_a_stack_is_made_of_what_its_matrices_become_alone(n):
+    stack = torch.stack([random(n, seed=seed) for seed in range(3)])
+    found = interpreted(double_quantize, stack, 256)
+    alone = [interpreted(double_quantize, absmax, 256) for absmax in stack]
+    assert_same(found, tuple(torch.stack(parts) for parts in zip(*alone, strict=True)))
+    decoded = interpreted(double_dequantize, *found[:2], dynamic_map(), found[2], 256)
+    expected = [double_dequantize(*one[:2], dynamic_map(), one[2], 256) for one in alone]
+    assert_same((decoded,), (torch.stack(expected),))
+    assert_same((double_dequantize(*found[:2], dynamic_map(), found[2], 256),), (decoded,))
+
+
+def test_a_stack_on_a_processor_goes_matrix_by_matrix():
+    stack = torch.stack([random(700, seed=seed) for seed in range(3)])
+    alone = [double_quantize(absmax, 256) for absmax in stack]
+    assert_same(double_quantize(stack, 256), tuple(torch.stack(parts) for parts in zip(*alone, strict=True)))
