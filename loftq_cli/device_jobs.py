@@ -191,8 +191,9 @@ class DeviceRunner:
         assert isinstance(matrix.spec, CodebookSpec)
         stored = self._device.upload([weight.stored for weight in weights])
         starts = self._device.upload([weight.start for weight in weights if weight.start is not None])
-        weight = torch.stack([tensor.T if matrix.transposed else tensor for tensor in stored])
-        del stored
+        turned = [tensor.T if matrix.transposed else tensor for tensor in stored]
+        weight = torch.stack(turned) if len(turned) > 1 else turned[0][None].contiguous()
+        del stored, turned
         if weight.dtype == torch.float64:
             weight = weight.float()
         if not starts:

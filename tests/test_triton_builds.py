@@ -44,7 +44,9 @@ def kernels() -> set[str]:
     names = set()
     for path in (ROOT / "triton_kernels").glob("*_triton.py"):
         for node in ast.parse(path.read_text()).body:
-            if not isinstance(node, ast.FunctionDef) or "triton.jit" not in map(ast.unparse, node.decorator_list):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if not any(ast.unparse(decorator).startswith("triton.jit") for decorator in node.decorator_list):
                 continue
             if not any(isinstance(inner, ast.Return) for inner in ast.walk(node)):
                 names.add(node.name)

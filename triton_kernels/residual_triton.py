@@ -32,7 +32,7 @@ _TILE_NUMEL = 8192  # weights of a tile that is quantized: 32 a thread with 8 wa
 _LARGEST_BLOCK = 256  # that a tile holds with rows enough for a matrix product
 _ROWS, _COLUMNS = 64, 64  # of a tile that is decoded, at most
 _RANKS = 64  # vectors that a program multiplies by, all with 8 warps: twice as many would spill registers
-_PROGRAMS = 1024  # about what fills a large GPU: several for each of 132 processors
+_PROGRAMS = 264  # what runs at once on a large GPU: two for each of 132 processors. More parts cost more sums to store.
 
 
 def quantize_difference(
@@ -250,7 +250,7 @@ def _lost(
     return weight.to(tl.float32) - tl.interleave(high, low).to(DECODED).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "steps"])  # one compilation serves all sizes
 def _residual_product(
     weight_ptr,
     packed_ptr,
@@ -298,7 +298,7 @@ def _residual_product(
         tl.store(squares_ptr + matrix * tl.num_programs(0) + tl.program_id(0), tl.sum(squares, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "steps"])
 def _transposed_residual_product(
     weight_ptr,
     packed_ptr,
