@@ -167,7 +167,8 @@ def run(
         if said is not None:
             observer.phase(said)
     check_space(output, plan.base_nbytes + plan.adapter_nbytes + nbytes_of(conversion.side_files))
-    staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart)
+    kind = "cpu" if gpu is None else gpu.device.type
+    staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart, device=kind)
     try:
         if staging.entries:
             observer.phase(f"continuing: {len(staging.entries)} of {len(plan.jobs)} tensors are finished; hashing them")

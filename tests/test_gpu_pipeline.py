@@ -296,7 +296,7 @@ class TestTrouble:
         messages = []
         for run in (on_cpu, on_gpu):
             with a_gpu(), pytest.raises(InputError, match=re.escape(name)) as refused:
-                run(model, tmp_path / "out", method="qlora", rank=4)
+                run(model, tmp_path / run.__name__, method="qlora", rank=4)
             messages.append(str(refused.value))
         assert messages[0] == messages[1]
 
@@ -315,6 +315,17 @@ class TestTrouble:
             outcome = on_gpu(model, Path("out"), observer=observer, **recipe)
         assert outcome.resumed_layers >= 5
         assert files_of(Path("out")) == expected
+
+    def test_a_run_on_another_device_is_not_continued_but_a_finished_result_is_one(self, model, tmp_path):
+        """Sums are taken in another order there: one result would be made of two."""
+        out, recipe = tmp_path / "out", {"method": "qlora", "rank": 4}
+        with pytest.raises(KeyboardInterrupt):
+            on_cpu(model, out, observer=StopAfter(3), **recipe)
+        with a_gpu(), pytest.raises(UsageError, match=r"another version or device .*--restart"):
+            on_gpu(model, out, **recipe)
+        with a_gpu():
+            assert on_gpu(model, out, restart=True, **recipe).resumed_layers == 0
+        assert convert.already_done(convert.prepare(str(model), out, Recipe(**recipe)), overwrite=False)
 
     def test_layers_are_told_of_in_the_order_of_the_plan(self, model, tmp_path):
         """Although equal ones are made together."""

@@ -31,13 +31,15 @@ class Staging:
     it visible, `close` lets go of the lock.
     """
 
-    def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool) -> None:
+    def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool, device: str = "cpu") -> None:
         """Raises UsageError when `output` is taken, and StorageError when another process is writing it.
 
         `fingerprint` stands for the input and every option that affects bytes: an unfinished run with another one
-        is not continued, and `restart` discards it.
+        is not continued, and `restart` discards it. Neither is one on another kind of `device`, which takes sums in
+        another order: a finished result is as good as any.
         """
         self.output, self._fingerprint = output, fingerprint
+        self._run = fingerprint if device == "cpu" else f"{fingerprint} {device}"
         self._place = Place.of(output)
         self.path = self._place.result
         self._journal: Journal | None = None
@@ -145,11 +147,11 @@ class Staging:
 
     def _open_journal(self, *, restart: bool) -> dict[str, JournalEntry]:
         place, found = self._place, read_journal(self._place.journal)
-        is_other = found.fingerprint != self._fingerprint
+        is_other = found.fingerprint != self._run
         is_worthless = place.is_published() or not found.entries
         if is_other and not restart and not is_worthless:
             raise UsageError(
-                "an unfinished run with another input, other options or another version lies beside it",
+                "an unfinished run with another input, other options or another version or device lies beside it",
                 file=self.output,
                 hint="run the same command as before to continue it, or --restart to start over",
             )
@@ -160,7 +162,7 @@ class Staging:
         disk.make_directory(place.result)
         self._journal = Journal(place.journal, found)
         if found.fingerprint is None:
-            self._journal.start(self._fingerprint)
+            self._journal.start(self._run)
         self._journal.sync(self._journal.end)
         disk.sync_directory(place.root)
         disk.sync_directory(place.root.parent)
