@@ -43,7 +43,7 @@ def quantize(
     include: options.Include = None,
     exclude: options.Exclude = None,
     threads: options.Threads = None,
-    device: options.Device = "auto",
+    device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
