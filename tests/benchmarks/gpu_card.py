@@ -1,0 +1,137 @@
+"""A GPU to measure on: what it is called, how fast it copies and multiplies, and how long calls take on it. Knows no
+kernel.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import statistics
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import torch
+
+from tests.benchmarks.measuring import package_version
+
+_ASSUMED_L2_NBYTES = 50 << 20  # an H100's, where torch does not say
+_ROUND_S = 0.03  # calls of one round take about as long
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How often a call is timed: `rounds` medians of at most `calls` calls each; over at most `most_sets` inputs."""
+
+    rounds: int = 7
+    calls: int = 40
+    most_sets: int = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """seconds       of the device for a call, median over rounds
+    host_seconds     of the processor until a call has been launched; of all of it where the call waits
+    rounds           seconds of the device for a call, of each round
+    """
+
+    seconds: float
+    host_seconds: float
+    rounds: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """copy_rate      bytes read and written a second, by a copy on the device
+    product_rates     floating-point operations a second of large matrix products, by dtype
+    """
+
+    l2_nbytes: int
+    copy_rate: float
+    product_rates: dict[str, float]
+
+
+def measured_card(copy_nbytes: int, product_size: int, effort: Effort) -> Card:
+    """Its rates, measured on random numbers: products of zeros are faster."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    source = torch.randn(copy_nbytes // 4, device="cuda")
+    targets = [torch.empty_like(source) for _ in range(2)]
+    copying = device_time([lambda target=target: target.copy_(source) for target in targets], effort)
+    del source, targets
+    rates = {}
+    for dtype, size in ((torch.bfloat16, product_size), (torch.float32, product_size // 2)):
+        left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+        taken = device_time([lambda left=left, right=right: left @ right], effort)
+        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / taken.seconds
+    l2_nbytes = getattr(properties, "L2_cache_size", _ASSUMED_L2_NBYTES)
+    return Card(l2_nbytes, 2 * (copy_nbytes // 4 * 4) / copying.seconds, rates)
+
+
+def device_time(calls: Sequence[Callable[[], object]], effort: Effort) -> Timing:
+    """Of `calls` in turn: the same work on different inputs, so that none is in the cache.
+
+    A round is launched while the device waits for a clock: then gaps between launches do not count, but for calls that
+    wait for the device. What the last calls gave stays in memory, so that each writes to another place.
+    """
+    kept: deque[object] = deque(maxlen=len(calls))
+    for call in calls:  # compile, and allocate
+        kept.append(call())
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    calls[0]()
+    host_seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    alone = time.perf_counter() - start
+    n = max(1, min(effort.calls, int(_ROUND_S / max(alone, 1e-9))))
+    rounds = effort.rounds if alone < 0.1 else min(effort.rounds, 2)
+    turns, found, launching = cycle(calls), [], [host_seconds]
+    for _ in range(rounds):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        delay(2 * n * min(launching))
+        first.record()
+        start = time.perf_counter()
+        for call in islice(turns, n):
+            kept.append(call())
+        launching.append((time.perf_counter() - start) / n)
+        last.record()
+        torch.cuda.synchronize()
+        found.append(first.elapsed_time(last) / 1e3 / n)
+    return Timing(statistics.median(found), statistics.median(launching[1:]), tuple(found))
+
+
+def delay(seconds: float) -> None:
+    """Keep the device busy for about so long, a tenth of a second at most, without memory."""
+    sleep = getattr(torch._C, "_cuda_sleep", None)  # absent where torch is built without CUDA
+    if sleep is not None:
+        sleep(int(min(seconds, 0.1) * 2e9))
+
+
+def n_sets(card: Card, nbytes: float, effort: Effort) -> int:
+    """How many inputs of so many bytes are together four times the cache."""
+    return max(2, min(effort.most_sets, math.ceil(4 * card.l2_nbytes / nbytes)))
+
+
+def description() -> dict[str, object]:
+    """What the numbers belong to."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "device": torch.cuda.get_device_name(),
+        "device memory GB": properties.total_memory / 1e9,
+        "processors": properties.multi_processor_count,
+        "driver": _driver(),
+        "CUDA": torch.version.cuda,
+        **{name: package_version(name) for name in ("torch", "triton", "bitsandbytes")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip().partition("\n")[0] or None
