@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import torch
@@ -34,7 +35,7 @@ class Effort:
 @dataclass(frozen=True, slots=True)
 class Timing:
     """seconds       of the device for a call, median over rounds
-    host_seconds     of the processor until a call has been launched; of all of it where the call waits
+    host_seconds     of the processor until a call has been launched, at best; of all of it where the call waits
     rounds           seconds of the device for a call, of each round
     """
 
@@ -57,17 +58,23 @@ class Card:
 def measured_card(copy_nbytes: int, product_size: int, effort: Effort) -> Card:
     """Its rates, measured on random numbers: products of zeros are faster."""
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-    source = torch.randn(copy_nbytes // 4, device="cuda")
-    targets = [torch.empty_like(source) for _ in range(2)]
-    copying = device_time([lambda target=target: target.copy_(source) for target in targets], effort)
-    del source, targets
-    rates = {}
-    for dtype, size in ((torch.bfloat16, product_size), (torch.float32, product_size // 2)):
-        left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-        taken = device_time([lambda left=left, right=right: left @ right], effort)
-        rates[str(dtype).removeprefix("torch.")] = 2 * size**3 / taken.seconds
+    rates = {
+        "bfloat16": _product_rate(product_size, torch.bfloat16, effort),
+        "float32": _product_rate(product_size // 2, torch.float32, effort),
+    }
     l2_nbytes = getattr(properties, "L2_cache_size", _ASSUMED_L2_NBYTES)
-    return Card(l2_nbytes, 2 * (copy_nbytes // 4 * 4) / copying.seconds, rates)
+    return Card(l2_nbytes, _copy_rate(copy_nbytes // 4, effort), rates)
+
+
+def _copy_rate(numel: int, effort: Effort) -> float:
+    source = torch.randn(numel, device="cuda")
+    calls = [partial(torch.empty_like(source).copy_, source) for _ in range(2)]
+    return 2 * source.nbytes / device_time(calls, effort).seconds
+
+
+def _product_rate(size: int, dtype: torch.dtype, effort: Effort) -> float:
+    left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    return 2 * size**3 / device_time([partial(torch.matmul, left, right)], effort).seconds
 
 
 def device_time(calls: Sequence[Callable[[], object]], effort: Effort) -> Timing:
@@ -99,7 +106,7 @@ def device_time(calls: Sequence[Callable[[], object]], effort: Effort) -> Timing
         last.record()
         torch.cuda.synchronize()
         found.append(first.elapsed_time(last) / 1e3 / n)
-    return Timing(statistics.median(found), statistics.median(launching[1:]), tuple(found))
+    return Timing(statistics.median(found), min(launching), tuple(found))
 
 
 def delay(seconds: float) -> None:

@@ -42,7 +42,8 @@ def kernel_tables(card: Card, sizes: Sizes, effort: Effort, is_late: Callable[[]
             details[f"{case.kernel}, rank {case.rank}, tokens {case.tokens}"] = raw
         notes = (
             "GB/s and shares: of the bytes that must move; roofline: the longer of those and of the operations.",
-            "host: the processor's time to launch it. × peer: how many times longer that takes on the device.",
+            "host: the processor's time to launch it. × peer: how many times longer that takes on the device; of many",
+            "small launches, it is the launching that takes it.",
         )
         yield Table(f"gpu: kernels of {shape[0]} × {shape[1]} bfloat16", rows, notes, details)
         gc.collect()
