@@ -19,7 +19,6 @@ from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weight
 from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.device import Device, open_device
-from loftq_cli.device_jobs import DeviceRunner, run_on_device
 from loftq_cli.errors import StorageError, UsageError
 from loftq_cli.jobs import NOT_FINITE, JobRunner, is_streamed, not_finite_note
 from loftq_cli.kernels import choose_kernels
@@ -221,6 +220,8 @@ def _run_jobs(
         if gpu is None:
             steps = Steps(runner.load, runner.compute, runner.write)
             return in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)
+        from loftq_cli.device_jobs import DeviceRunner, run_on_device
+
         return run_on_device(DeviceRunner(runner, gpu, plan.recipe), plan.jobs, workers.threads, announce)
 
     # The jobs end before the recording does: by then nothing is being written any more.

@@ -91,6 +91,7 @@ def compute_as_hardware_does() -> None:
     _convert_bfloat16_as_hardware_does()
     _multiply_bfloat16_as_numbers()
     _count_to_numbers_of_kernels()
+    _drop_nan_as_hardware_does()
 
 
 @contextmanager
@@ -164,3 +165,11 @@ def _count_to_numbers_of_kernels() -> None:
 
     patch.is_exact = True  # type: ignore[attr-defined]
     interpreter._patch_lang_tensor = patch
+
+
+def _drop_nan_as_hardware_does() -> None:
+    """The greater or lesser of a number and NaN is the number, unless a kernel asks otherwise. (3.6 takes the NaN.)"""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    InterpreterBuilder.create_maxnumf = lambda self, one, other: self.binary_op(one, other, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, one, other: self.binary_op(one, other, np.fmin)

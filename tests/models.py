@@ -24,14 +24,20 @@ def _save(model_class: Any, config: Any, directory: Path, dtype: torch.dtype = t
 
 
 def llama(
-    directory: Path, *, layers: int = 2, tied: bool = False, dtype: torch.dtype = torch.bfloat16, **save: Any
+    directory: Path,
+    *,
+    layers: int = 2,
+    hidden: int = 128,
+    tied: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+    **save: Any,
 ) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=160,
-        hidden_size=128,
-        intermediate_size=192,
+        hidden_size=hidden,
+        intermediate_size=hidden * 3 // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -72,6 +72,12 @@ def test_what_decides_codes_is_fused_only_where_it_says_so(builds):
             assert build["fused"] == weights + weights // 2, described(build)
 
 
+def test_integers_and_constants_are_made_and_decoded_without_fused_multiply_adds(builds):
+    exact = {"_quantize_groups", "_dequantize_groups", "_quantize_constants", "_dequantize_constants"}
+    for build in builds:
+        assert build["name"] not in exact or build["fused"] == 0, described(build)
+
+
 def test_quantizing_bfloat16_takes_at_most_22_instructions_a_weight_on_hopper(builds):
     measured = []
     for build in builds:

@@ -156,6 +156,15 @@ def test_factors_are_read_in_their_own_dtype(factor_dtype):
     )
 
 
+@pytest.mark.parametrize("row", [0, 4])
+def test_the_largest_error_is_found_in_every_piece_of_a_large_matrix(row):
+    weight = torch.full((5, 1 << 17), 0.01)  # more than PIECE_NUMEL
+    codes, decoded = quantized(weight, 64, torch.float32)
+    weight[row, 77] = 3.0
+    found = codebook_error_sums(weight, *codes, "nf4", 64, torch.float32)
+    assert found[3] == 3.0 - decoded[row, 77].double()
+
+
 @pytest.mark.parametrize("columns", [64, 65])
 def test_signs_and_zeros_are_counted_without_underflow(columns):
     """A block of one 1.0: the small weights decode to 0, and an adapter of 1e-30 gives them a sign. 1e-30 * 1e-30 is

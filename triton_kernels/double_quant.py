@@ -30,17 +30,21 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def double_quantize(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)] and offset float32 [] of float32 [n].
+    """codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)] and offset float32 [] of float32 [n]; or of
+    a stack [m, n] all of these with a first dimension m.
 
     The offset is infinite where the mean, or its sum in float32 on a CPU, overflows float32: the caller decides what
     that means. On a GPU the mean is exact before it is rounded, and its last bits can differ from a CPU's.
-    Raises ValueError unless `absmax` is contiguous float32 with one dimension.
+    Raises ValueError unless `absmax` is contiguous float32 with one or two dimensions.
     """
-    if absmax.dtype != torch.float32 or absmax.dim() != 1 or not absmax.is_contiguous():
-        raise ValueError("absmax must be contiguous float32 with one dimension")
-    codes, nested_absmax, offset = implementation("double_quant", absmax.device.type).quantize(
-        absmax, dynamic_map(absmax.device), nested_block_size
-    )
+    if absmax.dtype != torch.float32 or absmax.dim() not in (1, 2) or not absmax.is_contiguous():
+        raise ValueError("absmax must be contiguous float32 with one or two dimensions")
+    backend = implementation("double_quant", absmax.device.type)
+    if absmax.dim() == 2 and not backend.TAKES_STACKS:
+        parts = [double_quantize(constants, nested_block_size) for constants in absmax]
+        codes, nested_absmax, offset = (torch.stack(part) for part in zip(*parts, strict=True))
+    else:
+        codes, nested_absmax, offset = backend.quantize(absmax, dynamic_map(absmax.device), nested_block_size)
     return codes, nested_absmax, offset
 
 
@@ -51,12 +55,17 @@ def double_dequantize(
     offset: torch.Tensor,
     nested_block_size: int,
 ) -> torch.Tensor:
-    """float32 [n]: the absmax that a loader computes from the stored constants (any 256-entry `code_map`)."""
+    """float32 [n]: the absmax that a loader computes from the stored constants (any 256-entry `code_map`); or [m, n] of
+    those of a stack.
+    """
     if codes.dtype != torch.uint8 or code_map.numel() != 256:
         raise ValueError("codes must be uint8 and code_map must have 256 entries")
-    if nested_absmax.numel() != -(-codes.numel() // nested_block_size):
-        raise ValueError(f"nested_absmax must have {-(-codes.numel() // nested_block_size)} elements")
-    absmax: torch.Tensor = implementation("double_quant", codes.device.type).dequantize(
-        codes, nested_absmax, code_map, offset, nested_block_size
-    )
+    n_nested = -(-codes.shape[-1] // nested_block_size)
+    if nested_absmax.shape != (*codes.shape[:-1], n_nested) or offset.shape != codes.shape[:-1]:
+        raise ValueError(f"nested_absmax must have {n_nested} elements, and offset one")
+    backend = implementation("double_quant", codes.device.type)
+    if codes.dim() == 2 and not backend.TAKES_STACKS:
+        parts = zip(codes, nested_absmax, offset, strict=True)
+        return torch.stack([double_dequantize(*part[:2], code_map, part[2], nested_block_size) for part in parts])
+    absmax: torch.Tensor = backend.dequantize(codes, nested_absmax, code_map, offset, nested_block_size)
     return absmax

@@ -7,6 +7,8 @@ import torch
 from loftq_cli.triton_kernels import double_quant_reference
 from loftq_cli.triton_kernels.cpu_kernels import decode_constants, encode_constants
 
+TAKES_STACKS = False  # a stack goes matrix by matrix
+
 
 def quantize(
     absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+TAKES_STACKS = False  # a stack goes matrix by matrix
 GRID = 65535  # bitsandbytes' CPU code rounds to this many steps on [-1, 1] and looks the nearest map entry up
 
 

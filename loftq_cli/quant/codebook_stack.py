@@ -83,7 +83,6 @@ def unstacked(
 def _nested(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, NestedAbsmax]:
     """float32 [n, blocks] as a loader decodes them, and their double-quantized form."""
     code_map = dynamic_map(absmax.device)
-    parts = [double_quantize(constants, nested_block_size) for constants in absmax]
-    codes, nested_absmax, offset = (torch.stack(part) for part in zip(*parts, strict=True))
-    decoded = [double_dequantize(*constants[:2], code_map, constants[2], nested_block_size) for constants in parts]
-    return torch.stack(decoded), NestedAbsmax(codes, nested_absmax, code_map, offset)
+    codes, nested_absmax, offset = double_quantize(absmax, nested_block_size)
+    decoded = double_dequantize(codes, nested_absmax, code_map, offset, nested_block_size)
+    return decoded, NestedAbsmax(codes, nested_absmax, code_map, offset)
