@@ -111,9 +111,13 @@ def device_time(calls: Sequence[Callable[[], object]], effort: Effort) -> Timing
 
 def delay(seconds: float) -> None:
     """Keep the device busy for about so long, a tenth of a second at most, without memory."""
-    sleep = getattr(torch._C, "_cuda_sleep", None)  # absent where torch is built without CUDA
-    if sleep is not None:
-        sleep(int(min(seconds, 0.1) * 2e9))
+    if is_real():
+        torch.cuda._sleep(int(min(seconds, 0.1) * 2e9))  # cycles, of which there are about so many in a second
+
+
+def is_real() -> bool:
+    """Whether there is a driver behind the device: tests simulate one."""
+    return type(torch.empty(0, device="cuda")) is torch.Tensor
 
 
 def n_sets(card: Card, nbytes: float, effort: Effort) -> int:
@@ -133,6 +137,11 @@ def description() -> dict[str, object]:
         **{name: package_version(name) for name in ("torch", "triton", "bitsandbytes")},
         "date": datetime.date.today().isoformat(),
     }
+
+
+def failure(error: Exception) -> str:
+    """What stopped a measurement, in a line, for a table."""
+    return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:160]
 
 
 def _driver() -> str | None:

@@ -17,6 +17,7 @@ import torch
 
 from loftq_cli import convert
 from loftq_cli.recipe import Recipe
+from tests.benchmarks.gpu_card import failure
 from tests.benchmarks.gpu_checkpoint import LlamaShape, drop_from_cache, reading_seconds, write_llama
 from tests.benchmarks.gpu_timeline import RESOURCES, busy, chart, recorded
 from tests.benchmarks.measuring import Settings, Table
@@ -104,14 +105,14 @@ _NOTHING: Row = {
 
 def _cold(source: Path, output: Path, method: str, settings: Settings, recipe: dict[str, Any]) -> Row:
     """The first conversion of a process, of one layer: it compiles."""
-    start = time.perf_counter()
+    row = _NOTHING | {"run": f"{method}, starting", "note": "the first run of one layer, compiling"}
     try:
-        error = _converted(source, output, Run("", method), settings, recipe)[0]
+        error, _, seconds = _converted(source, output, Run("", method), settings, recipe)
+        return row | {"convert s": seconds, "error": error}
+    except Exception as error:
+        return row | {"note": failure(error)}
     finally:
         shutil.rmtree(output, ignore_errors=True)
-    seconds = time.perf_counter() - start
-    note = "the first run of one layer, compiling"
-    return _NOTHING | {"run": f"{method}, starting", "convert s": seconds, "error": error, "note": note}
 
 
 def _measured(
@@ -143,7 +144,7 @@ def _measured(
         raw = {"phases": phases.phases, "stacks s": found.seconds, "spans": spans, "chart": chart(spans)}
         return row, raw
     except Exception as error:
-        return {"note": f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:160]}, {}
+        return {"note": failure(error)}, {}
     finally:
         shutil.rmtree(output, ignore_errors=True)
 

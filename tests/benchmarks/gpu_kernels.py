@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from tests.benchmarks import gpu_cases, gpu_peers
-from tests.benchmarks.gpu_card import Card, Effort, Timing, device_time, n_sets
+from tests.benchmarks.gpu_card import Card, Effort, Timing, device_time, failure, n_sets
 from tests.benchmarks.gpu_cases import GOALS, Calls, Case, Matrix
 from tests.benchmarks.measuring import Table
 
@@ -136,4 +136,4 @@ def _timed(prepare: Callable[[], Calls], effort: Effort) -> Timing | str:
     try:
         return device_time(prepare(), effort)
     except Exception as error:
-        return f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"[:120]
+        return failure(error)

@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tests.benchmarks.gpu_card import is_real
+
 if TYPE_CHECKING:
     from tests.benchmarks.gpu_cases import Calls, Matrix
 
 
 def unusable() -> str | None:
     """Why it is not run, where that can be known. A simulated device must not be shown to it: it would remember."""
-    if torch.version.cuda is None:
-        return "not run: this torch is built without CUDA"
+    if not is_real():
+        return "not run: the device is simulated"
     return "not run: bitsandbytes is not installed" if find_spec("bitsandbytes") is None else None
 
 

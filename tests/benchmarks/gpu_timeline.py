@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from loftq_cli import convert
+from loftq_cli import convert, device_jobs
 from loftq_cli.device import Device, Download, open_device
 from loftq_cli.device_jobs import DeviceRunner
 
@@ -136,7 +136,7 @@ def recorded() -> Iterator[Timeline]:
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(convert, "open_device", opened))
-        stack.enter_context(mock.patch.object(convert, "DeviceRunner", partial(RecordedRunner, timeline)))
+        stack.enter_context(mock.patch.object(device_jobs, "DeviceRunner", partial(RecordedRunner, timeline)))
         yield timeline
 
 
