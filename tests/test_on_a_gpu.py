@@ -294,7 +294,7 @@ def test_the_sanitizer_finds_nothing(tool):
         pytest.skip("compute-sanitizer is not on PATH")
     command = [found, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "tests.sanitized_kernels"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=540)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
     said = run.stdout + run.stderr
     if "Device not supported" in said:
         pytest.skip("compute-sanitizer does not support this device")
