@@ -19,6 +19,18 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, tests of kernels run on it, compiled: `-m gpu` has them too. Where there is none, tests
+    that are for a GPU alone are skipped.
+    """
+    for item in items:
+        if torch.cuda.is_available() and item.get_closest_marker("interpreter"):
+            item.add_marker("gpu")
+        elif not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
 @pytest.fixture
 def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`out` in an empty working directory: the output's name as typed is in some of its files."""

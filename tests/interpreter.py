@@ -1,9 +1,13 @@
-"""Triton's interpreter as the tests use it: kernels run on the CPU, program by program, in NumPy."""
+"""How the tests run Triton's kernels: interpreted on the CPU, program by program, in NumPy; where there is a GPU,
+compiled, with all tensors carried there and back.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -13,15 +17,66 @@ import torch
 from loftq_cli.triton_kernels.backend import use_backend
 
 
+def are_compiled() -> bool:
+    """Whether kernels are compiled for a GPU here. On a simulated one they are interpreted."""
+    return torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+
+
+def kernel_device() -> torch.device:
+    """Where tensors must lie for `triton_kernels`."""
+    return torch.device("cuda" if are_compiled() else "cpu")
+
+
 def interpreted(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What the Triton kernels make of it: interpreted, or on the GPU for tensors that are there."""
+    """What the Triton kernels make of it. Tensors of the CPU are given and got, wherever kernels run."""
+    if are_compiled():
+        return carried(operation, *arguments, **options)
     with triton_kernels():
         return operation(*arguments, **options)
 
 
+def carried(operation: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """The same on the GPU: what it writes to its arguments comes back into them, its results come back as copies.
+
+    Tensors lie there as they lie here: with their strides, and in shared memory where they share it.
+    """
+    memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # of each storage: its bytes here and there
+
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_cpu:
+            return tensor
+        storage = tensor.untyped_storage()
+        if storage._cdata not in memory:
+            here = torch.empty(0, dtype=torch.uint8).set_(storage)
+            memory[storage._cdata] = here, here.to("cuda", copy=True)
+        flat = memory[storage._cdata][1][: storage.nbytes() // tensor.itemsize * tensor.itemsize].view(tensor.dtype)
+        return flat.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+    result = operation(*_mapped(arguments, there), **_mapped(options, there))
+    for here, carried_bytes in memory.values():
+        here.copy_(carried_bytes)
+    return _mapped(result, lambda tensor: tensor.cpu())
+
+
+def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with every tensor in it changed, also in containers and dataclasses."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _mapped(item, change) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_mapped(item, change) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{field.name: _mapped(getattr(value, field.name), change) for field in fields(value)})
+    return value
+
+
 @contextmanager
 def triton_kernels() -> Any:
-    """The Triton kernels on the CPU, for the length of the block."""
+    """The Triton kernels for tensors on `kernel_device`, for the length of the block."""
+    if are_compiled():
+        yield
+        return
     compute_as_hardware_does()
     use_backend("cpu", "triton")
     try:

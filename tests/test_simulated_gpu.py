@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from loftq_cli.triton_kernels.codebook import quantize_codebook
+from tests.interpreter import carried
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 
@@ -299,6 +300,24 @@ def test_a_kernel_takes_no_tensor_of_the_host(gpu):
     weight = torch.ones(128, device="cuda")
     with pytest.raises(ValueError, match="cannot be accessed"):
         quantize_codebook(weight, "nf4", 64, minus=torch.ones(128))
+
+
+@pytest.mark.interpreter
+def test_tensors_carried_to_the_device_for_a_test_come_back_as_they_were_laid(gpu):
+    """What tests of kernels do where there is a GPU: views keep their strides, outputs their places."""
+    pytest.importorskip("triton")
+    weight, both = torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 128)
+    out = both[1, 1:65].view(torch.uint8)[:128], torch.empty(4)
+
+    def quantize(weights, *, out):
+        assert weights[0].is_cuda and weights[0].stride() == (1, 128)
+        return {"codes": quantize_codebook(weights[0].T[0, :64].contiguous(), "nf4", 32, out=(out[0][:32], out[1][:2]))}
+
+    made = carried(quantize, [weight.T], out=out)["codes"]
+    expected = quantize_codebook(weight[0, :64].contiguous(), "nf4", 32)
+    assert made[0].is_cpu and torch.equal(made[0], expected[0]) and torch.equal(out[0][:32], expected[0])
+    assert torch.equal(out[1][:2], expected[1])
+    assert not both[0].any() and not both[2].any() and both[1].view(torch.uint8)[4:36].equal(expected[0])
 
 
 def test_torch_is_as_before_after_the_block():

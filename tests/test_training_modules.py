@@ -42,7 +42,7 @@ from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.recipe import Override
 from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import AffineSpec, CodebookSpec, CodebookTensor, LoraSpec, NestedAbsmax, Pooling
-from tests.interpreter import triton_kernels
+from tests.interpreter import kernel_device, triton_kernels
 
 OUT, IN, RANK, POOL = 48, 128, 4, 32
 ALPHA = 6.0
@@ -317,7 +317,7 @@ def test_a_frozen_bias_can_be_trained_on_demand():
 
 @pytest.fixture
 def on_triton():
-    """Kernels on the CPU; the weight must not be decoded as a whole."""
+    """Triton's kernels; the weight must not be decoded as a whole."""
     with triton_kernels(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(QuantizedLinear, "dequantized", lambda self: pytest.fail("decoded"))
         yield
@@ -330,42 +330,47 @@ def on_triton():
 def test_kernels_that_multiply_codes_give_the_output_and_the_gradients(double_quant, dtype, bias, on_triton):
     tensor = quantize(random(OUT, IN, seed=1) * 0.1, CodebookSpec(double_quant=double_quant))
     offset = random(OUT, seed=4) if bias else None
-    layer = QuantizedLinear(tensor, offset)
+    layer = QuantizedLinear(tensor, offset).to(kernel_device())
     weight = make_quantizer(tensor.spec, "float32").dequantize(tensor).to(dtype).double()
-    x, upstream = random(2, 5, IN, dtype=dtype).requires_grad_(), random(2, 5, OUT, seed=5, dtype=dtype)
+    inputs, upstream = random(2, 5, IN, dtype=dtype), random(2, 5, OUT, seed=5, dtype=dtype)
+    x = inputs.to(kernel_device()).requires_grad_()
 
     output = layer(x)
-    output.backward(upstream)
+    output.backward(upstream.to(kernel_device()))
 
     tolerance = 1e-6 + torch.finfo(dtype).eps  # the product is rounded, and with the bias again
-    exact = x.double() @ weight.T + (0.0 if offset is None else offset.to(dtype).double())
+    exact = inputs.double() @ weight.T + (0.0 if offset is None else offset.to(dtype).double())
     assert output.dtype == x.grad.dtype == dtype
-    assert_close(output, exact, tolerance)
-    assert_close(x.grad, upstream.double() @ weight, tolerance)
+    assert_close(output.cpu(), exact, tolerance)
+    assert_close(x.grad.cpu(), upstream.double() @ weight, tolerance)
 
 
 @pytest.mark.interpreter
 def test_kernels_that_multiply_codes_take_any_number_of_inputs(on_triton):
-    layer, x = QuantizedLinear(quantized("nf4")), random(100, IN)
+    layer, x = QuantizedLinear(quantized("nf4")).to(kernel_device()), random(100, IN)
     exact = x.double() @ decoded(quantized("nf4")).T
 
-    assert_close(layer(x), exact, 1e-5)
-    assert_close(layer(x[0]), exact[0], 1e-5)
+    x = x.to(kernel_device())
+    assert_close(layer(x).cpu(), exact, 1e-5)
+    assert_close(layer(x[0]).cpu(), exact[0], 1e-5)
     assert layer(x[:0]).shape == (0, OUT)
 
 
 @pytest.mark.interpreter
 def test_what_kernels_cannot_multiply_is_decoded():
     """Other formats, other dtypes, rows that share a byte, autocast, and a weight that is kept."""
-    odd = quantize(random(OUT, 33) * 0.1, CodebookSpec(double_quant=False))
-    nf4 = QuantizedLinear(quantized("nf4"))
+    device = kernel_device()
+    odd = QuantizedLinear(quantize(random(OUT, 33) * 0.1, CodebookSpec(double_quant=False))).to(device)
+    nf4, exact = QuantizedLinear(quantized("nf4")).to(device), decoded(quantized("nf4")).T
+    x, x_odd = random(3, IN).to(device), random(3, 33).to(device)
     with triton_kernels():
-        assert_close(nf4(random(3, IN).double()), random(3, IN).double() @ decoded(quantized("nf4")).T, 1e-6)
-        assert_close(QuantizedLinear(odd)(random(3, 33)), random(3, 33) @ QuantizedLinear(odd).dequantized().T, 1e-6)
+        assert_close(nf4(x.double()).cpu(), x.double().cpu() @ exact, 1e-6)
+        assert_close(odd(x_odd).cpu(), x_odd.cpu() @ odd.dequantized().T.cpu(), 1e-6)
         for layer in (QuantizedLinear(quantized("int4")), QuantizedLinear(quantized("nf4"), cache=True)):
-            assert_close(layer(random(3, IN)), random(3, IN) @ layer.dequantized().T, 1e-6)
-        with torch.autocast("cpu", torch.bfloat16):
-            assert nf4(random(3, IN)).dtype == torch.bfloat16
+            layer = layer.to(device)
+            assert_close(layer(x).cpu(), x.cpu() @ layer.dequantized().T.cpu(), 1e-6)
+        with torch.autocast(device.type, torch.bfloat16):
+            assert nf4(x).dtype == torch.bfloat16
 
 
 # Storage
@@ -1295,7 +1300,6 @@ def test_a_layer_that_is_not_pooled_does_not_hide_how_the_others_are(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("kind", ["loftq", "peft"])
 @pytest.mark.parametrize("quant_type", FORMATS)

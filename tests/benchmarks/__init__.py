@@ -14,6 +14,15 @@ conversion.py       a whole checkpoint: quantize, merge, inspect
 scratch.py          memory
 growth.py           what more layers and larger ones cost
 
+gpu.py              on a GPU, kernels and whole conversions
+gpu_card.py         what the card can do, and how calls are timed on it
+gpu_cases.py        each kernel: its work, its peers
+gpu_peers.py        bitsandbytes' kernels
+gpu_kernels.py      kernels, timed
+gpu_checkpoint.py   a checkpoint of any size
+gpu_conversion.py   conversions of it, timed
+gpu_timeline.py     what they do when
+
 corpus.py           text for the built-in model
 train_tiny_llama.py its training
 perplexity.py       its score

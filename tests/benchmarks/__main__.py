@@ -17,7 +17,7 @@ from tempfile import gettempdir
 import torch
 
 from loftq_cli.workers import available_threads
-from tests.benchmarks import ceiling, conversion, durability, growth, matrix, nf4, scratch
+from tests.benchmarks import ceiling, conversion, durability, gpu, growth, matrix, nf4, scratch
 from tests.benchmarks.contenders import warm_up_kernels
 from tests.benchmarks.measuring import Settings, Table, machine, rendered
 
@@ -31,13 +31,22 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "durability": durability.run,
     "scratch": scratch.run,
     "growth": growth.run,
+    "gpu": gpu.run,
 }
 
 
-def main() -> None:
-    """Run what was asked for. The JSON file is written after every table: an interrupted run keeps what it has."""
-    options = _options()
-    settings = Settings(options.quick, options.threads, options.directory, rounds=1 if options.quick else 5)
+def main(*only: str) -> None:
+    """Run what was asked for, `only` these by default. The JSON file is written after every table: an interrupted run
+    keeps what it has.
+    """
+    options = _options(list(only or BENCHMARKS))
+    settings = Settings(
+        options.quick,
+        options.threads,
+        options.directory,
+        rounds=1 if options.quick else 5,
+        checkpoint_gb=options.checkpoint_gb,
+    )
     torch.set_num_threads(1)
     missing = warm_up_kernels()
     about = machine() | {"threads": settings.threads, "quick": settings.quick, "kernels": missing or "compiled"}
@@ -45,22 +54,25 @@ def main() -> None:
     for name in options.only:
         print(f"{name} ...", file=sys.stderr, flush=True)
         start = time.perf_counter()
-        tables += BENCHMARKS[name](settings)
+        for table in BENCHMARKS[name](settings):
+            tables.append(table)
+            values = {"machine": about, "tables": [asdict(table) for table in tables]}
+            options.json.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        values = {"machine": about, "tables": [asdict(table) for table in tables]}
-        options.json.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print("\n".join(f"{key}: {value}" for key, value in about.items()), end="\n\n")
     print("\n".join(map(rendered, tables)))
 
 
-def _options() -> argparse.Namespace:
+def _options(only: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     known = ", ".join(BENCHMARKS)
-    parser.add_argument("--only", type=_names, default=list(BENCHMARKS), metavar="NAME,...", help=f"of {known}")
+    parser.add_argument("--only", type=_names, default=only, metavar="NAME,...", help=f"of {known}")
     parser.add_argument("--quick", action="store_true", help="small sizes, in two minutes")
     parser.add_argument("--threads", type=int, default=available_threads(), metavar="N", help='what "all threads" are')
     parser.add_argument("--json", type=Path, default=Path("benchmark.json"), metavar="FILE")
     parser.add_argument("--directory", type=Path, default=Path(gettempdir()), help="where 6 GB of checkpoints fit")
+    help_gb = "of the checkpoint that a GPU converts, which must fit in --directory one and a half times"
+    parser.add_argument("--checkpoint-gb", type=float, default=13.5, metavar="N", help=help_gb)
     return parser.parse_args()
 
 

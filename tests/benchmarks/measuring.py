@@ -24,13 +24,16 @@ _PACKAGES = ("torch", "numba", "numpy", "safetensors", "peft", "bitsandbytes", "
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """threads: "all threads"; rounds and budget_s: see `interleaved`; directory: where checkpoints are written."""
+    """threads: "all threads"; rounds and budget_s: see `interleaved`; directory: where checkpoints are written;
+    checkpoint_gb: of the one that a GPU converts.
+    """
 
     quick: bool
     threads: int
     directory: Path
     rounds: int
     budget_s: float = 3.0
+    checkpoint_gb: float = 13.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +110,18 @@ def machine() -> dict[str, object]:
         "processors": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: package_version(name) for name in _PACKAGES},
         "load before": os.getloadavg()[0],
         "date": datetime.date.today().isoformat(),
     }
+
+
+def package_version(package: str) -> str | None:
+    """The version of an installed package; None for what is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def rendered(table: Table) -> str:
@@ -129,10 +140,3 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
     return "-" if value is None else str(value)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
