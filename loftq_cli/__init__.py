@@ -7,6 +7,7 @@ checkpoint/                      files on disk: readers, writer, staging directo
 quant/ lowrank metrics           number formats, truncated SVD, what an error is
 kernels                          when compiled kernels are worth loading
 methods/ layouts/                LoftQ, QLoRA and QA-LoRA; on-disk containers
+device device_matrix device_jobs a GPU; what is made on it of a matrix, and of a conversion's jobs
 schedule                         in which order jobs run, and side by side
 recipe family targets plan       what will be done, decided from headers and configs alone
 base_model                       a converted or dense model, read back as matrices

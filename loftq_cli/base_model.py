@@ -133,12 +133,24 @@ class BaseModel:
         """
         if name in self.quantized:
             return self._decoded(self.quantized[name])
+        if self.family.is_transposed(module_of(name)):
+            return self._loaded(name)
+        ref = self._matrix_ref(name)
+        return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
+
+    def whole(self, name: str) -> QuantizedTensor | TensorRows:
+        """What `rows` reads, all of it at once and as it is stored. Raises as it does."""
+        return self.quantized_tensor(name) if name in self.quantized else self._loaded(name)
+
+    def _loaded(self, name: str) -> TensorRows:
+        self._matrix_ref(name)
+        return TensorRows(self.load(name), self.family.is_transposed(module_of(name)))
+
+    def _matrix_ref(self, name: str) -> TensorRef:
         ref = self.tensors[name]
         if len(ref.shape) != 2:
             raise InputError("is not a matrix", file=ref.file, tensor=name)
-        if self.family.is_transposed(module_of(name)):
-            return TensorRows(self.load(name), transposed=True)
-        return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
+        return ref
 
     def _decoded(self, matrix: StoredMatrix) -> Rows:
         from loftq_cli.quant.formats import make_quantizer

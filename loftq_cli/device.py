@@ -7,15 +7,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from dataclasses import dataclass, fields, is_dataclass, replace
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import NumericError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
 Value = TypeVar("Value")
+Inputs = TypeVar("Inputs")
 
 DEVICES = "auto|cpu|cuda|cuda:N"
 
@@ -133,6 +135,56 @@ class Device:
 
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+
+
+class SharedDevice:
+    """A GPU for threads that take turns: one computes on it, and has all of its memory meanwhile, copies included."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._turn = device, Lock()
+
+    def __str__(self) -> str:
+        return str(self._device)
+
+    def run(self, work: Callable[[Inputs], Value], read: Callable[[], Inputs], nbytes: int) -> Value | None:
+        """What `work` makes of copies on the device of what `read` gives, with all of its tensors back in the
+        processor's memory; see `with_tensors`. `nbytes` is about how much memory of the device it takes, inputs
+        included: nothing is read that does not fit.
+
+        None for what the processor has to do: what does not fit, and what `work` refuses with a NumericError, which
+        then comes from where the rest of its message is known.
+        """
+        import torch
+
+        if nbytes > self._device.max_nbytes:
+            return None
+        host = with_tensors(read(), pinned)
+        with self._turn:
+            try:
+                return self._run(work, host)
+            except (torch.OutOfMemoryError, NumericError):
+                pass
+            self._device.drain()
+        return None
+
+    def _run(self, work: Callable[[Inputs], Value], host: Inputs) -> Value:
+        with self._device.computing():
+            made = work(with_tensors(host, lambda tensor: self._device.upload([tensor])[0]))
+        return self._device.download(lambda copy: with_tensors(made, copy)).wait()
+
+
+def with_tensors(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    """`value` with every tensor in it changed, through dataclasses and tuples; what has none stays as it is."""
+    import torch
+
+    changed: Any = value
+    if isinstance(value, torch.Tensor):
+        changed = change(value)
+    elif isinstance(value, tuple):
+        changed = tuple(with_tensors(item, change) for item in value)
+    elif is_dataclass(value) and not isinstance(value, type):
+        changed = replace(value, **{f.name: with_tensors(getattr(value, f.name), change) for f in fields(value)})
+    return changed  # type: ignore[no-any-return]
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:

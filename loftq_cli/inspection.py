@@ -5,13 +5,15 @@ conversion would make of it. Reads only; works without transformers, PEFT or bit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
+from loftq_cli.device import SharedDevice, open_device
+from loftq_cli.device_matrix import BESIDE_NUMEL, errors_on, tries_on
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
@@ -22,7 +24,8 @@ from loftq_cli.plan import CopyJob, LayerJob, possible_jobs
 from loftq_cli.quant.formats import FORMATS, QuantSpec, make_quantizer, size_of
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import REPORT_NAME, LayerResult, read_report
-from loftq_cli.schedule import in_turn
+from loftq_cli.rows import TensorRows
+from loftq_cli.schedule import SMALL_NUMEL, in_turn
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import WEIGHT_DTYPES, AffineSpec, LoraPair, Pooling, lora_pair
 from loftq_cli.workers import Workers, started
@@ -70,11 +73,12 @@ class TensorRow:
     errors: dict[str, LayerError]
 
 
-def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1) -> Inspection:
-    """Every quantized layer of `base`; with `against`, its error recomputed from the files of both.
+def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, device: str = "cpu") -> Inspection:
+    """Every quantized layer of `base`; with `against`, its error recomputed from the files of both, on a GPU where it
+    fits that: see `open_device`.
 
-    Raises MismatchError when `against` lacks a layer or has it in another shape, InputError when the report names a
-    layer that `base` lacks.
+    Raises UsageError for a GPU that is not there, MismatchError when `against` lacks a layer or has it in another
+    shape, InputError when the report names a layer that `base` lacks.
     """
     report = read_report(base.folder)
     known = {layer.name: layer for layer in report[1]} if report else {}
@@ -88,22 +92,24 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1) -
     if against is not None:
         with BaseModel.open(against) as original:
             name_of = _names_in(original, base)
-            choose_kernels(sum(row.numel for row in rows))
+            gpu = _chosen_device(device, sum(row.numel for row in rows))
 
             def recompute(row: LayerRow, sharing: Workers) -> LayerRow:
-                return _recomputed(base, row, modules[row.name], adapter, (original, name_of), sharing)
+                return _recomputed(base, row, modules[row.name], adapter, (original, name_of), sharing, gpu)
 
             with started(threads) as workers:
-                rows = list(in_turn(rows, recompute, lambda row: row.numel, workers))
+                rows = list(in_turn(rows, recompute, lambda row: row.numel, workers, _small_numel(gpu)))
     errors = [row.error for row in rows if row.error is not None]
     bits = sum(row.bits_per_weight * row.numel for row in rows) / max(1, sum(row.numel for row in rows))
     total = total_error(errors) if errors and len(errors) == len(rows) else None
     return Inspection(tuple(rows), total, bits, against is not None)
 
 
-def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str], threads: int = 1) -> Iterator[TensorRow]:
+def inspect_checkpoint(
+    base: BaseModel, quant_types: Sequence[str], threads: int = 1, device: str = "cpu"
+) -> Iterator[TensorRow]:
     """Every tensor of a full-precision checkpoint, in file order; each of `quant_types` is tried on what would be
-    quantized.
+    quantized, on a GPU where it fits that: see `open_device`.
     """
     for quant_type in quant_types:
         if quant_type not in FORMATS:
@@ -114,14 +120,26 @@ def inspect_checkpoint(base: BaseModel, quant_types: Sequence[str], threads: int
     if not formats:
         yield from (_tensor_row(base, job, {}) for job in jobs)
         return
-    choose_kernels(sum(job.numel * len(formats) for job in jobs if isinstance(job, LayerJob)))
+    gpu = _chosen_device(device, sum(job.numel * len(formats) for job in jobs if isinstance(job, LayerJob)))
 
     def look(job: LayerJob | CopyJob, sharing: Workers) -> TensorRow:
-        errors = {t: _tried(base, found[job.name], sharing) for t, found in formats.items() if job.name in found}
-        return _tensor_row(base, job, errors)
+        matrices = {t: found[job.name] for t, found in formats.items() if job.name in found}
+        return _tensor_row(base, job, _tried(base, job.name, matrices, sharing, gpu) if matrices else {})
 
     with started(threads) as workers:
-        yield from in_turn(jobs, look, lambda job: job.numel, workers)
+        yield from in_turn(jobs, look, lambda job: job.numel, workers, _small_numel(gpu))
+
+
+def _chosen_device(device: str, work: int) -> SharedDevice | None:
+    """The GPU for so many weights; None for the processor, whose kernels are then chosen."""
+    gpu = open_device(device, work)
+    if gpu is None:
+        choose_kernels(work)
+    return None if gpu is None else SharedDevice(gpu)
+
+
+def _small_numel(gpu: SharedDevice | None) -> int:
+    return SMALL_NUMEL if gpu is None else BESIDE_NUMEL
 
 
 def _tensor_row(base: BaseModel, job: LayerJob | CopyJob, errors: dict[str, LayerError]) -> TensorRow:
@@ -265,6 +283,7 @@ def _recomputed(
     adapter: _Adapter | None,
     against: tuple[BaseModel, dict[str, str]],
     workers: Workers,
+    gpu: SharedDevice | None,
 ) -> LayerRow:
     from loftq_cli.metrics import group_errors, layer_error
 
@@ -279,6 +298,11 @@ def _recomputed(
         shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
         raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
     pair = adapter.pair(module, row.shape) if adapter else None
+    group_size = row.spec.group_size if isinstance(row.spec, AffineSpec) else None
+    if gpu is not None:
+        found = errors_on(gpu, lambda: (_loaded(original, name), base.whole(row.name)), row.numel, pair, group_size)
+        if found is not None:
+            return replace(row, error=found[0], groups=found[1])
     weight, decoded = original.rows(name), base.rows(row.name)
     try:
         error = layer_error(weight, decoded, pair, workers)
@@ -287,9 +311,9 @@ def _recomputed(
     for model, amount in ((original, error.squared_weight), (base, error.squared_error)):
         if not math.isfinite(amount):
             raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)
-    if not isinstance(row.spec, AffineSpec):
+    if group_size is None:
         return replace(row, error=error)
-    return replace(row, error=error, groups=group_errors(weight, decoded, pair, row.spec.group_size, workers))
+    return replace(row, error=error, groups=group_errors(weight, decoded, pair, group_size, workers))
 
 
 def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
@@ -300,12 +324,29 @@ def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
     return {job.name: job.matrix for job in jobs if isinstance(job, LayerJob)}
 
 
-def _tried(base: BaseModel, matrix: StoredMatrix, workers: Workers) -> LayerError:
+def _tried(
+    base: BaseModel, name: str, matrices: Mapping[str, StoredMatrix], workers: Workers, gpu: SharedDevice | None
+) -> dict[str, LayerError]:
+    """The error that a weight would have as each of `matrices`."""
     from loftq_cli.metrics import layer_error
 
-    weight = base.rows(matrix.name)
-    quantizer = make_quantizer(matrix.spec, matrix.dtype)
-    try:
-        return layer_error(weight, quantizer.decoded(quantizer.quantize(weight, workers=workers)), None, workers)
-    except NumericError as error:
-        raise error.at(file=base.tensors[matrix.name].file, tensor=matrix.name) from None
+    quantizers = {t: make_quantizer(matrix.spec, matrix.dtype) for t, matrix in matrices.items()}
+    numel = math.prod(base.tensors[name].shape)
+    found = None if gpu is None else tries_on(gpu, lambda: _loaded(base, name), numel, quantizers)
+    if found is not None:
+        return found
+    weight, errors = base.rows(name), {}
+    for quant_type, quantizer in quantizers.items():
+        try:
+            quantized = quantizer.quantize(weight, workers=workers)
+            errors[quant_type] = layer_error(weight, quantizer.decoded(quantized), None, workers)
+        except NumericError as error:
+            raise error.at(file=base.tensors[name].file, tensor=name) from None
+    return errors
+
+
+def _loaded(model: BaseModel, name: str) -> TensorRows:
+    """A weight in full precision, all of it."""
+    weight = model.whole(name)
+    assert isinstance(weight, TensorRows)
+    return weight

@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from loftq_cli.adapter_source import LoraTensors
 from loftq_cli.checkpoint.journal import JournalEntry, outputs_of
 from loftq_cli.checkpoint.side_files import are_copied, nbytes_of
 from loftq_cli.checkpoint.staging import Staging, check_output, check_space, finished_mark
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
+from loftq_cli.device import SharedDevice, open_device
+from loftq_cli.device_matrix import BESIDE_NUMEL, WholeMatrix, merge_on, requantize, requantize_on
 from loftq_cli.errors import InputError, LoftqError, NumericError, QualityError, StorageError
 from loftq_cli.jobs import NOT_FINITE, WatchedChunks, not_finite_note, recast_chunks
 from loftq_cli.kernels import choose_kernels
@@ -35,8 +38,8 @@ from loftq_cli.metrics import delta_rows, group_delta, is_finite, layer_error
 from loftq_cli.provenance import check_contents
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.report import TOOL, fingerprint_of
-from loftq_cli.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs
-from loftq_cli.schedule import in_turn
+from loftq_cli.rows import STREAMED_NUMEL, Rows, TensorRows, slabs
+from loftq_cli.schedule import SMALL_NUMEL, in_turn
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, OutTensor, lora_pair
 from loftq_cli.workers import Workers, started
@@ -45,6 +48,8 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.triton_kernels.error_stats import ErrorSums
+
+Weight = TypeVar("Weight", Rows, WholeMatrix)
 
 LEAST_RETENTION = 0.5  # below this, most of what was trained would be gone from the deployed model
 EXACT = 1e-6  # of the largest weight: what float32 offsets may differ by from float64 ones
@@ -70,27 +75,42 @@ def already_done(merge: Merge, *, overwrite: bool) -> bool:
     return False
 
 
-def run(merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, threads: int = 1) -> MergeOutcome:
+def run(
+    merge: Merge, observer: Observer, *, overwrite: bool, restart: bool, threads: int = 1, device: str = "cpu"
+) -> MergeOutcome:
     """Merge, check, publish. Continues an interrupted run of the same merge; the bytes are the same, with any number of
     threads.
 
-    Raises QualityError when quantizing again, or rounding zero points, erases more than half of the adapter, unless
-    forced. What is refused leaves nothing behind; what the disk or the user stopped can be continued.
+    On a GPU, see `open_device`, matrices are merged with their adapters and quantized again, those that fit it; its
+    sums are taken in another order, so that a weight may be rounded to its neighbour. Vectors, copies and adapters that
+    go into the offsets of groups stay on the processor.
+
+    Raises UsageError for a GPU that is not there, QualityError when quantizing again, or rounding zero points, erases
+    more than half of the adapter, unless forced. What is refused leaves nothing behind; what the disk or the user
+    stopped can be continued.
     """
+    for_gpu = [job for job in merge.jobs if _is_for_gpu(merge, job)]
+    found_gpu = open_device(device, sum(_numel(job) for job in for_gpu))
+    gpu = SharedDevice(found_gpu) if found_gpu and for_gpu else None
     sums = _InputSums(merge)
     contents = check_contents(merge.base, merge.provenance, sums.base, force=merge.options.force)
     found = [contents] if contents else []
     notes = (*merge.provenance.notes, *found, *merge.notes, *_unused_notes(merge), *_other_notes(merge))
-    missing = choose_kernels(sum(_numel(job) for job in merge.jobs if job.is_touched or job.matrix is not None))
-    for note in (*notes, *([missing] if missing else [])):
-        observer.note(note)
+    rest = [job for job in merge.jobs if gpu is None or not _is_for_gpu(merge, job)]
+    missing = choose_kernels(sum(_numel(job) for job in rest if job.is_touched or job.matrix is not None))
+    used = (
+        f"computing on {gpu}" if gpu else f"nothing here is for a GPU, and {found_gpu} not used" if found_gpu else None
+    )
+    for note in (*notes, missing, used):
+        if note is not None:
+            observer.note(note)
     check_space(merge.output, merge.nbytes + nbytes_of(side_files(merge)))
     staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
     try:
         if staging.entries:
             observer.note(f"continuing: {len(staging.entries)} of {len(merge.jobs)} tensors are finished; hashing them")
         with started(threads) as workers, OutputFiles(staging.path, _files(merge)) as files:
-            layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries), staging, observer, workers)
+            layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries, gpu), staging, observer, workers)
         _check_retention(merge, layers)
         outcome = MergeOutcome(layers, (*notes, *_not_finite_notes(entries)))
         written = files.sums_by_file(outputs_of(entries))
@@ -171,13 +191,14 @@ class _Runner:
     files: OutputFiles
     sums: _InputSums
     entries: Mapping[str, JournalEntry]
+    gpu: SharedDevice | None = None
 
     def run(self, job: MergeJob, workers: Workers) -> tuple[JournalEntry, bool]:
         """What the journal is to say of a job, and whether it said so before."""
         entry = self.entries.get(job.name)
         if entry is not None and entry.input_sha256 == self.sums.of(job) and self.files.hold(entry.outputs):
             return entry, True
-        written, result = _run_job(self.merge, job, self.files, workers)
+        written, result = _run_job(self.merge, job, self.files, workers, self.gpu)
         if job.is_copied and not _is_recast(self.merge, job):
             for name, sha256 in written.items():
                 self.sums.remember(name, sha256)
@@ -189,10 +210,11 @@ def _run_jobs(
 ) -> tuple[tuple[MergedLayer, ...], list[JournalEntry]]:
     layers: list[MergedLayer] = []
     entries: list[JournalEntry] = []
+    small_numel = SMALL_NUMEL if runner.gpu is None else BESIDE_NUMEL
     # The jobs end before the recording does: by then nothing is being written any more.
     with (
         staging.recording(runner.files.sync) as record,
-        closing(in_turn(runner.merge.jobs, runner.run, _numel, workers)) as done,
+        closing(in_turn(runner.merge.jobs, runner.run, _numel, workers, small_numel)) as done,
     ):
         for entry, kept in done:
             if not kept:
@@ -210,8 +232,14 @@ def _numel(job: MergeJob) -> int:
     return math.prod(job.matrix.shape if job.matrix else job.outputs[0].shape)
 
 
+def _is_for_gpu(merge: Merge, job: MergeJob) -> bool:
+    """Whether it is a matrix that more is done to than to copy it or to move its offsets."""
+    is_matrix = job.lora is not None or job.matrix is not None or job.name in merge.base.quantized
+    return is_matrix and not job.is_copied and not job.keeps_codes
+
+
 def _run_job(
-    merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers
+    merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers, gpu: SharedDevice | None
 ) -> tuple[dict[str, str], dict[str, Any]]:
     """Write what becomes of a tensor; the sha256 of each that was written, and what is to be said of it."""
     if job.is_copied:
@@ -224,9 +252,9 @@ def _run_job(
             if job.keeps_codes:
                 tensors, layer = _moved(merge, job, workers)
             elif job.matrix is not None:
-                tensors, layer = _requantized(merge, job, job.matrix, workers)
+                tensors, layer = _requantized(merge, job, job.matrix, workers, gpu)
             else:
-                sha256, layer = _merged(merge, job, files, workers)
+                sha256, layer = _merged(merge, job, files, workers, gpu)
                 return {output.name: sha256}, {} if layer is None else layer.to_json()
         except NumericError as error:
             hint = error.hint if job.keeps_codes else None if job.matrix is None else "leave out --requantize"
@@ -266,17 +294,27 @@ def _vector(merge: Merge, job: MergeJob) -> torch.Tensor:
     return value
 
 
-def _merged(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -> tuple[str, MergedLayer | None]:
+def _merged(
+    merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers, gpu: SharedDevice | None
+) -> tuple[str, MergedLayer | None]:
     """Write the merged weight in full precision, a few rows at a time; its sha256, and what merging it did.
 
-    Where the file holds the matrix transposed, all of it is in memory.
+    Where the file holds the matrix transposed, or a GPU makes it, all of it is in memory.
     """
     import torch
 
     from loftq_cli.triton_kernels.error_stats import error_stats
 
-    weight, output = _weight(merge, job), job.outputs[0]
+    output, is_turned = job.outputs[0], _is_turned(merge, job)
     pair = None if job.lora is None else _pair(merge, job.lora)
+    if gpu is not None:
+        made = merge_on(
+            gpu, partial(_weight, merge, job, merge.base.whole), _numel(job), pair, output.dtype, turned=is_turned
+        )
+        if made is not None:
+            sha256 = files[output.name].write(output.name, made.tensor)
+            return sha256, _layer(job, pair, made.squared_weight, made.squared_delta)
+    weight = _weight(merge, job, merge.base.rows)
     delta = None if pair is None else delta_rows(pair)
     squares: list[ErrorSums] = []
 
@@ -294,49 +332,38 @@ def _merged(merge: Merge, job: MergeJob, files: OutputFiles, workers: Workers) -
             squares.append(sums)
             yield rows
 
-    if _is_turned(merge, job):
+    if is_turned:
         sha256 = files[output.name].write(output.name, torch.cat(list(merged())).T.contiguous())
     else:
         sha256 = files[output.name].write_chunks(output.name, (tensor_bytes(rows) for rows in merged()))
-    if pair is None:
-        return sha256, None
     squared_weight = math.fsum(sums.squared_weight for sums in squares)
-    squared_delta = math.fsum(sums.squared_delta for sums in squares)
-    return sha256, MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
+    return sha256, _layer(job, pair, squared_weight, math.fsum(sums.squared_delta for sums in squares))
+
+
+def _layer(
+    job: MergeJob, pair: LoraPair | None, squared_weight: float, squared_delta: float, retained: float | None = None
+) -> MergedLayer | None:
+    """What merging did; None where there was no adapter."""
+    if pair is None:
+        return None
+    return MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta, retained)
 
 
 def _requantized(
-    merge: Merge, job: MergeJob, matrix: StoredMatrix, workers: Workers
+    merge: Merge, job: MergeJob, matrix: StoredMatrix, workers: Workers, gpu: SharedDevice | None
 ) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
-    """The tensors of a merged weight that is quantized again, and what that did. Peak memory: the quantized matrix."""
-    from loftq_cli.triton_kernels.error_stats import error_stats
-
-    weight = _weight(merge, job)
+    """The tensors of a merged weight that is quantized again, and what that did. Peak memory: the quantized matrix; the
+    base's as well where a GPU makes it.
+    """
     pair = None if job.lora is None else _pair(merge, job.lora)
-    delta = None if pair is None else delta_rows(pair)
-
-    def merge_rows(part: slice) -> torch.Tensor:
-        rows = weight.rows(part)
-        return rows if delta is None else rows.float() + delta(part)
-
     quantizer = make_quantizer(matrix.spec, matrix.dtype)
-    quantized = quantizer.quantize(ComputedRows(weight.shape, merge_rows, weight.multiple), workers=workers)
-    tensors = load_layout(merge.form.layout).pack(matrix, quantized)
-    if pair is None or delta is None:
-        return tensors, None
-    stored = quantizer.decoded(quantized)
-
-    def compare(part: slice) -> tuple[float, float, float]:
-        rows, added = weight.rows(part).float(), delta(part)
-        sums = error_stats(rows, rows, added)
-        change = stored.rows(part).float() - rows
-        return sums.squared_weight, sums.squared_delta, float((change.double() * added).sum())
-
-    parts = slabs(weight.shape, math.lcm(weight.multiple, stored.multiple), STREAMED_NUMEL)
-    found = list(workers.map(compare, parts))
-    squared_weight, squared_delta, retained = (math.fsum(column) for column in zip(*found, strict=True))
-    rank = pair.lora_A.shape[0]
-    return tensors, MergedLayer(job.name, rank, pair.scaling, squared_weight, squared_delta, retained)
+    made = None
+    if gpu is not None:
+        made = requantize_on(gpu, partial(_weight, merge, job, merge.base.whole), _numel(job), pair, quantizer)
+    if made is None:
+        made = requantize(_weight(merge, job, merge.base.rows), pair, quantizer, workers)
+    tensors = load_layout(merge.form.layout).pack(matrix, made.quantized)
+    return tensors, _layer(job, pair, made.squared_weight, made.squared_delta, made.retained)
 
 
 def _moved(merge: Merge, job: MergeJob, workers: Workers) -> tuple[dict[str, torch.Tensor], MergedLayer | None]:
@@ -374,14 +401,14 @@ def _pair(merge: Merge, lora: LoraTensors) -> LoraPair:
     return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling)
 
 
-def _weight(merge: Merge, job: MergeJob) -> Rows:
-    """The weight that the adapter is added to, [out, in] as the adapter counts."""
+def _weight(merge: Merge, job: MergeJob, read: Callable[[str], Weight]) -> Weight | TensorRows:
+    """The weight that the adapter is added to, [out, in] as the adapter counts; `read` gives matrices of the base."""
     turned = _is_turned(merge, job)
     if job.replacement is not None:
         return TensorRows(_adapter_tensor(merge, job.replacement), turned)
     if job.lora is not None and job.lora.is_embedding:
         return TensorRows(merge.base.load(job.name), turned)
-    return merge.base.rows(job.name)
+    return read(job.name)
 
 
 def _is_turned(merge: Merge, job: MergeJob) -> bool:

@@ -37,12 +37,16 @@ class Steps(Generic[Job, Input, Output, Result]):
 
 
 def in_turn(
-    jobs: Sequence[Job], work: Callable[[Job, Workers], Result], numel: Callable[[Job], int], workers: Workers
+    jobs: Sequence[Job],
+    work: Callable[[Job, Workers], Result],
+    numel: Callable[[Job], int],
+    workers: Workers,
+    small_numel: int = SMALL_NUMEL,
 ) -> Generator[Result]:
     """The results of jobs that read and write by themselves: small ones side by side, each of the large ones with all
     workers.
     """
-    for is_small, batch in groupby(jobs, lambda job: numel(job) <= SMALL_NUMEL):
+    for is_small, batch in groupby(jobs, lambda job: numel(job) <= small_numel):
         if is_small:
             yield from workers.map(lambda job: work(job, SERIAL), list(batch))
         else:

@@ -24,7 +24,7 @@ FLOORS = [
     ("tensors", "workers", "rows", "device"),
     ("triton_kernels", "findings"),
     ("checkpoint", "quant", "lowrank", "metrics", "kernels"),
-    ("methods", "layouts", "schedule"),
+    ("methods", "layouts", "schedule", "device_matrix"),
     ("recipe", "family"),
     ("targets",),
     ("plan", "base_model"),

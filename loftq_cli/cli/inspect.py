@@ -12,6 +12,7 @@ from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, result, say, table
 from loftq_cli.cli.verify import verified
 from loftq_cli.convert import resolve_model
+from loftq_cli.device import check_device_name
 from loftq_cli.errors import QualityError, UsageError
 from loftq_cli.metrics import GroupErrors, LayerError, total_error
 from loftq_cli.quant.formats import QuantSpec, size_of, spec_json
@@ -29,6 +30,7 @@ def inspect(
     fail_above: options.FailAbove = None,
     verify: options.Verify = False,
     threads: options.Threads = None,
+    device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Report the quantization error of every layer.
@@ -38,10 +40,12 @@ def inspect(
     With --verify, on any of them and on an adapter: what is damaged.
     """
     inspection.check_sort_key(sort)
+    check_device_name(device)
     threads = threads or available_threads()
     if verify:
         given = {"--against": against, "--try": try_, "--top": top, "--fail-above": fail_above}
         others = [*(name for name, value in given.items() if value is not None), *(["--sort"] * (sort != "name"))]
+        others += ["--device"] * (device not in ("auto", "cpu"))
         if others:
             raise UsageError(f"--verify computes no errors for {others[0]}", hint="run inspect once for each")
         verified(resolve_model(path), threads, as_json=as_json)
@@ -50,11 +54,11 @@ def inspect(
         if base.quantized or (base.folder / REPORT_NAME).is_file():
             if try_:
                 raise UsageError("--try is for a full-precision checkpoint, and this one is converted", file=base.path)
-            worst = _converted(base, against, sort, top, threads, as_json=as_json)
+            worst = _converted(base, against, sort, top, threads, device, as_json=as_json)
         else:
             if against:
                 raise UsageError("--against is for a converted directory, and this one is not", file=base.path)
-            worst = _checkpoint(base, tuple(try_ or ()), sort, top, threads, as_json=as_json)
+            worst = _checkpoint(base, tuple(try_ or ()), sort, top, threads, device, as_json=as_json)
     if fail_above is not None:
         _gate(worst, fail_above)
 
@@ -67,9 +71,9 @@ def _gate(worst: tuple[str, float] | None, limit: float) -> None:
 
 
 def _converted(
-    base: BaseModel, against: str | None, sort: str, top: int | None, threads: int, *, as_json: bool
+    base: BaseModel, against: str | None, sort: str, top: int | None, threads: int, device: str, *, as_json: bool
 ) -> tuple[str, float] | None:
-    found = inspection.inspect_converted(base, resolve_model(against) if against else None, threads)
+    found = inspection.inspect_converted(base, resolve_model(against) if against else None, threads, device)
     rows = inspection.sorted_rows(found.rows, sort)[:top]
     if as_json:
         totals: dict[str, Any] = {"layers": len(found.rows), "bits_per_weight": found.bits_per_weight}
@@ -130,9 +134,9 @@ def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRo
 
 
 def _checkpoint(
-    base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, threads: int, *, as_json: bool
+    base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, threads: int, device: str, *, as_json: bool
 ) -> tuple[str, float] | None:
-    rows = list(inspection.inspect_checkpoint(base, tries, threads))
+    rows = list(inspection.inspect_checkpoint(base, tries, threads, device))
     shown = inspection.sorted_tensors(rows, sort)[:top]
     totals = {t: total_error(row.errors[t] for row in rows if t in row.errors) for t in tries}
     if as_json:

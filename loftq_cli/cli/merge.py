@@ -8,6 +8,7 @@ from loftq_cli import merge as merging
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say, table
 from loftq_cli.convert import resolve_model
+from loftq_cli.device import check_device_name
 from loftq_cli.errors import printable
 from loftq_cli.merge_form import MergeOptions
 from loftq_cli.merge_plan import Merge, prepare
@@ -38,6 +39,7 @@ def merge(
     max_shard_size: options.MaxShardSize = None,
     force: options.Force = False,
     threads: options.Threads = None,
+    device: options.Device = "auto",
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
@@ -50,6 +52,7 @@ def merge(
     ours or trained from ours. A QA-LoRA adapter merges into the offsets of BASE's groups: the result stays quantized,
     and computes what base and adapter did.
     """
+    check_device_name(device)
     choices = MergeOptions(
         dtype=dtype,
         layout=layout,
@@ -76,7 +79,12 @@ def merge(
         return
     progress = _Progress(len(prepared.adapter.lora), quiet=quiet)
     outcome = merging.run(
-        prepared, progress, overwrite=overwrite, restart=restart, threads=threads or available_threads()
+        prepared,
+        progress,
+        overwrite=overwrite,
+        restart=restart,
+        threads=threads or available_threads(),
+        device=device,
     )
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
