@@ -7,12 +7,13 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from loftq_cli.checkpoint.journal import JournalEntry
 from loftq_cli.device import Device, Download, pinned
 from loftq_cli.errors import LoftqError, MemoryShortage
 from loftq_cli.jobs import Converted, JobRunner, LoadedWeight, generator_for
+from loftq_cli.kernels import choose_kernels
 from loftq_cli.lowrank import is_exact
 from loftq_cli.methods.method import Initialization, zero_adapter
 from loftq_cli.metrics import LayerError, relative
@@ -54,6 +55,10 @@ class StackOnDevice:
 
     download: Download[StackedInitialization]
     places: tuple[int, ...]
+
+
+# What has become of a job when `compute` is through with it.
+Made: TypeAlias = "Converted | StackOnDevice | Download[Converted]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,14 +119,12 @@ class DeviceRunner:
 
     def compute(
         self, jobs: Sequence[LayerJob | CopyJob], found: Sequence[DeviceWeight | JournalEntry | None]
-    ) -> list[Converted | StackOnDevice]:
+    ) -> list[Made]:
         """What is made of each job of a stack. Does not wait for the device where they are made together.
 
         Raises InputError naming the tensor when its numbers cannot be quantized or stored.
         """
-        made: list[Converted | StackOnDevice] = [
-            Converted({}, entry=entry if isinstance(entry, JournalEntry) else None) for entry in found
-        ]
+        made: list[Made] = [Converted({}, entry=entry if isinstance(entry, JournalEntry) else None) for entry in found]
         work = {
             place: (job, weight)
             for place, (job, weight) in enumerate(zip(jobs, found, strict=True))
@@ -136,13 +139,15 @@ class DeviceRunner:
         self,
         job: LayerJob | CopyJob,
         weight: DeviceWeight | JournalEntry | None,
-        made: Converted | StackOnDevice,
+        made: Made,
         place: int,
     ) -> tuple[JournalEntry, bool]:
         """Put what became of a job into its places, when it has arrived. See `JobRunner.write`."""
         if isinstance(made, StackOnDevice):
             assert isinstance(job, LayerJob) and isinstance(weight, DeviceWeight)
             made = self._arrived(job, weight, made, place)
+        elif isinstance(made, Download):
+            made = made.wait()
         return self._runner.write(job, made)
 
     def _key(self, job: LayerJob | CopyJob) -> object:
@@ -201,7 +206,7 @@ class DeviceRunner:
         iterations = int(self._recipe.iterations or 1)
         return alternate_stack(weight, matrix.spec, matrix.dtype, lora, iterations, torch.stack(starts))
 
-    def _alone(self, job: LayerJob, weight: DeviceWeight) -> Converted:
+    def _alone(self, job: LayerJob, weight: DeviceWeight) -> Download[Converted]:
         """One matrix by the code of a processor: wholly on the device, or else a few rows at a time, or fewer.
 
         Raises MemoryShortage where not even those fit.
@@ -214,7 +219,7 @@ class DeviceRunner:
         shortage = MemoryShortage("the GPU has not enough memory for this matrix", hint="--device cpu")
         raise self._runner.named(shortage, job)
 
-    def _tried(self, way: _Way, job: LayerJob, weight: DeviceWeight) -> Converted | None:
+    def _tried(self, way: _Way, job: LayerJob, weight: DeviceWeight) -> Download[Converted] | None:
         """One matrix, made in this way; None where the device's memory is not enough for it."""
         import torch
 
@@ -222,7 +227,7 @@ class DeviceRunner:
             with self._device.computing():
                 rows = way.rows(TensorRows(weight.stored, job.matrix.transposed), self._device.device)
                 made = self._runner.converted(job, rows, weight.sha256, SERIAL)
-            return self._device.download(made.copied).wait()
+            return self._device.download(made.copied)
         except torch.OutOfMemoryError:
             pass
         except (LoftqError, RuntimeError) as error:
@@ -234,6 +239,7 @@ class DeviceRunner:
         """A matrix of a stack, described as jobs.py does it. What is unusual is left to jobs.py, on the processor."""
         host, i = made.download.wait(), made.places.index(place)
         if not bool(host.is_ordinary[i]):
+            choose_kernels(job.numel * int(self._recipe.iterations or 1))
             return self._runner.compute(job, LoadedWeight(weight.stored, weight.sha256), SERIAL)
         assert isinstance(job.matrix.spec, CodebookSpec)
         quantized = unstacked(host.packed, host.constants, job.matrix.spec, job.matrix.shape, job.matrix.dtype, i)
@@ -272,7 +278,8 @@ def run_on_device(
     order = (place for stack in stacks for place in stack)
     early: dict[int, tuple[JournalEntry, bool]] = {}
     due = 0
-    with closing(in_stacks([[jobs[i] for i in stack] for stack in stacks], steps, threads, started)) as done:
+    ordered = [[jobs[i] for i in stack] for stack in stacks]
+    with closing(in_stacks(ordered, steps, lambda job: job.numel, threads, started)) as done:
         for place, result in zip(order, done, strict=True):
             early[place] = result
             while due in early:

@@ -19,7 +19,10 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 Result = TypeVar("Result")
 
-_STACKS_AHEAD = 2  # that are read before they are needed, and written after: one of each hides the other's jitter
+_STACKS_WRITTEN = 2  # stacks that are being written while another computes
+_NUMEL_AHEAD = 1 << 29  # weights, 1 GB in bfloat16, that are read before they are needed; or two stacks, if those are more
+    1 << 29
+)  # weights that are read before they are needed, at most, 1 GB in bfloat16, and at least two stacks
 SMALL_NUMEL = 1 << 22  # several matrices of at most so many weights, 16 MB in float32, may be in memory at once
 
 
@@ -114,20 +117,26 @@ class StackSteps(Generic[Job, Input, Output, Result]):
 def in_stacks(
     stacks: Sequence[Sequence[Job]],
     steps: StackSteps[Job, Input, Output, Result],
+    numel: Callable[[Job], int],
     threads: int,
     started: Callable[[Job], None] = lambda job: None,
 ) -> Generator[Result]:
     """The results of all jobs, stack by stack. Reading and writing have threads of their own; computing has the one
     that asks for the results.
 
-    In memory at once: a stack that computes, two that are being read and two that are being written.
+    In memory at once: a stack that computes, two that are being written, and those that are being read: two, or more of
+    small ones, so that all threads have something to read.
     """
     readers, writers = Workers(threads, inline=False), Workers(threads, inline=False)
     reading: deque[list[Future[Input]]] = deque()
     writing: deque[list[Future[Result]]] = deque()
     try:
         for i, stack in enumerate(stacks):
-            for later in stacks[i + len(reading) : i + 1 + _STACKS_AHEAD]:
+            for later in stacks[i + len(reading) :]:
+                ahead = sum(map(len, reading))
+                weights = sum(numel(job) for loaded in stacks[i : i + len(reading)] for job in loaded)
+                if len(reading) > 2 and (ahead >= 2 * threads or weights >= _NUMEL_AHEAD):
+                    break
                 reading.append([readers.submit(partial(steps.load, job)) for job in later])
             for job in stack:
                 started(job)
@@ -140,7 +149,7 @@ def in_stacks(
                 raise
             written = zip(stack, found, made, range(len(stack)), strict=True)
             writing.append([writers.submit(partial(steps.write, *one)) for one in written])
-            if len(writing) > _STACKS_AHEAD:
+            if len(writing) > _STACKS_WRITTEN:
                 yield from (future.result() for future in writing.popleft())
         while writing:
             yield from (future.result() for future in writing.popleft())

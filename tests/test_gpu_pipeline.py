@@ -387,7 +387,7 @@ class TestSchedule:
             compute=lambda jobs, found: [value + 1 for value in found],
             write=lambda job, found, made, place: (job, found, made, place),
         )
-        results = list(in_stacks([[3, 1], [2], [], [4, 5, 6]], steps, threads=3))
+        results = list(in_stacks([[3, 1], [2], [], [4, 5, 6]], steps, lambda job: 1, threads=3))
         assert results == [
             (3, 30, 31, 0),
             (1, 10, 11, 1),
@@ -397,7 +397,9 @@ class TestSchedule:
             (6, 60, 61, 2),
         ]
 
-    def test_few_stacks_are_read_ahead_and_few_wait_to_be_written(self):
+    @pytest.mark.parametrize(("numel", "ahead"), [(1, 4), (1 << 27, 4), (1 << 30, 3)])
+    def test_few_stacks_are_read_ahead(self, numel, ahead):
+        """Twice as many small ones as there are threads; two beside the one that computes, however large they are."""
         loaded: list[int] = []
         open_stacks = 0
 
@@ -411,8 +413,8 @@ class TestSchedule:
             return job
 
         steps = StackSteps(load=load, compute=compute, write=lambda job, found, made, place: job)
-        assert list(in_stacks([[i] for i in range(20)], steps, threads=2)) == list(range(20))
-        assert open_stacks <= 3
+        assert list(in_stacks([[i] for i in range(20)], steps, lambda job: numel, threads=2)) == list(range(20))
+        assert open_stacks <= ahead
 
     def test_what_was_done_before_a_failure_counts(self):
         def compute(jobs: list[int], found: list[int]) -> list[int]:
@@ -423,6 +425,6 @@ class TestSchedule:
         steps = StackSteps(load=lambda job: job, compute=compute, write=lambda job, found, made, place: job)
         done = []
         with pytest.raises(InputError):
-            for result in in_stacks([[i] for i in range(10)], steps, threads=2):
+            for result in in_stacks([[i] for i in range(10)], steps, lambda job: 1, threads=2):
                 done.append(result)
         assert done == [0, 1, 2]

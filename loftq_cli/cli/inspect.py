@@ -30,7 +30,7 @@ def inspect(
     fail_above: options.FailAbove = None,
     verify: options.Verify = False,
     threads: options.Threads = None,
-    device: options.Device = "auto",
+    device: options.Device = "cpu",
     as_json: options.Json = False,
 ) -> None:
     """Report the quantization error of every layer.

@@ -39,7 +39,7 @@ def merge(
     max_shard_size: options.MaxShardSize = None,
     force: options.Force = False,
     threads: options.Threads = None,
-    device: options.Device = "auto",
+    device: options.Device = "cpu",
     dry_run: options.DryRun = False,
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
