@@ -20,9 +20,7 @@ Output = TypeVar("Output")
 Result = TypeVar("Result")
 
 _STACKS_WRITTEN = 2  # stacks that are being written while another computes
-_NUMEL_AHEAD = 1 << 29  # weights, 1 GB in bfloat16, that are read before they are needed; or two stacks, if those are more
-    1 << 29
-)  # weights that are read before they are needed, at most, 1 GB in bfloat16, and at least two stacks
+_NUMEL_AHEAD = 1 << 29  # weights that are read before they are needed, 1 GB in bfloat16; two stacks may be more
 SMALL_NUMEL = 1 << 22  # several matrices of at most so many weights, 16 MB in float32, may be in memory at once
 
 
