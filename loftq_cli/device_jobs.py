@@ -199,7 +199,7 @@ class DeviceRunner:
         turned = [tensor.T if matrix.transposed else tensor for tensor in stored]
         weight = torch.stack(turned) if len(turned) > 1 else turned[0][None].contiguous()
         del stored, turned
-        if weight.dtype == torch.float64:
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             weight = weight.float()
         if not starts:
             return quantize_once(weight, matrix.spec, matrix.dtype)

@@ -28,10 +28,10 @@ from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 if TYPE_CHECKING:
     from loftq_cli.triton_kernels.residual import CodedStack
 
-_TILE_NUMEL = 4096  # weights of a tile that is quantized: 32 a thread with 4 warps, three programs a processor
+_TILE_NUMEL = 4096  # weights of a tile that is quantized: 16 a thread with 8 warps, three programs a processor
 _LARGEST_BLOCK = 256  # that a tile holds with rows enough for a matrix product
 _ROWS, _COLUMNS = 64, 64  # of a tile that is decoded, at most
-_RANKS = 64  # vectors that a program multiplies by, with 8 warps: twice as many would spill registers
+_RANKS = 64  # vectors that a program multiplies by, all with 8 warps: twice as many would spill registers
 _PROGRAMS = 264  # what runs at once on a large GPU: two for each of 132 processors. More parts cost more sums to store.
 
 
@@ -69,6 +69,7 @@ def quantize_difference(
         BLOCK_SIZE=block_size,
         ROWS=rows,
         RANKS=min(_padded(rank), _RANKS),
+        num_warps=8,
     )
 
 
