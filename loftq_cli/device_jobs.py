@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from loftq_cli.checkpoint.journal import JournalEntry
@@ -23,7 +24,7 @@ from loftq_cli.recipe import Recipe
 from loftq_cli.rows import Rows, TensorRows, UploadedRows
 from loftq_cli.schedule import StackSteps, in_stacks
 from loftq_cli.tensors import CodebookSpec, CodebookTensor, LoraPair
-from loftq_cli.workers import SERIAL
+from loftq_cli.workers import SERIAL, Workers
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ IN_FLIGHT = 3  # stacks on the device at once: one arrives, one is made, one lea
 # beside them; of a matrix by itself, the peak of jobs.py's methods, most of it a residual and codes before packing.
 _STACKED_NBYTES, _SINGLE_NBYTES = 8, 16
 _SLAB_NBYTES = 32  # for each weight of those that are taken at once of a matrix by itself
+_COPYING_THREADS = 2  # for tensors that are only copied; most of their bytes are one table of embeddings or two
 _WINDOW = 1024  # jobs among which equal matrices are looked for
 
 
@@ -91,7 +93,7 @@ class DeviceRunner:
         self._runner, self._device, self._recipe = runner, device, recipe
 
     def stacks(self, jobs: Sequence[LayerJob | CopyJob]) -> list[list[int]]:
-        """The places of the jobs in the order in which they are to run: those of a list are made at once.
+        """The places of the layers in the order in which they are to run: those of a list are made at once.
 
         Equal matrices are looked for among the next few jobs: the experts of a layer, of which there may be hundreds.
         """
@@ -99,6 +101,8 @@ class DeviceRunner:
         stacks: list[list[int]] = []
         open_stacks: dict[object, tuple[int, list[int]]] = {}
         for place, job in enumerate(jobs):
+            if isinstance(job, CopyJob):
+                continue
             key = self._key(job)
             numel, stack = open_stacks.get(key, (most + 1, []))
             if key is None or numel + job.numel > most or place - stack[0] > _WINDOW:
@@ -108,18 +112,19 @@ class DeviceRunner:
             open_stacks[key] = (numel + job.numel, stack)
         return stacks
 
-    def load(self, job: LayerJob | CopyJob) -> DeviceWeight | JournalEntry | None:
-        """A weight ready to be copied to the device; None for what is not to go there."""
-        found = self._runner.load(job, streams=False)
+    def copy(self, job: CopyJob) -> tuple[JournalEntry, bool]:
+        """A tensor that is only copied, from start to end. See `JobRunner.write`."""
+        return self._runner.write(job, self._runner.compute(job, self._runner.load(job), SERIAL))
+
+    def load(self, job: LayerJob) -> DeviceWeight | JournalEntry:
+        """A weight ready to be copied to the device."""
+        found = self._runner.load(job, for_gpu=True)
         if isinstance(found, JournalEntry):
             return found
-        if isinstance(job, CopyJob) or found.stored is None:
-            return None
-        return DeviceWeight(pinned(found.stored), self._start(job), found.sha256)
+        assert found.stored is not None
+        return DeviceWeight(found.stored, self._start(job), found.sha256)
 
-    def compute(
-        self, jobs: Sequence[LayerJob | CopyJob], found: Sequence[DeviceWeight | JournalEntry | None]
-    ) -> list[Made]:
+    def compute(self, jobs: Sequence[LayerJob], found: Sequence[DeviceWeight | JournalEntry]) -> list[Made]:
         """What is made of each job of a stack. Does not wait for the device where they are made together.
 
         Raises InputError naming the tensor when its numbers cannot be quantized or stored.
@@ -128,7 +133,7 @@ class DeviceRunner:
         work = {
             place: (job, weight)
             for place, (job, weight) in enumerate(zip(jobs, found, strict=True))
-            if isinstance(job, LayerJob) and isinstance(weight, DeviceWeight)
+            if isinstance(weight, DeviceWeight)
         }
         together = self._together(work) if work and self._key(jobs[0]) is not None else None
         for place, (job, weight) in work.items():
@@ -136,23 +141,19 @@ class DeviceRunner:
         return made
 
     def write(
-        self,
-        job: LayerJob | CopyJob,
-        weight: DeviceWeight | JournalEntry | None,
-        made: Made,
-        place: int,
+        self, job: LayerJob, weight: DeviceWeight | JournalEntry, made: Made, place: int
     ) -> tuple[JournalEntry, bool]:
         """Put what became of a job into its places, when it has arrived. See `JobRunner.write`."""
         if isinstance(made, StackOnDevice):
-            assert isinstance(job, LayerJob) and isinstance(weight, DeviceWeight)
+            assert isinstance(weight, DeviceWeight)
             made = self._arrived(job, weight, made, place)
         elif isinstance(made, Download):
             made = made.wait()
         return self._runner.write(job, made)
 
-    def _key(self, job: LayerJob | CopyJob) -> object:
+    def _key(self, job: LayerJob) -> object:
         """Equal for matrices that can be made together; None for those that have to be made alone."""
-        if isinstance(job, CopyJob) or not isinstance(job.matrix.spec, CodebookSpec):
+        if not isinstance(job.matrix.spec, CodebookSpec):
             return None
         if job.numel * _STACKED_NBYTES * IN_FLIGHT > self._device.max_nbytes:
             return None
@@ -270,18 +271,26 @@ def run_on_device(
     runner: DeviceRunner,
     jobs: Sequence[LayerJob | CopyJob],
     threads: int,
-    started: Callable[[LayerJob | CopyJob], None],
+    started: Callable[[LayerJob], None],
 ) -> Generator[tuple[JournalEntry, bool]]:
-    """What `JobRunner.write` says of each job, in their order, although they run in that of `DeviceRunner.stacks`."""
+    """What `JobRunner.write` says of each job, in their order, although layers run in that of `DeviceRunner.stacks`.
+    What is only copied runs beside them: the device need not wait for it.
+    """
     stacks = runner.stacks(jobs)
+    layers = [[job for job in (jobs[i] for i in stack) if isinstance(job, LayerJob)] for stack in stacks]
     steps = StackSteps(runner.load, runner.compute, runner.write)
-    order = (place for stack in stacks for place in stack)
-    early: dict[int, tuple[JournalEntry, bool]] = {}
+    copier = Workers(_COPYING_THREADS, inline=False)
+    copies = {i: copier.submit(partial(runner.copy, job)) for i, job in enumerate(jobs) if isinstance(job, CopyJob)}
+    made: dict[int, tuple[JournalEntry, bool]] = {}
     due = 0
-    ordered = [[jobs[i] for i in stack] for stack in stacks]
-    with closing(in_stacks(ordered, steps, lambda job: job.numel, threads, started)) as done:
-        for place, result in zip(order, done, strict=True):
-            early[place] = result
-            while due in early:
-                yield early.pop(due)
-                due += 1
+    try:
+        with closing(in_stacks(layers, steps, lambda job: job.numel, threads, started)) as done:
+            for place, result in zip((place for stack in stacks for place in stack), done, strict=True):
+                made[place] = result
+                while due in made or (due in copies and copies[due].done()):
+                    yield made.pop(due) if due in made else copies[due].result()
+                    due += 1
+        for place in range(due, len(jobs)):
+            yield made[place] if place in made else copies[place].result()
+    finally:
+        copier.close()

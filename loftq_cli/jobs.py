@@ -69,17 +69,17 @@ class JobRunner:
     ) -> None:
         self._checkpoint, self._recipe, self._files, self._entries = checkpoint, recipe, files, entries
 
-    def load(self, job: LayerJob | CopyJob, *, streams: bool = True) -> LoadedWeight | JournalEntry:
-        """The weight of a layer, unless it `streams` and can be read a few rows at a time; the entry of a job that is
-        done.
+    def load(self, job: LayerJob | CopyJob, *, for_gpu: bool = False) -> LoadedWeight | JournalEntry:
+        """The weight of a layer, in pinned memory if it is `for_gpu`; nothing where it is read a few rows at a time;
+        the entry of a job that is done.
         """
         entry = self._entries.get(job.name)
         if entry is not None and is_intact(self._checkpoint, entry, self._files):
             return entry
-        if isinstance(job, CopyJob) or (streams and is_streamed(self._recipe, job)):
+        if isinstance(job, CopyJob) or (not for_gpu and is_streamed(self._recipe, job)):
             return LoadedWeight()
         try:
-            stored = self._checkpoint.load(job.name)
+            stored = self._checkpoint.load(job.name, pinned=for_gpu)
         except (MemoryError, RuntimeError) as error:
             raise self.named(error, job) from None
         return LoadedWeight(stored, hashlib.sha256(tensor_bytes(stored)).hexdigest())

@@ -177,6 +177,10 @@ def test_transposed_matrices_are_turned_on_the_gpu(tmp_path):
     assert gpu.total.error == pytest.approx(cpu.total.error, rel=1e-3)
 
 
+def layers_in(jobs: Any) -> list[int]:
+    return [i for i, job in enumerate(jobs) if isinstance(job, LayerJob)]
+
+
 class TestStacks:
     """Which matrices are made together."""
 
@@ -188,27 +192,25 @@ class TestStacks:
 
     def test_equal_matrices_are_made_together_wherever_they_stand(self, tmp_path):
         jobs, stacks = self.stacks(llama(tmp_path / "model"), method="loftq", rank=4)
-        assert sorted(place for stack in stacks for place in stack) == list(range(len(jobs)))
-        layers = [[jobs[i] for i in stack] for stack in stacks if isinstance(jobs[stack[0]], LayerJob)]
+        assert sorted(place for stack in stacks for place in stack) == layers_in(jobs)
+        layers = [[jobs[i] for i in stack] for stack in stacks]
         assert {len(stack) for stack in layers} > {2}
         shapes = [{job.matrix.shape for job in stack} for stack in layers]
         assert all(len(shape) == 1 for shape in shapes)
         assert len({next(iter(shape)) for shape in shapes}) == len(shapes)  # one stack a shape
 
-    def test_copies_and_what_has_to_be_made_alone_are_stacks_of_one(self, model):
-        for recipe in ({"method": "qlora", "rank": 4}, {"method": "loftq", "svd": "exact", "rank": 4}):
-            jobs, stacks = self.stacks(model, **recipe)
-            alone = [i for i, job in enumerate(jobs) if not isinstance(job, LayerJob) or "svd" in recipe]
-            assert all([i] in stacks for i in alone)
+    def test_what_has_to_be_made_alone_is_a_stack_of_one(self, model):
+        jobs, stacks = self.stacks(model, method="loftq", svd="exact", rank=4)
+        assert stacks == [[i] for i in layers_in(jobs)]
 
     def test_a_stack_fits_its_share_of_the_memory(self, model):
         jobs, stacks = self.stacks(model, 3 * 8 * 64 * 64 * 2, method="qlora", rank=4)  # two of 64 x 64
-        numels = [sum(jobs[i].numel for i in stack) for stack in stacks if isinstance(jobs[stack[0]], LayerJob)]
+        numels = [sum(jobs[i].numel for i in stack) for stack in stacks]
         assert max(numels) == 64 * 64 * 2
 
     def test_experts_are_stacked(self, tmp_path):
         jobs, stacks = self.stacks(mixtral(tmp_path / "model"), method="qlora", rank=2)
-        assert sorted(place for stack in stacks for place in stack) == list(range(len(jobs)))
+        assert sorted(place for stack in stacks for place in stack) == layers_in(jobs)
 
 
 class TestMemory:

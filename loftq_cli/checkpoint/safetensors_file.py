@@ -69,10 +69,12 @@ class SafetensorsFile:
         self.tensors = {entry.ref.name: entry.ref for entry in entries}
         self._offsets = {entry.ref.name: data_begin + entry.begin for entry in entries}
 
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor, contiguous on the CPU, in memory of its own. Raises StorageError when the file changed."""
+    def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
+        """The tensor, contiguous on the CPU, in memory of its own, which a GPU copies from while it computes if it is
+        `pinned`. Raises StorageError when the file changed.
+        """
         ref = self.tensors[name]
-        tensor, memory = unread_tensor(ref.dtype, ref.shape)
+        tensor, memory = unread_tensor(ref.dtype, ref.shape, pinned=pinned)
         self._file.read_into(self._offsets[name], memory)
         return tensor
 
@@ -108,11 +110,11 @@ def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.
     return torch.frombuffer(buffer, dtype=torch_dtype).reshape(shape)
 
 
-def unread_tensor(dtype: str, shape: tuple[int, ...]) -> tuple[torch.Tensor, memoryview]:
+def unread_tensor(dtype: str, shape: tuple[int, ...], *, pinned: bool = False) -> tuple[torch.Tensor, memoryview]:
     """A tensor of any numbers, and its memory to read them into."""
     import torch
 
-    flat = torch.empty(math.prod(shape) * ITEMSIZE[dtype], dtype=torch.uint8)
+    flat = torch.empty(math.prod(shape) * ITEMSIZE[dtype], dtype=torch.uint8, pin_memory=pinned)
     return flat.view(getattr(torch, dtype)).reshape(shape), flat.numpy().data
 
 

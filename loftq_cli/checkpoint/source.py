@@ -55,7 +55,7 @@ class WeightsFile(Protocol):
     path: Path
     tensors: dict[str, TensorRef]
 
-    def load(self, name: str) -> torch.Tensor: ...
+    def load(self, name: str, *, pinned: bool = False) -> torch.Tensor: ...
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor: ...
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]: ...
     def sha256(self, name: str) -> str: ...
@@ -82,12 +82,13 @@ class Checkpoint:
     _index: WatchedFile | None = field(repr=False)
     _config: WatchedFile | None = field(repr=False)
 
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor, contiguous on the CPU, in memory of its own.
+    def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
+        """The tensor, contiguous on the CPU, in memory of its own, which a GPU copies from while it computes if it is
+        `pinned`.
 
         Raises KeyError for an unknown name, StorageError when its file changed or cannot be read.
         """
-        return self._reader(name).load(name)
+        return self._reader(name).load(name, pinned=pinned)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the first dimension, [stop - start, ...]. Raises ValueError when there are none."""

@@ -54,13 +54,15 @@ class TorchFile:
         self._views: dict[str, _View] = {}
         self._collect(tensors, members, f"{root}data/")
 
-    def load(self, name: str) -> torch.Tensor:
-        """The tensor, contiguous on the CPU, in memory of its own. Raises StorageError when the file changed.
+    def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
+        """The tensor, contiguous on the CPU, in memory of its own, which a GPU copies from while it computes if it is
+        `pinned`. Raises StorageError when the file changed.
 
         A tensor that is not contiguous in the file costs twice its memory for a moment.
         """
         view = self._views[name]
-        return tensor_from(self._read(view), view.dtype, view.shape)
+        tensor = tensor_from(self._read(view), view.dtype, view.shape)
+        return tensor.pin_memory() if pinned else tensor
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) of the first dimension, [stop - start, ...]."""
