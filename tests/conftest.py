@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ import torch
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+
+# Benchmarks are a package, and run as `python -m tests.benchmarks`; last, so that what is installed comes before it.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Without a GPU, Triton's kernels are interpreted. Read when a kernel is defined, so set before any is imported.
 if not torch.cuda.is_available():

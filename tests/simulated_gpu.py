@@ -34,12 +34,8 @@ from unittest import mock
 
 import pytest
 import torch
-from torch.utils._device import _device_constructors
-from torch.utils._pytree import tree_flatten, tree_map_only
-
-from loftq_cli.triton_kernels.backend import has_triton
-from tests.interpreter import compute_as_hardware_does
-from tests.simulated_timeline import (
+from interpreter import compute_as_hardware_does
+from simulated_timeline import (
     DEVICE,
     PendingCopy,
     SimulatedEvent,
@@ -52,6 +48,10 @@ from tests.simulated_timeline import (
     overlap,
     place,
 )
+from torch.utils._device import _device_constructors
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from loftq_cli.triton_kernels.backend import has_triton
 
 NAME = "simulated GPU"
 aten = torch.ops.aten

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from simulated_gpu import simulated_gpu
 
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_card import Effort
@@ -18,7 +19,6 @@ from tests.benchmarks.gpu_conversion import RUNS
 from tests.benchmarks.gpu_kernels import Sizes
 from tests.benchmarks.gpu_timeline import RESOURCES, Span, busy, chart
 from tests.benchmarks.measuring import Settings, rendered
-from tests.simulated_gpu import simulated_gpu
 
 SIZES = Sizes(((64, 128),), (2,), (1, 100), ((64, 128),), 2)
 SHAPE = LlamaShape(layers=1, hidden=64, intermediate=128, vocabulary=70)

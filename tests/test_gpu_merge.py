@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import Silent, run_conversion
+from models import gpt2, llama
 from safetensors.torch import load_file, save_file
+from test_gpu_pipeline import a_gpu
 
 from loftq_cli import merge, merge_plan
 from loftq_cli.base_model import BaseModel
@@ -24,9 +27,6 @@ from loftq_cli.layouts.peft_adapter import PREFIX
 from loftq_cli.merge_form import MergeOptions
 from loftq_cli.merge_report import MergedLayer, MergeOutcome
 from loftq_cli.triton_kernels import error_stats, merging
-from tests.conversions import Silent, run_conversion
-from tests.models import gpt2, llama
-from tests.test_gpu_pipeline import a_gpu
 
 pytest.importorskip("triton")
 

@@ -15,7 +15,10 @@ from typing import Any
 
 import pytest
 import torch
+from conversions import Silent, StopAfter, files_of, loftq, run_conversion
+from models import gpt2, llama, mixtral
 from safetensors.torch import load_file, save_file
+from simulated_gpu import SimulatedGpu, simulated_gpu
 
 from loftq_cli import convert
 from loftq_cli.device import Device, open_device
@@ -24,9 +27,6 @@ from loftq_cli.errors import InputError, MemoryShortage, UsageError
 from loftq_cli.plan import LayerJob
 from loftq_cli.recipe import Recipe
 from loftq_cli.schedule import StackSteps, in_stacks
-from tests.conversions import Silent, StopAfter, files_of, loftq, run_conversion
-from tests.models import gpt2, llama, mixtral
-from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 pytest.importorskip("triton")
 

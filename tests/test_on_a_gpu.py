@@ -16,6 +16,9 @@ from random import SystemRandom
 
 import pytest
 import torch
+from conversions import files_of, run_conversion
+from interpreter import poisoned_memory
+from models import minilm
 
 from loftq_cli.base_model import BaseModel
 from loftq_cli.convert import resolve_model
@@ -33,9 +36,6 @@ from loftq_cli.triton_kernels.residual import (
     residual_product,
     transposed_residual_product,
 )
-from tests.conversions import files_of, run_conversion
-from tests.interpreter import poisoned_memory
-from tests.models import minilm
 
 pytest.importorskip("triton")
 

@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from interpreter import carried
+from simulated_gpu import SimulatedGpu, simulated_gpu
 
 from loftq_cli.triton_kernels.codebook import quantize_codebook
-from tests.interpreter import carried
-from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ import torch
 import transformers
 from adapters import PREFIX, edit_json, edit_tensors, lora_tensors, quietly, write_adapter
 from conversions import run_conversion, run_merge
+from interpreter import kernel_device, triton_kernels
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.variants import QALoraLinearVariant
 from safetensors.torch import load_file, save_file
@@ -42,7 +43,6 @@ from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.recipe import Override
 from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import AffineSpec, CodebookSpec, CodebookTensor, LoraSpec, NestedAbsmax, Pooling
-from tests.interpreter import kernel_device, triton_kernels
 
 OUT, IN, RANK, POOL = 48, 128, 4, 32
 ALPHA = 6.0

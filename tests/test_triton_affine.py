@@ -9,6 +9,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from interpreter import interpreted
 
 from loftq_cli.triton_kernels import affine_reference
 from loftq_cli.triton_kernels.affine import (
@@ -19,7 +20,6 @@ from loftq_cli.triton_kernels.affine import (
     dequantize_affine,
     quantize_affine,
 )
-from tests.interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 affine_triton = pytest.importorskip("loftq_cli.triton_kernels.affine_triton")

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.triton_builds import TARGETS
+from triton_builds import TARGETS
 
 pytest.importorskip("triton")
 

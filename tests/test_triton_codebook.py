@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from interpreter import interpreted
 
 from loftq_cli.triton_kernels import codebook_reference
 from loftq_cli.triton_kernels.codebook import CODEBOOKS, codebook_residual, dequantize_codebook, quantize_codebook
-from tests.interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 codebook_triton = pytest.importorskip("loftq_cli.triton_kernels.codebook_triton")

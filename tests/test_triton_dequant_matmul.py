@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from interpreter import interpreted, poisoned_memory
 
 from loftq_cli.triton_kernels.codebook import codebook_table, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.dequant_matmul import dequant_matmul, dequant_matmul_input_gradient
-from tests.interpreter import interpreted, poisoned_memory
 
 pytest.importorskip("triton")
 dequant_matmul_triton = pytest.importorskip("loftq_cli.triton_kernels.dequant_matmul_triton")

@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from interpreter import interpreted
 
 from loftq_cli.triton_kernels import double_quant_reference
 from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
-from tests.interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 double_quant_triton = pytest.importorskip("loftq_cli.triton_kernels.double_quant_triton")

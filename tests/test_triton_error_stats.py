@@ -8,11 +8,11 @@ import math
 
 import pytest
 import torch
+from interpreter import interpreted, poisoned_memory
 
 from loftq_cli.triton_kernels.backend import use_backend
 from loftq_cli.triton_kernels.codebook import dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.error_stats import ErrorSums, codebook_error_sums, error_stats
-from tests.interpreter import interpreted, poisoned_memory
 
 pytest.importorskip("triton")
 

@@ -8,10 +8,10 @@ import math
 
 import pytest
 import torch
+from interpreter import interpreted, poisoned_memory
 
 from loftq_cli.triton_kernels.codebook import dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.merging import merge_codebook, retention_sums
-from tests.interpreter import interpreted, poisoned_memory
 
 pytest.importorskip("triton")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreter import interpreted
 
 from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
-from tests.interpreter import interpreted
 
 triton = pytest.importorskip("triton")
 packing_triton = pytest.importorskip("loftq_cli.triton_kernels.packing_triton")

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from interpreter import interpreted
 
 from loftq_cli.triton_kernels.codebook import CODEBOOKS, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.residual import (
@@ -14,7 +15,6 @@ from loftq_cli.triton_kernels.residual import (
     residual_product,
     transposed_residual_product,
 )
-from tests.interpreter import interpreted
 
 pytest.importorskip("triton")
 
