@@ -28,14 +28,17 @@ BUFFER_NUMEL = 1024
 SMALLEST_ABSMAX = np.float32(1e-38)
 
 
-def kernel(*, reassociates: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a function at its first call. Arithmetic is IEEE, without fused multiply-adds; `reassociates` lets a
-    sum be taken in any order, so that it can use vectors.
+def kernel(
+    *, reassociates: bool = False, contracts: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function at its first call. Arithmetic is IEEE, without fused multiply-adds unless it `contracts`;
+    `reassociates` lets a sum be taken in any order, so that it can use vectors.
     """
+    relaxed = {name for name, allowed in (("reassoc", reassociates), ("contract", contracts)) if allowed}
     options: dict[str, Any] = {
         "nogil": True,
         "error_model": "numpy",
-        "fastmath": {"reassoc"} if reassociates else False,
+        "fastmath": relaxed or False,
     }
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -476,3 +479,487 @@ def squared_errors(groups: Any, scales: Any, offsets: Any, is_float: bool, round
         _group_steps(groups[row], scales[row], offsets[row], is_float, np.float32(top), steps)
         _decode_group(steps, scales[row], offsets[row], is_float, rounds, values)
         errors[row] = _squared_difference(groups[row], values)
+
+
+# Refinement, see refinement_reference.py. What differs from it is the order of sums, and fused multiply-adds.
+# `table` and `thresholds` are None for integers: a kernel is compiled for each.
+
+# Rows side by side in the inner loops of a tile, where their columns depend on each other.
+LANES = 64
+
+_TINY = np.float32(1e-38)
+
+
+@kernel()
+def _stored(number: Any, dtype: int) -> Any:
+    """A float32 rounded to float32 (0), bfloat16 (1) or float16 (2)."""
+    if dtype == 0 or not abs(number) < np.float32(np.inf):
+        return number
+    bits = np.float32(number).view(np.uint32)
+    if dtype == 1:
+        return np.uint32(_rounded(bits) & np.uint32(0xFFFF0000)).view(np.float32)
+    if abs(number) < np.float32(2.0**-14):
+        return (number + np.float32(0.75)) - np.float32(0.75)  # its steps are those of float32 next to 0.75
+    carried = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    half = np.uint32(carried & np.uint32(0xFFFFE000)).view(np.float32)
+    return half if abs(half) <= np.float32(65504.0) else np.copysign(np.float32(np.inf), number)
+
+
+@kernel()
+def _inverse(number: Any) -> Any:
+    return np.float32(0.0) if abs(number) < _TINY else np.float32(1.0) / number
+
+
+@kernel(reassociates=True, contracts=True)
+def _sums_of_table(x: Any, inverse: Any, unit: Any, scale: Any, table: Any, t: Any, sums: Any) -> None:
+    """The error of a block, and the products of its weights and levels and of levels."""
+    l0, l1, l2, l3, l4, l5, l6, l7 = table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]
+    l8, l9, l10, l11, l12, l13 = table[8], table[9], table[10], table[11], table[12], table[13]
+    l14, l15 = table[14], table[15]
+    t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
+    t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
+    error = mixed = square = np.float32(0.0)
+    for i in range(x.size):
+        y, level = x[i] * inverse, l0
+        level = l1 if y > t0 else level
+        level = l2 if y > t1 else level
+        level = l3 if y > t2 else level
+        level = l4 if y > t3 else level
+        level = l5 if y > t4 else level
+        level = l6 if y > t5 else level
+        level = l7 if y > t6 else level
+        level = l8 if y > t7 else level
+        level = l9 if y > t8 else level
+        level = l10 if y > t9 else level
+        level = l11 if y > t10 else level
+        level = l12 if y > t11 else level
+        level = l13 if y > t12 else level
+        level = l14 if y > t13 else level
+        level = l15 if y > t14 else level
+        difference = (x[i] - level * scale) * unit
+        error += difference * difference
+        mixed += x[i] * unit * level
+        square += level * level
+    sums[0], sums[1], sums[2] = error, mixed, square
+
+
+@kernel(reassociates=True, contracts=True)
+def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias: Any, top: Any, sums: Any) -> None:
+    """The same of integers, whose levels are steps from the zero point; and the sums of weights and levels."""
+    error = mixed = square = total = steps = np.float32(0.0)
+    for i in range(x.size):
+        level = np.rint((x[i] - bias) * inverse) + zero
+        level = min(max(level, np.float32(0.0)), top) - zero
+        difference = (x[i] - (level * scale + bias)) * unit
+        error += difference * difference
+        mixed += x[i] * unit * level
+        square += level * level
+        total += x[i] * unit
+        steps += level
+    sums[0], sums[1], sums[2], sums[3], sums[4] = error, mixed, square, total, steps
+
+
+@kernel()
+def search_table(
+    blocks: Any, table: Any, thresholds: Any, factors: Any, refits: int, dtype: int, codes: Any, scales: Any
+) -> None:
+    """`factors` of both signs if scales may have them."""
+    sums, zero = np.empty(3, np.float32), np.float32(0.0)
+    is_signed = factors.min() < zero
+    for row in range(blocks.shape[0]):
+        x = blocks[row]
+        largest = _largest(x)
+        unit, error, best = _inverse(largest), np.float32(np.inf), _stored(largest * factors[0], dtype)
+        slope = zero
+        for i in range(factors.size + refits):
+            scale = _stored(largest * (factors[i] if i < factors.size else slope), dtype)
+            if not abs(scale) < np.float32(np.inf) or scale == zero or (scale < zero and not is_signed):
+                break
+            _sums_of_table(x, _inverse(scale), unit, scale, table, thresholds, sums)
+            if sums[0] < error:
+                error, best, slope = sums[0], scale, sums[1] / sums[2]
+            elif i >= factors.size:
+                break
+        scales[row] = best
+        _encode_table(x, _inverse(best), thresholds, codes[row])
+
+
+@kernel(reassociates=True)
+def _largest(x: Any) -> Any:
+    """The largest magnitude; NaN where there is one, or infinity."""
+    largest, finite = np.float32(0.0), True
+    for i in range(x.size):
+        magnitude = abs(x[i])
+        largest = magnitude if magnitude > largest else largest
+        finite &= magnitude < np.float32(np.inf)
+    return largest if finite else np.float32(np.nan)
+
+
+@kernel()
+def _encode_table(x: Any, inverse: Any, thresholds: Any, codes: Any) -> None:
+    y = np.empty(x.size, np.float32)
+    for i in range(x.size):
+        y[i] = x[i] * inverse
+    _encode(y, thresholds, codes)
+
+
+@kernel()
+def search_steps(
+    blocks: Any,
+    offset: int,
+    top: int,
+    factors: Any,
+    refits: int,
+    dtype: int,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    biases: Any,
+) -> None:
+    """`offset`: none (0), int (1) or float (2)."""
+    sums, best_sums, nothing, highest = np.empty(5, np.float32), np.empty(5, np.float32), np.float32(0.0), np.float32(top)
+    is_signed = factors.min() < nothing
+    middle = np.float32((top + 1) // 2) if offset == 0 else nothing
+    for row in range(blocks.shape[0]):
+        x = blocks[row]
+        largest, low, high = _largest(x), _least(x), _greatest(x)
+        if offset == 1:
+            low, high = min(low, nothing), max(high, nothing)
+        centre, unit, error = (low + high) / np.float32(2.0), _inverse(largest), np.float32(np.inf)
+        best_scale, best_zero, best_bias = np.float32(np.nan), middle, nothing
+        for i in range(factors.size + refits):
+            scale, zero, bias = nothing, middle, nothing
+            if i < factors.size:
+                if offset == 0:
+                    scale = _stored(largest * factors[i] / np.float32(top / 2), dtype)
+                else:
+                    scale = _stored((high - low) * factors[i] / highest, dtype)
+                scale = np.float32(1.0) if scale == nothing else scale
+                if offset == 1:
+                    zero = min(max(np.rint(-low * factors[i] / scale), nothing), highest)
+                elif offset == 2:
+                    bias = _stored(centre + (low - centre) * factors[i], dtype)
+                if i == 0:
+                    best_scale, best_zero, best_bias = scale, zero, bias
+            else:
+                slope, zero, start = _line(best_sums, best_zero, offset, (i - factors.size) % 2 == 0, x.size, highest)
+                scale, bias = _stored(slope * largest, dtype), _stored(start * largest, dtype)
+                if scale == nothing or (scale < nothing and not is_signed):
+                    continue
+            if not (abs(scale) < np.float32(np.inf) and abs(bias) < np.float32(np.inf)):
+                continue
+            _sums_of_steps(x, _inverse(scale), unit, scale, zero, bias, highest, sums)
+            if sums[0] < error:
+                error, best_scale, best_zero, best_bias = sums[0], scale, zero, bias
+                best_sums[:] = sums
+        scales[row] = best_scale if largest == largest else np.float32(np.nan)
+        zeros[row], biases[row] = best_zero, best_bias
+        if largest == largest:
+            _encode_steps(x, _inverse(best_scale), best_zero, best_bias, highest, codes[row])
+
+
+@kernel()
+def _line(sums: Any, zero: Any, offset: int, moves_zero: bool, count: int, top: Any) -> Any:
+    """The slope of the line through weights over their levels, the zero point, and what is left at it: the bias."""
+    mixed, square, total, steps, n = sums[1], sums[2], sums[3], sums[4], np.float32(count)
+    nothing = np.float32(0.0)
+    if offset == 0 or (offset == 1 and not moves_zero):
+        return mixed / square, zero, nothing
+    slope = (mixed - total * steps / n) / (square - steps * steps / n)
+    start = (total - slope * steps) / n
+    if offset == 2:
+        return slope, zero, start
+    moved = np.rint(zero - start / slope)
+    if not abs(moved) < np.float32(np.inf):
+        return np.float32(np.nan), zero, nothing
+    moved = min(max(moved, nothing), top)
+    move = zero - moved
+    return (mixed + move * total) / (square + move * (np.float32(2.0) * steps + n * move)), moved, nothing
+
+
+@kernel()
+def _encode_steps(x: Any, inverse: Any, zero: Any, bias: Any, top: Any, codes: Any) -> None:
+    for i in range(x.size):
+        level = np.rint((x[i] - bias) * inverse) + zero
+        codes[i] = np.uint8(np.int32(min(max(level, np.float32(0.0)), top)))
+
+
+@kernel(contracts=True)
+def refine_rows(
+    weight: Any,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    biases: Any,
+    table: Any,
+    thresholds: Any,
+    top: int,
+    vectors: Any,
+    sweeps: int,
+    fits: int,
+    is_signed: bool,
+    dtype: int,
+    limits: Any,
+    before: Any,
+    after: Any,
+    projections: Any,
+    out: Any,
+) -> None:
+    """`vectors` [in, r] with r a multiple of 4; `fits` 0, 1 (scales) or 2 (biases too); `limits`: LEAST_WEIGHT and
+    2 * WORTHWHILE; `out` has no rows if it is not wanted.
+    """
+    rows, columns = weight.shape
+    n_blocks, rank = scales.shape[1], vectors.shape[1]
+    size = columns // n_blocks
+    w, q, c = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32), _bytes(columns)
+    constants = np.zeros((n_blocks, 3, LANES), np.float32)  # scales, zero points, biases
+    m, work = np.zeros((rank, LANES), np.float32), np.zeros((9, LANES), np.float32)
+    projected, ones = np.zeros((rank, LANES), np.float32), np.zeros((n_blocks, rank), np.float32)
+    left = np.empty(columns, np.float32)
+    for j in range(columns):
+        absorbed = 0.0
+        for k in range(rank):
+            absorbed += np.float64(vectors[j, k]) * np.float64(vectors[j, k])
+            ones[j // size, k] += vectors[j, k]
+        left[j] = 1.0 - absorbed
+    for first in range(0, rows, LANES):
+        count = min(LANES, rows - first)
+        for lane in range(LANES):
+            _load_row(min(lane, count - 1) + first, lane, weight, codes, scales, zeros, biases, table, w, q, c, constants)
+        m[:] = np.float32(0.0)
+        for j in range(0, columns):
+            for lane in range(LANES):
+                work[0, lane] = w[j, lane] - q[j, lane]
+            _add_products(work[0], vectors[j], m)
+        _squared_errors(w, q, m, before[first : first + count])
+        for _ in range(sweeps):
+            for block in range(n_blocks):
+                part = slice(block * size, (block + 1) * size)
+                if fits:
+                    _fit_tile(
+                        w[part], q[part], constants[block], vectors[part], ones[block], m, projected, work,
+                        fits == 2, is_signed, dtype, limits[0],
+                    )
+                _sweep_tile(
+                    w[part], q[part], c[part], constants[block], table, thresholds, np.float32(top), vectors[part],
+                    left[part], m, work, limits,
+                )
+        _squared_errors(w, q, m, after[first : first + count])
+        for lane in range(count):
+            row = first + lane
+            for j in range(columns):
+                codes[row, j] = c[j, lane]
+            if out.shape[0]:
+                for j in range(columns):
+                    out[row, j] = w[j, lane] - q[j, lane]
+            for block in range(n_blocks):
+                scales[row, block] = constants[block, 0, lane]
+                biases[row, block] = constants[block, 2, lane]
+            for k in range(projections.shape[1]):
+                projections[row, k] = m[k, lane]
+
+
+@kernel()
+def _bytes(columns: int) -> Any:
+    return np.zeros((columns, LANES), np.uint8)
+
+
+@kernel(contracts=True)
+def _load_row(
+    row: int,
+    lane: int,
+    weight: Any,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    biases: Any,
+    table: Any,
+    w: Any,
+    q: Any,
+    c: Any,
+    constants: Any,
+) -> None:
+    size = weight.shape[1] // scales.shape[1]
+    for block in range(scales.shape[1]):
+        scale, zero, bias = scales[row, block], zeros[row, block], biases[row, block]
+        constants[block, 0, lane], constants[block, 1, lane], constants[block, 2, lane] = scale, zero, bias
+        for j in range(block * size, (block + 1) * size):
+            code = codes[row, j]
+            if table is None:
+                level = np.float32(code) - zero
+            else:
+                level = table[code]
+            w[j, lane], c[j, lane], q[j, lane] = weight[row, j], code, level * scale + bias
+
+
+@kernel(contracts=True)
+def _add_products(number: Any, v: Any, m: Any) -> None:
+    """m [r, LANES] += v [r] * number [LANES]."""
+    for k in range(0, v.size, 4):
+        v0, v1, v2, v3 = v[k], v[k + 1], v[k + 2], v[k + 3]
+        m0, m1, m2, m3 = m[k], m[k + 1], m[k + 2], m[k + 3]
+        for lane in range(LANES):
+            d = number[lane]
+            m0[lane] += d * v0
+            m1[lane] += d * v1
+            m2[lane] += d * v2
+            m3[lane] += d * v3
+
+
+@kernel(contracts=True)
+def _squared_errors(w: Any, q: Any, m: Any, errors: Any) -> None:
+    totals = np.zeros(LANES, np.float64)
+    for j in range(w.shape[0]):
+        for lane in range(LANES):
+            error = np.float64(w[j, lane] - q[j, lane])
+            totals[lane] += error * error
+    for k in range(m.shape[0]):
+        for lane in range(LANES):
+            totals[lane] -= np.float64(m[k, lane]) * np.float64(m[k, lane])
+    for lane in range(errors.size):
+        errors[lane] = totals[lane]
+
+
+@kernel(contracts=True)
+def _step_and_dot(delta: Any, v: Any, u: Any, m: Any, dot: Any) -> None:
+    """m -= delta * v, and then dot = u·m."""
+    for lane in range(LANES):
+        dot[lane] = np.float32(0.0)
+    for k in range(0, v.size, 4):
+        v0, v1, v2, v3 = v[k], v[k + 1], v[k + 2], v[k + 3]
+        u0, u1, u2, u3 = u[k], u[k + 1], u[k + 2], u[k + 3]
+        m0, m1, m2, m3 = m[k], m[k + 1], m[k + 2], m[k + 3]
+        for lane in range(LANES):
+            d = delta[lane]
+            a0, a1, a2, a3 = m0[lane] - d * v0, m1[lane] - d * v1, m2[lane] - d * v2, m3[lane] - d * v3
+            m0[lane], m1[lane], m2[lane], m3[lane] = a0, a1, a2, a3
+            dot[lane] += (a0 * u0 + a1 * u1) + (a2 * u2 + a3 * u3)
+
+
+@kernel(contracts=True)
+def _sweep_tile(
+    w: Any,
+    q: Any,
+    c: Any,
+    constants: Any,
+    table: Any,
+    thresholds: Any,
+    top: Any,
+    vectors: Any,
+    left: Any,
+    m: Any,
+    work: Any,
+    limits: Any,
+) -> None:
+    """One block: the codes of its columns, one after another."""
+    scale, zero, bias = constants[0], constants[1], constants[2]
+    delta, dot, y, inverse, found = work[0], work[1], work[2], work[3], work[4]
+    chosen = np.empty(LANES, np.uint8)
+    for lane in range(LANES):
+        delta[lane], inverse[lane] = np.float32(0.0), _inverse(scale[lane])
+    previous = 0
+    for j in range(w.shape[0]):
+        _step_and_dot(delta, vectors[previous], vectors[j], m, dot)
+        previous = j
+        h = left[j]
+        if not h > limits[0]:
+            delta[:] = np.float32(0.0)
+            continue
+        wj, qj, cj, reciprocal = w[j], q[j], c[j], np.float32(1.0) / h
+        for lane in range(LANES):
+            slope = wj[lane] - qj[lane] - dot[lane]
+            dot[lane] = slope
+            y[lane] = (qj[lane] + slope * reciprocal - bias[lane]) * inverse[lane]
+        if table is None:
+            for lane in range(LANES):
+                level = min(max(np.rint(y[lane]) + zero[lane], np.float32(0.0)), top)
+                chosen[lane] = np.uint8(np.int32(level))
+                found[lane] = (level - zero[lane]) * scale[lane] + bias[lane]
+        else:
+            _encode(y, thresholds, chosen)
+            for lane in range(LANES):
+                found[lane] = table[chosen[lane]] * scale[lane]
+        for lane in range(LANES):
+            slope, step = dot[lane], found[lane] - qj[lane]
+            lowers = (step * np.copysign(np.float32(1.0), slope) > np.float32(0.0)) & (
+                abs(step) * h < limits[1] * abs(slope)
+            )
+            delta[lane] = step if lowers else np.float32(0.0)
+            qj[lane] = found[lane] if lowers else qj[lane]
+            cj[lane] = chosen[lane] if lowers else cj[lane]
+    for k in range(m.shape[0]):
+        v = vectors[previous, k]
+        for lane in range(LANES):
+            m[k, lane] -= delta[lane] * v
+
+
+@kernel(contracts=True)
+def _fit_tile(
+    w: Any,
+    q: Any,
+    constants: Any,
+    vectors: Any,
+    ones: Any,
+    m: Any,
+    projected: Any,
+    work: Any,
+    fits_bias: bool,
+    is_signed: bool,
+    dtype: int,
+    least: Any,
+) -> None:
+    """One block: its scale, and its bias."""
+    scale, bias = constants[0], constants[2]
+    linear, right, square, right_bias, mixed = work[0], work[1], work[2], work[3], work[4]
+    factors, shifts, norm = work[5], work[6], work[7]
+    work[:] = np.float32(0.0)
+    projected[:] = np.float32(0.0)
+    for j in range(w.shape[0]):
+        wj, qj = w[j], q[j]
+        for lane in range(LANES):
+            d = qj[lane] - bias[lane]
+            error = wj[lane] - qj[lane]
+            linear[lane] = d
+            right[lane] += d * error
+            norm[lane] += d * d
+            right_bias[lane] += error
+            mixed[lane] += d
+        _add_products(linear, vectors[j], projected)
+    square_bias = np.float32(w.shape[0])
+    for lane in range(LANES):
+        square[lane] = norm[lane]
+    for k in range(m.shape[0]):
+        square_bias -= ones[k] * ones[k]
+        for lane in range(LANES):
+            p = projected[k, lane]
+            right[lane] -= p * m[k, lane]
+            square[lane] -= p * p
+            right_bias[lane] -= m[k, lane] * ones[k]
+            mixed[lane] -= p * ones[k]
+    one, two, nothing = np.float32(1.0), np.float32(2.0), np.float32(0.0)
+    for lane in range(LANES):
+        a, b, r, s = square[lane], mixed[lane], right[lane], right_bias[lane]
+        is_usable = a > least * norm[lane]
+        if fits_bias:
+            determinant = a * square_bias - b * b
+            is_usable &= determinant > least * a * square_bias
+            factor, shift = (r * square_bias - s * b) / determinant, (s * a - r * b) / determinant
+        else:
+            factor, shift = r / a, nothing
+        new_scale, new_bias = _stored(scale[lane] * (one + factor), dtype), _stored(bias[lane] + shift, dtype)
+        factor, shift = (new_scale - scale[lane]) / scale[lane], new_bias - bias[lane]
+        change = factor * (factor * a - two * r) + shift * (shift * square_bias - two * s + two * factor * b)
+        is_usable &= change < nothing and abs(new_scale) < np.float32(np.inf) and new_scale != nothing
+        is_usable &= is_signed or new_scale > nothing
+        factors[lane] = factor if is_usable else nothing
+        shifts[lane] = shift if is_usable else nothing
+        linear[lane] = bias[lane]
+        scale[lane] = new_scale if is_usable else scale[lane]
+        bias[lane] = new_bias if is_usable else bias[lane]
+    for j in range(w.shape[0]):
+        qj = q[j]
+        for lane in range(LANES):
+            qj[lane] += factors[lane] * (qj[lane] - linear[lane]) + shifts[lane]
+    for k in range(m.shape[0]):
+        for lane in range(LANES):
+            m[k, lane] -= factors[lane] * projected[k, lane] + shifts[lane] * ones[k]

@@ -1,0 +1,95 @@
+"""The search for block constants and their refinement compiled for the processor: what refinement_reference.py defines,
+but for the order of sums, which shows where float32 cannot tell two candidates apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from loftq_cli.triton_kernels.cpu_kernels import refine_rows, search_steps, search_table
+from loftq_cli.triton_kernels.refinement import FACTORS, LEAST_WEIGHT, REFITS, WORTHWHILE, Blocks, Levels, Refined
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_UNROLLED = 4  # columns of V that a loop takes at once
+
+
+def search_scales(weight: torch.Tensor, block_size: int, levels: Levels) -> Blocks:
+    """See refinement_reference.py."""
+    shape = (weight.shape[0], weight.shape[1] // block_size)
+    blocks, codes = weight.view(-1, block_size).numpy(), np.zeros((weight.numel() // block_size, block_size), np.uint8)
+    scales, zeros, biases = np.empty((3, len(codes)), np.float32)
+    both = (*FACTORS, *(-factor for factor in FACTORS))
+    factors = np.array(both if levels.is_signed and levels.offset == "none" else FACTORS, np.float32)
+    dtype = _DTYPES[levels.scale_dtype]
+    if levels.table is not None:
+        search_table(blocks, *_table(levels), factors, REFITS, dtype, codes, scales)
+    else:
+        offset = ("none", "int", "float").index(levels.offset)
+        search_steps(blocks, offset, 2**levels.bits - 1, factors, REFITS, dtype, codes, scales, zeros, biases)
+    kept = {"none": None, "int": _tensor(zeros, torch.uint8), "float": _tensor(biases, levels.scale_dtype)}
+    offsets = kept[levels.offset]
+    return Blocks(
+        torch.from_numpy(codes).view(weight.shape),
+        _tensor(scales, levels.scale_dtype).view(shape),
+        None if offsets is None else offsets.view(shape),
+    )
+
+
+def refine(
+    weight: torch.Tensor,
+    blocks: Blocks,
+    block_size: int,
+    levels: Levels,
+    vectors: torch.Tensor,
+    sweeps: int,
+    fits_scales: bool,
+    out: torch.Tensor | None,
+) -> Refined:
+    """See refinement_reference.py."""
+    rows, rank = weight.shape[0], vectors.shape[1]
+    scales = blocks.scales.float().numpy()
+    offsets = np.zeros_like(scales) if blocks.offsets is None else blocks.offsets.float().numpy()
+    zeros = offsets if levels.offset == "int" else np.zeros_like(scales)
+    biases = offsets if levels.offset == "float" else np.zeros_like(scales)
+    if levels.offset == "none" and levels.table is None:
+        zeros += np.float32(2 ** (levels.bits - 1))
+    padded = torch.nn.functional.pad(vectors, (0, -rank % _UNROLLED)).contiguous()
+    before, after = np.empty((2, rows))
+    projections = np.empty((rows, rank), np.float32)
+    refine_rows(
+        weight.numpy(),
+        blocks.codes.numpy(),
+        scales,
+        zeros,
+        biases,
+        *_table(levels),
+        2**levels.bits - 1,
+        padded.numpy(),
+        sweeps,
+        int(fits_scales) * (2 if levels.offset == "float" else 1),
+        levels.is_signed,
+        _DTYPES[levels.scale_dtype],
+        np.array([LEAST_WEIGHT, 2.0 * WORTHWHILE], np.float32),
+        before,
+        after,
+        projections,
+        np.empty((0, 0), np.float32) if out is None else out.numpy(),
+    )
+    blocks.scales.copy_(torch.from_numpy(scales))
+    if levels.offset == "float" and blocks.offsets is not None:
+        blocks.offsets.copy_(torch.from_numpy(biases))
+    return Refined(torch.from_numpy(before), torch.from_numpy(after), torch.from_numpy(projections))
+
+
+def _table(levels: Levels) -> tuple[Any, Any]:
+    """Of integers None twice."""
+    if levels.table is None:
+        return None, None
+    return levels.table.numpy(), ((levels.table[:-1] + levels.table[1:]) / 2).numpy()
+
+
+def _tensor(constants: Any, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(constants).to(dtype)
