@@ -561,20 +561,32 @@ def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias:
 
 @kernel()
 def search_table(
-    blocks: Any, table: Any, thresholds: Any, factors: Any, refits: int, dtype: int, codes: Any, scales: Any
+    blocks: Any,
+    table: Any,
+    thresholds: Any,
+    factors: Any,
+    refits: int,
+    is_signed: bool,
+    dtype: int,
+    has_start: bool,
+    codes: Any,
+    scales: Any,
 ) -> None:
-    """`factors` of both signs if scales may have them."""
     sums, zero = np.empty(3, np.float32), np.float32(0.0)
-    is_signed = factors.min() < zero
     for row in range(blocks.shape[0]):
         x = blocks[row]
         largest = _largest(x)
         unit, error, best = _inverse(largest), np.float32(np.inf), _stored(largest * factors[0], dtype)
         slope = zero
-        for i in range(factors.size + refits):
-            scale = _stored(largest * (factors[i] if i < factors.size else slope), dtype)
+        for i in range(-1 if has_start else 0, factors.size + refits):
+            if i < 0:
+                scale = scales[row]
+            elif has_start and i < factors.size and error < np.float32(np.inf):
+                continue
+            else:
+                scale = _stored(largest * (factors[i] if i < factors.size else slope), dtype)
             if not abs(scale) < np.float32(np.inf) or scale == zero or (scale < zero and not is_signed):
-                break
+                continue
             _sums_of_table(x, _inverse(scale), unit, scale, table, thresholds, sums)
             if sums[0] < error:
                 error, best, slope = sums[0], scale, sums[1] / sums[2]
@@ -610,7 +622,9 @@ def search_steps(
     top: int,
     factors: Any,
     refits: int,
+    is_signed: bool,
     dtype: int,
+    has_start: bool,
     codes: Any,
     scales: Any,
     zeros: Any,
@@ -618,7 +632,6 @@ def search_steps(
 ) -> None:
     """`offset`: none (0), int (1) or float (2)."""
     sums, best_sums, nothing, highest = np.empty(5, np.float32), np.empty(5, np.float32), np.float32(0.0), np.float32(top)
-    is_signed = factors.min() < nothing
     middle = np.float32((top + 1) // 2) if offset == 0 else nothing
     for row in range(blocks.shape[0]):
         x = blocks[row]
@@ -627,9 +640,11 @@ def search_steps(
             low, high = min(low, nothing), max(high, nothing)
         centre, unit, error = (low + high) / np.float32(2.0), _inverse(largest), np.float32(np.inf)
         best_scale, best_zero, best_bias = np.float32(np.nan), middle, nothing
-        for i in range(factors.size + refits):
+        for i in range(-1 if has_start else 0, factors.size + refits):
             scale, zero, bias = nothing, middle, nothing
-            if i < factors.size:
+            if i < 0:
+                scale, zero, bias = scales[row], zeros[row], biases[row]
+            elif i < factors.size:
                 if offset == 0:
                     scale = _stored(largest * factors[i] / np.float32(top / 2), dtype)
                 else:
@@ -639,7 +654,7 @@ def search_steps(
                     zero = min(max(np.rint(-low * factors[i] / scale), nothing), highest)
                 elif offset == 2:
                     bias = _stored(centre + (low - centre) * factors[i], dtype)
-                if i == 0:
+                if not error < np.float32(np.inf):
                     best_scale, best_zero, best_bias = scale, zero, bias
             else:
                 slope, zero, start = _line(best_sums, best_zero, offset, (i - factors.size) % 2 == 0, x.size, highest)
@@ -711,11 +726,12 @@ def refine_rows(
     rows, columns = weight.shape
     n_blocks, rank = scales.shape[1], vectors.shape[1]
     size = columns // n_blocks
-    w, q, c = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32), _bytes(columns)
+    w, q = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32)
+    c = np.zeros((columns, LANES), np.uint8)
     constants = np.zeros((n_blocks, 3, LANES), np.float32)  # scales, zero points, biases
     m, work = np.zeros((rank, LANES), np.float32), np.zeros((9, LANES), np.float32)
     projected, ones = np.zeros((rank, LANES), np.float32), np.zeros((n_blocks, rank), np.float32)
-    left = np.empty(columns, np.float32)
+    left, values = np.empty(columns, np.float32), np.empty(size, np.float32)
     for j in range(columns):
         absorbed = 0.0
         for k in range(rank):
@@ -724,8 +740,16 @@ def refine_rows(
         left[j] = 1.0 - absorbed
     for first in range(0, rows, LANES):
         count = min(LANES, rows - first)
-        for lane in range(LANES):
-            _load_row(min(lane, count - 1) + first, lane, weight, codes, scales, zeros, biases, table, w, q, c, constants)
+        for block in range(n_blocks):
+            part = slice(block * size, (block + 1) * size)
+            for lane in range(count):
+                row = first + lane
+                scale, zero, bias = scales[row, block], zeros[row, block], biases[row, block]
+                constants[block, 0, lane], constants[block, 1, lane], constants[block, 2, lane] = scale, zero, bias
+                _decode_block(codes[row, part], scale, zero, bias, table, values)
+                _to_lane(weight[row, part], w[part], lane)
+                _to_lane(values, q[part], lane)
+                _to_lane(codes[row, part], c[part], lane)
         m[:] = np.float32(0.0)
         for j in range(0, columns):
             for lane in range(LANES):
@@ -745,51 +769,57 @@ def refine_rows(
                     left[part], m, work, limits,
                 )
         _squared_errors(w, q, m, after[first : first + count])
+        for block in range(n_blocks):
+            part = slice(block * size, (block + 1) * size)
+            for lane in range(count):
+                row = first + lane
+                scales[row, block], biases[row, block] = constants[block, 0, lane], constants[block, 2, lane]
+                _from_lane(c[part], lane, codes[row, part])
+                if out.shape[0]:
+                    _from_lane(q[part], lane, values)
+                    for i in range(size):
+                        out[row, block * size + i] = weight[row, block * size + i] - values[i]
         for lane in range(count):
-            row = first + lane
-            for j in range(columns):
-                codes[row, j] = c[j, lane]
-            if out.shape[0]:
-                for j in range(columns):
-                    out[row, j] = w[j, lane] - q[j, lane]
-            for block in range(n_blocks):
-                scales[row, block] = constants[block, 0, lane]
-                biases[row, block] = constants[block, 2, lane]
             for k in range(projections.shape[1]):
-                projections[row, k] = m[k, lane]
+                projections[first + lane, k] = m[k, lane]
 
 
 @kernel()
-def _bytes(columns: int) -> Any:
-    return np.zeros((columns, LANES), np.uint8)
+def _to_lane(source: Any, tile: Any, lane: int) -> None:
+    for i in range(source.size):
+        tile[i, lane] = source[i]
+
+
+@kernel()
+def _from_lane(tile: Any, lane: int, target: Any) -> None:
+    for i in range(target.size):
+        target[i] = tile[i, lane]
 
 
 @kernel(contracts=True)
-def _load_row(
-    row: int,
-    lane: int,
-    weight: Any,
-    codes: Any,
-    scales: Any,
-    zeros: Any,
-    biases: Any,
-    table: Any,
-    w: Any,
-    q: Any,
-    c: Any,
-    constants: Any,
+def _decode_block(codes: Any, scale: Any, zero: Any, bias: Any, table: Any, values: Any) -> None:
+    for i in range(values.size):
+        if table is None:
+            values[i] = (np.float32(codes[i]) - zero) * scale + bias
+        else:
+            values[i] = table[codes[i]] * scale
+
+
+@kernel(contracts=True)
+def residual_of_rows(
+    weight: Any, codes: Any, scales: Any, zeros: Any, biases: Any, table: Any, out: Any, squares: Any
 ) -> None:
+    """What blocks lose into `out`, and of each row the sum of its squares."""
     size = weight.shape[1] // scales.shape[1]
-    for block in range(scales.shape[1]):
-        scale, zero, bias = scales[row, block], zeros[row, block], biases[row, block]
-        constants[block, 0, lane], constants[block, 1, lane], constants[block, 2, lane] = scale, zero, bias
-        for j in range(block * size, (block + 1) * size):
-            code = codes[row, j]
-            if table is None:
-                level = np.float32(code) - zero
-            else:
-                level = table[code]
-            w[j, lane], c[j, lane], q[j, lane] = weight[row, j], code, level * scale + bias
+    values = np.empty(size, np.float32)
+    for row in range(weight.shape[0]):
+        for block in range(scales.shape[1]):
+            part = slice(block * size, (block + 1) * size)
+            _decode_block(codes[row, part], scales[row, block], zeros[row, block], biases[row, block], table, values)
+            x, error = weight[row, part], out[row, part]
+            for i in range(size):
+                error[i] = x[i] - values[i]
+        squares[row] = _sum_of_squares(out[row])
 
 
 @kernel(contracts=True)

@@ -9,26 +9,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from loftq_cli.triton_kernels.cpu_kernels import refine_rows, search_steps, search_table
-from loftq_cli.triton_kernels.refinement import FACTORS, LEAST_WEIGHT, REFITS, WORTHWHILE, Blocks, Levels, Refined
+from loftq_cli.triton_kernels.cpu_kernels import refine_rows, residual_of_rows, search_steps, search_table
+from loftq_cli.triton_kernels.refinement import (
+    LEAST_WEIGHT,
+    OFFSETS,
+    REFITS,
+    WARM_REFITS,
+    WORTHWHILE,
+    Blocks,
+    Levels,
+    Refined,
+    factors_of,
+)
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _UNROLLED = 4  # columns of V that a loop takes at once
 
 
-def search_scales(weight: torch.Tensor, block_size: int, levels: Levels) -> Blocks:
+def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None) -> Blocks:
     """See refinement_reference.py."""
     shape = (weight.shape[0], weight.shape[1] // block_size)
     blocks, codes = weight.view(-1, block_size).numpy(), np.zeros((weight.numel() // block_size, block_size), np.uint8)
-    scales, zeros, biases = np.empty((3, len(codes)), np.float32)
-    both = (*FACTORS, *(-factor for factor in FACTORS))
-    factors = np.array(both if levels.is_signed and levels.offset == "none" else FACTORS, np.float32)
-    dtype = _DTYPES[levels.scale_dtype]
+    scales, zeros, biases = (np.empty(len(codes), np.float32) for _ in range(3))
+    if start is not None:
+        scales, zeros, biases = (constants.reshape(-1) for constants in _constants(start, levels))
+    factors = np.array(factors_of(levels, start), np.float32)
+    refits = REFITS if start is None else WARM_REFITS
+    fixed = (factors, refits, levels.is_signed, _DTYPES[levels.scale_dtype], start is not None, codes)
     if levels.table is not None:
-        search_table(blocks, *_table(levels), factors, REFITS, dtype, codes, scales)
+        search_table(blocks, *_table(levels), *fixed, scales)
     else:
-        offset = ("none", "int", "float").index(levels.offset)
-        search_steps(blocks, offset, 2**levels.bits - 1, factors, REFITS, dtype, codes, scales, zeros, biases)
+        search_steps(blocks, OFFSETS.index(levels.offset), 2**levels.bits - 1, *fixed, scales, zeros, biases)
     kept = {"none": None, "int": _tensor(zeros, torch.uint8), "float": _tensor(biases, levels.scale_dtype)}
     offsets = kept[levels.offset]
     return Blocks(
@@ -36,6 +47,14 @@ def search_scales(weight: torch.Tensor, block_size: int, levels: Levels) -> Bloc
         _tensor(scales, levels.scale_dtype).view(shape),
         None if offsets is None else offsets.view(shape),
     )
+
+
+def residual(weight: torch.Tensor, blocks: Blocks, levels: Levels, out: torch.Tensor) -> torch.Tensor:
+    """See refinement_reference.py."""
+    squares = np.empty(len(weight))
+    codes, constants, table = blocks.codes.numpy(), _constants(blocks, levels), _table(levels)[0]
+    residual_of_rows(weight.numpy(), codes, *constants, table, out.numpy(), squares)
+    return torch.from_numpy(squares)
 
 
 def refine(
@@ -50,12 +69,7 @@ def refine(
 ) -> Refined:
     """See refinement_reference.py."""
     rows, rank = weight.shape[0], vectors.shape[1]
-    scales = blocks.scales.float().numpy()
-    offsets = np.zeros_like(scales) if blocks.offsets is None else blocks.offsets.float().numpy()
-    zeros = offsets if levels.offset == "int" else np.zeros_like(scales)
-    biases = offsets if levels.offset == "float" else np.zeros_like(scales)
-    if levels.offset == "none" and levels.table is None:
-        zeros += np.float32(2 ** (levels.bits - 1))
+    scales, zeros, biases = _constants(blocks, levels)
     padded = torch.nn.functional.pad(vectors, (0, -rank % _UNROLLED)).contiguous()
     before, after = np.empty((2, rows))
     projections = np.empty((rows, rank), np.float32)
@@ -89,6 +103,17 @@ def _table(levels: Levels) -> tuple[Any, Any]:
     if levels.table is None:
         return None, None
     return levels.table.numpy(), ((levels.table[:-1] + levels.table[1:]) / 2).numpy()
+
+
+def _constants(blocks: Blocks, levels: Levels) -> tuple[Any, Any, Any]:
+    """Scales, zero points and biases as float32, in memory of their own."""
+    scales = blocks.scales.to(torch.float32, copy=True).numpy()
+    zeros, biases = np.zeros_like(scales), np.zeros_like(scales)
+    if blocks.offsets is not None:
+        (zeros if levels.offset == "int" else biases)[:] = blocks.offsets.float().numpy()
+    elif levels.table is None:
+        zeros += np.float32(2 ** (levels.bits - 1))
+    return scales, zeros, biases
 
 
 def _tensor(constants: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from loftq_cli.triton_kernels.refinement import FACTORS, LEAST_WEIGHT, REFITS, WORTHWHILE, Blocks, Levels, Refined
+from loftq_cli.triton_kernels.refinement import LEAST_WEIGHT, REFITS, WARM_REFITS, WORTHWHILE, Blocks, Levels, Refined, factors_of
 
 _TINY = 1e-38  # what is smaller has lost its digits already, and its reciprocal may overflow
 
@@ -27,17 +27,24 @@ class Constants:
         pairs = ((self.scale, other.scale), (self.zero, other.zero), (self.bias, other.bias))
         return Constants(*(torch.where(chosen, own, others) for own, others in pairs))
 
+    def flattened(self) -> Constants:
+        """One block a row."""
+        return Constants(self.scale.reshape(-1, 1), self.zero.reshape(-1, 1), self.bias.reshape(-1, 1))
 
-def search_scales(weight: torch.Tensor, block_size: int, levels: Levels) -> Blocks:
+
+def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None) -> Blocks:
     """See refinement.py."""
     blocks = weight.reshape(-1, block_size)
-    best, error = None, torch.tensor(torch.inf)
-    for tried in _ranges(blocks, levels):
+    ranges = list(_ranges(blocks, levels, factors_of(levels, start)))
+    begun = [] if start is None else [_stored(start, levels, ...).flattened()]
+    best, error = ranges[0], torch.tensor(torch.inf)
+    for tried in begun + ranges:
         new_error = _squared_error(blocks, tried, levels)
-        best = tried if best is None else tried.where(new_error < error, best)
-        error = torch.where(new_error < error, new_error, error)
-    assert best is not None
-    for step in range(REFITS):
+        is_less = (new_error < error) & torch.isfinite(tried.scale) & (tried.scale != 0.0)
+        if start is not None and levels.table is not None:
+            is_less &= ~torch.isfinite(error)
+        best, error = tried.where(is_less, best), torch.where(is_less, new_error, error)
+    for step in range(REFITS if start is None else WARM_REFITS):
         tried = _refitted(blocks, best, levels, moves_zero=step % 2 == 0)
         new_error = _squared_error(blocks, tried, levels)
         best, error = tried.where(new_error < error, best), torch.minimum(new_error, error)
@@ -50,31 +57,29 @@ def search_scales(weight: torch.Tensor, block_size: int, levels: Levels) -> Bloc
     return Blocks(codes.view(weight.shape), scales, None if offset is None else offset.view(shape))
 
 
-def _ranges(blocks: torch.Tensor, levels: Levels) -> Iterator[Constants]:
+def _ranges(blocks: torch.Tensor, levels: Levels, factors: tuple[float, ...]) -> Iterator[Constants]:
     """The constants that a search begins with, those of the whole range first."""
     top, lowest, highest = 2**levels.bits - 1, blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
     largest, nothing = torch.maximum(-lowest, highest), torch.zeros_like(lowest)
     if levels.offset == "int":
         lowest, highest = lowest.clamp(max=0.0), highest.clamp(min=0.0)
-    for sign in (1.0, -1.0) if levels.is_signed and levels.offset == "none" else (1.0,):
-        for factor in FACTORS:
-            if levels.offset == "none":
-                scale = largest * (sign * factor)
-                scale = scale if levels.table is not None else scale / (top / 2)
-            else:
-                scale = (highest - lowest) * factor / top
-            scale = _rounded(scale, levels)
-            if levels.table is None:
-                scale = torch.where(scale == 0.0, 1.0, scale)
-            zero, bias = nothing, nothing
-            if levels.offset == "int":
-                zero = (-lowest * factor / scale).round_().clamp_(0, top)
-            elif levels.offset == "float":
-                centre = (lowest + highest) / 2
-                bias = _rounded(centre + (lowest - centre) * factor, levels)
-            elif levels.table is None:
-                zero = nothing + 2 ** (levels.bits - 1)
-            yield Constants(scale, zero, bias)
+    for factor in factors:
+        if levels.offset == "none":
+            scale = largest * factor if levels.table is not None else largest * factor / (top / 2)
+        else:
+            scale = (highest - lowest) * factor / top
+        scale = _rounded(scale, levels)
+        if levels.table is None:
+            scale = torch.where(scale == 0.0, 1.0, scale)
+        zero, bias = nothing, nothing
+        if levels.offset == "int":
+            zero = (-lowest * factor / scale).round_().clamp_(0, top)
+        elif levels.offset == "float":
+            centre = (lowest + highest) / 2
+            bias = _rounded(centre + (lowest - centre) * factor, levels)
+        elif levels.table is None:
+            zero = nothing + 2 ** (levels.bits - 1)
+        yield Constants(scale, zero, bias)
 
 
 def _squared_error(blocks: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
@@ -112,6 +117,13 @@ def _rounded(constants: torch.Tensor, levels: Levels) -> torch.Tensor:
 
 def _inverse(numbers: torch.Tensor) -> torch.Tensor:
     return torch.where(numbers.abs() < _TINY, 0.0, 1.0 / numbers)
+
+
+def residual(weight: torch.Tensor, blocks: Blocks, levels: Levels, out: torch.Tensor) -> torch.Tensor:
+    """See refinement.py."""
+    values = decode(blocks.codes.view(*blocks.scales.shape, -1), _stored(blocks, levels, ...), levels)
+    out[:] = weight - values.view(weight.shape)
+    return out.double().square().sum(dim=1)
 
 
 def refine(
