@@ -99,9 +99,7 @@ def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: 
     return found
 
 
-def residual(
-    weight: torch.Tensor, blocks: Blocks, block_size: int, levels: Levels, out: torch.Tensor
-) -> torch.Tensor:
+def residual(weight: torch.Tensor, blocks: Blocks, block_size: int, levels: Levels, out: torch.Tensor) -> torch.Tensor:
     """float64 [rows]: of each row of float32 [rows, in] the squared error; the error itself goes into `out`, float32.
 
     Raises ValueError where shapes or dtypes do not fit.

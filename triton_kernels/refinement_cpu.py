@@ -29,7 +29,7 @@ _UNROLLED = 4  # columns of V that a loop takes at once
 def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None) -> Blocks:
     """See refinement_reference.py."""
     shape = (weight.shape[0], weight.shape[1] // block_size)
-    blocks, codes = weight.view(-1, block_size).numpy(), np.zeros((weight.numel() // block_size, block_size), np.uint8)
+    blocks, codes = weight.view(-1, block_size).numpy(), np.empty((weight.numel() // block_size, block_size), np.uint8)
     scales, zeros, biases = (np.empty(len(codes), np.float32) for _ in range(3))
     if start is not None:
         scales, zeros, biases = (constants.reshape(-1) for constants in _constants(start, levels))
@@ -99,10 +99,11 @@ def refine(
 
 
 def _table(levels: Levels) -> tuple[Any, Any]:
-    """Of integers None twice."""
+    """The levels and 16 thresholds, the last of them infinite; of integers None twice."""
     if levels.table is None:
         return None, None
-    return levels.table.numpy(), ((levels.table[:-1] + levels.table[1:]) / 2).numpy()
+    thresholds = torch.cat([(levels.table[:-1] + levels.table[1:]) / 2, levels.table.new_full((1,), torch.inf)])
+    return levels.table.numpy(), thresholds.numpy()
 
 
 def _constants(blocks: Blocks, levels: Levels) -> tuple[Any, Any, Any]:

@@ -9,7 +9,16 @@ from dataclasses import dataclass
 
 import torch
 
-from loftq_cli.triton_kernels.refinement import LEAST_WEIGHT, REFITS, WARM_REFITS, WORTHWHILE, Blocks, Levels, Refined, factors_of
+from loftq_cli.triton_kernels.refinement import (
+    LEAST_WEIGHT,
+    REFITS,
+    WARM_REFITS,
+    WORTHWHILE,
+    Blocks,
+    Levels,
+    Refined,
+    factors_of,
+)
 
 _TINY = 1e-38  # what is smaller has lost its digits already, and its reciprocal may overflow
 
@@ -148,7 +157,9 @@ def refine(
                 _fit(weight[:, part], values[:, part], blocks, block, levels, vectors[part], m)
             constants = _stored(blocks, levels, (slice(None), block))
             for j in range(part.start, part.stop):
-                _descend(weight[:, j, None], values[:, j, None], blocks.codes[:, j, None], constants, levels, vectors[j], m)
+                _descend(
+                    weight[:, j, None], values[:, j, None], blocks.codes[:, j, None], constants, levels, vectors[j], m
+                )
     if out is not None:
         out[:] = weight - values
     return Refined(before, _errors(weight, values, vectors), (weight - values) @ vectors)

@@ -14,9 +14,9 @@ import torch
 from loftq_cli.lowrank import Factors, SubspaceSolver, _orthonormal
 from loftq_cli.methods.method import load_method
 from loftq_cli.metrics import adapter_delta
-from loftq_cli.quant.formats import make_quantizer
+from loftq_cli.quant.formats import QuantizedTensor, Quantizer, make_quantizer
 from loftq_cli.rows import TensorRows
-from loftq_cli.tensors import AffineSpec, CodebookSpec, LoraSpec
+from loftq_cli.tensors import AffineSpec, CodebookSpec, LoraPair, LoraSpec
 from loftq_cli.triton_kernels.codebook import codebook_table
 from loftq_cli.triton_kernels.refinement import Blocks, Levels, codebook_levels, refine, residual, search_scales
 from tests.benchmarks.contenders import warm_up
@@ -29,6 +29,10 @@ FORMATS = {
     "int4": (AffineSpec(4, BLOCK_SIZE, symmetric=False), Levels(None, 4, "int", torch.bfloat16)),
     "int2": (AffineSpec(2, BLOCK_SIZE, symmetric=False), Levels(None, 2, "int", torch.bfloat16)),
 }
+
+
+# The base and the adapter of each of some weights.
+Made = list[tuple[Blocks | QuantizedTensor, Factors | LoraPair]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,10 @@ def joint(weight: torch.Tensor, levels: Levels, schedule: Schedule, rank: int = 
     for place in range(schedule.alternations):
         # The principal part is no step of the alternation: nothing goes on from there.
         momentum = schedule.momentum if place > 1 else 0.0
-        torch.addmm(weight, found.left, found.right, alpha=-1.0 - momentum, out=target)
+        left, right = found.left, found.right * (-1.0 - momentum)
         if momentum:
-            target.addmm_(previous.left, previous.right, alpha=momentum)
+            left, right = torch.cat((left, previous.left), dim=1), torch.cat((right, previous.right * momentum))
+        torch.addmm(weight, left, right, out=target)
         blocks = search_scales(target, BLOCK_SIZE, levels, blocks)
         residual(weight, blocks, BLOCK_SIZE, levels, error)
         previous = found
@@ -89,48 +94,44 @@ def run(settings: Settings) -> Iterator[Table]:
 
 def _compared(name: str, weights: Sequence[torch.Tensor], settings: Settings) -> list[dict[str, object]]:
     """One row for each contender: CPU seconds in one thread, and the relative Frobenius error."""
-    calls: dict[str, Callable[[], float]] = {"LoftQ fast, 8": partial(_loftq, name, "fast", 8, weights)}
+    spec, levels = FORMATS[name]
+    quantizer = make_quantizer(spec, "float32")
+    calls: dict[str, Callable[[], Made]] = {"LoftQ fast, 8": partial(_loftq, quantizer, "fast", 8, weights)}
     if len(weights) > 1:
-        calls["LoftQ exact, 5"] = partial(_loftq, name, "exact", 5, weights)
-    calls |= {label: partial(_joint, name, schedule, weights) for label, schedule in SCHEDULES.items()}
-    for label in calls:
-        if label.startswith("joint"):
-            _joint(name, SCHEDULES[label], [weights[0][:64].contiguous()])
+        calls["LoftQ exact, 5"] = partial(_loftq, quantizer, "exact", 5, weights)
+    for label, schedule in SCHEDULES.items():
+        calls[label] = partial(_joint, levels, schedule, weights)
+        _joint(levels, schedule, [weights[0][:64].contiguous()])  # compiles
     runs = interleaved({label: partial(timed, call) for label, call in calls.items()}, settings)
-    fast = median_cpu(runs["LoftQ fast, 8"])
+    fast, norm = median_cpu(runs["LoftQ fast, 8"]), math.fsum(float(w.double().square().sum()) for w in weights)
     rows: list[dict[str, object]] = []
     for label, found in runs.items():
+        squares = 0.0
+        for weight, (base, delta) in zip(weights, found[-1].result, strict=True):
+            error = torch.empty_like(weight)
+            if isinstance(base, Blocks):
+                residual(weight, base, BLOCK_SIZE, levels, error)
+            else:
+                error = weight - quantizer.dequantize(base)
+            update = delta.left @ delta.right if isinstance(delta, Factors) else adapter_delta(delta)
+            squares += float((error - update).double().square().sum())
         cpu = median_cpu(found)
-        rows.append({"method": label, "error": found[-1].result, "CPU s": cpu, "× LoftQ fast": ratio(cpu, fast)})
+        rows.append(
+            {"method": label, "error": math.sqrt(squares / norm), "CPU s": cpu, "× LoftQ fast": ratio(cpu, fast)}
+        )
     return rows
 
 
-def _joint(name: str, schedule: Schedule, weights: Sequence[torch.Tensor]) -> float:
-    levels, squares = FORMATS[name][1], 0.0
+def _joint(levels: Levels, schedule: Schedule, weights: Sequence[torch.Tensor]) -> Made:
+    return [joint(weight, levels, schedule) for weight in weights]
+
+
+def _loftq(quantizer: Quantizer, svd: str, iterations: int, weights: Sequence[torch.Tensor]) -> Made:
+    lora, method = LoraSpec(RANK, RANK), load_method("loftq")
+    made: Made = []
     for weight in weights:
-        blocks, found = joint(weight, levels, schedule)
-        error = torch.empty_like(weight)
-        residual(weight, blocks, BLOCK_SIZE, levels, error)
-        squares += float(error.addmm_(found.left, found.right, alpha=-1.0).double().square().sum())
-    return math.sqrt(squares / _squared_norm(weights))
-
-
-def _loftq(name: str, svd: str, iterations: int, weights: Sequence[torch.Tensor]) -> float:
-    quantizer, squares = make_quantizer(FORMATS[name][0], "float32"), 0.0
-    for weight in weights:
-        made = load_method("loftq")(
-            TensorRows(weight),
-            quantizer,
-            LoraSpec(RANK, RANK),
-            iterations=iterations,
-            svd=svd,
-            init=None,
-            generator=torch.Generator().manual_seed(0),
-        )
-        error = weight - quantizer.dequantize(made.quantized) - adapter_delta(made.lora)
-        squares += float(error.double().square().sum())
-    return math.sqrt(squares / _squared_norm(weights))
-
-
-def _squared_norm(weights: Sequence[torch.Tensor]) -> float:
-    return math.fsum(float(weight.double().square().sum()) for weight in weights)
+        generator = torch.Generator().manual_seed(0)
+        rows = TensorRows(weight)
+        found = method(rows, quantizer, lora, iterations=iterations, svd=svd, init=None, generator=generator)
+        made.append((found.quantized, found.lora))
+    return made
