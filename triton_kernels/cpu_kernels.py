@@ -815,7 +815,7 @@ def refine_rows(
                 _to_lane(values, q[part], lane)
                 _to_lane(codes[row, part], c[part], lane)
         m[:] = np.float32(0.0)
-        for j in range(0, columns):
+        for j in range(columns):
             for lane in range(LANES):
                 work[0, lane] = w[j, lane] - q[j, lane]
             _add_products(work[0], vectors[j], m)

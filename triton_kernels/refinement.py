@@ -16,11 +16,11 @@ from loftq_cli.triton_kernels.backend import implementation
 
 OFFSETS = ("none", "int", "float")
 
-# Factors of a block's range that are tried first. Least squares finds the rest: with these four, twice refitted, NF4
-# loses 0.3 % more of MiniLM's linears than with ten factors from 0.45 to 1.1.
+# Factors of a block's range that are tried first. Least squares finds the rest: with eleven from 0.45 to 1.1 instead,
+# NF4 loses 0.2 % less of MiniLM's linears after one search and eight rounds, and no less after ten alternations.
 FACTORS = (1.0, 0.9, 0.8, 0.7)
 REFITS = 3
-WARM_REFITS = 1  # a second one gains 0.1 % there, and costs half as much again as all the rest
+WARM_REFITS = 1  # a second one changes nothing there that shows in three digits
 
 # Of the reduced weight 1 − |v|² of a column: what has less is the adapter's, and float32 could not tell what it costs.
 LEAST_WEIGHT = 1e-3
@@ -130,8 +130,9 @@ def refine(
     to the least error for its codes, if that is less after rounding. (Zero points stay.) Then it moves the code of one
     column after another to the least error for all others. No step raises the error: one whose gain float32 cannot see
     is not made. A column that the adapter has almost by itself keeps its code, and a block with scale 0 all of them.
-    Rows do not depend on each other, not even in their last bits, however they are ordered or divided. A row with NaN,
-    infinity or numbers whose squares are not inside float32's range may stay as it is, and its errors be NaN.
+    Rows do not depend on each other, however they are ordered or divided; compiled, not even in their last bits. What
+    becomes of a row with NaN, infinity or numbers whose squares are not inside float32's range means nothing: its
+    errors are not finite then, and other rows do not notice.
     Raises ValueError where shapes or dtypes do not fit.
     """
     _check_levels(levels)

@@ -1,5 +1,5 @@
-"""The definition of the search for block constants and of their refinement, in plain torch: all rows at once, one column
-after another.
+"""The definition of the search for block constants and of their refinement, in plain torch: all rows at once, and one
+column after another.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: 
     """See refinement.py."""
     blocks = weight.reshape(-1, block_size)
     ranges = list(_ranges(blocks, levels, factors_of(levels, start)))
-    begun = [] if start is None else [_stored(start, levels, ...).flattened()]
+    begun = [] if start is None else [_stored(start, levels).flattened()]
     best, error = ranges[0], torch.tensor(torch.inf)
     for tried in begun + ranges:
         new_error = _squared_error(blocks, tried, levels)
@@ -130,7 +130,7 @@ def _inverse(numbers: torch.Tensor) -> torch.Tensor:
 
 def residual(weight: torch.Tensor, blocks: Blocks, levels: Levels, out: torch.Tensor) -> torch.Tensor:
     """See refinement.py."""
-    values = decode(blocks.codes.view(*blocks.scales.shape, -1), _stored(blocks, levels, ...), levels)
+    values = decode(blocks.codes.view(*blocks.scales.shape, -1), _stored(blocks, levels), levels)
     out[:] = weight - values.view(weight.shape)
     return out.double().square().sum(dim=1)
 
@@ -147,7 +147,7 @@ def refine(
 ) -> Refined:
     """See refinement.py."""
     shape = (*blocks.scales.shape, block_size)
-    values = decode(blocks.codes.view(shape), _stored(blocks, levels, ...), levels).view(weight.shape)
+    values = decode(blocks.codes.view(shape), _stored(blocks, levels), levels).view(weight.shape)
     before = _errors(weight, values, vectors)
     m = (weight - values) @ vectors  # [rows, r]
     for _ in range(sweeps):
@@ -155,7 +155,7 @@ def refine(
             part = slice(block * block_size, (block + 1) * block_size)
             if fits_scales:
                 _fit(weight[:, part], values[:, part], blocks, block, levels, vectors[part], m)
-            constants = _stored(blocks, levels, (slice(None), block))
+            constants = _stored(blocks, levels, block)
             for j in range(part.start, part.stop):
                 _descend(
                     weight[:, j, None], values[:, j, None], blocks.codes[:, j, None], constants, levels, vectors[j], m
@@ -201,7 +201,7 @@ def _fit(
     """The scale of each row's block [rows, block_size], and its bias, where the error is least for these codes: the
     values become bias' + (values − bias)·scale' / scale.
     """
-    old = _stored(blocks, levels, (slice(None), block))
+    old = _stored(blocks, levels, block)
     error, linear = weight - values, values - old.bias
     projected, ones = linear @ vectors, vectors.sum(dim=0)  # [rows, r], [r]
     right = _inner(linear, error) - _inner(projected, m)
@@ -253,16 +253,15 @@ def decode(codes: torch.Tensor, constants: Constants, levels: Levels) -> torch.T
     return found * constants.scale + constants.bias
 
 
-def _stored(blocks: Blocks, levels: Levels, part: object) -> Constants:
-    """Constants with one more dimension, of size 1."""
-    scale = blocks.scales[part].float()[..., None]
-    offset = None if blocks.offsets is None else blocks.offsets[part].float()[..., None]
+def _stored(blocks: Blocks, levels: Levels, block: int | None = None) -> Constants:
+    """Constants [rows, blocks, 1], or those of one block in each row, [rows, 1]."""
+    part = slice(None) if block is None else block
+    scale = blocks.scales[:, part].float()[..., None]
     nothing = torch.zeros_like(scale)
-    if levels.offset == "int":
-        return Constants(scale, offset, nothing)
-    if levels.offset == "float":
-        return Constants(scale, nothing, offset)
-    return Constants(scale, nothing if levels.table is not None else nothing + 2 ** (levels.bits - 1), nothing)
+    if blocks.offsets is None:
+        return Constants(scale, nothing if levels.table is not None else nothing + 2 ** (levels.bits - 1), nothing)
+    offset = blocks.offsets[:, part].float()[..., None]
+    return Constants(scale, offset, nothing) if levels.offset == "int" else Constants(scale, nothing, offset)
 
 
 def _inner(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

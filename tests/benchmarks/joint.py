@@ -46,7 +46,11 @@ class Schedule:
     rounds: int
 
 
-SCHEDULES = {"joint, 9 + 1": Schedule(9, 1.0, 1), "joint, 16 + 2": Schedule(16, 1.0, 2)}
+# Alternations + rounds. What momentum brings shows beside the last, which goes about as low as rounds alone do.
+SCHEDULES = {
+    f"joint, {alternations} + {rounds}": Schedule(alternations, 1.0, rounds)
+    for alternations, rounds in ((10, 0), (12, 0), (12, 1), (16, 4))
+} | {"joint, 5 + 8, no momentum": Schedule(5, 0.0, 8)}
 
 
 def joint(weight: torch.Tensor, levels: Levels, schedule: Schedule, rank: int = RANK) -> tuple[Blocks, Factors]:
