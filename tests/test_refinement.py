@@ -182,6 +182,20 @@ def test_zero_blocks_stay_zero_and_do_not_change_their_neighbours(form, backend)
 
 
 @every_form
+def test_a_search_from_a_zero_block_does_not_change_what_becomes_of_others(form, backend):
+    levels, weight = FORMS[form], normal(40, 64)
+    moved = weight + 0.2 * normal(40, 64, seed=5)
+    start = search_scales(weight, 64, levels)
+    weight[7] = 0.0
+    with_zeros = search_scales(weight, 64, levels)
+    expected, found = (search_scales(moved, 64, levels, blocks) for blocks in (start, with_zeros))
+    others = torch.arange(40) != 7
+    assert torch.equal(found.scales[others], expected.scales[others])
+    assert torch.equal(found.codes[others], expected.codes[others])
+    assert bool((found.codes[7] != found.codes[7, 0]).any())  # it has left zero
+
+
+@every_form
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_scale_is_not_finite_exactly_where_its_block_is_not(form, bad, backend):
     levels, weight = FORMS[form], normal(5, 128)

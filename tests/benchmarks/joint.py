@@ -49,7 +49,7 @@ class Schedule:
 # Alternations + rounds. What momentum brings shows beside the last, which goes about as low as rounds alone do.
 SCHEDULES = {
     f"joint, {alternations} + {rounds}": Schedule(alternations, 1.0, rounds)
-    for alternations, rounds in ((10, 0), (12, 0), (12, 1), (16, 4))
+    for alternations, rounds in ((11, 0), (12, 1), (16, 4))
 } | {"joint, 5 + 8, no momentum": Schedule(5, 0.0, 8)}
 
 
