@@ -103,6 +103,7 @@ def _compared(name: str, weights: Sequence[torch.Tensor], settings: Settings) ->
     calls: dict[str, Callable[[], Made]] = {"LoftQ fast, 8": partial(_loftq, quantizer, "fast", 8, weights)}
     if len(weights) > 1:
         calls["LoftQ exact, 5"] = partial(_loftq, quantizer, "exact", 5, weights)
+    _loftq(quantizer, "fast", 1, weights[:1])  # loads what it needs
     for label, schedule in SCHEDULES.items():
         calls[label] = partial(_joint, levels, schedule, weights)
         _joint(levels, schedule, [weights[0][:64].contiguous()])  # compiles
