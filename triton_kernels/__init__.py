@@ -10,6 +10,7 @@ error_stats.py    squared and largest error of an approximation, in one pass; of
 factors.py        the factors of an adapter as the fused operations take them
 merging.py        a codebook matrix and an adapter made one weight; what survives quantizing again
 packing.py        integer codes as a bit stream in 32-bit words, and back
+refinement.py     codes and constants of least error, by themselves and under what an adapter absorbs
 residual.py       the passes of LoftQ over a stack of matrices
 
 `<op>.py` is the contract: it validates once and dispatches. `<op>_reference.py` is the definition in plain torch;

@@ -26,7 +26,7 @@ _TRITON = frozenset(
 # device type -> backend -> the operations that it has. The reference is plain torch, has all of them, and runs
 # wherever torch does. On a processor Triton only interprets, which is for tests. (AMD's cards are "cuda" to torch.)
 BACKENDS: dict[str, dict[str, frozenset[str]]] = {
-    "cpu": {"cpu": frozenset({"affine", "codebook", "double_quant", "error_stats"}), "triton": _TRITON},
+    "cpu": {"cpu": frozenset({"affine", "codebook", "double_quant", "error_stats", "refinement"}), "triton": _TRITON},
     "cuda": {"triton": _TRITON},
 }
 

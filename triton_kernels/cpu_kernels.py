@@ -28,14 +28,17 @@ BUFFER_NUMEL = 1024
 SMALLEST_ABSMAX = np.float32(1e-38)
 
 
-def kernel(*, reassociates: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a function at its first call. Arithmetic is IEEE, without fused multiply-adds; `reassociates` lets a
-    sum be taken in any order, so that it can use vectors.
+def kernel(
+    *, reassociates: bool = False, contracts: bool = False
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compiles a function at its first call. Arithmetic is IEEE, without fused multiply-adds unless it `contracts`;
+    `reassociates` lets a sum be taken in any order, so that it can use vectors.
     """
+    relaxed = {name for name, allowed in (("reassoc", reassociates), ("contract", contracts)) if allowed}
     options: dict[str, Any] = {
         "nogil": True,
         "error_model": "numpy",
-        "fastmath": {"reassoc"} if reassociates else False,
+        "fastmath": relaxed or False,
     }
 
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -476,3 +479,602 @@ def squared_errors(groups: Any, scales: Any, offsets: Any, is_float: bool, round
         _group_steps(groups[row], scales[row], offsets[row], is_float, np.float32(top), steps)
         _decode_group(steps, scales[row], offsets[row], is_float, rounds, values)
         errors[row] = _squared_difference(groups[row], values)
+
+
+# Refinement, see refinement_reference.py. What differs from it is the order of sums, and fused multiply-adds.
+# `table` and `thresholds` are None for integers: a kernel is compiled for each.
+
+# Rows side by side in the inner loops of a tile, where their columns depend on each other.
+LANES = 64
+
+_TINY = np.float32(1e-38)
+
+
+@kernel()
+def _stored(number: Any, dtype: int) -> Any:
+    """A float32 rounded to float32 (0), bfloat16 (1) or float16 (2)."""
+    if dtype == 0 or not abs(number) < np.float32(np.inf):
+        return number
+    bits = np.float32(number).view(np.uint32)
+    if dtype == 1:
+        return np.uint32(_rounded(bits) & np.uint32(0xFFFF0000)).view(np.float32)
+    if abs(number) < np.float32(2.0**-14):
+        return (number + np.float32(0.75)) - np.float32(0.75)  # its steps are those of float32 next to 0.75
+    carried = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
+    half = np.uint32(carried & np.uint32(0xFFFFE000)).view(np.float32)
+    return half if abs(half) <= np.float32(65504.0) else np.copysign(np.float32(np.inf), number)
+
+
+@kernel()
+def _inverse(number: Any) -> Any:
+    return np.float32(0.0) if abs(number) < _TINY else np.float32(1.0) / number
+
+
+@intrinsic
+def _nearest_16(typing: Any, x: Any, at: Any, factor: Any, thresholds: Any, table: Any, levels: Any, codes: Any) -> Any:
+    """levels[at : at + 16] and codes of x[at : at + 16] * factor by bisection: each of its steps, and the table, is one
+    permutation of 16 numbers, which LLVM makes of no loop. 5 times faster than 15 comparisons and a gather, measured;
+    but not on numbers that were just stored as smaller vectors, for which the processor has to wait.
+    """
+    signature = types.void(x, at, factor, thresholds, table, levels, codes)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        byte, word, number = ir.IntType(8), ir.IntType(32), ir.FloatType()
+        words, numbers, some_bytes = ir.VectorType(word, 16), ir.VectorType(number, 16), ir.VectorType(byte, 16)
+
+        def pointer(argument: int, index: Any, vector: Any) -> Any:
+            array = context.make_array(signature.args[argument])(context, builder, arguments[argument])
+            return builder.bitcast(builder.gep(array.data, [index]), vector.as_pointer())
+
+        first = ir.Constant(ir.IntType(64), 0)
+        nothing = ir.Constant(numbers, ir.Undefined)
+        one = builder.insert_element(nothing, arguments[2], ir.Constant(word, 0))
+        factors = builder.shuffle_vector(one, nothing, ir.Constant(words, [0] * 16))
+        values = builder.fmul(builder.load(pointer(0, arguments[1], numbers), align=4), factors)
+        bounds, entries = (builder.load(pointer(k, first, numbers), align=4) for k in (3, 4))
+        permute = cgutils.get_or_insert_function(  # type: ignore[no-untyped-call]
+            builder.module, ir.FunctionType(numbers, [numbers, words]), "llvm.x86.avx512.permvar.sf.512"
+        )
+        found = ir.Constant(words, [0] * 16)
+        for step in (8, 4, 2, 1):
+            bound = builder.call(permute, [bounds, builder.add(found, ir.Constant(words, [step - 1] * 16))])
+            above = builder.add(found, ir.Constant(words, [step] * 16))
+            found = builder.select(builder.fcmp_ordered(">", values, bound), above, found)
+        builder.store(builder.call(permute, [entries, found]), pointer(5, arguments[1], numbers), align=4)
+        builder.store(builder.trunc(found, some_bytes), pointer(6, arguments[1], some_bytes), align=1)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@kernel()
+def _nearest_by_permuting(blocks: Any, factors: Any, thresholds: Any, table: Any, levels: Any, codes: Any) -> None:
+    if blocks.shape[1] % 16:
+        _nearest_by_comparing(blocks, factors, thresholds, table, levels, codes)
+        return
+    for row in range(factors.size):
+        x, level, code = blocks[row], levels[row], codes[row]
+        for at in range(0, x.size, 16):
+            _nearest_16(x, at, factors[row], thresholds, table, level, code)  # type: ignore[call-arg]
+
+
+@kernel()
+def _nearest_by_comparing(blocks: Any, factors: Any, thresholds: Any, table: Any, levels: Any, codes: Any) -> None:
+    for row in range(factors.size):
+        x, level, code = blocks[row], levels[row], codes[row]
+        for i in range(x.size):
+            level[i] = x[i] * factors[row]
+        _encode(level, thresholds, code)
+        for i in range(x.size):
+            level[i] = table[code[i]]
+
+
+# The nearest levels to blocks [n, block_size] * factors [n] in a table of 16, and their codes; `thresholds` has 16
+# entries, of which the last means nothing.
+_nearest = _nearest_by_permuting if _has_permutations() else _nearest_by_comparing
+
+
+@kernel(reassociates=True, contracts=True)
+def _table_sums(blocks: Any, levels: Any, units: Any, scales: Any, sums: Any) -> None:
+    """Of each block the error, and the products of its weights and levels and of levels."""
+    for row in range(units.size):
+        x, level, unit, scale = blocks[row], levels[row], units[row], scales[row]
+        error = mixed = square = np.float32(0.0)
+        for i in range(x.size):
+            difference = (x[i] - level[i] * scale) * unit
+            error += difference * difference
+            mixed += x[i] * unit * level[i]
+            square += level[i] * level[i]
+        sums[row, 0], sums[row, 1], sums[row, 2] = error, mixed, square
+
+
+@kernel(reassociates=True, contracts=True)
+def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias: Any, top: Any, sums: Any) -> None:
+    """The same of integers, whose levels are steps from the zero point; and the sums of weights and levels."""
+    error = mixed = square = total = steps = np.float32(0.0)
+    for i in range(x.size):
+        level = np.rint((x[i] - bias) * inverse) + zero
+        level = min(max(level, np.float32(0.0)), top) - zero
+        difference = (x[i] - (level * scale + bias)) * unit
+        error += difference * difference
+        mixed += x[i] * unit * level
+        square += level * level
+        total += x[i] * unit
+        steps += level
+    sums[0], sums[1], sums[2], sums[3], sums[4] = error, mixed, square, total, steps
+
+
+@kernel()
+def search_table(
+    blocks: Any,
+    table: Any,
+    thresholds: Any,
+    factors: Any,
+    refits: int,
+    is_signed: bool,
+    dtype: int,
+    has_start: bool,
+    codes: Any,
+    scales: Any,
+) -> None:
+    # Calls cost as much as a block: the passes go over many.
+    per_pass, size = max(4 * BUFFER_NUMEL // blocks.shape[1], 1), blocks.shape[1]
+    levels, zero, infinity = np.empty((per_pass, size), np.float32), np.float32(0.0), np.float32(np.inf)
+    numbers = np.empty((6, per_pass), np.float32)
+    largest, units, tried, factor, error, slopes = (
+        numbers[0],
+        numbers[1],
+        numbers[2],
+        numbers[3],
+        numbers[4],
+        numbers[5],
+    )
+    sums, starts_at_zero = np.empty((per_pass, 3), np.float32), np.zeros(per_pass, np.bool_)
+    for first in range(0, blocks.shape[0], per_pass):
+        last = min(first + per_pass, blocks.shape[0])
+        n = last - first
+        x, found, best = blocks[first:last], codes[first:last], scales[first:last]
+        _largest_magnitudes(x.view(np.uint32), largest[:n].view(np.uint32))
+        is_searched = not has_start
+        for row in range(n):
+            largest[row] = largest[row] if largest[row] < infinity else np.float32(np.nan)
+            units[row], error[row], slopes[row] = _inverse(largest[row]), infinity, zero
+            if not has_start:
+                best[row] = _stored(largest[row] * factors[0], dtype)
+            starts_at_zero[row] = has_start and best[row] == zero
+            is_searched |= starts_at_zero[row]
+        begins_with = -1 if has_start else 0
+        for i in range(begins_with, factors.size + refits if is_searched else 1):
+            for row in range(n):
+                scale = best[row]
+                if i >= factors.size or (has_start and i == 0 and not starts_at_zero[row]):
+                    scale = _stored(largest[row] * slopes[row], dtype)
+                elif i >= 0:
+                    scale = _stored(largest[row] * factors[i], dtype)
+                is_usable = abs(scale) < infinity and scale != zero and (scale > zero or is_signed or i < 0)
+                is_usable &= not has_start or i < 1 or starts_at_zero[row]
+                tried[row] = scale if is_usable else zero
+                factor[row] = _inverse(tried[row])
+            _nearest(x, factor[:n], thresholds, table, levels, found)
+            _table_sums(x, levels, units[:n], tried, sums)
+            for row in range(n):
+                if tried[row] != zero and sums[row, 0] < error[row]:
+                    error[row], best[row], slopes[row] = sums[row, 0], tried[row], sums[row, 1] / sums[row, 2]
+        for row in range(n):
+            factor[row] = _inverse(best[row])
+        _nearest(x, factor[:n], thresholds, table, levels, found)
+
+
+@kernel()
+def _largest(x: Any) -> Any:
+    """The largest magnitude; NaN where there is one, or infinity."""
+    bits, found = x.view(np.uint32), np.uint32(0)
+    for i in range(bits.size):
+        found = max(found, bits[i] & np.uint32(0x7FFFFFFF))
+    return np.uint32(found).view(np.float32) if found < np.uint32(0x7F800000) else np.float32(np.nan)
+
+
+@kernel()
+def search_steps(
+    blocks: Any,
+    offset: int,
+    top: int,
+    factors: Any,
+    refits: int,
+    is_signed: bool,
+    dtype: int,
+    has_start: bool,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    biases: Any,
+) -> None:
+    """`offset`: none (0), int (1) or float (2)."""
+    sums, best_sums, nothing, highest = (
+        np.empty(5, np.float32),
+        np.empty(5, np.float32),
+        np.float32(0.0),
+        np.float32(top),
+    )
+    middle = np.float32((top + 1) // 2) if offset == 0 else nothing
+    for row in range(blocks.shape[0]):
+        x = blocks[row]
+        largest, low, high = _largest(x), _least(x), _greatest(x)
+        if offset == 1:
+            low, high = min(low, nothing), max(high, nothing)
+        centre, unit, error = (low + high) / np.float32(2.0), _inverse(largest), np.float32(np.inf)
+        best_scale, best_zero, best_bias = np.float32(np.nan), middle, nothing
+        for i in range(-1 if has_start else 0, factors.size + refits):
+            scale, zero, bias = nothing, middle, nothing
+            if i < 0:
+                scale, zero, bias = scales[row], zeros[row], biases[row]
+            elif i < factors.size:
+                if offset == 0:
+                    scale = _stored(largest * factors[i] / np.float32(top / 2), dtype)
+                else:
+                    scale = _stored((high - low) * factors[i] / highest, dtype)
+                scale = np.float32(1.0) if scale == nothing else scale
+                if offset == 1:
+                    zero = min(max(np.rint(-low * factors[i] / scale), nothing), highest)
+                elif offset == 2:
+                    bias = _stored(centre + (low - centre) * factors[i], dtype)
+                if not error < np.float32(np.inf):
+                    best_scale, best_zero, best_bias = scale, zero, bias
+            else:
+                slope, zero, start = _line(best_sums, best_zero, offset, (i - factors.size) % 2 == 0, x.size, highest)
+                scale, bias = _stored(slope * largest, dtype), _stored(start * largest, dtype)
+                if scale == nothing or (scale < nothing and not is_signed):
+                    continue
+            if not (abs(scale) < np.float32(np.inf) and abs(bias) < np.float32(np.inf)):
+                continue
+            _sums_of_steps(x, _inverse(scale), unit, scale, zero, bias, highest, sums)
+            if sums[0] < error:
+                error, best_scale, best_zero, best_bias = sums[0], scale, zero, bias
+                best_sums[:] = sums
+        scales[row] = best_scale if largest == largest else np.float32(np.nan)
+        zeros[row], biases[row] = best_zero, best_bias
+        if largest == largest:
+            _encode_steps(x, _inverse(best_scale), best_zero, best_bias, highest, codes[row])
+
+
+@kernel()
+def _line(sums: Any, zero: Any, offset: int, moves_zero: bool, count: int, top: Any) -> Any:
+    """The slope of the line through weights over their levels, the zero point, and what is left at it: the bias."""
+    mixed, square, total, steps, n = sums[1], sums[2], sums[3], sums[4], np.float32(count)
+    nothing = np.float32(0.0)
+    if offset == 0 or (offset == 1 and not moves_zero):
+        return mixed / square, zero, nothing
+    slope = (mixed - total * steps / n) / (square - steps * steps / n)
+    start = (total - slope * steps) / n
+    if offset == 2:
+        return slope, zero, start
+    moved = np.rint(zero - start / slope)
+    if not abs(moved) < np.float32(np.inf):
+        return np.float32(np.nan), zero, nothing
+    moved = min(max(moved, nothing), top)
+    move = zero - moved
+    return (mixed + move * total) / (square + move * (np.float32(2.0) * steps + n * move)), moved, nothing
+
+
+@kernel()
+def _encode_steps(x: Any, inverse: Any, zero: Any, bias: Any, top: Any, codes: Any) -> None:
+    for i in range(x.size):
+        level = np.rint((x[i] - bias) * inverse) + zero
+        codes[i] = np.uint8(np.int32(min(max(level, np.float32(0.0)), top)))
+
+
+@kernel(contracts=True)
+def refine_rows(
+    weight: Any,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    biases: Any,
+    table: Any,
+    thresholds: Any,
+    top: int,
+    vectors: Any,
+    sweeps: int,
+    fits: int,
+    is_signed: bool,
+    dtype: int,
+    limits: Any,
+    before: Any,
+    after: Any,
+    projections: Any,
+    out: Any,
+) -> None:
+    """`vectors` [in, r] with r a multiple of 4; `fits` 0, 1 (scales) or 2 (biases too); `limits`: LEAST_WEIGHT and
+    2 * WORTHWHILE; `out` has no rows if it is not wanted.
+    """
+    rows, columns = weight.shape
+    n_blocks, rank = scales.shape[1], vectors.shape[1]
+    size = columns // n_blocks
+    w, q = np.zeros((columns, LANES), np.float32), np.zeros((columns, LANES), np.float32)
+    c, chosen = np.zeros((columns, LANES), np.uint8), np.zeros(LANES, np.uint8)
+    constants = np.zeros((n_blocks, 3, LANES), np.float32)  # scales, zero points, biases
+    m, work = np.zeros((rank, LANES), np.float32), np.zeros((9, LANES), np.float32)
+    projected, ones = np.zeros((rank, LANES), np.float32), np.zeros((n_blocks, rank), np.float32)
+    left, values = np.empty(columns, np.float32), np.empty(size, np.float32)
+    for j in range(columns):
+        absorbed = 0.0
+        for k in range(rank):
+            absorbed += np.float64(vectors[j, k]) * np.float64(vectors[j, k])
+            ones[j // size, k] += vectors[j, k]
+        left[j] = 1.0 - absorbed
+    for first in range(0, rows, LANES):
+        count = min(LANES, rows - first)
+        for block in range(n_blocks):
+            part = slice(block * size, (block + 1) * size)
+            for lane in range(count):
+                row = first + lane
+                scale, zero, bias = scales[row, block], zeros[row, block], biases[row, block]
+                constants[block, 0, lane], constants[block, 1, lane], constants[block, 2, lane] = scale, zero, bias
+                _decode_block(codes[row, part], scale, zero, bias, table, values)
+                _to_lane(weight[row, part], w[part], lane)
+                _to_lane(values, q[part], lane)
+                _to_lane(codes[row, part], c[part], lane)
+        m[:] = np.float32(0.0)
+        for j in range(columns):
+            for lane in range(LANES):
+                work[0, lane] = w[j, lane] - q[j, lane]
+            _add_products(work[0], vectors[j], m)
+        _squared_errors(w, q, m, before[first : first + count])
+        for _ in range(sweeps):
+            for block in range(n_blocks):
+                part = slice(block * size, (block + 1) * size)
+                if fits:
+                    _fit_tile(
+                        w[part],
+                        q[part],
+                        constants[block],
+                        vectors[part],
+                        ones[block],
+                        m,
+                        projected,
+                        work,
+                        fits == 2,
+                        is_signed,
+                        dtype,
+                        limits[0],
+                    )
+                _sweep_tile(
+                    w[part],
+                    q[part],
+                    c[part],
+                    constants[block],
+                    table,
+                    thresholds,
+                    np.float32(top),
+                    vectors[part],
+                    left[part],
+                    m,
+                    work,
+                    chosen,
+                    limits,
+                )
+        _squared_errors(w, q, m, after[first : first + count])
+        for block in range(n_blocks):
+            part = slice(block * size, (block + 1) * size)
+            for lane in range(count):
+                row = first + lane
+                scales[row, block], biases[row, block] = constants[block, 0, lane], constants[block, 2, lane]
+                _from_lane(c[part], lane, codes[row, part])
+                if out.shape[0]:
+                    _from_lane(q[part], lane, values)
+                    for i in range(size):
+                        out[row, block * size + i] = weight[row, block * size + i] - values[i]
+        for lane in range(count):
+            for k in range(projections.shape[1]):
+                projections[first + lane, k] = m[k, lane]
+
+
+@kernel()
+def _to_lane(source: Any, tile: Any, lane: int) -> None:
+    for i in range(source.size):
+        tile[i, lane] = source[i]
+
+
+@kernel()
+def _from_lane(tile: Any, lane: int, target: Any) -> None:
+    for i in range(target.size):
+        target[i] = tile[i, lane]
+
+
+@kernel(contracts=True)
+def _decode_block(codes: Any, scale: Any, zero: Any, bias: Any, table: Any, values: Any) -> None:
+    for i in range(values.size):
+        if table is None:
+            values[i] = (np.float32(codes[i]) - zero) * scale + bias
+        else:
+            values[i] = table[codes[i]] * scale
+
+
+@kernel(contracts=True)
+def residual_of_rows(
+    weight: Any, codes: Any, scales: Any, zeros: Any, biases: Any, table: Any, out: Any, squares: Any
+) -> None:
+    """What blocks lose into `out`, and of each row the sum of its squares."""
+    size = weight.shape[1] // scales.shape[1]
+    values = np.empty(size, np.float32)
+    for row in range(weight.shape[0]):
+        for block in range(scales.shape[1]):
+            part = slice(block * size, (block + 1) * size)
+            _decode_block(codes[row, part], scales[row, block], zeros[row, block], biases[row, block], table, values)
+            x, error = weight[row, part], out[row, part]
+            for i in range(size):
+                error[i] = x[i] - values[i]
+        squares[row] = _sum_of_squares(out[row])
+
+
+@kernel(contracts=True)
+def _add_products(number: Any, v: Any, m: Any) -> None:
+    """m [r, LANES] += v [r] * number [LANES]."""
+    for k in range(0, v.size, 4):
+        v0, v1, v2, v3 = v[k], v[k + 1], v[k + 2], v[k + 3]
+        m0, m1, m2, m3 = m[k], m[k + 1], m[k + 2], m[k + 3]
+        for lane in range(LANES):
+            d = number[lane]
+            m0[lane] += d * v0
+            m1[lane] += d * v1
+            m2[lane] += d * v2
+            m3[lane] += d * v3
+
+
+@kernel(contracts=True)
+def _squared_errors(w: Any, q: Any, m: Any, errors: Any) -> None:
+    totals = np.zeros(LANES, np.float64)
+    for j in range(w.shape[0]):
+        for lane in range(LANES):
+            error = np.float64(w[j, lane] - q[j, lane])
+            totals[lane] += error * error
+    for k in range(m.shape[0]):
+        for lane in range(LANES):
+            totals[lane] -= np.float64(m[k, lane]) * np.float64(m[k, lane])
+    for lane in range(errors.size):
+        errors[lane] = totals[lane]
+
+
+@kernel(contracts=True)
+def _step_and_dot(delta: Any, v: Any, u: Any, m: Any, dot: Any) -> None:
+    """m -= delta * v, and then dot = u·m."""
+    for lane in range(LANES):
+        dot[lane] = np.float32(0.0)
+    for k in range(0, v.size, 4):
+        v0, v1, v2, v3 = v[k], v[k + 1], v[k + 2], v[k + 3]
+        u0, u1, u2, u3 = u[k], u[k + 1], u[k + 2], u[k + 3]
+        m0, m1, m2, m3 = m[k], m[k + 1], m[k + 2], m[k + 3]
+        for lane in range(LANES):
+            d = delta[lane]
+            a0, a1, a2, a3 = m0[lane] - d * v0, m1[lane] - d * v1, m2[lane] - d * v2, m3[lane] - d * v3
+            m0[lane], m1[lane], m2[lane], m3[lane] = a0, a1, a2, a3
+            dot[lane] += (a0 * u0 + a1 * u1) + (a2 * u2 + a3 * u3)
+
+
+@kernel(contracts=True)
+def _sweep_tile(
+    w: Any,
+    q: Any,
+    c: Any,
+    constants: Any,
+    table: Any,
+    thresholds: Any,
+    top: Any,
+    vectors: Any,
+    left: Any,
+    m: Any,
+    work: Any,
+    chosen: Any,
+    limits: Any,
+) -> None:
+    """One block: the codes of its columns, one after another."""
+    scale, zero, bias = constants[0], constants[1], constants[2]
+    delta, dot, y, inverse, found = work[0], work[1], work[2], work[3], work[4]
+    for lane in range(LANES):
+        delta[lane], inverse[lane] = np.float32(0.0), _inverse(scale[lane])
+    previous = 0
+    for j in range(w.shape[0]):
+        _step_and_dot(delta, vectors[previous], vectors[j], m, dot)
+        previous = j
+        h = left[j]
+        if not h > limits[0]:
+            delta[:] = np.float32(0.0)
+            continue
+        wj, qj, cj, reciprocal = w[j], q[j], c[j], np.float32(1.0) / h
+        for lane in range(LANES):
+            slope = wj[lane] - qj[lane] - dot[lane]
+            dot[lane] = slope
+            y[lane] = (qj[lane] + slope * reciprocal - bias[lane]) * inverse[lane]
+        if table is None:
+            for lane in range(LANES):
+                level = min(max(np.rint(y[lane]) + zero[lane], np.float32(0.0)), top)
+                chosen[lane] = np.uint8(np.int32(level))
+                found[lane] = (level - zero[lane]) * scale[lane] + bias[lane]
+        else:
+            _encode(y, thresholds, chosen)
+            for lane in range(LANES):
+                found[lane] = table[chosen[lane]] * scale[lane]
+        for lane in range(LANES):
+            slope, step = dot[lane], found[lane] - qj[lane]
+            lowers = (step * np.copysign(np.float32(1.0), slope) > np.float32(0.0)) & (
+                abs(step) * h < limits[1] * abs(slope)
+            )
+            delta[lane] = step if lowers else np.float32(0.0)
+            qj[lane] = found[lane] if lowers else qj[lane]
+            cj[lane] = chosen[lane] if lowers else cj[lane]
+    for k in range(m.shape[0]):
+        v = vectors[previous, k]
+        for lane in range(LANES):
+            m[k, lane] -= delta[lane] * v
+
+
+@kernel(contracts=True)
+def _fit_tile(
+    w: Any,
+    q: Any,
+    constants: Any,
+    vectors: Any,
+    ones: Any,
+    m: Any,
+    projected: Any,
+    work: Any,
+    fits_bias: bool,
+    is_signed: bool,
+    dtype: int,
+    least: Any,
+) -> None:
+    """One block: its scale, and its bias."""
+    scale, bias = constants[0], constants[2]
+    linear, right, square, right_bias, mixed = work[0], work[1], work[2], work[3], work[4]
+    factors, shifts, norm = work[5], work[6], work[7]
+    work[:] = np.float32(0.0)
+    projected[:] = np.float32(0.0)
+    for j in range(w.shape[0]):
+        wj, qj = w[j], q[j]
+        for lane in range(LANES):
+            d = qj[lane] - bias[lane]
+            error = wj[lane] - qj[lane]
+            linear[lane] = d
+            right[lane] += d * error
+            norm[lane] += d * d
+            right_bias[lane] += error
+            mixed[lane] += d
+        _add_products(linear, vectors[j], projected)
+    square_bias = np.float32(w.shape[0])
+    for lane in range(LANES):
+        square[lane] = norm[lane]
+    for k in range(m.shape[0]):
+        square_bias -= ones[k] * ones[k]
+        for lane in range(LANES):
+            p = projected[k, lane]
+            right[lane] -= p * m[k, lane]
+            square[lane] -= p * p
+            right_bias[lane] -= m[k, lane] * ones[k]
+            mixed[lane] -= p * ones[k]
+    one, two, nothing = np.float32(1.0), np.float32(2.0), np.float32(0.0)
+    for lane in range(LANES):
+        a, b, r, s = square[lane], mixed[lane], right[lane], right_bias[lane]
+        is_usable = a > least * norm[lane]
+        if fits_bias:
+            determinant = a * square_bias - b * b
+            is_usable &= determinant > least * a * square_bias
+            factor, shift = (r * square_bias - s * b) / determinant, (s * a - r * b) / determinant
+        else:
+            factor, shift = r / a, nothing
+        new_scale, new_bias = _stored(scale[lane] * (one + factor), dtype), _stored(bias[lane] + shift, dtype)
+        factor, shift = (new_scale - scale[lane]) / scale[lane], new_bias - bias[lane]
+        change = factor * (factor * a - two * r) + shift * (shift * square_bias - two * s + two * factor * b)
+        is_usable &= change < nothing and abs(new_scale) < np.float32(np.inf) and new_scale != nothing
+        is_usable &= is_signed or new_scale > nothing
+        factors[lane] = factor if is_usable else nothing
+        shifts[lane] = shift if is_usable else nothing
+        linear[lane] = bias[lane]
+        scale[lane] = new_scale if is_usable else scale[lane]
+        bias[lane] = new_bias if is_usable else bias[lane]
+    for j in range(w.shape[0]):
+        qj = q[j]
+        for lane in range(LANES):
+            qj[lane] += factors[lane] * (qj[lane] - linear[lane]) + shifts[lane]
+    for k in range(m.shape[0]):
+        for lane in range(LANES):
+            m[k, lane] -= factors[lane] * projected[k, lane] + shifts[lane] * ones[k]

@@ -8,6 +8,7 @@ contenders.py       LoftQ, ours and the peers'
 probe.py            one measurement in a process of its own
 ceiling.py          what threads can give on this machine
 matrix.py           LoftQ of one matrix, and of a real model's
+joint.py            codes, constants and adapter found together
 nf4.py              encode and decode
 commands.py         what the command line does
 conversion.py       a whole checkpoint: quantize, merge, inspect

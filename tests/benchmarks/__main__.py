@@ -17,7 +17,7 @@ from tempfile import gettempdir
 import torch
 
 from loftq_cli.workers import available_threads
-from tests.benchmarks import ceiling, conversion, durability, gpu, growth, matrix, nf4, scratch
+from tests.benchmarks import ceiling, conversion, durability, gpu, growth, joint, matrix, nf4, scratch
 from tests.benchmarks.contenders import warm_up_kernels
 from tests.benchmarks.measuring import Settings, Table, machine, rendered
 
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "ceiling": ceiling.run,
     "matrix": matrix.run,
     "minilm": matrix.run_minilm,
+    "joint": joint.run,
     "nf4": nf4.run,
     "convert": conversion.run_convert,
     "merge": conversion.run_merge,
