@@ -108,9 +108,9 @@ class Device:
             copy.record_stream(self._compute)
         return copies
 
-    def download(self, copied: Callable[[Callable[[torch.Tensor], torch.Tensor]], Value]) -> Download[Value]:
-        """What `copied` makes with the function that it is handed, which copies a tensor that was made in `computing`
-        to pinned memory. Does not wait.
+    def download(self, value: Value) -> Download[Value]:
+        """`value` with copies in pinned memory of all tensors in it that were made in `computing`; see `with_tensors`.
+        Does not wait.
         """
         import torch
 
@@ -125,9 +125,9 @@ class Device:
         made.record(self._compute)
         with torch.cuda.device(self.device), torch.cuda.stream(self._down):
             self._down.wait_event(made)
-            value = copied(copy)
+            copied = with_tensors(value, copy)
             arrived.record()
-        return Download(value, arrived)
+        return Download(copied, arrived)
 
     def drain(self) -> None:
         """Wait for everything, and give memory that nothing holds back."""
@@ -170,11 +170,11 @@ class SharedDevice:
     def _run(self, work: Callable[[Inputs], Value], host: Inputs) -> Value:
         with self._device.computing():
             made = work(with_tensors(host, lambda tensor: self._device.upload([tensor])[0]))
-        return self._device.download(lambda copy: with_tensors(made, copy)).wait()
+        return self._device.download(made).wait()
 
 
 def with_tensors(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -> Value:
-    """`value` with every tensor in it changed, through dataclasses and tuples; what has none stays as it is."""
+    """`value` with every tensor in it changed, through dataclasses, tuples and dicts; what has none stays as it is."""
     import torch
 
     changed: Any = value
@@ -182,6 +182,8 @@ def with_tensors(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -
         changed = change(value)
     elif isinstance(value, tuple):
         changed = tuple(with_tensors(item, change) for item in value)
+    elif isinstance(value, dict):
+        changed = {key: with_tensors(item, change) for key, item in value.items()}
     elif is_dataclass(value) and not isinstance(value, type):
         changed = replace(value, **{f.name: with_tensors(getattr(value, f.name), change) for f in fields(value)})
     return changed  # type: ignore[no-any-return]

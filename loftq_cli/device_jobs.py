@@ -182,7 +182,7 @@ class DeviceRunner:
         try:
             with self._device.computing():
                 made = self._stacked([job for job, _ in work.values()], [weight for _, weight in work.values()])
-            return StackOnDevice(self._device.download(made.copied), tuple(work))
+            return StackOnDevice(self._device.download(made), tuple(work))
         except torch.OutOfMemoryError:
             pass
         self._device.drain()
@@ -192,6 +192,7 @@ class DeviceRunner:
         import torch
 
         from loftq_cli.methods.stacked import alternate_stack, quantize_once
+        from loftq_cli.triton_kernels.codebook import FLOATS
 
         matrix, lora = jobs[0].matrix, jobs[0].lora
         assert isinstance(matrix.spec, CodebookSpec)
@@ -200,7 +201,7 @@ class DeviceRunner:
         turned = [tensor.T if matrix.transposed else tensor for tensor in stored]
         weight = torch.stack(turned) if len(turned) > 1 else turned[0][None].contiguous()
         del stored, turned
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if weight.dtype not in FLOATS:
             weight = weight.float()
         if not starts:
             return quantize_once(weight, matrix.spec, matrix.dtype)
@@ -228,7 +229,7 @@ class DeviceRunner:
             with self._device.computing():
                 rows = way.rows(TensorRows(weight.stored, job.matrix.transposed), self._device.device)
                 made = self._runner.converted(job, rows, weight.sha256, SERIAL)
-            return self._device.download(made.copied)
+            return self._device.download(made)
         except torch.OutOfMemoryError:
             pass
         except (LoftqError, RuntimeError) as error:

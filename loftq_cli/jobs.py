@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.journal import JournalEntry
@@ -53,10 +53,6 @@ class Converted:
     result: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, str] = field(default_factory=dict)
     entry: JournalEntry | None = None
-
-    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> Converted:
-        """The same with copies of the tensors."""
-        return replace(self, tensors={name: copy(tensor) for name, tensor in self.tensors.items()})
 
 
 class JobRunner:

@@ -34,7 +34,8 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
 }
 
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# What kernels read weights, and the factors of an adapter, in.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @cache
@@ -123,7 +124,7 @@ def codebook_residual(
 
 
 def _check_floats(name: str, tensor: torch.Tensor, numel: int) -> None:
-    if tensor.dtype not in _FLOATS or not tensor.is_contiguous() or tensor.numel() != numel:
+    if tensor.dtype not in FLOATS or not tensor.is_contiguous() or tensor.numel() != numel:
         raise ValueError(f"{name} must be contiguous float32, bfloat16 or float16 with {numel} elements")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loftq_cli.triton_kernels.backend import implementation
-from loftq_cli.triton_kernels.codebook import check_constants, codebook_table
+from loftq_cli.triton_kernels.codebook import FLOATS, check_constants, codebook_table
 from loftq_cli.triton_kernels.factors import checked_factors
 
 
@@ -78,7 +78,7 @@ def _checked(
     """The table and the factors."""
     if tokens.dim() != 2 or tokens.shape[1] != width:
         raise ValueError(f"{tuple(tokens.shape)} is not [tokens, {width}]")
-    if tokens.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if tokens.dtype not in FLOATS:
         raise ValueError(f"{tokens.dtype} is none of float32, bfloat16 and float16")
     check_constants(packed, absmax, block_size, shape[0] * shape[1])
     return codebook_table(codebook, tokens.device), checked_factors(lora_A, lora_B, shape)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.triton_kernels.backend import implementation
-from loftq_cli.triton_kernels.codebook import check_constants, codebook_table
+from loftq_cli.triton_kernels.codebook import FLOATS, check_constants, codebook_table
 from loftq_cli.triton_kernels.factors import checked_factors
 
 
@@ -61,7 +61,7 @@ def codebook_error_sums(
     """
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError("weight must be a contiguous matrix")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in FLOATS:
         raise ValueError(f"{weight.dtype} is none of float32, bfloat16 and float16")
     check_constants(packed, absmax, block_size, weight.numel())
     factors = checked_factors(lora_A, lora_B, (weight.shape[0], weight.shape[1]))

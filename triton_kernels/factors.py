@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from loftq_cli.triton_kernels.codebook import FLOATS
+
 
 def checked_factors(
     lora_A: torch.Tensor | None, lora_B: torch.Tensor | None, shape: tuple[int, int]
@@ -17,7 +19,7 @@ def checked_factors(
     if lora_A is None or lora_B is None:
         raise ValueError("lora_A and lora_B belong together")
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if factor.dtype not in (torch.float32, torch.bfloat16, torch.float16) or factor.dim() != 2:
+        if factor.dtype not in FLOATS or factor.dim() != 2:
             raise ValueError(f"{name} must be a float32, bfloat16 or float16 matrix")
     if (lora_B.shape[0], lora_A.shape[1]) != shape or lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(f"lora_A {tuple(lora_A.shape)} and lora_B {tuple(lora_B.shape)} do not make {shape}")

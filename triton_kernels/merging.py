@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from loftq_cli.triton_kernels.backend import implementation
-from loftq_cli.triton_kernels.codebook import check_constants, codebook_table
+from loftq_cli.triton_kernels.codebook import FLOATS, check_constants, codebook_table
 from loftq_cli.triton_kernels.factors import checked_factors
 
 
@@ -49,7 +49,7 @@ def retention_sums(base: torch.Tensor, requantized: torch.Tensor, delta: torch.T
     for tensor in (base, requantized, delta):
         if tensor.shape != base.shape:
             raise ValueError(f"shapes differ: {tuple(base.shape)} and {tuple(tensor.shape)}")
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if tensor.dtype not in FLOATS:
             raise ValueError(f"{tensor.dtype} is none of float32, bfloat16 and float16")
     sums: torch.Tensor = implementation("merging", base.device.type).retention(
         base.reshape(-1), requantized.reshape(-1), delta.reshape(-1)

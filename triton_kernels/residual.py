@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.triton_kernels.backend import implementation
-from loftq_cli.triton_kernels.codebook import codebook_table
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from loftq_cli.triton_kernels.codebook import FLOATS, codebook_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +90,7 @@ def transposed_residual_product(weight: torch.Tensor, coded: CodedStack, vectors
 
 
 def _shape(weight: torch.Tensor) -> tuple[int, int, int]:
-    if weight.dim() != 3 or weight.dtype not in _FLOATS or not weight.is_contiguous():
+    if weight.dim() != 3 or weight.dtype not in FLOATS or not weight.is_contiguous():
         raise ValueError("weight must be contiguous float32, bfloat16 or float16 with three dimensions")
     n, out_features, in_features = weight.shape
     return n, out_features, in_features

@@ -5,7 +5,6 @@ the host never waits. Which matrices may be stacked is for jobs to decide; what 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from loftq_cli.lowrank import COLD_STEPS
 from loftq_cli.methods.alternation import TIE
 from loftq_cli.quant.codebook_stack import QuantizedStack, quantize_stack
 from loftq_cli.tensors import CodebookSpec, LoraSpec, NestedAbsmax
-from loftq_cli.triton_kernels.double_quant import dynamic_map
 from loftq_cli.triton_kernels.error_stats import codebook_error_sums
 from loftq_cli.triton_kernels.residual import residual_product, transposed_residual_product
 
@@ -57,20 +55,6 @@ class StackedInitialization:
     sums: torch.Tensor
     is_ordinary: torch.Tensor
     alternation: StackedAlternation | None
-
-    def copied(self, copy: Callable[[torch.Tensor], torch.Tensor]) -> StackedInitialization:
-        """The same of copies of all tensors."""
-        constants, found = self.constants, self.alternation
-        if isinstance(constants, NestedAbsmax):
-            codes, absmax, offset = map(copy, (constants.codes, constants.absmax, constants.offset))
-            constants = NestedAbsmax(codes, absmax, dynamic_map(), offset)
-        else:
-            constants = copy(constants)
-        if found is not None:
-            pair = copy(found.lora_A), copy(found.lora_B)
-            errors = copy(found.squared_errors), copy(found.squared_base)
-            found = StackedAlternation(*pair, *errors, copy(found.best_iteration))
-        return StackedInitialization(copy(self.packed), constants, copy(self.sums), copy(self.is_ordinary), found)
 
 
 def quantize_once(weight: torch.Tensor, spec: CodebookSpec, dtype: str) -> StackedInitialization:

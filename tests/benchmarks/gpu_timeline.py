@@ -5,7 +5,7 @@ draws; what it means is not said here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -83,18 +83,15 @@ class RecordedDevice(Device):
         self._begun = self._begun or event(self._compute)  # which has to wait for the copies
         return copies
 
-    def download(self, copied: Callable[[Callable[[torch.Tensor], torch.Tensor]], Value]) -> Download[Value]:
+    def download(self, value: Value) -> Download[Value]:
         if self._begun is not None:
             self.timeline.on_device("compute", self._begun, event(self._compute))
             self._begun = None
-
-        def timed(copy: Callable[[torch.Tensor], torch.Tensor]) -> Value:
-            start = event(self._down)
-            value = copied(copy)
-            self.timeline.on_device("download", start, event(self._down))
-            return value
-
-        return super().download(timed)
+        self._down.wait_event(event(self._compute))  # so that the start is that of the copies
+        start = event(self._down)
+        download = super().download(value)
+        self.timeline.on_device("download", start, event(self._down))
+        return download
 
 
 class RecordedRunner(DeviceRunner):
