@@ -17,9 +17,10 @@ from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.side_files import are_copied, copy_side_files, nbytes_of, side_file_copies
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_weights_file
 from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space, finished_mark
+from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.device import Device, open_device
-from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.errors import MismatchError, StorageError, UsageError
 from loftq_cli.jobs import NOT_FINITE, JobRunner, is_streamed, not_finite_note
 from loftq_cli.kernels import choose_kernels
 from loftq_cli.layouts import peft_adapter
@@ -67,6 +68,7 @@ class Conversion:
     plan: Plan
     output: Path
     base_model: str
+    statistics: Statistics | None = None
 
     @property
     def side_files(self) -> dict[str, Path]:
@@ -76,7 +78,8 @@ class Conversion:
     @property
     def fingerprint(self) -> str:
         """See `Plan.fingerprint`."""
-        return self.plan.fingerprint(self.checkpoint.tensors, self.base_model)
+        statistics = None if self.statistics is None else self.statistics.sha256
+        return self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,21 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
     config = checkpoint.config()
     plan = build_plan(checkpoint.tensors, config, recipe)
-    return Conversion(checkpoint, config, plan, output, output.as_posix())
+    statistics = None if recipe.calibration is None else _statistics(Path(recipe.calibration), plan)
+    return Conversion(checkpoint, config, plan, output, output.as_posix(), statistics)
+
+
+def _statistics(path: Path, plan: Plan) -> Statistics:
+    """The statistics of the inputs of every layer. Raises MismatchError for those of another model."""
+    statistics = open_statistics(path)
+    for job in plan.layers:
+        if job.name not in statistics.names:
+            raise MismatchError("has no statistics there", file=path, tensor=job.name, hint="loftq calibrate this model")
+        found = statistics.in_features(job.name)
+        if found != job.matrix.shape[1]:
+            what = f"has {job.matrix.shape[1]} inputs, and statistics of {found}"
+            raise MismatchError(what, file=path, tensor=job.name, hint="loftq calibrate this model")
+    return statistics
 
 
 def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
@@ -211,7 +228,7 @@ def _run_jobs(
     results: list[LayerResult] = []
     entries: dict[str, JournalEntry] = {}
     resumed = 0
-    runner = JobRunner(conversion.checkpoint, plan.recipe, files, staging.entries)
+    runner = JobRunner(conversion.checkpoint, plan.recipe, files, staging.entries, conversion.statistics)
 
     def announce(job: LayerJob | CopyJob) -> None:
         if isinstance(job, LayerJob):

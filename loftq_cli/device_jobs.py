@@ -158,6 +158,8 @@ class DeviceRunner:
         if job.numel * _STACKED_NBYTES * IN_FLIGHT > self._device.max_nbytes:
             return None
         recipe, shape, lora = self._recipe, job.matrix.shape, job.lora
+        if recipe.scales == "search" or recipe.start == "principal" or recipe.fit == "joint" or recipe.calibration:
+            return None
         if recipe.method == "loftq":
             is_iterated = recipe.svd == "fast" and not is_exact(recipe.svd, lora.rank, shape)
             if not is_iterated or lora.dtype != "float32":

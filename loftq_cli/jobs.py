@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.journal import JournalEntry
 from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.checkpoint.statistics import Statistics
 from loftq_cli.checkpoint.writer import OutputFiles, tensor_bytes
 from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts import peft_adapter
 from loftq_cli.layouts.layout import code_rows, load_layout
-from loftq_cli.methods.method import METHODS, Initialization, load_method
+from loftq_cli.methods.method import METHODS, Fitting, Initialization, load_method
 from loftq_cli.metrics import LayerError, is_finite, layer_error
 from loftq_cli.plan import CopyJob, LayerJob
 from loftq_cli.quant.formats import Quantizer, make_quantizer
@@ -28,6 +29,8 @@ from loftq_cli.workers import Workers, beside
 
 if TYPE_CHECKING:
     import torch
+
+    from loftq_cli.methods.weighting import Weighting
 
 NOT_FINITE = "not_finite"  # in the result of a copied tensor: it holds NaN or infinite values
 _WHOLE_NUMEL = 1 << 20  # weights: 4 MB in float32
@@ -61,9 +64,15 @@ class JobRunner:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, files: OutputFiles, entries: Mapping[str, JournalEntry]
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        files: OutputFiles,
+        entries: Mapping[str, JournalEntry],
+        statistics: Statistics | None = None,
     ) -> None:
         self._checkpoint, self._recipe, self._files, self._entries = checkpoint, recipe, files, entries
+        self._statistics = statistics
 
     def load(self, job: LayerJob | CopyJob, *, for_gpu: bool = False) -> LoadedWeight | JournalEntry:
         """The weight of a layer, in pinned memory if it is `for_gpu`; nothing where it is read a few rows at a time;
@@ -98,13 +107,21 @@ class JobRunner:
 
     def converted(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
         """What the method makes of a weight, wherever that lies."""
-        initial = _initialize(self._recipe, job, weight, None, workers)
-        decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
-        return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256)
+        weighting = None
+        if self._statistics is not None:
+            from loftq_cli.methods.weighting import make_weighting
 
-    def described(self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str) -> Converted:
-        """The tensors to write of a layer and what is said of it."""
-        return Converted(_packed(self._recipe, job, initial), sha256, _result(job, initial, error))
+            weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
+        initial = _initialize(self._recipe, job, weight, weighting, None, workers)
+        decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
+        lost = None if weighting is None else weighting.lost(weight, decoded, initial.lora, workers)
+        return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, lost)
+
+    def described(
+        self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str, lost: float | None = None
+    ) -> Converted:
+        """The tensors to write of a layer and what is said of it; `lost` is the error of its outputs, if known."""
+        return Converted(_packed(self._recipe, job, initial), sha256, _result(job, initial, error, lost))
 
     def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:
         """Put it into its places. What the journal is to say, and whether it said so before."""
@@ -151,7 +168,7 @@ class JobRunner:
             place.append(tensor_bytes(lying.pack(codes)))
 
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
-            initial = _initialize(self._recipe, job, weight, put, workers)
+            initial = _initialize(self._recipe, job, weight, None, put, workers)
             decoded = _quantizer(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
             error = layer_error(weight, decoded, initial.lora, workers)
             tensors = _packed(self._recipe, job, initial)
@@ -162,26 +179,39 @@ def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
     """Whether only a few rows of a weight are in memory at once: where each is looked at once, and codes lie row after
     row. A small weight is read whole, which is faster.
     """
-    if METHODS[recipe.method].iterates or job.numel <= _WHOLE_NUMEL:
+    if METHODS[recipe.method].iterates or recipe.calibration is not None or job.numel <= _WHOLE_NUMEL:
         return False
     return code_rows(str(recipe.layout), job.matrix) is not None
 
 
-def _quantizer(recipe: Recipe, job: LayerJob) -> Quantizer:
-    return make_quantizer(job.matrix.spec, job.matrix.dtype, recipe.ranges)
+def _quantizer(recipe: Recipe, job: LayerJob, weighting: Weighting | None = None) -> Quantizer:
+    importance = None if weighting is None else weighting.importance
+    return make_quantizer(job.matrix.spec, job.matrix.dtype, str(recipe.scales), importance)
 
 
 def _initialize(
-    recipe: Recipe, job: LayerJob, weight: Rows, sink: Callable[[slice, torch.Tensor], None] | None, workers: Workers
+    recipe: Recipe,
+    job: LayerJob,
+    weight: Rows,
+    weighting: Weighting | None,
+    sink: Callable[[slice, torch.Tensor], None] | None,
+    workers: Workers,
 ) -> Initialization:
-    return load_method(recipe.method)(
-        weight,
-        _quantizer(recipe, job),
-        job.lora,
+    fitting = Fitting(
         iterations=int(recipe.iterations or 1),
         svd=recipe.svd,
+        start=recipe.start or "zero",
+        fit=recipe.fit or "loftq",
+        rounds=recipe.rounds or 0,
         init=recipe.init,
+    )
+    return load_method(recipe.method)(
+        weight,
+        _quantizer(recipe, job, weighting),
+        job.lora,
+        fitting,
         generator=generator_for(recipe, job),
+        weighting=weighting,
         sink=sink,
         workers=workers,
     )
@@ -201,9 +231,11 @@ def _packed(recipe: Recipe, job: LayerJob, initial: Initialization) -> dict[str,
     return tensors
 
 
-def _result(job: LayerJob, initial: Initialization, error: LayerError) -> dict[str, Any]:
+def _result(
+    job: LayerJob, initial: Initialization, error: LayerError, output_error: float | None = None
+) -> dict[str, Any]:
     alone = error.base_error if initial.quantization_error is None else initial.quantization_error
-    return layer_result(job, error, alone, initial.iteration_errors, initial.best_iteration).to_json()
+    return layer_result(job, error, alone, initial.iteration_errors, initial.best_iteration, output_error).to_json()
 
 
 def generator_for(recipe: Recipe, job: LayerJob) -> torch.Generator:

@@ -41,8 +41,24 @@ class Factors:
     gain: float
 
 
+class Coordinates(Protocol):
+    """A linear map F [in, k] that is applied to the rows of a matrix M before it is approximated: M·F."""
+
+    def spread(self, columns: torch.Tensor) -> torch.Tensor:
+        """F @ columns: float32 [in, r] of [k, r]."""
+        ...
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows @ F: float32 [r, k] of [r, in]."""
+        ...
+
+
 class Solver(Protocol):
     """What gives low-rank factors of each of a sequence of similar matrices."""
+
+    def restart(self, right: torch.Tensor) -> None:
+        """Take `right` [r, in] for the factor that the matrix before has left."""
+        ...
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
         """Factors of [out, in] in float32 or bfloat16. Balanced ones are U·√S and √S·Vᵀ with the largest entry of each
@@ -57,9 +73,15 @@ def is_exact(svd: str, rank: int, shape: tuple[int, ...]) -> bool:
 
 
 def make_solver(
-    svd: str, rank: int, shape: tuple[int, ...], generator: torch.Generator, workers: Workers = SERIAL
+    svd: str,
+    rank: int,
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    workers: Workers = SERIAL,
+    coordinates: Coordinates | None = None,
 ) -> Solver:
-    """The solver of a sequence of matrices of `shape`.
+    """The solver of a sequence of matrices of `shape`; with `coordinates`, of matrices that have this shape in them,
+    whose right factors are found there: left @ right approximates M·F.
 
     exact      the best approximation (Eckart-Young)
     fast       subspace iteration, warm: about 1 % more error on the first matrix, which the next ones win back
@@ -67,20 +89,25 @@ def make_solver(
     Where the smaller side is not much more than the rank, all are exact, which is then as fast.
     """
     if is_exact(svd, rank, shape):
-        return ExactSolver(rank)
+        return ExactSolver(rank, coordinates)
     solver = SubspaceSolver if svd == "fast" else KrylovSolver
-    return _Rescaling(solver(rank, generator, workers))
+    return _Rescaling(solver(rank, generator, workers, coordinates))
 
 
 class ExactSolver:
     """Every matrix by itself, with float64 eigenvectors."""
 
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
+    def __init__(self, rank: int, coordinates: Coordinates | None = None) -> None:
+        self._rank, self._coordinates = rank, coordinates
+
+    def restart(self, right: torch.Tensor) -> None:
+        """Nothing: it begins with nothing."""
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
         """See `truncated_svd`. Balanced always."""
         del balances
+        if self._coordinates is not None:
+            matrix = self._coordinates.gather(matrix.float())
         left, right = truncated_svd(matrix, self._rank)
         return Factors(left, right, _squared_singular_values(right))
 
@@ -110,6 +137,10 @@ class _Rescaling:
     def __init__(self, solver: SubspaceSolver | KrylovSolver) -> None:
         self._solver = solver
 
+    def restart(self, right: torch.Tensor) -> None:
+        """See `Solver`."""
+        self._solver.restart(right)
+
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
         """See `Solver`. Peak memory where it has to scale: one more copy of `matrix`."""
         try:
@@ -130,17 +161,30 @@ class _Iteration:
     them is summed in their order.
     """
 
-    def __init__(self, rank: int, generator: torch.Generator, workers: Workers = SERIAL) -> None:
-        self._rank, self._generator, self._workers = rank, generator, workers
+    def __init__(
+        self,
+        rank: int,
+        generator: torch.Generator,
+        workers: Workers = SERIAL,
+        coordinates: Coordinates | None = None,
+    ) -> None:
+        self._rank, self._generator, self._workers, self._coordinates = rank, generator, workers, coordinates
         self._start: torch.Tensor | None = None  # [in, width], from the matrix before
+
+    def restart(self, right: torch.Tensor) -> None:
+        """See `Solver`."""
+        scale = float(right.abs().max())
+        self._start = (right / scale).T if 0.0 < scale < math.inf else None
 
     def forget(self) -> None:
         """Take the next matrix for the first."""
         self._start = None
 
     def _times(self, matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """matrix @ right, float32 [out, width]."""
+        """matrix @ right, float32 [out, width]; in coordinates matrix @ F @ right."""
         dtype = product_dtype(matrix)
+        if self._coordinates is not None:
+            right = self._coordinates.spread(right)
         narrow = right.to(dtype).contiguous()
         product = torch.empty(matrix.shape[0], right.shape[1], device=matrix.device)
 
@@ -151,17 +195,18 @@ class _Iteration:
         return product
 
     def _transposed_times(self, matrix: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-        """left.T @ matrix, float32 [width, in]."""
+        """left.T @ matrix, float32 [width, in]; in coordinates left.T @ matrix @ F."""
         dtype = product_dtype(matrix)
         narrow = left.T.to(dtype).contiguous()
         product = torch.zeros(left.shape[1], matrix.shape[1], device=matrix.device)
         for term in self._workers.map(lambda part: narrow[:, part] @ matrix[part].to(dtype), _slabs(matrix)):
             product += term
-        return product
+        return product if self._coordinates is None else self._coordinates.gather(product)
 
     def _random(self, matrix: torch.Tensor, width: int) -> torch.Tensor:
-        """[in, width], drawn on the CPU: the same whatever the matrix is on."""
-        return torch.randn(matrix.shape[1], width, generator=self._generator).to(matrix.device)
+        """[in, width], drawn on the CPU: the same whatever the matrix is on. In coordinates, what they have of it."""
+        drawn = torch.randn(matrix.shape[1], width, generator=self._generator).to(matrix.device)
+        return drawn if self._coordinates is None else self._coordinates.gather(drawn.T).T
 
 
 class SubspaceSolver(_Iteration):

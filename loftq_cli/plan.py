@@ -37,6 +37,10 @@ from loftq_cli.tensors import (
 )
 
 _TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
+_WEIGHTED_NBYTES = 20  # for each entry of the statistics of a layer's inputs: they, their root, and what is made of them
+
+# What a search for constants, and a round of refinement, takes in passes of plain quantizing over the weights.
+_SEARCH_PASSES, _ROUND_PASSES = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,17 +159,24 @@ class Plan:
         method = METHODS[self.recipe.method]
         per_weight, per_gram = method.exact_nbytes if self.recipe.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
+        per_input = _WEIGHTED_NBYTES if self.recipe.calibration is not None else 0
         compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
         return (
             _TORCH_NBYTES
             + compiler
-            + max(per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 for job in self.layers)
+            + max(
+                per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 + per_input * job.matrix.shape[1] ** 2
+                for job in self.layers
+            )
         )
 
     @property
     def work(self) -> int:
         """Weights times the passes over them."""
-        passes = int(self.recipe.iterations or 1) if METHODS[self.recipe.method].iterates else 1
+        recipe = self.recipe
+        passes = int(recipe.iterations or 1) if METHODS[recipe.method].iterates else 1
+        passes *= _SEARCH_PASSES if recipe.scales == "search" else 1
+        passes += _ROUND_PASSES * (recipe.rounds or 0)
         return passes * sum(job.numel for job in self.layers)
 
     @property
@@ -197,12 +208,15 @@ class Plan:
             fan_in_fan_out=any(job.matrix.transposed for job in self.layers),
         )
 
-    def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str) -> str:
-        """A hash of all that decides the bytes of the result, other than the numbers in the input."""
+    def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str, statistics: str | None = None) -> str:
+        """A hash of all that decides the bytes of the result, other than the numbers in the input; `statistics` is that
+        of a calibration, wherever it lies.
+        """
+        recipe = {name: value for name, value in recipe_json(self.recipe).items() if name != "calibration"}
         return hashlib.sha256(
             json.dumps(
                 [
-                    [__version__, version("torch"), recipe_json(self.recipe), dict(self.family.config), base_model],
+                    [__version__, version("torch"), recipe, dict(self.family.config), base_model, statistics],
                     sorted([ref.name, ref.dtype, ref.shape] for ref in tensors.values()),
                 ],
                 sort_keys=True,

@@ -19,12 +19,16 @@ from typing import Any, get_args, get_type_hints
 
 from loftq_cli.errors import StorageError, UsageError, printable
 from loftq_cli.layouts.layout import LAYOUTS, default_layout
-from loftq_cli.methods.method import INITS, METHODS
-from loftq_cli.quant.formats import FORMATS, RANGES
+from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
+from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 
 # How the low-rank step is solved, and how many alternations that asks for: cheap ones, more of them.
 SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
+
+# The same of a joint fit, without statistics of the inputs and with them: where the error stops falling by much.
+_JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 4
+_ROUNDS, _WEIGHTED_ROUNDS = 0, 4
 
 _MAX_INT = 2**63 - 1  # TOML's own limit, which Python's reader leaves open
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -48,17 +52,17 @@ class Override:
 
 # Options that mean something for one kind of format or one method only, and their values there when not given.
 _CODEBOOK_DEFAULTS = {"block_size": 64, "double_quant": True}
-_AFFINE_DEFAULTS = {"group_size": 64, "symmetric": None, "ranges": RANGES[0], "scale_dtype": None}
+_AFFINE_DEFAULTS = {"group_size": 64, "symmetric": None, "scale_dtype": None}
 _QALORA_DEFAULTS = {"pooling": POOLINGS[0], "init": INITS[0]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """Everything that decides the bytes of a conversion. `alpha` of None means: equal to `rank`, scaling 1;
-    `iterations` of None: as many as `svd` is good for.
+    `iterations` and `rounds` of None: as many as `fit`, `svd` and `calibration` are good for.
 
     What is None and belongs to the quant_type or the method is set to its default; what does not belong stays None.
-    `scale_dtype` of None is what the layout's loaders expect.
+    `scale_dtype` of None is what the layout's loaders expect. `calibration` is the path of what `loftq calibrate` wrote.
     """
 
     method: str = "loftq"
@@ -67,13 +71,17 @@ class Recipe:
     double_quant: bool | None = None
     group_size: int | None = None
     symmetric: bool | None = None
-    ranges: str | None = None
     scale_dtype: str | None = None
+    scales: str | None = None
     rank: int = 16
     alpha: float | None = None
     rslora: bool = False
+    start: str | None = None
+    fit: str | None = None
     iterations: int | None = None
+    rounds: int | None = None
     svd: str = "fast"
+    calibration: str | None = None
     pooling: str | None = None
     init: str | None = None
     adapter_dtype: str = "float32"
@@ -90,9 +98,6 @@ class Recipe:
         _choice("svd", self.svd, SVD_MODES)
         _choice("adapter_dtype", self.adapter_dtype, MODEL_DTYPES)
         _at_least("rank", self.rank, 1)
-        if self.iterations is None:
-            object.__setattr__(self, "iterations", SVD_MODES[self.svd])
-        _at_least("iterations", self.iterations or 0, 1)
         _at_least("seed", self.seed, 0)
         _positive("alpha", self.alpha)
         if self.layout is None:
@@ -100,6 +105,7 @@ class Recipe:
         _choice("layout", self.layout, LAYOUTS)
         self._settle_format()
         self._settle_method()
+        self._settle_fit()
         self._check_layout()
         for name in ("include", "exclude"):
             for pattern in getattr(self, name):
@@ -115,13 +121,36 @@ class Recipe:
         self._check_sizes(self.block_size, self.group_size)
         if not is_affine:
             return
-        _choice("ranges", self.ranges, RANGES)
         if self.scale_dtype is not None:
             _choice("scale_dtype", self.scale_dtype, MODEL_DTYPES)
         if self.symmetric is None:
             # Servers' 8-bit kernels read symmetric weights; with fewer bits a zero point is worth its space.
             has_offsets = self.method == "qalora" or LAYOUTS[str(self.layout)].zero_point == "float"
             object.__setattr__(self, "symmetric", self.quant_type == "int8" and not has_offsets)
+
+    def _settle_fit(self) -> None:
+        """What is searched and fitted, and how often."""
+        # QA-LoRA's standard start and QLoRA's add nothing, so there is nothing to fit.
+        is_fitted = METHODS[self.method].iterates and self.init != "standard"
+        where = f"method {self.method}" + (f" and init {self.init}" if self.init else "")
+        self._settle({"start": None, "fit": "joint"}, is_fitted, where)
+        is_joint = self.fit == "joint"
+        is_weighted = self.calibration is not None
+        if self.fit is not None:
+            _choice("fit", self.fit, FITS)
+            self._settle({"start": STARTS[is_joint]}, True, "")
+            _choice("start", self.start, STARTS)
+        has_search = is_joint or is_weighted
+        self._settle({"scales": SCALES[has_search]}, True, "")
+        _choice("scales", self.scales, SCALES)
+        if self.iterations is None:
+            joint = _WEIGHTED_ITERATIONS if is_weighted else _JOINT_ITERATIONS
+            object.__setattr__(self, "iterations", joint if is_joint else SVD_MODES[self.svd])
+        _at_least("iterations", self.iterations or 0, 1)
+        has_rounds = is_joint or (is_weighted and not is_fitted)
+        what = f"fit {self.fit}" if is_fitted else f"{where} without calibration"
+        self._settle({"rounds": _WEIGHTED_ROUNDS if is_weighted else _ROUNDS}, has_rounds, what)
+        _at_least("rounds", self.rounds or 0, 0)
 
     def _settle_method(self) -> None:
         self._settle(_QALORA_DEFAULTS, self.method == "qalora", f"method {self.method}")
@@ -215,6 +244,9 @@ def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
             names.add("layout")
     if given.get("method", "qalora") != "qalora":
         names |= _QALORA_DEFAULTS.keys()
+    # How often something is done, and from where, was meant for the fit that was named beside it.
+    if any(name in given and given[name] != values.get(name) for name in ("method", "init", "fit", "calibration")):
+        names |= {"start", "rounds", "iterations", "scales"} | ({"fit"} - given.keys())
     return names
 
 

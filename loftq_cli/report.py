@@ -30,7 +30,9 @@ TOOL = {"tool": "loftq-cli", "version": __version__}
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """One quantized layer. `quantization_error` is that of quantizing W alone; `error` is of what was written."""
+    """One quantized layer. `quantization_error` is that of quantizing W alone; `error` is of what was written, and
+    `output_error` of its outputs, relative, on the inputs of a calibration; None without one.
+    """
 
     name: str
     module: str
@@ -45,11 +47,14 @@ class LayerResult:
     iteration_errors: tuple[float, ...]
     best_iteration: int
     error: LayerError
+    output_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the derived errors stand beside the sums they come from."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["spec"]
+        if self.output_error is None:
+            del values["output_error"]
         return {**values, **spec_json(self.spec), "error": error_json(self.error)}
 
     @classmethod
@@ -59,7 +64,7 @@ class LayerResult:
         sums = {field.name: float(values["error"][field.name]) for field in dataclasses.fields(LayerError)}
         return cls(
             **{
-                **{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name != "spec"},
+                **{field.name: values.get(field.name) for field in dataclasses.fields(cls) if field.name != "spec"},
                 "spec": spec_from_json(values),
                 "shape": tuple(values["shape"]),
                 "iteration_errors": tuple(values["iteration_errors"]),
@@ -69,10 +74,15 @@ class LayerResult:
 
 
 def layer_result(
-    job: LayerJob, error: LayerError, quantization_error: float, iteration_errors: Sequence[float], best_iteration: int
+    job: LayerJob,
+    error: LayerError,
+    quantization_error: float,
+    iteration_errors: Sequence[float],
+    best_iteration: int,
+    output_error: float | None = None,
 ) -> LayerResult:
     """The result of one job of the plan. Raises NumericError for an error that is not finite: no report holds one."""
-    measured = [*dataclasses.astuple(error), quantization_error, *iteration_errors]
+    measured = [*dataclasses.astuple(error), quantization_error, *iteration_errors, output_error or 0.0]
     if not all(math.isfinite(value) for value in measured):
         raise NumericError("its values with the adapter are too large for float32", hint="--method qlora")
     return LayerResult(
@@ -89,6 +99,7 @@ def layer_result(
         iteration_errors=tuple(iteration_errors),
         best_iteration=best_iteration,
         error=error,
+        output_error=output_error,
     )
 
 
@@ -130,11 +141,18 @@ def report_json(
             "base_nbytes": plan.base_nbytes,
             "adapter_nbytes": plan.adapter_nbytes,
             **error_json(total_error(layer.error for layer in layers)),
+            **({} if (lost := mean_output_error(layers)) is None else {"output_error": lost}),
         },
         "layers": [layer.to_json() for layer in layers],
         "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
         "notes": [*plan.notes, *notes],
     }
+
+
+def mean_output_error(layers: Sequence[LayerResult]) -> float | None:
+    """The root of the mean square of the layers' output errors; None without a calibration."""
+    errors = [layer.output_error for layer in layers if layer.output_error is not None]
+    return math.sqrt(math.fsum(error**2 for error in errors) / len(errors)) if errors else None
 
 
 def bits_per_weight(plan: Plan) -> float:
@@ -165,6 +183,7 @@ def _check_layer(values: Mapping[str, Any]) -> None:
     """Raises KeyError, TypeError or ValueError unless `values` has the types that `to_json` gives."""
     numbers = [values[key] for key in ("bits_per_weight", "alpha", "scaling", "quantization_error", "best_iteration")]
     numbers += [*values["iteration_errors"], *(values["error"][f.name] for f in dataclasses.fields(LayerError))]
+    numbers += [values["output_error"]] if values.get("output_error") is not None else []
     shape = values["shape"]
     is_ours = (
         all(isinstance(values[key], str) for key in ("name", "module", "quant_type"))

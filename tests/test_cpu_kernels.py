@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import AffineSpec, AffineTensor, CodebookSpec, CodebookTensor, LoraSpec, NestedAbsmax, Pooling
@@ -623,10 +623,9 @@ def tensors_of(quantized: Any, lora: Any) -> dict[str, torch.Tensor]:
 
 def converted(weight: torch.Tensor, spec: Any, dtype: str, lora: LoraSpec, **options: Any) -> Any:
     method = "loftq" if lora.pooling is None else "qalora"
-    quantizer = make_quantizer(spec, dtype, "mse" if isinstance(spec, AffineSpec) else None)
-    return load_method(method)(
-        TensorRows(weight), quantizer, lora, **{"init": "residual", "generator": generator(), **options}
-    )
+    quantizer = make_quantizer(spec, dtype)
+    fitting = Fitting(**{"init": "residual", **options})
+    return load_method(method)(TensorRows(weight), quantizer, lora, fitting, generator=generator())
 
 
 def assert_same_conversion(*arguments: Any, **options: Any) -> None:

@@ -45,7 +45,7 @@ ALONE = {
     "loftq in bfloat16": {"method": "loftq", "iterations": 2, "adapter_dtype": "bfloat16"},
     "loftq on integers": {"method": "loftq", "iterations": 2, "quant_type": "int4", "group_size": 32},
     "qalora": {"method": "qalora", "iterations": 2, "quant_type": "int3", "group_size": 32},
-    "qlora, searched ranges": {"method": "qlora", "quant_type": "int2", "group_size": 32, "ranges": "mse"},
+    "qlora, searched ranges": {"method": "qlora", "quant_type": "int2", "group_size": 32, "scales": "search"},
     "qlora, gptq": {"method": "qlora", "quant_type": "int4", "group_size": 32, "layout": "gptq"},
     "qlora, dense": {"method": "qlora", "layout": "dense"},
 }

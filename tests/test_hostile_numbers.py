@@ -16,7 +16,7 @@ from loftq_cli.base_model import BaseModel
 from loftq_cli.cli.main import _run
 from loftq_cli.errors import NumericError
 from loftq_cli.lowrank import make_solver, truncated_svd
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.metrics import group_errors, layer_error
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.rows import TensorRows
@@ -288,9 +288,7 @@ def test_a_method_gives_finite_numbers_or_a_numeric_error(adapter, svd):
                     rows,
                     quantizer,
                     lora,
-                    iterations=2,
-                    svd=svd,
-                    init="residual" if method == "qalora" else None,
+                    Fitting(iterations=2, svd=svd, init="residual" if method == "qalora" else None),
                     generator=torch.Generator().manual_seed(0),
                 )
             except NumericError as error:
@@ -562,7 +560,7 @@ def test_what_is_not_finite_is_refused_wherever_it_is(run, tmp_path, value, plac
         ("--quant-type", "int2", "--layout", "metal"),
         ("--quant-type", "int4", "--layout", "dense"),
         ("--quant-type", "int4", "--method", "qalora"),
-        ("--quant-type", "int4", "--ranges", "mse"),
+        ("--quant-type", "int4", "--scales", "search"),
     ],
     ids=" ".join,
 )
@@ -611,7 +609,7 @@ CONVERSIONS = [
     (),
     ("--method", "qlora"),
     ("--quant-type", "int4"),
-    ("--quant-type", "int2", "--symmetric", "--ranges", "mse"),
+    ("--quant-type", "int2", "--symmetric", "--scales", "search"),
     ("--quant-type", "int3", "--layout", "gptq", "--method", "qlora"),
     ("--quant-type", "int4", "--layout", "mlx"),
     ("--quant-type", "int4", "--method", "qalora"),

@@ -270,10 +270,10 @@ def test_every_pooling_has_the_reported_error(layout: str, pooling: str, init: s
 
 
 @pytest.mark.parametrize("layout", CONTAINERS)
-def test_ranges_of_least_error_leave_less(layout: str, convert_once: Converter) -> None:
+def test_searched_scales_leave_less(layout: str, convert_once: Converter) -> None:
     recipe = combination("int4", "qlora", layout)
-    assert_reported_errors(convert_once(**recipe, ranges="mse"))
-    errors = [convert_once(**recipe, ranges=ranges).report["totals"]["error"] for ranges in ("mse", "minmax")]
+    assert_reported_errors(convert_once(**recipe, scales="search"))
+    errors = [convert_once(**recipe, scales=scales).report["totals"]["error"] for scales in ("search", "absmax")]
     assert errors[0] < 0.98 * errors[1]
 
 
@@ -686,7 +686,7 @@ REFUSALS = {
     },
     **{
         f"{name} with nf4": Refusal(rf"{name} means nothing with quant_type nf4 \(leave {name} out\)", {name: value})
-        for name, value in (("group_size", 64), ("symmetric", True), ("ranges", "mse"), ("scale_dtype", "float32"))
+        for name, value in (("group_size", 64), ("symmetric", True), ("scale_dtype", "float32"))
     },
     **{
         f"{name} with loftq": Refusal(
@@ -701,8 +701,8 @@ REFUSALS = {
         r"method qalora merges into zero points, and a symmetric base has none \(--asymmetric\)",
         {"method": "qalora", "quant_type": "int4", "symmetric": True},
     ),
-    "ranges that do not exist": Refusal(
-        r"ranges 'best' does not exist \(one of minmax, mse\)", {"quant_type": "int4", "ranges": "best"}
+    "scales that do not exist": Refusal(
+        r"scales 'best' does not exist \(one of absmax, search\)", {"quant_type": "int4", "scales": "best"}
     ),
 }
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from loftq_cli.lowrank import truncated_svd
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.metrics import adapter_delta, layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.rows import TensorRows
@@ -22,8 +22,8 @@ bnb = pytest.importorskip("bitsandbytes.functional")
 def loftq(weight, lora, *, spec=None, iterations=5, dtype="float32", method="loftq", seed=0):
     quantizer = make_quantizer(spec or CodebookSpec(), dtype)
     generator = torch.Generator().manual_seed(seed)
-    options = {"iterations": iterations, "svd": "exact", "init": None, "generator": generator}
-    initial = load_method(method)(TensorRows(weight), quantizer, lora, **options)
+    fitting = Fitting(iterations=iterations, svd="exact")
+    initial = load_method(method)(TensorRows(weight), quantizer, lora, fitting, generator=generator)
     return initial, quantizer.dequantize(initial.quantized)
 
 

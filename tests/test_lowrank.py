@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from loftq_cli.lowrank import balanced, make_solver, truncated_svd
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.metrics import layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.rows import TensorRows
@@ -130,8 +130,8 @@ def loftq_on_minilm(svd, iterations, rank):
     weights = [w for name, w in tensors.items() if "layer.5." in name and name.endswith("weight") and w.dim() == 2]
     quantizer, errors = make_quantizer(CodebookSpec(), "float32"), []
     for weight in map(TensorRows, weights):
-        options = {"iterations": iterations, "svd": svd, "init": None, "generator": generator()}
-        made = load_method("loftq")(weight, quantizer, LoraSpec(rank, rank), **options)
+        fitting = Fitting(iterations=iterations, svd=svd)
+        made = load_method("loftq")(weight, quantizer, LoraSpec(rank, rank), fitting, generator=generator())
         errors.append(layer_error(weight, quantizer.decoded(made.quantized), made.lora))
     return total_error(errors).error
 

@@ -410,7 +410,7 @@ MLX = {
     "one matrix of one block in full precision": Case(
         recipe={"exclude": (r"layers\.0\.self_attn\.q_proj",)}, linears=13
     ),
-    "ranges of least error": Case(recipe={"ranges": "mse"}),
+    "ranges of least error": Case(recipe={"scales": "search"}),
     "float16": Case(float16_llama),
     "bfloat16": Case(models.llama),
     "float32 scales in a bfloat16 model": Case(models.llama, {"scale_dtype": "float32"}),

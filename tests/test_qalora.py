@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from loftq_cli.cli.main import _run
 from loftq_cli.errors import UsageError
-from loftq_cli.methods.method import Initialization, load_method
+from loftq_cli.methods.method import Fitting, Initialization, load_method
 from loftq_cli.metrics import LayerError, adapter_delta, layer_error, total_error
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.recipe import Recipe
@@ -54,8 +54,8 @@ def qalora(weight, lora, *, bits=4, init="residual", iterations=5, seed=0, metho
     group_size = lora.group_size if method == "qalora" else 64
     quantizer = make_quantizer(AffineSpec(bits, group_size, symmetric=False, scale_dtype=scale_dtype), "float32")
     generator = torch.Generator().manual_seed(seed)
-    options = {"iterations": iterations, "svd": "exact", "init": init, "generator": generator}
-    result = load_method(method)(TensorRows(weight), quantizer, lora, **options)
+    fitting = Fitting(iterations=iterations, svd="exact", init=init)
+    result = load_method(method)(TensorRows(weight), quantizer, lora, fitting, generator=generator)
     return Initial(result, quantizer.dequantize(result.quantized))
 
 

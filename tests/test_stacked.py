@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.methods.stacked import StackedInitialization, alternate_stack, orthonormal_stack, quantize_once
 from loftq_cli.quant.codebook_stack import unstacked
 from loftq_cli.quant.formats import make_quantizer
@@ -55,9 +55,7 @@ def test_each_matrix_gets_the_error_that_it_gets_alone(spec, lora):
             TensorRows(matrix),
             make_quantizer(spec, "bfloat16"),
             lora,
-            iterations=5,
-            svd="fast",
-            init=None,
+            Fitting(iterations=5),
             generator=torch.Generator().manual_seed(i),
         )
         errors = (found.alternation.squared_errors[:, i] / found.sums[i, 0]).sqrt().tolist()

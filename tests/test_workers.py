@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from loftq_cli.methods.method import load_method
+from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.metrics import adapter_delta, delta_rows, layer_error
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.rows import SLAB_NUMEL, ComputedRows, TensorRows, row_multiple, slabs
@@ -314,10 +314,11 @@ def test_rows_of_a_tensor_are_its_rows_in_a_dtype_that_kernels_read(dtype, trans
 LARGE = (1536, 4096)
 ODD = (2100, 1501)  # 64 rows are the fewest that are whole blocks of 64
 QUANTIZERS = {
-    "nf4": (CodebookSpec(), None),
-    "nf4, plain constants": (CodebookSpec(double_quant=False), None),
-    "int4": (AffineSpec(4, 64, symmetric=False), "minmax"),
-    "int2 with biases": (AffineSpec(2, 64, symmetric=False, zero_point="float"), "minmax"),
+    "nf4": (CodebookSpec(), "absmax"),
+    "nf4, plain constants": (CodebookSpec(double_quant=False), "absmax"),
+    "nf4, searched constants": (CodebookSpec(), "search"),
+    "int4": (AffineSpec(4, 64, symmetric=False), "absmax"),
+    "int2 with biases, searched": (AffineSpec(2, 64, symmetric=False, zero_point="float"), "search"),
 }
 METHODS = ("loftq", "qlora", "qalora")
 NOT_POOLED = ("qalora", "nf4")  # it has integers only
@@ -343,13 +344,13 @@ def assert_same(found: Any, expected: Any) -> None:
         assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
 
 
-def loftq(weight: torch.Tensor, spec: Any, ranges: str | None, workers: Workers, **options: Any) -> Any:
+def loftq(weight: torch.Tensor, spec: Any, scales: str, workers: Workers, **options: Any) -> Any:
     lora = LoraSpec(8, 8, pooling=Pooling("peft", 64) if options.get("method") == "qalora" else None)
     initialize = load_method(options.pop("method", "loftq"))
-    options = {"iterations": 2, "svd": "fast", "init": "residual", **options}
+    fitting = Fitting(**{"iterations": 2, "init": "residual", **options})
     generator = torch.Generator().manual_seed(0)
-    quantizer = make_quantizer(spec, "bfloat16", ranges)
-    return initialize(TensorRows(weight), quantizer, lora, generator=generator, workers=workers, **options)
+    quantizer = make_quantizer(spec, "bfloat16", scales)
+    return initialize(TensorRows(weight), quantizer, lora, fitting, generator=generator, workers=workers)
 
 
 def test_loftq_makes_the_same_bytes_with_any_number_of_threads():
@@ -358,7 +359,7 @@ def test_loftq_makes_the_same_bytes_with_any_number_of_threads():
     made = []
     for threads in (1, 2, 3):
         with started(threads) as workers:
-            made.append(loftq(weight, CodebookSpec(), None, workers))
+            made.append(loftq(weight, CodebookSpec(), "absmax", workers))
     assert made[0].iteration_errors[1] < made[0].iteration_errors[0] < made[0].quantization_error
     assert_same(made[1], made[0])
     assert_same(made[2], made[0])
@@ -369,13 +370,13 @@ def test_loftq_makes_the_same_bytes_with_any_number_of_threads():
     [(method, name) for method in METHODS for name in QUANTIZERS if (method, name[:3]) != NOT_POOLED],
 )
 def test_every_method_makes_the_same_bytes_with_any_number_of_threads(method, name):
-    spec, ranges = QUANTIZERS[name]
+    spec, scales = QUANTIZERS[name]
     weight = normal((700, 4096), dtype=torch.float32)
     assert len(slabs((700, 4096))) == 2
     made = []
     for threads in (1, 2):
         with started(threads) as workers:
-            made.append(loftq(weight, spec, ranges, workers, method=method))
+            made.append(loftq(weight, spec, scales, workers, method=method))
     assert_same(made[1], made[0])
 
 
@@ -405,8 +406,8 @@ def test_codes_go_to_a_sink_in_order_and_are_not_kept(name, shape, codes, thread
     [(name, shape) for name in QUANTIZERS for shape in ((5, 64), (130, 192), ODD) if name[:3] == "nf4" or shape != ODD],
 )
 def test_decoded_rows_are_those_of_the_whole(name, shape):
-    spec, ranges = QUANTIZERS[name]
-    quantizer = make_quantizer(spec, "bfloat16", ranges)
+    spec, scales = QUANTIZERS[name]
+    quantizer = make_quantizer(spec, "bfloat16", scales)
     quantized = quantizer.quantize(TensorRows(normal(shape)))
     whole, rows = quantizer.dequantize(quantized), quantizer.decoded(quantized)
     assert rows.shape == shape and whole.dtype == torch.float32 and whole.shape == shape
@@ -418,7 +419,7 @@ def test_decoded_rows_are_those_of_the_whole(name, shape):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_error_of_a_layer_is_that_of_the_whole_matrix_in_float64(threads):
     weight, quantizer = normal(ODD), make_quantizer(CodebookSpec(), "bfloat16")
-    made = loftq(weight, CodebookSpec(), None, SERIAL, iterations=1)
+    made = loftq(weight, CodebookSpec(), "absmax", SERIAL, iterations=1)
     with started(threads) as workers:
         found = layer_error(TensorRows(weight), quantizer.decoded(made.quantized), made.lora, workers)
     w, q = weight.double(), quantizer.dequantize(made.quantized)

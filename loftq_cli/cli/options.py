@@ -9,8 +9,8 @@ import typer
 
 from loftq_cli.device import DEVICES
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.methods.method import INITS, METHODS
-from loftq_cli.quant.formats import FORMATS, RANGES
+from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
+from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.recipe import SVD_MODES, presets
 from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 
@@ -49,11 +49,46 @@ Rslora = Annotated[
     bool | None,
     typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank instead of alpha/rank.", rich_help_panel=_ADAPTER),
 ]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(FITS),
+        help="The paper's alternation, or codes, constants and adapter fitted to each other. [default: joint]",
+        rich_help_panel=_ADAPTER,
+    ),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar=_one_of(STARTS),
+        help="What the alternation begins with: no adapter, or the best one of the weights. [default: principal with "
+        "--fit joint, else zero]",
+        rich_help_panel=_ADAPTER,
+    ),
+]
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of LoftQ (and of --init residual). [default: 8, or 5 with another --svd than fast]",
+        help="Alternations of LoftQ (and of --init residual). [default: 10, with --calibration 4; with --fit loftq 8, "
+        "or 5 with another --svd than fast]",
         rich_help_panel=_ADAPTER,
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        help="Rounds after them that refine codes and constants under what the adapter holds. [default: 1, with "
+        "--calibration 4; with --fit loftq none]",
+        rich_help_panel=_ADAPTER,
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="STATS",
+        help="What loftq calibrate wrote: errors then count by what they do to the layers' outputs.",
+        rich_help_panel=_QUANT,
+        show_default=False,
     ),
 ]
 Svd = Annotated[
@@ -118,11 +153,12 @@ Symmetric = Annotated[
         rich_help_panel=_QUANT,
     ),
 ]
-Ranges = Annotated[
+Scales = Annotated[
     str | None,
     typer.Option(
-        metavar=_one_of(RANGES),
-        help="Integers: a group's range, as wide as its weights or of least squared error. [default: minmax]",
+        metavar=_one_of(SCALES),
+        help="Constants of blocks and groups: from their largest weights, or searched for the least squared error. "
+        "[default: search with --fit joint or --calibration, else absmax]",
         rich_help_panel=_QUANT,
     ),
 ]

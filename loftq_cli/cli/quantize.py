@@ -13,7 +13,7 @@ from loftq_cli.layouts.peft_adapter import WEIGHTS_NAME
 from loftq_cli.plan import LayerJob, Plan
 from loftq_cli.quant.formats import size_of, spec_json
 from loftq_cli.recipe import parse_size, recipe_json, recipe_toml, resolve_recipe
-from loftq_cli.report import bits_per_weight, error_json
+from loftq_cli.report import bits_per_weight, error_json, mean_output_error
 from loftq_cli.workers import available_threads
 
 
@@ -25,7 +25,10 @@ def quantize(
     rank: options.Rank = None,
     alpha: options.Alpha = None,
     rslora: options.Rslora = None,
+    fit: options.Fit = None,
+    start: options.Start = None,
     iterations: options.Iterations = None,
+    rounds: options.Rounds = None,
     svd: options.Svd = None,
     pooling: options.Pooling = None,
     init: options.Init = None,
@@ -36,8 +39,9 @@ def quantize(
     double_quant: options.DoubleQuant = None,
     group_size: options.GroupSize = None,
     symmetric: options.Symmetric = None,
-    ranges: options.Ranges = None,
     scale_dtype: options.ScaleDtype = None,
+    scales: options.Scales = None,
+    calibration: options.Calibration = None,
     layout: options.Layout = None,
     max_shard_size: options.MaxShardSize = None,
     include: options.Include = None,
@@ -63,7 +67,10 @@ def quantize(
         "rank": rank,
         "alpha": alpha,
         "rslora": rslora,
+        "fit": fit,
+        "start": start,
         "iterations": iterations,
+        "rounds": rounds,
         "svd": svd,
         "pooling": pooling,
         "init": init,
@@ -74,8 +81,9 @@ def quantize(
         "double_quant": double_quant,
         "group_size": group_size,
         "symmetric": symmetric,
-        "ranges": ranges,
         "scale_dtype": scale_dtype,
+        "scales": scales,
+        "calibration": None if calibration is None else str(calibration),
         "layout": layout,
         "max_shard_size": max_shard_size,
         "include": tuple(include) if include else None,
@@ -140,6 +148,9 @@ def _print_outcome(plan: Plan, outcome: convert.Outcome, *, as_json: bool) -> No
         "adapter_nbytes": plan.adapter_nbytes,
         **errors,
     }
+    lost = mean_output_error(outcome.layers)
+    if lost is not None:
+        values["output_error"] = lost
     if as_json:
         result(json.dumps(values, indent=2))
         return
@@ -150,6 +161,8 @@ def _print_outcome(plan: Plan, outcome: convert.Outcome, *, as_json: bool) -> No
         f"error    {outcome.quantization_error:.4f} quantized alone -> {outcome.total.error:.4f} with the adapter "
         f"({'read back and checked' if outcome.verified else 'not read back'})"
     )
+    if lost is not None:
+        result(f"outputs  {lost:.4f} of the layers' outputs on the calibration's text")
 
 
 def _print_plan(plan: Plan, *, as_json: bool, verbose: bool) -> None:

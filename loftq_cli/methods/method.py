@@ -16,6 +16,8 @@ from loftq_cli.workers import SERIAL, Workers
 if TYPE_CHECKING:
     import torch
 
+    from loftq_cli.methods.weighting import Weighting
+
 
 @dataclass(frozen=True, slots=True)
 class Initialization:
@@ -23,7 +25,8 @@ class Initialization:
 
     quantization_error   relative Frobenius error of quantizing W alone, once: what any adapter has to start from; None
                          where `quantized` is just that
-    iteration_errors     relative Frobenius error with the adapter after each iteration; empty where nothing iterates
+    iteration_errors     relative error with the adapter after each iteration and round, by Frobenius norms, or by what
+                         errors cost with statistics; empty where nothing iterates
     best_iteration       which of them is returned, counted from 1; 0 where nothing iterates
     """
 
@@ -34,6 +37,32 @@ class Initialization:
     best_iteration: int = 0
 
 
+# How the alternation begins: with an adapter that adds nothing, as the paper's, or with the best one of the weights.
+STARTS = ("zero", "principal")
+
+# What is fitted: an adapter to quantization errors in turns, as in the paper, or codes, constants and adapter together.
+FITS = ("loftq", "joint")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fitting:
+    """How a method looks for its result; of methods that do not iterate, only `rounds` means something.
+
+    iterations   alternations of quantizing and fitting the adapter
+    svd          the low-rank solver
+    start, fit   see STARTS and FITS
+    rounds       of refining codes and constants, after the alternations
+    init         of QA-LoRA, see INITS
+    """
+
+    iterations: int = 1
+    svd: str = "fast"
+    start: str = STARTS[0]
+    fit: str = FITS[0]
+    rounds: int = 0
+    init: str | None = None
+
+
 class Method(Protocol):
     """`initialize` of a module in METHODS."""
 
@@ -42,16 +71,15 @@ class Method(Protocol):
         weight: Rows,
         quantizer: Quantizer,
         lora: LoraSpec,
+        fitting: Fitting,
         *,
-        iterations: int,
-        svd: str,
-        init: str | None,
         generator: torch.Generator,
+        weighting: Weighting | None = None,
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Initialization:
-        """Of a weight [out, in]; random draws come from `generator` alone. `sink` gets the codes instead of the result,
-        of a method that looks at each row once.
+        """Of a weight [out, in]; random draws come from `generator` alone. `weighting` says what errors cost; else
+        their squares. `sink` gets the codes instead of the result, of a method that looks at each row once.
         """
         ...
 

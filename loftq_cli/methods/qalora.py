@@ -13,8 +13,9 @@ from dataclasses import replace
 import torch
 
 from loftq_cli.lowrank import Solver, make_solver
-from loftq_cli.methods.alternation import alternate
-from loftq_cli.methods.method import Initialization, zero_adapter
+from loftq_cli.methods.alternation import Adapting, alternate, refined_alone
+from loftq_cli.methods.method import Fitting, Initialization, zero_adapter
+from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.quant.formats import Quantizer
 from loftq_cli.rows import Rows, TensorRows, slabs_of
 from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
@@ -25,52 +26,72 @@ def initialize(
     weight: Rows,
     quantizer: Quantizer,
     lora: LoraSpec,
+    fitting: Fitting,
     *,
-    iterations: int,
-    svd: str,
-    init: str | None,
     generator: torch.Generator,
+    weighting: Weighting | None = None,
     sink: Callable[[slice, torch.Tensor], None] | None = None,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """Standard: Q = quantize(W), and the adapter of QLoRA over pooled inputs. Residual: the best of `iterations`
-    alternations with the best adapter of this form, or the standard start where none is better.
+    """Standard: Q = quantize(W), and the adapter of QLoRA over pooled inputs. Residual: the best of the alternations
+    and rounds of `fitting` with the best adapter of this form, or the standard start where none is better.
     """
     del sink
     start = zero_adapter(weight, lora, generator)
-    if init == "residual":
-        means = (weight.shape[0], weight.shape[1] // lora.group_size)
-        solve = make_solver(svd, min(lora.rank, *means), means, generator, workers)
-        dtype = torch.float32 if svd == "exact" else torch.bfloat16
-        found = alternate(
-            weight, quantizer, lambda residual: fit_adapter(residual, lora, start, solve), iterations, dtype, workers
-        )
-        if found.quantization_error is None or min(found.iteration_errors) < found.quantization_error:
-            return found
-        return replace(found, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)
-    quantized = quantizer.quantize(weight, workers=workers)
-    return Initialization(quantized, start)
+    if fitting.init != "residual":
+        quantized = quantizer.quantize(weight, workers=workers)
+        if weighting is None:
+            return Initialization(quantized, start)
+        return refined_alone(weight, quantizer, quantized, start, fitting, weighting, workers)
+    weighting = weighting or make_weighting(None, lora.group_size)
+    coordinates = None if weighting.importance is None else weighting
+    means = (weight.shape[0], weight.shape[1] // lora.group_size)
+    solve = make_solver(fitting.svd, min(lora.rank, *means), means, generator, workers, coordinates)
+    dtype = torch.float32 if fitting.svd == "exact" else torch.bfloat16
+    adapting = Adapting(lambda residual: fit_adapter(residual, lora, start, solve, coordinates), solve)
+    found = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
+    # What is fitted by other costs is better by them, and they do not compare with a Frobenius norm.
+    if weighting.importance is not None or min(found.iteration_errors) < (found.quantization_error or math.inf):
+        return found
+    return replace(found, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)
 
 
-def fit_adapter(residual: torch.Tensor, lora: LoraSpec, start: LoraPair, solve: Solver) -> tuple[LoraPair, float]:
+def fit_adapter(
+    residual: torch.Tensor,
+    lora: LoraSpec,
+    start: LoraPair,
+    solve: Solver,
+    weighting: Weighting | None = None,
+) -> tuple[LoraPair, float]:
     """The pooled adapter that leaves the least of `residual` [out, in], balanced, in the adapter's dtype; and by how
     much it lowers the squared error.
 
     ||R − Δ||² = ||R − mean(R)||² + group_size · ||mean(R) − U||² for Δ that is U[o, k] in all of group k, so U is the
     best rank-r approximation of the group means. Rank beyond that of the means keeps the rows of `start`, lora_B zero.
     """
-    out_features = residual.shape[0]
-    means = torch.empty(out_features, residual.shape[1] // lora.group_size, device=residual.device)
+    if weighting is None:
+        means = _group_means(residual, lora.group_size)
+        found = solve(means)
+        right, gain = found.right, lora.group_size * found.gain
+    else:
+        found = solve(residual)
+        right, gain = weighting.adapter_rows(found.right), found.gain
+    rank = found.left.shape[1]
+    root = math.sqrt(start.scaling)
+    lora_A = start.lora_A.float().clone()
+    lora_B = torch.zeros(len(residual), lora.rank, device=residual.device)
+    lora_A[:rank], lora_B[:, :rank] = right / root, found.left / root
+    dtype = getattr(torch, lora.dtype)
+    pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
+    return pair, gain
+
+
+def _group_means(residual: torch.Tensor, group_size: int) -> torch.Tensor:
+    """float32 [out, in / group_size]."""
+    means = torch.empty(len(residual), residual.shape[1] // group_size, device=residual.device)
     for part in slabs_of(TensorRows(residual)):
-        groups = residual[part].float().view(-1, means.shape[1], lora.group_size)
+        groups = residual[part].float().view(-1, means.shape[1], group_size)
         means[part] = groups.mean(dim=2)
         if not bool(torch.isfinite(means[part]).all()):  # the sum overflowed, not the mean
             means[part] = groups.double().mean(dim=2)
-    found = solve(means)
-    rank = found.left.shape[1]
-    root = math.sqrt(start.scaling)
-    lora_A, lora_B = start.lora_A.float().clone(), torch.zeros(out_features, lora.rank, device=means.device)
-    lora_A[:rank], lora_B[:, :rank] = found.right / root, found.left / root
-    dtype = getattr(torch, lora.dtype)
-    pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
-    return pair, lora.group_size * found.gain
+    return means

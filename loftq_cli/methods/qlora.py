@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from loftq_cli.methods.method import Initialization, zero_adapter
+from loftq_cli.methods.alternation import refined_alone
+from loftq_cli.methods.method import Fitting, Initialization, zero_adapter
+from loftq_cli.methods.weighting import Weighting
 from loftq_cli.quant.formats import Quantizer
 from loftq_cli.rows import Rows
 from loftq_cli.tensors import LoraSpec
@@ -17,15 +19,18 @@ def initialize(
     weight: Rows,
     quantizer: Quantizer,
     lora: LoraSpec,
+    fitting: Fitting,
     *,
-    iterations: int,
-    svd: str,
-    init: str | None,
     generator: torch.Generator,
+    weighting: Weighting | None = None,
     sink: Callable[[slice, torch.Tensor], None] | None = None,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """Q = quantize(W); lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√in), lora_B zero."""
-    del iterations, svd, init
+    """Q = quantize(W); lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√in), lora_B zero. With a `weighting`,
+    codes and constants are then refined, `fitting.rounds` times: each lowers what errors do to the layer's outputs.
+    """
     quantized = quantizer.quantize(weight, sink=sink, workers=workers)
-    return Initialization(quantized, zero_adapter(weight, lora, generator))
+    adapter = zero_adapter(weight, lora, generator)
+    if weighting is None:
+        return Initialization(quantized, adapter)
+    return refined_alone(weight, quantizer, quantized, adapter, fitting, weighting, workers)

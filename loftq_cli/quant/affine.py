@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from loftq_cli.errors import NumericError
+from loftq_cli.quant.blocks import refine_rows, searched
+from loftq_cli.quant.formats import Cost, Refinement
 from loftq_cli.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs_of
 from loftq_cli.tensors import AffineSpec, AffineTensor
 from loftq_cli.triton_kernels.affine import AffineGroups, dequantize_affine, quantize_affine
 from loftq_cli.triton_kernels.error_stats import error_stats
+from loftq_cli.triton_kernels.refinement import Blocks, Levels
 from loftq_cli.workers import SERIAL, Workers
 
 _SLAB_NUMEL = 1 << 20  # float64 elements compared at once: 8 MB
@@ -22,23 +25,28 @@ _SLAB_NUMEL = 1 << 20  # float64 elements compared at once: 8 MB
 
 @dataclass(frozen=True, slots=True)
 class AffineQuantizer:
-    """`spec` applied to matrices that a loader decodes to `dtype`; `ranges` is how a group's range is chosen."""
+    """`spec` applied to matrices that a loader decodes to `dtype`. `scales` is how a group's constants are chosen;
+    `importance`, float32 [in], what a search for them weighs the errors of columns by.
+    """
 
     spec: AffineSpec
     dtype: str
-    ranges: str = "minmax"
+    scales: str = "absmax"
+    importance: torch.Tensor | None = None
 
     def quantize(
         self,
         weight: Rows,
         *,
         minus: Callable[[slice], torch.Tensor] | None = None,
+        start: AffineTensor | None = None,
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> AffineTensor:
         """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
 
-        With `sink`, that gets the codes [rows, in] a few rows at a time, in order, and the result holds none.
+        A search begins with the constants of `start`. With `sink`, that gets the codes [rows, in] a few rows at a time,
+        in order, and the result holds none.
         Raises NumericError when a weight is NaN or infinite, when a scale or a bias overflows its dtype, and when what
         is stored decodes to infinity in the dtype that a loader decodes to.
         """
@@ -46,15 +54,7 @@ class AffineQuantizer:
 
         def encode(part: slice) -> AffineGroups:
             target = _target(weight, minus, part)
-            groups = quantize_affine(
-                target,
-                spec.bits,
-                spec.group_size,
-                symmetric=spec.symmetric,
-                scale_dtype=spec.scale_dtype,
-                zero_point=spec.zero_point,
-                ranges=self.ranges,
-            )
+            groups = self._encode(target, start, part)
             # A group's constants are non-finite exactly when one of its weights is, or they overflow.
             constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
             if not all(bool(torch.isfinite(constant).all()) for constant in constants):
@@ -86,6 +86,54 @@ class AffineQuantizer:
             if biases is not None and groups.biases is not None:
                 biases[part] = groups.biases
         return AffineTensor(codes, scales, zero_points, biases, spec, self.dtype)
+
+    def refine(
+        self, weight: Rows, quantized: AffineTensor, cost: Cost, *, workers: Workers = SERIAL
+    ) -> Refinement | None:
+        """A pass over codes and constants; integer zero points stay. See `Quantizer`."""
+        offsets = quantized.zero_points if quantized.biases is None else quantized.biases
+        blocks = Blocks(
+            quantized.codes.clone(), quantized.scales.clone(), None if offsets is None else offsets.clone()
+        )
+        before, after = refine_rows(
+            weight, blocks, self.spec.group_size, self._levels, cost, fits_scales=True, workers=workers
+        )
+        if not (math.isfinite(after) and after <= before):
+            return None
+        zero_points, biases = (blocks.offsets, None) if quantized.biases is None else (None, blocks.offsets)
+        refined = replace(
+            quantized, codes=blocks.codes, scales=blocks.scales, zero_points=zero_points, biases=biases
+        )
+        return Refinement(refined, before, after)
+
+    def _encode(self, target: torch.Tensor, start: AffineTensor | None, part: slice) -> AffineGroups:
+        """The groups of some rows, float32."""
+        spec = self.spec
+        if self.scales != "search":
+            return quantize_affine(
+                target,
+                spec.bits,
+                spec.group_size,
+                symmetric=spec.symmetric,
+                scale_dtype=spec.scale_dtype,
+                zero_point=spec.zero_point,
+            )
+        begun = None
+        if start is not None:
+            offsets = start.zero_points if start.biases is None else start.biases
+            begun = (start.scales[part], None if offsets is None else offsets[part])
+        found = searched(target, spec.group_size, self._levels, begun, self.importance)
+        shape = (len(target), -1)
+        scales = found.scales.view(shape)
+        offsets = None if found.offsets is None else found.offsets.view(shape)
+        zero_points, biases = (None, offsets) if spec.zero_point == "float" else (offsets, None)
+        return AffineGroups(found.codes.view(target.shape), scales, zero_points, biases)
+
+    @property
+    def _levels(self) -> Levels:
+        spec = self.spec
+        offset = "none" if spec.symmetric else spec.zero_point
+        return Levels(None, spec.bits, offset, getattr(torch, spec.scale_dtype))
 
     @property
     def _narrowest(self) -> str:
@@ -297,6 +345,8 @@ def _offsets(quantized: AffineTensor) -> torch.Tensor:
     return -(quantized.scales.double() * zero_points)
 
 
-def make_quantizer(spec: AffineSpec, dtype: str, ranges: str) -> AffineQuantizer:
+def make_quantizer(
+    spec: AffineSpec, dtype: str, scales: str, importance: torch.Tensor | None
+) -> AffineQuantizer:
     """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
-    return AffineQuantizer(spec, dtype, ranges)
+    return AffineQuantizer(spec, dtype, scales, importance)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from loftq_cli.errors import NumericError
+from loftq_cli.quant.blocks import refine_rows, searched
+from loftq_cli.quant.formats import Cost, Refinement
 from loftq_cli.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs_of
 from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
-from loftq_cli.triton_kernels.codebook import codebook_residual, dequantize_codebook, quantize_codebook
+from loftq_cli.triton_kernels.codebook import (
+    codebook_residual,
+    codebook_table,
+    dequantize_codebook,
+    quantize_codebook,
+)
 from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
+from loftq_cli.triton_kernels.refinement import Blocks, Levels
 from loftq_cli.workers import SERIAL, Workers
 
 # Double quantization is wrong by at most this share of a nested absmax: half of the widest gap in its map, 0.9 / 128,
@@ -25,25 +34,33 @@ _SMALLEST = 1e-38
 # Of the blocks that are not zero, how many may have a smaller constant than one that double quantization ruins.
 _RUINED_SHARE = 0.25
 
+_CODE_OF_ZERO = 7
+
 
 @dataclass(frozen=True, slots=True)
 class CodebookQuantizer:
-    """`spec` applied to matrices that a loader decodes to `dtype`."""
+    """`spec` applied to matrices that a loader decodes to `dtype`. `scales` is how a block's constant is chosen;
+    `importance`, float32 [in], what a search for it weighs the errors of columns by.
+    """
 
     spec: CodebookSpec
     dtype: str
+    scales: str = "absmax"
+    importance: torch.Tensor | None = None
 
     def quantize(
         self,
         weight: Rows,
         *,
         minus: Callable[[slice], torch.Tensor] | None = None,
+        start: CodebookTensor | None = None,
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> CodebookTensor:
         """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
 
-        With `sink`, that gets the packed codes a few rows at a time, in order, and the result holds none.
+        A search begins with the constants of `start`. With `sink`, that gets the packed codes a few rows at a time, in
+        order, and the result holds none.
         Raises NumericError when a weight is NaN or infinite, when what is stored decodes to infinity in the dtype that
         a loader decodes to, and when double quantization ruins the constants of a matrix: see `_is_ruined`.
         """
@@ -51,6 +68,7 @@ class CodebookQuantizer:
         numel = out_features * in_features
         packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         absmax = torch.empty(-(-numel // spec.block_size), device=weight.device)
+        begun = None if start is None or self.scales != "search" else self._absmax(start)
 
         def encode(part: slice) -> torch.Tensor:
             first, last = part.start * in_features, part.stop * in_features
@@ -58,6 +76,14 @@ class CodebookQuantizer:
             if sink:
                 codes = torch.empty((last - first + 1) // 2, dtype=torch.uint8, device=weight.device)
             subtracted = None if minus is None else minus(part)
+            if self.scales == "search":
+                target = weight.rows(part).float()
+                target = target if subtracted is None else target - subtracted
+                own = None if begun is None else (_part(packed, begun, part, in_features, spec.block_size)[1], None)
+                found = searched(target, spec.block_size, self._levels(weight.device), own, self.importance)
+                codes.copy_(_packed(found.codes))
+                constants.copy_(found.scales)
+                return codes
             quantize_codebook(
                 weight.rows(part), spec.codebook, spec.block_size, minus=subtracted, out=(codes, constants)
             )
@@ -67,7 +93,7 @@ class CodebookQuantizer:
         for part, codes in zip(parts, workers.map(encode, parts), strict=True):
             if sink:
                 sink(part, codes)
-        # A block's absmax is non-finite exactly when the block is, so this checks every weight.
+        # A block's constant is non-finite exactly when the block is, so this checks every weight.
         if not bool(torch.isfinite(absmax).all()):
             raise not_finite(weight)
         stored = self._nested(absmax, judges=minus is None) if spec.double_quant else absmax
@@ -75,12 +101,48 @@ class CodebookQuantizer:
         # A block holds its constant, so it decodes to infinity exactly when the constant rounds to that. Double
         # quantization moves a constant by less than the largest.
         limit = torch.finfo(getattr(torch, self.dtype)).max
-        if absmax.numel() and float(absmax.max()) >= limit / 2:
-            largest = self._absmax(quantized).max()
+        if absmax.numel() and max(map(abs, map(float, torch.aminmax(absmax)))) >= limit / 2:
+            largest = self._absmax(quantized).abs().max()
             if not bool(torch.isfinite(largest.to(getattr(torch, self.dtype)))):
                 hint = "--no-double-quant, or --exclude it" if spec.double_quant else "--exclude it"
                 raise NumericError(f"decodes to numbers too large for {self.dtype}", hint=hint)
         return quantized
+
+    def refine(
+        self, weight: Rows, quantized: CodebookTensor, cost: Cost, *, workers: Workers = SERIAL
+    ) -> Refinement | None:
+        """A pass over codes and constants; see `Quantizer`. Double-quantized constants are fitted, quantized again and
+        then left alone while codes move once more; where that does not help, only codes move.
+        """
+        spec, shape = self.spec, quantized.shape
+        if shape[1] % spec.block_size:
+            return None
+        levels = self._levels(weight.device)
+        blocks = Blocks(_unpacked(quantized.packed, shape), self._absmax(quantized).view(shape[0], -1).clone(), None)
+
+        def moved(these: Blocks, fits_scales: bool) -> tuple[float, float]:
+            return refine_rows(
+                weight, these, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers
+            )
+
+        if not spec.double_quant:
+            before, after = moved(blocks, True)
+            stored: torch.Tensor | NestedAbsmax = blocks.scales.reshape(-1)
+        else:
+            assert isinstance(quantized.absmax, NestedAbsmax)
+            fitted = Blocks(blocks.codes.clone(), blocks.scales.clone(), None)
+            before, _ = moved(fitted, True)
+            stored = self._nested(fitted.scales.reshape(-1), judges=False)
+            fitted = Blocks(fitted.codes, self._decoded_absmax(stored).view(shape[0], -1), None)
+            _, after = moved(fitted, False)
+            if after <= before:
+                blocks = fitted
+            else:
+                stored = quantized.absmax
+                _, after = moved(blocks, False)
+        if not (math.isfinite(after) and after <= before):
+            return None
+        return Refinement(replace(quantized, packed=_packed(blocks.codes.view(-1)), absmax=stored), before, after)
 
     def residual(
         self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL
@@ -145,11 +207,18 @@ class CodebookQuantizer:
 
     def _absmax(self, quantized: CodebookTensor) -> torch.Tensor:
         absmax = quantized.absmax
-        if not isinstance(absmax, NestedAbsmax):
-            return absmax
-        return double_dequantize(
-            absmax.codes, absmax.absmax, absmax.code_map, absmax.offset, quantized.spec.nested_block_size
-        )
+        return self._decoded_absmax(absmax) if isinstance(absmax, NestedAbsmax) else absmax
+
+    def _decoded_absmax(self, nested: NestedAbsmax) -> torch.Tensor:
+        size = self.spec.nested_block_size
+        return double_dequantize(nested.codes, nested.absmax, nested.code_map, nested.offset, size)
+
+    def _levels(self, device: torch.device | str) -> Levels:
+        """A negative constant turns a table that is not symmetric around. The mean of constants of both signs would be
+        of no use to double quantization.
+        """
+        table = codebook_table(self.spec.codebook, device)
+        return Levels(table, 4, "none", torch.float32, is_signed=not self.spec.double_quant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +297,21 @@ def _part(
     return packed[first // 2 : -(-last // 2)], absmax[first // block_size : -(-last // block_size)]
 
 
-def make_quantizer(spec: CodebookSpec, dtype: str, ranges: str) -> CodebookQuantizer:
+def _packed(codes: torch.Tensor) -> torch.Tensor:
+    """uint8 [ceil(n / 2)] of codes [n]; an odd end is filled with the code of 0.0, as bitsandbytes does."""
+    if codes.numel() % 2:
+        codes = torch.cat([codes, codes.new_full((1,), _CODE_OF_ZERO)])
+    pairs = codes.view(torch.int16)  # the first of two codes in the low byte; several times faster than by strides
+    return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """Codes uint8 [out, in]."""
+    return torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[: math.prod(shape)].view(shape)
+
+
+def make_quantizer(
+    spec: CodebookSpec, dtype: str, scales: str, importance: torch.Tensor | None
+) -> CodebookQuantizer:
     """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
-    del ranges  # a block's range is its absmax
-    return CodebookQuantizer(spec, dtype)
+    return CodebookQuantizer(spec, dtype, scales, importance)

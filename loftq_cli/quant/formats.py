@@ -19,8 +19,29 @@ if TYPE_CHECKING:
 QuantSpec: TypeAlias = CodebookSpec | AffineSpec
 QuantizedTensor: TypeAlias = CodebookTensor | AffineTensor
 
-# How the range of a group of integers is chosen: as wide as its weights, or with the least squared error.
-RANGES = ("minmax", "mse")
+# How the constants of a block or group are chosen: from its largest weights, or for the least squared error.
+SCALES = ("absmax", "search")
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What an error E [out, in] costs: the sum over its rows e of e·H·eᵀ. H is one of
+    - diag(importance) − vectors·vectorsᵀ; `vectors` float32 [in, r], `importance` float32 [in], or None for ones
+    - hessian, float32 [in, in]
+    """
+
+    vectors: torch.Tensor | None = None
+    importance: torch.Tensor | None = None
+    hessian: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refinement:
+    """A quantized matrix after codes and constants were refined, and what its error costs, before and after."""
+
+    quantized: Any
+    before: float
+    after: float
 
 
 class Quantizer(Protocol):
@@ -31,10 +52,18 @@ class Quantizer(Protocol):
         weight: Rows,
         *,
         minus: Callable[[slice], torch.Tensor] | None = None,
+        start: Any | None = None,
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Any:
-        """The quantized form of a matrix: a QuantizedTensor. With `sink`, that gets the codes a few rows at a time."""
+        """The quantized form of a matrix: a QuantizedTensor. With `sink`, that gets the codes a few rows at a time.
+
+        Where constants are searched, that begins with those of `start`, a quantized form of nearly the same.
+        """
+        ...
+
+    def refine(self, weight: Rows, quantized: Any, cost: Cost, *, workers: Workers = SERIAL) -> Refinement | None:
+        """Codes and constants whose error costs less, or as much; None where blocks do not divide the rows."""
         ...
 
     def residual(self, weight: Rows, quantized: Any, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:
@@ -101,10 +130,14 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def make_quantizer(spec: QuantSpec, dtype: str, ranges: str | None = None) -> Quantizer:
-    """The quantizer of `spec` whose values a loader decodes to `dtype` ("bfloat16", ...)."""
+def make_quantizer(
+    spec: QuantSpec, dtype: str, scales: str = SCALES[0], importance: torch.Tensor | None = None
+) -> Quantizer:
+    """The quantizer of `spec` whose values a loader decodes to `dtype` ("bfloat16", ...). A search for constants weighs
+    the squared errors of columns by `importance`, float32 [in].
+    """
     module = import_module(FORMATS[spec.quant_type].module)
-    quantizer: Quantizer = module.make_quantizer(spec, dtype, ranges or RANGES[0])
+    quantizer: Quantizer = module.make_quantizer(spec, dtype, scales, importance)
     return quantizer
 
 

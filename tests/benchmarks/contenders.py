@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from loftq_cli.lowrank import Factors
-from loftq_cli.methods.alternation import alternate
+from loftq_cli.lowrank import ExactSolver, Factors
+from loftq_cli.methods.alternation import Adapting, alternate
 from loftq_cli.methods.loftq import fit_adapter
-from loftq_cli.methods.method import Initialization, load_method
+from loftq_cli.methods.method import Fitting, Initialization, load_method
+from loftq_cli.methods.weighting import make_weighting
 from loftq_cli.metrics import adapter_delta, layer_error
 from loftq_cli.quant.formats import QuantizedTensor, make_quantizer
 from loftq_cli.rows import TensorRows
@@ -33,8 +34,11 @@ def ours(svd: str, iterations: int, weights: Sequence[torch.Tensor], rank: int, 
 
     def one(workers: Workers, weight: torch.Tensor) -> Initialization:
         generator = torch.Generator().manual_seed(0)
-        options: dict[str, Any] = {"iterations": iterations, "svd": svd, "init": None, "generator": generator}
-        return load_method("loftq")(TensorRows(weight), QUANTIZER, LoraSpec(rank, rank), **options, workers=workers)
+        fitting = Fitting(iterations=iterations, svd=svd)
+        lora = LoraSpec(rank, rank)
+        return load_method("loftq")(
+            TensorRows(weight), QUANTIZER, lora, fitting, generator=generator, workers=workers
+        )
 
     with started(threads) as workers:
         found = [one(workers, *weights)] if len(weights) == 1 else list(workers.map(partial(one, SERIAL), weights))
@@ -56,7 +60,11 @@ def svd_lowrank(iterations: int, weights: Sequence[torch.Tensor], rank: int, thr
     torch.manual_seed(0)
     with started(threads) as workers:
         torch.set_num_threads(threads)
-        found = [alternate(TensorRows(w), QUANTIZER, fit, iterations, torch.float32, workers) for w in weights]
+        fitting, plain = Fitting(iterations=iterations), make_weighting(None, 1)
+        adapting = Adapting(fit, ExactSolver(rank))
+        found = [
+            alternate(TensorRows(w), QUANTIZER, adapting, fitting, plain, torch.float32, workers) for w in weights
+        ]
     return [(made.quantized, made.lora) for made in found]
 
 
