@@ -19,6 +19,7 @@ _TRITON = frozenset(
         "error_stats",
         "merging",
         "packing",
+        "refinement",
         "residual",
     }
 )

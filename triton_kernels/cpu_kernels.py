@@ -487,6 +487,9 @@ def squared_errors(groups: Any, scales: Any, offsets: Any, is_float: bool, round
 # Rows side by side in the inner loops of a tile, where their columns depend on each other.
 LANES = 64
 
+# Columns whose steps are followed one by one: what they change further on in a block is made up for all at once.
+STRIP = 16
+
 _TINY = np.float32(1e-38)
 
 
@@ -589,6 +592,24 @@ def _table_sums(blocks: Any, levels: Any, units: Any, scales: Any, sums: Any) ->
 
 
 @kernel(reassociates=True, contracts=True)
+def _weighted_table_sums(
+    blocks: Any, importance: Any, place: int, levels: Any, units: Any, scales: Any, sums: Any
+) -> None:
+    """The same where columns count differently; `place`: which of the blocks of a row the first is."""
+    for row in range(units.size):
+        x, level, unit, scale = blocks[row], levels[row], units[row], scales[row]
+        d = importance[(place + row) % importance.shape[0]]
+        error = mixed = square = np.float32(0.0)
+        for i in range(x.size):
+            difference = (x[i] - level[i] * scale) * unit
+            counted = d[i] * level[i]
+            error += difference * difference * d[i]
+            mixed += x[i] * unit * counted
+            square += level[i] * counted
+        sums[row, 0], sums[row, 1], sums[row, 2] = error, mixed, square
+
+
+@kernel(reassociates=True, contracts=True)
 def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias: Any, top: Any, sums: Any) -> None:
     """The same of integers, whose levels are steps from the zero point; and the sums of weights and levels."""
     error = mixed = square = total = steps = np.float32(0.0)
@@ -604,9 +625,29 @@ def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias:
     sums[0], sums[1], sums[2], sums[3], sums[4] = error, mixed, square, total, steps
 
 
+@kernel(reassociates=True, contracts=True)
+def _weighted_sums_of_steps(
+    x: Any, d: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias: Any, top: Any, sums: Any
+) -> None:
+    """The same where columns count differently."""
+    error = mixed = square = total = steps = np.float32(0.0)
+    for i in range(x.size):
+        level = np.rint((x[i] - bias) * inverse) + zero
+        level = min(max(level, np.float32(0.0)), top) - zero
+        difference = (x[i] - (level * scale + bias)) * unit
+        counted = d[i] * level
+        error += difference * difference * d[i]
+        mixed += x[i] * unit * counted
+        square += level * counted
+        total += x[i] * unit * d[i]
+        steps += counted
+    sums[0], sums[1], sums[2], sums[3], sums[4] = error, mixed, square, total, steps
+
+
 @kernel()
 def search_table(
     blocks: Any,
+    importance: Any,
     table: Any,
     thresholds: Any,
     factors: Any,
@@ -617,6 +658,7 @@ def search_table(
     codes: Any,
     scales: Any,
 ) -> None:
+    """`importance` [blocks of a row, block_size], or without rows if all columns count the same."""
     # Calls cost as much as a block: the passes go over many.
     per_pass, size = max(4 * BUFFER_NUMEL // blocks.shape[1], 1), blocks.shape[1]
     levels, zero, infinity = np.empty((per_pass, size), np.float32), np.float32(0.0), np.float32(np.inf)
@@ -656,7 +698,10 @@ def search_table(
                 tried[row] = scale if is_usable else zero
                 factor[row] = _inverse(tried[row])
             _nearest(x, factor[:n], thresholds, table, levels, found)
-            _table_sums(x, levels, units[:n], tried, sums)
+            if importance.shape[0]:
+                _weighted_table_sums(x, importance, first, levels, units[:n], tried, sums)
+            else:
+                _table_sums(x, levels, units[:n], tried, sums)
             for row in range(n):
                 if tried[row] != zero and sums[row, 0] < error[row]:
                     error[row], best[row], slopes[row] = sums[row, 0], tried[row], sums[row, 1] / sums[row, 2]
@@ -677,6 +722,7 @@ def _largest(x: Any) -> Any:
 @kernel()
 def search_steps(
     blocks: Any,
+    importance: Any,
     offset: int,
     top: int,
     factors: Any,
@@ -689,7 +735,7 @@ def search_steps(
     zeros: Any,
     biases: Any,
 ) -> None:
-    """`offset`: none (0), int (1) or float (2)."""
+    """`importance` as above; `offset`: none (0), int (1) or float (2)."""
     sums, best_sums, nothing, highest = (
         np.empty(5, np.float32),
         np.empty(5, np.float32),
@@ -697,8 +743,13 @@ def search_steps(
         np.float32(top),
     )
     middle = np.float32((top + 1) // 2) if offset == 0 else nothing
+    d, total = importance[:1].reshape(-1), np.float32(blocks.shape[1])
     for row in range(blocks.shape[0]):
         x = blocks[row]
+        if importance.shape[0]:
+            d, total = importance[row % importance.shape[0]], nothing
+            for i in range(d.size):
+                total += d[i]
         largest, low, high = _largest(x), _least(x), _greatest(x)
         if offset == 1:
             low, high = min(low, nothing), max(high, nothing)
@@ -721,13 +772,16 @@ def search_steps(
                 if not error < np.float32(np.inf):
                     best_scale, best_zero, best_bias = scale, zero, bias
             else:
-                slope, zero, start = _line(best_sums, best_zero, offset, (i - factors.size) % 2 == 0, x.size, highest)
+                slope, zero, start = _line(best_sums, best_zero, offset, (i - factors.size) % 2 == 0, total, highest)
                 scale, bias = _stored(slope * largest, dtype), _stored(start * largest, dtype)
                 if scale == nothing or (scale < nothing and not is_signed):
                     continue
             if not (abs(scale) < np.float32(np.inf) and abs(bias) < np.float32(np.inf)):
                 continue
-            _sums_of_steps(x, _inverse(scale), unit, scale, zero, bias, highest, sums)
+            if importance.shape[0]:
+                _weighted_sums_of_steps(x, d, _inverse(scale), unit, scale, zero, bias, highest, sums)
+            else:
+                _sums_of_steps(x, _inverse(scale), unit, scale, zero, bias, highest, sums)
             if sums[0] < error:
                 error, best_scale, best_zero, best_bias = sums[0], scale, zero, bias
                 best_sums[:] = sums
@@ -738,9 +792,11 @@ def search_steps(
 
 
 @kernel()
-def _line(sums: Any, zero: Any, offset: int, moves_zero: bool, count: int, top: Any) -> Any:
-    """The slope of the line through weights over their levels, the zero point, and what is left at it: the bias."""
-    mixed, square, total, steps, n = sums[1], sums[2], sums[3], sums[4], np.float32(count)
+def _line(sums: Any, zero: Any, offset: int, moves_zero: bool, n: Any, top: Any) -> Any:
+    """The slope of the line through weights over their levels, the zero point, and what is left at it: the bias. `n`:
+    how many there are, each as often as it counts.
+    """
+    mixed, square, total, steps = sums[1], sums[2], sums[3], sums[4]
     nothing = np.float32(0.0)
     if offset == 0 or (offset == 1 and not moves_zero):
         return mixed / square, zero, nothing
@@ -774,6 +830,7 @@ def refine_rows(
     thresholds: Any,
     top: int,
     vectors: Any,
+    importance: Any,
     sweeps: int,
     fits: int,
     is_signed: bool,
@@ -801,7 +858,7 @@ def refine_rows(
         for k in range(rank):
             absorbed += np.float64(vectors[j, k]) * np.float64(vectors[j, k])
             ones[j // size, k] += vectors[j, k]
-        left[j] = 1.0 - absorbed
+        left[j] = importance[j] - absorbed
     for first in range(0, rows, LANES):
         count = min(LANES, rows - first)
         for block in range(n_blocks):
@@ -819,7 +876,7 @@ def refine_rows(
             for lane in range(LANES):
                 work[0, lane] = w[j, lane] - q[j, lane]
             _add_products(work[0], vectors[j], m)
-        _squared_errors(w, q, m, before[first : first + count])
+        _squared_errors(w, q, importance, m, before[first : first + count])
         for _ in range(sweeps):
             for block in range(n_blocks):
                 part = slice(block * size, (block + 1) * size)
@@ -829,6 +886,7 @@ def refine_rows(
                         q[part],
                         constants[block],
                         vectors[part],
+                        importance[part],
                         ones[block],
                         m,
                         projected,
@@ -838,7 +896,7 @@ def refine_rows(
                         dtype,
                         limits[0],
                     )
-                _sweep_tile(
+                _sweep_block(
                     w[part],
                     q[part],
                     c[part],
@@ -847,13 +905,17 @@ def refine_rows(
                     thresholds,
                     np.float32(top),
                     vectors[part],
+                    importance[part],
                     left[part],
                     m,
+                    None,
+                    None,
+                    None,
                     work,
                     chosen,
                     limits,
                 )
-        _squared_errors(w, q, m, after[first : first + count])
+        _squared_errors(w, q, importance, m, after[first : first + count])
         for block in range(n_blocks):
             part = slice(block * size, (block + 1) * size)
             for lane in range(count):
@@ -922,12 +984,13 @@ def _add_products(number: Any, v: Any, m: Any) -> None:
 
 
 @kernel(contracts=True)
-def _squared_errors(w: Any, q: Any, m: Any, errors: Any) -> None:
+def _squared_errors(w: Any, q: Any, importance: Any, m: Any, errors: Any) -> None:
     totals = np.zeros(LANES, np.float64)
     for j in range(w.shape[0]):
+        d = np.float64(importance[j])
         for lane in range(LANES):
             error = np.float64(w[j, lane] - q[j, lane])
-            totals[lane] += error * error
+            totals[lane] += d * error * error
     for k in range(m.shape[0]):
         for lane in range(LANES):
             totals[lane] -= np.float64(m[k, lane]) * np.float64(m[k, lane])
@@ -952,7 +1015,7 @@ def _step_and_dot(delta: Any, v: Any, u: Any, m: Any, dot: Any) -> None:
 
 
 @kernel(contracts=True)
-def _sweep_tile(
+def _sweep_block(
     w: Any,
     q: Any,
     c: Any,
@@ -961,51 +1024,74 @@ def _sweep_tile(
     thresholds: Any,
     top: Any,
     vectors: Any,
+    importance: Any,
     left: Any,
     m: Any,
+    hessian: Any,
+    g: Any,
+    steps: Any,
     work: Any,
     chosen: Any,
     limits: Any,
 ) -> None:
-    """One block: the codes of its columns, one after another."""
+    """One block: the codes of its columns, one after another. H is diag(importance) − vectors·vectorsᵀ, and `m` follows
+    the steps; or it is `hessian`, and `g`, which is right only for columns that are still to come. One of the two is
+    None, with what belongs to it: a kernel is compiled for each.
+    """
     scale, zero, bias = constants[0], constants[1], constants[2]
     delta, dot, y, inverse, found = work[0], work[1], work[2], work[3], work[4]
     for lane in range(LANES):
         delta[lane], inverse[lane] = np.float32(0.0), _inverse(scale[lane])
-    previous = 0
-    for j in range(w.shape[0]):
-        _step_and_dot(delta, vectors[previous], vectors[j], m, dot)
-        previous = j
-        h = left[j]
-        if not h > limits[0]:
-            delta[:] = np.float32(0.0)
-            continue
-        wj, qj, cj, reciprocal = w[j], q[j], c[j], np.float32(1.0) / h
-        for lane in range(LANES):
-            slope = wj[lane] - qj[lane] - dot[lane]
-            dot[lane] = slope
-            y[lane] = (qj[lane] + slope * reciprocal - bias[lane]) * inverse[lane]
-        if table is None:
+    previous, end = 0, 0
+    for j in range(q.shape[0]):
+        qj, cj, h = q[j], c[j], left[j]
+        if vectors is not None:
+            _step_and_dot(delta, vectors[previous], vectors[j], m, dot)
+            previous = j
+            if not h > limits[0] * importance[j]:
+                delta[:] = np.float32(0.0)
+                continue
+            wj, d = w[j], importance[j]
             for lane in range(LANES):
-                level = min(max(np.rint(y[lane]) + zero[lane], np.float32(0.0)), top)
-                chosen[lane] = np.uint8(np.int32(level))
-                found[lane] = (level - zero[lane]) * scale[lane] + bias[lane]
-        else:
-            _encode(y, thresholds, chosen)
+                dot[lane] = d * (wj[lane] - qj[lane]) - dot[lane]
+        if hessian is not None:
+            dot, delta, end = g[j], steps[j], min(j - j % STRIP + STRIP, q.shape[0])
+            if not h > np.float32(0.0):
+                delta[:] = np.float32(0.0)
+        if h > np.float32(0.0):
+            reciprocal = np.float32(1.0) / h
             for lane in range(LANES):
-                found[lane] = table[chosen[lane]] * scale[lane]
-        for lane in range(LANES):
-            slope, step = dot[lane], found[lane] - qj[lane]
-            lowers = (step * np.copysign(np.float32(1.0), slope) > np.float32(0.0)) & (
-                abs(step) * h < limits[1] * abs(slope)
-            )
-            delta[lane] = step if lowers else np.float32(0.0)
-            qj[lane] = found[lane] if lowers else qj[lane]
-            cj[lane] = chosen[lane] if lowers else cj[lane]
-    for k in range(m.shape[0]):
-        v = vectors[previous, k]
-        for lane in range(LANES):
-            m[k, lane] -= delta[lane] * v
+                y[lane] = (qj[lane] + dot[lane] * reciprocal - bias[lane]) * inverse[lane]
+            if table is None:
+                for lane in range(LANES):
+                    level = min(max(np.rint(y[lane]) + zero[lane], np.float32(0.0)), top)
+                    chosen[lane] = np.uint8(np.int32(level))
+                    found[lane] = (level - zero[lane]) * scale[lane] + bias[lane]
+            else:
+                _encode(y, thresholds, chosen)
+                for lane in range(LANES):
+                    found[lane] = table[chosen[lane]] * scale[lane]
+            for lane in range(LANES):
+                slope, step = dot[lane], found[lane] - qj[lane]
+                lowers = (step * np.copysign(np.float32(1.0), slope) > np.float32(0.0)) & (
+                    abs(step) * h < limits[1] * abs(slope)
+                )
+                delta[lane] = step if lowers else np.float32(0.0)
+                qj[lane] = found[lane] if lowers else qj[lane]
+                cj[lane] = chosen[lane] if lowers else cj[lane]
+        if hessian is not None:
+            for k in range(j + 1, end):
+                gk, hk = g[k], hessian[j, k]
+                for lane in range(LANES):
+                    gk[lane] -= hk * delta[lane]
+            if j + 1 == end and end < q.shape[0]:
+                begin = j - j % STRIP
+                _subtract_products(hessian[begin:end, end:], steps[begin:end], g[end:])
+    if vectors is not None:
+        for k in range(m.shape[0]):
+            v = vectors[previous, k]
+            for lane in range(LANES):
+                m[k, lane] -= delta[lane] * v
 
 
 @kernel(contracts=True)
@@ -1014,6 +1100,7 @@ def _fit_tile(
     q: Any,
     constants: Any,
     vectors: Any,
+    importance: Any,
     ones: Any,
     m: Any,
     projected: Any,
@@ -1024,23 +1111,24 @@ def _fit_tile(
     least: Any,
 ) -> None:
     """One block: its scale, and its bias."""
-    scale, bias = constants[0], constants[2]
+    bias = constants[2]
     linear, right, square, right_bias, mixed = work[0], work[1], work[2], work[3], work[4]
     factors, shifts, norm = work[5], work[6], work[7]
     work[:] = np.float32(0.0)
     projected[:] = np.float32(0.0)
+    square_bias = np.float32(0.0)
     for j in range(w.shape[0]):
-        wj, qj = w[j], q[j]
+        wj, qj, weight = w[j], q[j], importance[j]
+        square_bias += weight
         for lane in range(LANES):
             d = qj[lane] - bias[lane]
-            error = wj[lane] - qj[lane]
+            error = weight * (wj[lane] - qj[lane])
             linear[lane] = d
             right[lane] += d * error
-            norm[lane] += d * d
+            norm[lane] += weight * d * d
             right_bias[lane] += error
-            mixed[lane] += d
+            mixed[lane] += weight * d
         _add_products(linear, vectors[j], projected)
-    square_bias = np.float32(w.shape[0])
     for lane in range(LANES):
         square[lane] = norm[lane]
     for k in range(m.shape[0]):
@@ -1051,6 +1139,25 @@ def _fit_tile(
             square[lane] -= p * p
             right_bias[lane] -= m[k, lane] * ones[k]
             mixed[lane] -= p * ones[k]
+    linear[:] = bias
+    _solve(work, square_bias, constants, fits_bias, is_signed, dtype, least)
+    for j in range(w.shape[0]):
+        qj = q[j]
+        for lane in range(LANES):
+            qj[lane] += factors[lane] * (qj[lane] - linear[lane]) + shifts[lane]
+    for k in range(m.shape[0]):
+        for lane in range(LANES):
+            m[k, lane] -= factors[lane] * projected[k, lane] + shifts[lane] * ones[k]
+
+
+@kernel(contracts=True)
+def _solve(
+    work: Any, square_bias: Any, constants: Any, fits_bias: bool, is_signed: bool, dtype: int, least: Any
+) -> None:
+    """The scale of a block, and its bias, of least error: from the products in `work`, and the changes into it."""
+    scale, bias = constants[0], constants[2]
+    right, square, right_bias, mixed = work[1], work[2], work[3], work[4]
+    factors, shifts, norm = work[5], work[6], work[7]
     one, two, nothing = np.float32(1.0), np.float32(2.0), np.float32(0.0)
     for lane in range(LANES):
         a, b, r, s = square[lane], mixed[lane], right[lane], right_bias[lane]
@@ -1068,13 +1175,188 @@ def _fit_tile(
         is_usable &= is_signed or new_scale > nothing
         factors[lane] = factor if is_usable else nothing
         shifts[lane] = shift if is_usable else nothing
-        linear[lane] = bias[lane]
         scale[lane] = new_scale if is_usable else scale[lane]
         bias[lane] = new_bias if is_usable else bias[lane]
-    for j in range(w.shape[0]):
-        qj = q[j]
+
+
+@kernel(contracts=True)
+def refine_columns(
+    weight: Any,
+    codes: Any,
+    scales: Any,
+    zeros: Any,
+    biases: Any,
+    table: Any,
+    thresholds: Any,
+    top: int,
+    hessian: Any,
+    products: Any,
+    start: int,
+    fits: int,
+    is_signed: bool,
+    dtype: int,
+    limits: Any,
+    error: Any,
+    is_changed: Any,
+) -> None:
+    """The whole blocks that `hessian` [columns, columns] is of, from column `start` on; `products` [rows, columns] are
+    those of the errors of whole rows and H. `error` is of whole rows, too.
+    """
+    rows, columns, size = products.shape[0], products.shape[1], weight.shape[1] // scales.shape[1]
+    q, g, moved = (
+        np.zeros((columns, LANES), np.float32),
+        np.zeros((columns, LANES), np.float32),
+        np.zeros((columns, LANES), np.float32),
+    )
+    c, chosen = np.zeros((columns, LANES), np.uint8), np.zeros(LANES, np.uint8)
+    constants, values = np.zeros((3, LANES), np.float32), np.empty(size, np.float32)
+    linear, projected = np.zeros((size, LANES), np.float32), np.zeros((size, LANES), np.float32)
+    work, diagonal = np.zeros((9, LANES), np.float32), np.diag(hessian).copy()
+    for first in range(0, rows, LANES):
+        count = min(LANES, rows - first)
+        for lane in range(count):
+            _to_lane(products[first + lane], g, lane)
+            _to_lane(codes[first + lane, start : start + columns], c, lane)
+        for begin in range(0, columns, size):
+            end, block = begin + size, (start + begin) // size
+            own, qb, gb, cb, mb = hessian[begin:end], q[begin:end], g[begin:end], c[begin:end], moved[begin:end]
+            for lane in range(count):
+                row = first + lane
+                scale, zero, bias = scales[row, block], zeros[row, block], biases[row, block]
+                constants[0, lane], constants[1, lane], constants[2, lane] = scale, zero, bias
+                _decode_block(codes[row, start + begin : start + end], scale, zero, bias, table, values)
+                _to_lane(values, qb, lane)
+            mb[:] = np.float32(0.0)
+            if fits:
+                _fit_columns(
+                    qb,
+                    gb,
+                    mb,
+                    constants,
+                    own[:, begin:end],
+                    linear,
+                    projected,
+                    work,
+                    fits == 2,
+                    is_signed,
+                    dtype,
+                    limits[0],
+                )
+            _sweep_block(
+                None,
+                qb,
+                cb,
+                constants,
+                table,
+                thresholds,
+                np.float32(top),
+                None,
+                None,
+                diagonal[begin:end],
+                None,
+                own[:, begin:end],
+                gb,
+                linear,
+                work,
+                chosen,
+                limits,
+            )
+            for j in range(size):
+                for lane in range(LANES):
+                    mb[j, lane] += linear[j, lane]
+            for lane in range(count):
+                row, part = first + lane, slice(start + begin, start + end)
+                scale, zero, bias = constants[0, lane], constants[1, lane], constants[2, lane]
+                scales[row, block], biases[row, block] = scale, bias
+                _from_lane(cb, lane, codes[row, part])
+                _decode_block(codes[row, part], scale, zero, bias, table, values)
+                is_changed[row] |= _replace_error(weight[row, part], values, error[row, part])
+            if end < columns:
+                _subtract_products(own[:, end:], mb, g[end:])
+
+
+@kernel()
+def _replace_error(weight: Any, values: Any, error: Any) -> bool:
+    """Whether that has changed it."""
+    is_changed = False
+    for i in range(values.size):
+        difference = weight[i] - values[i]
+        is_changed |= difference != error[i]
+        error[i] = difference
+    return is_changed
+
+
+@kernel(contracts=True)
+def _subtract_products(hessian: Any, steps: Any, g: Any) -> None:
+    """g [columns, LANES] -= hessian [n, columns] transposed times steps [n, LANES]."""
+    n = steps.shape[0]
+    for k in range(g.shape[0]):
+        gk = g[k]
+        for i in range(0, n - 3, 4):
+            h0, h1, h2, h3 = hessian[i, k], hessian[i + 1, k], hessian[i + 2, k], hessian[i + 3, k]
+            d0, d1, d2, d3 = steps[i], steps[i + 1], steps[i + 2], steps[i + 3]
+            for lane in range(LANES):
+                gk[lane] -= (h0 * d0[lane] + h1 * d1[lane]) + (h2 * d2[lane] + h3 * d3[lane])
+        for i in range(n - n % 4, n):
+            h0, d0 = hessian[i, k], steps[i]
+            for lane in range(LANES):
+                gk[lane] -= h0 * d0[lane]
+
+
+@kernel(contracts=True)
+def _fit_columns(
+    q: Any,
+    g: Any,
+    moved: Any,
+    constants: Any,
+    hessian: Any,
+    linear: Any,
+    projected: Any,
+    work: Any,
+    fits_bias: bool,
+    is_signed: bool,
+    dtype: int,
+    least: Any,
+) -> None:
+    """One block: its scale, and its bias."""
+    bias = constants[2]
+    right, square, right_bias, mixed = work[1], work[2], work[3], work[4]
+    factors, shifts, norm = work[5], work[6], work[7]
+    work[:] = np.float32(0.0)
+    projected[:] = np.float32(0.0)
+    for j in range(q.shape[0]):
         for lane in range(LANES):
-            qj[lane] += factors[lane] * (qj[lane] - linear[lane]) + shifts[lane]
-    for k in range(m.shape[0]):
+            linear[j, lane] = q[j, lane] - bias[lane]
+    _subtract_products(hessian, linear, projected)
+    square_bias = np.float32(0.0)
+    for j in range(q.shape[0]):
+        h = hessian[j, j]
+        for k in range(q.shape[0]):
+            square_bias += hessian[j, k]
         for lane in range(LANES):
-            m[k, lane] -= factors[lane] * projected[k, lane] + shifts[lane] * ones[k]
+            d, p = linear[j, lane], projected[j, lane]
+            right[lane] += d * g[j, lane]
+            square[lane] -= d * p
+            norm[lane] += h * d * d
+            right_bias[lane] += g[j, lane]
+            mixed[lane] -= p
+    _solve(work, square_bias, constants, fits_bias, is_signed, dtype, least)
+    for j in range(q.shape[0]):
+        total = np.float32(0.0)
+        for k in range(q.shape[0]):
+            total += hessian[j, k]
+        for lane in range(LANES):
+            step = factors[lane] * linear[j, lane] + shifts[lane]
+            moved[j, lane] = step
+            q[j, lane] += step
+            g[j, lane] += factors[lane] * projected[j, lane] - shifts[lane] * total
+
+
+@kernel(reassociates=True, contracts=True)
+def add_inner_products(products: Any, error: Any, start: int, factor: float, totals: Any) -> None:
+    """Of each row, `factor` times the product of `products` and of as many columns of `error` from `start` on."""
+    for row in range(totals.size):
+        one, other, total = products[row], error[row, start : start + products.shape[1]], 0.0
+        for i in range(one.size):
+            total += np.float64(one[i]) * np.float64(other[i])
+        totals[row] += factor * total

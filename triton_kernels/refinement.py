@@ -1,6 +1,8 @@
 """Codes and block constants chosen for the least error: the contract. First for each block by itself, then under what
 an adapter absorbs: of an error E [rows, in] the adapter with orthonormal right vectors V takes E·V·Vᵀ, and what is left
-is E·H·Eᵀ with H = I − V·Vᵀ. Blocks are `block_size` neighbouring columns of one row, and rows are independent.
+is E·H·Eᵀ with H = I − V·Vᵀ. Where columns count differently, H has their importance d instead of ones and vectors √d·V;
+where they depend on each other it is any matrix. Blocks are `block_size` neighbouring columns of one row, and rows are
+independent.
 
 A value is level * scale + bias in float32, before a loader rounds it: see `Levels`.
 """
@@ -22,7 +24,8 @@ FACTORS = (1.0, 0.9, 0.8, 0.7)
 REFITS = 3
 WARM_REFITS = 1  # a second one changes nothing there that shows in three digits
 
-# Of the reduced weight 1 − |v|² of a column: what has less is the adapter's, and float32 could not tell what it costs.
+# Of the importance of a column what H leaves of it, 1 − |v|² where all are 1: what has less is the adapter's, and
+# float32 could not tell what it costs.
 LEAST_WEIGHT = 1e-3
 
 # Of a step that neither raises nor lowers the error, what a step may be at most: float32 does not decide closer ones.
@@ -66,6 +69,14 @@ class Refined:
     projections: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class RowErrors:
+    """Of each row the squared error under H, before and after, float64 [rows]."""
+
+    before: torch.Tensor
+    after: torch.Tensor
+
+
 def codebook_levels(table: torch.Tensor) -> Levels:
     """Those of a codebook format: float32 constants of either sign."""
     return Levels(table, 4, "none", torch.float32, is_signed=True)
@@ -79,23 +90,43 @@ def factors_of(levels: Levels, start: Blocks | None) -> tuple[float, ...]:
     return (*FACTORS, *(-factor for factor in FACTORS)) if has_signs else FACTORS
 
 
-def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None = None) -> Blocks:
-    """The codes and constants of float32 [rows, in] with little squared error, each block by itself.
+def block_importance(importance: torch.Tensor, block_size: int) -> torch.Tensor:
+    """float32 [blocks of a row, block_size]: of each column the importance relative to the largest of its block; ones
+    where all are 0.
+    """
+    blocks = importance.view(-1, block_size)
+    largest = blocks.amax(dim=1, keepdim=True)
+    return torch.where(largest > 0.0, blocks / largest, 1.0)
+
+
+def search_scales(
+    weight: torch.Tensor,
+    block_size: int,
+    levels: Levels,
+    start: Blocks | None = None,
+    importance: torch.Tensor | None = None,
+) -> Blocks:
+    """The codes and constants of float32 [rows, in] with little squared error, each block by itself. `importance`
+    float32 [in], finite and not negative, is what the squared error of each column counts; None: all the same.
 
     The range of a block times each of FACTORS, for signed scales with both signs; the best of them is refitted by
     least squares to its codes, and the codes to that, for as long as it helps, at most REFITS times. Constants are
     rounded before they are judged. Multiples by powers of two have the same codes. With a `start`, its constants are
     tried instead, beside the whole range for integers and where they are 0, and refitted WARM_REFITS times: several
     times faster, for weights that hardly differ from those that it is of.
+    What counts is the importance within a block: one where it is 0 everywhere is searched as if it were 1.
     A block of zeros has scale 0, or 1 for integers, and decodes to zeros. A scale is not finite exactly where a weight
     of its block is not, or the scale overflows its dtype; codes there mean nothing.
-    Raises ValueError unless `weight` is contiguous float32 [rows, in] and blocks divide its rows.
+    Raises ValueError unless `weight` is contiguous float32 [rows, in] and blocks divide its rows, and where other
+    shapes or dtypes do not fit.
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
     if start is not None:
         _check_blocks(start, levels, weight.shape, block_size)
-    found: Blocks = implementation("refinement", weight.device.type).search_scales(weight, block_size, levels, start)
+    _check_importance(importance, weight)
+    search = implementation("refinement", weight.device.type).search_scales
+    found: Blocks = search(weight, block_size, levels, start, importance)
     return found
 
 
@@ -118,18 +149,21 @@ def refine(
     block_size: int,
     levels: Levels,
     vectors: torch.Tensor,
+    importance: torch.Tensor | None = None,
     *,
     sweeps: int,
     fits_scales: bool,
     out: torch.Tensor | None = None,
 ) -> Refined:
-    """What the error under H becomes by `sweeps` passes over `blocks`, which change in place; the error itself goes
-    into `out` float32 [rows, in]. `vectors` float32 [in, r], with orthonormal columns or zeros.
+    """What the error under H = D − vectors·vectorsᵀ becomes by `sweeps` passes over `blocks`, which change in place;
+    the error itself goes into `out` float32 [rows, in]. D is the diagonal matrix of `importance` float32 [in], finite
+    and not negative; None: of ones. `vectors` float32 [in, r] are √D·V, where V has orthonormal columns or zeros.
 
     A pass goes through the blocks of a row in order. If it `fits_scales`, it moves the scale of a block, and its bias,
     to the least error for its codes, if that is less after rounding. (Zero points stay.) Then it moves the code of one
     column after another to the least error for all others. No step raises the error: one whose gain float32 cannot see
-    is not made. A column that the adapter has almost by itself keeps its code, and a block with scale 0 all of them.
+    is not made. A column that the adapter has almost by itself or whose importance is 0 keeps its code, and a
+    block with scale 0 all of them.
     Rows do not depend on each other, however they are ordered or divided; compiled, not even in their last bits. What
     becomes of a row with NaN, infinity or numbers whose squares are not inside float32's range means nothing: its
     errors are not finite then, and other rows do not notice.
@@ -138,14 +172,45 @@ def refine(
     _check_levels(levels)
     _check_weight(weight, block_size)
     _check_blocks(blocks, levels, weight.shape, block_size)
+    _check_importance(importance, weight)
     if vectors.dtype != torch.float32 or vectors.dim() != 2 or len(vectors) != weight.shape[1]:
         raise ValueError(f"vectors must be float32 [{weight.shape[1]}, r]")
     if out is not None:
         _check("out", out, torch.float32, weight.shape)
     refined: Refined = implementation("refinement", weight.device.type).refine(
-        weight, blocks, block_size, levels, vectors, sweeps, fits_scales, out
+        weight, blocks, block_size, levels, vectors, importance, sweeps, fits_scales, out
     )
     return refined
+
+
+def refine_dense(
+    weight: torch.Tensor,
+    blocks: Blocks,
+    block_size: int,
+    levels: Levels,
+    hessian: torch.Tensor,
+    *,
+    sweeps: int,
+    fits_scales: bool,
+    out: torch.Tensor | None = None,
+) -> RowErrors:
+    """The same as `refine` under any H: `hessian` float32 [in, in], symmetric and positive semidefinite. Each pass
+    costs a product of [rows, in] and H.
+
+    A column whose diagonal element is not positive keeps its code. Errors are told in the digits that float32 products
+    have; of a row that did not change, before and after are equal.
+    Raises ValueError where shapes or dtypes do not fit.
+    """
+    _check_levels(levels)
+    _check_weight(weight, block_size)
+    _check_blocks(blocks, levels, weight.shape, block_size)
+    _check("hessian", hessian, torch.float32, (weight.shape[1], weight.shape[1]))
+    if out is not None:
+        _check("out", out, torch.float32, weight.shape)
+    errors: RowErrors = implementation("refinement", weight.device.type).refine_dense(
+        weight, blocks, block_size, levels, hessian, sweeps, fits_scales, out
+    )
+    return errors
 
 
 def _check_levels(levels: Levels) -> None:
@@ -174,6 +239,11 @@ def _check_weight(weight: torch.Tensor, block_size: int) -> None:
         raise ValueError("weight must be contiguous float32 with two dimensions")
     if block_size < 1 or weight.shape[1] % block_size:
         raise ValueError(f"{weight.shape[1]} columns do not split into blocks of {block_size}")
+
+
+def _check_importance(importance: torch.Tensor | None, weight: torch.Tensor) -> None:
+    if importance is not None:
+        _check("importance", importance, torch.float32, weight.shape[1:])
 
 
 def _check(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -17,6 +17,8 @@ from loftq_cli.triton_kernels.refinement import (
     Blocks,
     Levels,
     Refined,
+    RowErrors,
+    block_importance,
     factors_of,
 )
 
@@ -41,21 +43,25 @@ class Constants:
         return Constants(self.scale.reshape(-1, 1), self.zero.reshape(-1, 1), self.bias.reshape(-1, 1))
 
 
-def search_scales(weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None) -> Blocks:
+def search_scales(
+    weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None, importance: torch.Tensor | None
+) -> Blocks:
     """See refinement.py."""
     blocks = weight.reshape(-1, block_size)
+    if importance is not None:
+        importance = block_importance(importance, block_size).repeat(len(weight), 1)  # of every block
     ranges = list(_ranges(blocks, levels, factors_of(levels, start)))
     begun = [] if start is None else [_stored(start, levels).flattened()]
     best, error = ranges[0], torch.tensor(torch.inf)
     for tried in begun + ranges:
-        new_error = _squared_error(blocks, tried, levels)
+        new_error = _squared_error(blocks, tried, levels, importance)
         is_less = (new_error < error) & torch.isfinite(tried.scale) & (tried.scale != 0.0)
         if start is not None and levels.table is not None:
             is_less &= ~torch.isfinite(error)
         best, error = tried.where(is_less, best), torch.where(is_less, new_error, error)
     for step in range(REFITS if start is None else WARM_REFITS):
-        tried = _refitted(blocks, best, levels, moves_zero=step % 2 == 0)
-        new_error = _squared_error(blocks, tried, levels)
+        tried = _refitted(blocks, best, levels, importance, moves_zero=step % 2 == 0)
+        new_error = _squared_error(blocks, tried, levels, importance)
         best, error = tried.where(new_error < error, best), torch.minimum(new_error, error)
     is_finite = torch.isfinite(blocks).all(dim=1, keepdim=True)
     best = Constants(torch.where(is_finite, best.scale, torch.nan), best.zero, best.bias)
@@ -91,29 +97,45 @@ def _ranges(blocks: torch.Tensor, levels: Levels, factors: tuple[float, ...]) ->
         yield Constants(scale, zero, bias)
 
 
-def _squared_error(blocks: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
+def _squared_error(
+    blocks: torch.Tensor, constants: Constants, levels: Levels, importance: torch.Tensor | None
+) -> torch.Tensor:
     """float32 [n, 1], in units of the largest squared magnitude of the block."""
     values = decode(encode(blocks, constants, levels), constants, levels)
-    return ((blocks - values) * _inverse(blocks.abs().amax(dim=1, keepdim=True))).square_().sum(dim=1, keepdim=True)
+    squares = ((blocks - values) * _inverse(blocks.abs().amax(dim=1, keepdim=True))).square_()
+    return _weighted(squares, importance).sum(dim=1, keepdim=True)
 
 
-def _refitted(blocks: torch.Tensor, constants: Constants, levels: Levels, *, moves_zero: bool) -> Constants:
+def _weighted(numbers: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    return numbers if importance is None else numbers * importance
+
+
+def _mean(numbers: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
+    if importance is None:
+        return numbers.mean(dim=1, keepdim=True)
+    return _inner(numbers, importance) / importance.sum(dim=1, keepdim=True)
+
+
+def _refitted(
+    blocks: torch.Tensor, constants: Constants, levels: Levels, importance: torch.Tensor | None, *, moves_zero: bool
+) -> Constants:
     """The constants of least squared error for the codes that `constants` give; the same where there are none."""
     codes = encode(blocks, constants, levels)
     level = codes - constants.zero if levels.table is None else levels.table[codes.int()]
     largest = blocks.abs().amax(dim=1, keepdim=True)
     unit = blocks * _inverse(largest)
+    counted = _weighted(unit, importance)
     zero, bias = constants.zero, constants.bias
     if levels.offset != "none" and (levels.offset == "float" or moves_zero):
-        mean, unit_mean = level.mean(dim=1, keepdim=True), unit.mean(dim=1, keepdim=True)
-        slope = _inner(unit, level - mean) / _inner(level - mean, level - mean)
+        mean, unit_mean = _mean(level, importance), _mean(unit, importance)
+        slope = _inner(counted, level - mean) / _inner(_weighted(level - mean, importance), level - mean)
         start = unit_mean - slope * mean  # of the line through the weights, at level 0
         bias = _rounded(start * largest, levels)
         if levels.offset == "int":
             moved = (zero - start / slope).round_().clamp_(0, 2**levels.bits - 1)
             level, zero, bias = level + zero - moved, moved, constants.bias
     if levels.offset != "float":
-        slope = _inner(unit, level) / _inner(level, level)
+        slope = _inner(counted, level) / _inner(_weighted(level, importance), level)
     scale = _rounded(slope * largest, levels)
     is_usable = torch.isfinite(scale) & torch.isfinite(bias) & torch.isfinite(zero)
     is_usable &= (scale != 0.0) if levels.is_signed else (scale > 0.0)
@@ -141,44 +163,78 @@ def refine(
     block_size: int,
     levels: Levels,
     vectors: torch.Tensor,
+    importance: torch.Tensor | None,
     sweeps: int,
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> Refined:
     """See refinement.py."""
     shape = (*blocks.scales.shape, block_size)
+    if importance is None:
+        importance = torch.ones_like(weight[0])
     values = decode(blocks.codes.view(shape), _stored(blocks, levels), levels).view(weight.shape)
-    before = _errors(weight, values, vectors)
+    before = _errors(weight, values, vectors, importance)
     m = (weight - values) @ vectors  # [rows, r]
     for _ in range(sweeps):
         for block in range(shape[1]):
             part = slice(block * block_size, (block + 1) * block_size)
             if fits_scales:
-                _fit(weight[:, part], values[:, part], blocks, block, levels, vectors[part], m)
+                _fit(weight[:, part], values[:, part], blocks, block, levels, vectors[part], importance[part], m)
             constants = _stored(blocks, levels, block)
             for j in range(part.start, part.stop):
-                _descend(
-                    weight[:, j, None], values[:, j, None], blocks.codes[:, j, None], constants, levels, vectors[j], m
-                )
+                value, v = values[:, j, None], vectors[j]
+                h = importance[j] - v @ v
+                if h > LEAST_WEIGHT * importance[j]:
+                    slope = (weight[:, j, None] - value) * importance[j] - (m @ v)[:, None]
+                    m -= _descend(value, blocks.codes[:, j, None], constants, levels, slope, h) * v
     if out is not None:
         out[:] = weight - values
-    return Refined(before, _errors(weight, values, vectors), (weight - values) @ vectors)
+    return Refined(before, _errors(weight, values, vectors, importance), (weight - values) @ vectors)
+
+
+def refine_dense(
+    weight: torch.Tensor,
+    blocks: Blocks,
+    block_size: int,
+    levels: Levels,
+    hessian: torch.Tensor,
+    sweeps: int,
+    fits_scales: bool,
+    out: torch.Tensor | None,
+) -> RowErrors:
+    """See refinement.py."""
+    shape = (*blocks.scales.shape, block_size)
+    values = decode(blocks.codes.view(shape), _stored(blocks, levels), levels).view(weight.shape)
+    error = weight - values
+    before = _dense_errors(error, hessian)
+    for _ in range(sweeps):
+        for block in range(shape[1]):
+            part = slice(block * block_size, (block + 1) * block_size)
+            if fits_scales:
+                _fit_dense(error, values[:, part], blocks, block, levels, hessian[part])
+                error[:, part] = weight[:, part] - values[:, part]
+            constants = _stored(blocks, levels, block)
+            for j in range(part.start, part.stop):
+                if hessian[j, j] > 0.0:
+                    slope = (error @ hessian[:, j])[:, None]
+                    _descend(values[:, j, None], blocks.codes[:, j, None], constants, levels, slope, hessian[j, j])
+                    error[:, j] = weight[:, j] - values[:, j]
+    if out is not None:
+        out[:] = error
+    return RowErrors(before, _dense_errors(error, hessian))
 
 
 def _descend(
-    weight: torch.Tensor,
     value: torch.Tensor,
     code: torch.Tensor,
     constants: Constants,
     levels: Levels,
-    v: torch.Tensor,
-    m: torch.Tensor,
-) -> None:
-    """The codes of one column [rows, 1] and the values where the error is least, if that lowers it; `m` follows."""
-    h = 1.0 - v @ v
-    if not h > LEAST_WEIGHT:
-        return
-    slope = weight - value - (m @ v)[:, None]
+    slope: torch.Tensor,
+    h: torch.Tensor,
+) -> torch.Tensor:
+    """Moves the codes of one column [rows, 1] and the values to where the error is least, if that lowers it, and gives
+    the steps of the values. `slope` [rows, 1] is half of what the error falls by with them, `h` their weight.
+    """
     found = encode(value + slope / h, constants, levels)
     step = decode(found, constants, levels) - value
     # A step d changes the error by d·(d·h − 2·slope).
@@ -186,7 +242,21 @@ def _descend(
     step.masked_fill_(~lowers, 0.0)
     code[lowers] = found[lowers].to(torch.uint8)
     value += step
-    m -= step * v
+    return step
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Under H, of the values of each row's block without their bias (linear) and of ones, [rows, 1]: with the error,
+    with each other, and with themselves; and what linear has with itself under the diagonal that H is less than.
+    """
+
+    linear_error: torch.Tensor
+    ones_error: torch.Tensor
+    linear_ones: torch.Tensor
+    linear_linear: torch.Tensor
+    ones_ones: torch.Tensor
+    bound: torch.Tensor
 
 
 def _fit(
@@ -196,27 +266,59 @@ def _fit(
     block: int,
     levels: Levels,
     vectors: torch.Tensor,
+    importance: torch.Tensor,
     m: torch.Tensor,
 ) -> None:
-    """The scale of each row's block [rows, block_size], and its bias, where the error is least for these codes: the
-    values become bias' + (values − bias)·scale' / scale.
-    """
-    old = _stored(blocks, levels, block)
-    error, linear = weight - values, values - old.bias
+    """Fits the constants of each row's block [rows, block_size]; `m` follows."""
+    linear = values - _stored(blocks, levels, block).bias
+    error, counted = (weight - values) * importance, linear * importance
     projected, ones = linear @ vectors, vectors.sum(dim=0)  # [rows, r], [r]
-    right = _inner(linear, error) - _inner(projected, m)
-    square = _inner(linear, linear) - _inner(projected, projected)
-    is_usable = square > LEAST_WEIGHT * _inner(linear, linear)
+    bound = _inner(counted, linear)
+    products = Products(
+        _inner(linear, error) - _inner(projected, m),
+        error.sum(dim=1, keepdim=True) - (m @ ones)[:, None],
+        counted.sum(dim=1, keepdim=True) - (projected @ ones)[:, None],
+        bound - _inner(projected, projected),
+        importance.sum() - ones @ ones,
+        bound,
+    )
+    factor, shift = _fitted(blocks, block, levels, products)
+    values += factor * linear + shift
+    m -= factor * projected + shift * ones
+
+
+def _fit_dense(
+    error: torch.Tensor, values: torch.Tensor, blocks: Blocks, block: int, levels: Levels, hessian: torch.Tensor
+) -> None:
+    """The same, of errors [rows, in], with the rows of `hessian` that belong to the block."""
+    linear = values - _stored(blocks, levels, block).bias
+    within = hessian[:, block * values.shape[1] :][:, : values.shape[1]]
+    weighted, slopes = linear @ within, error @ hessian.T
+    products = Products(
+        _inner(linear, slopes),
+        slopes.sum(dim=1, keepdim=True),
+        weighted.sum(dim=1, keepdim=True),
+        _inner(linear, weighted),
+        within.sum(),
+        _inner(linear * within.diagonal(), linear),
+    )
+    factor, shift = _fitted(blocks, block, levels, products)
+    values += factor * linear + shift
+
+
+def _fitted(blocks: Blocks, block: int, levels: Levels, products: Products) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves the scale of each row's block, and its bias, to where the error is least for these codes, if that lowers
+    it: the values become bias' + (values − bias)·scale' / scale. Gives what is added, of linear and of ones.
+    """
+    old, right, square = _stored(blocks, levels, block), products.linear_error, products.linear_linear
+    right_bias, mixed, square_bias = products.ones_error, products.linear_ones, products.ones_ones
+    is_usable = square > LEAST_WEIGHT * products.bound
     if levels.offset == "float":
-        right_bias = error.sum(dim=1, keepdim=True) - (m @ ones)[:, None]
-        mixed = linear.sum(dim=1, keepdim=True) - (projected @ ones)[:, None]
-        square_bias = weight.shape[1] - ones @ ones
         determinant = square * square_bias - mixed * mixed
         is_usable &= determinant > LEAST_WEIGHT * square * square_bias
         factor = (right * square_bias - right_bias * mixed) / determinant
         shift = (right_bias * square - right * mixed) / determinant
     else:
-        right_bias = mixed = square_bias = torch.zeros_like(right)
         factor, shift = right / square, torch.zeros_like(right)
     scale = (old.scale * (1.0 + factor)).to(levels.scale_dtype).float()
     bias = (old.bias + shift).to(levels.scale_dtype).float()
@@ -227,13 +329,11 @@ def _fit(
     accepted = is_usable & (change < 0.0) & (torch.isfinite(scale) & (scale != 0.0))
     if not levels.is_signed:
         accepted &= scale > 0.0
-    factor, shift = factor.where(accepted, 0.0), shift.where(accepted, 0.0)
-    values += factor * linear + shift
-    m -= factor * projected + shift * ones
     chosen = accepted[:, 0]
     blocks.scales[chosen, block] = scale[chosen, 0].to(levels.scale_dtype)
     if levels.offset == "float" and blocks.offsets is not None:
         blocks.offsets[chosen, block] = bias[chosen, 0].to(levels.scale_dtype)
+    return factor.where(accepted, 0.0), shift.where(accepted, 0.0)
 
 
 def encode(values: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
@@ -268,7 +368,14 @@ def _inner(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one * other).sum(dim=1, keepdim=True)
 
 
-def _errors(weight: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def _errors(
+    weight: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor, importance: torch.Tensor
+) -> torch.Tensor:
     """float64 [rows]: the squared errors under H."""
     error = (weight - values).double()
-    return error.square().sum(dim=1) - (error @ vectors.double()).square().sum(dim=1)
+    return (error.square() * importance).sum(dim=1) - (error @ vectors.double()).square().sum(dim=1)
+
+
+def _dense_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    wide = error.double()
+    return _inner(wide @ hessian.double(), wide)[:, 0]
