@@ -21,16 +21,16 @@ ROOT = Path(__file__).parent.parent
 # Higher imports from lower, and from its own floor only inside one package.
 FLOORS = [
     ("errors",),
-    ("tensors", "workers", "rows", "device"),
+    ("tensors", "workers", "rows", "device", "hf"),
     ("triton_kernels", "findings"),
     ("checkpoint", "quant", "lowrank", "metrics", "kernels"),
-    ("methods", "layouts", "schedule", "device_matrix"),
+    ("methods", "layouts", "schedule", "device_matrix", "text_windows", "streamed_model"),
     ("recipe", "family"),
     ("targets",),
     ("plan", "base_model"),
     ("report",),
     ("jobs", "model_files", "inspection", "adapter_source", "provenance"),
-    ("device_jobs",),
+    ("device_jobs", "calibration"),
     ("convert", "merge_form", "nn"),
     ("merge_plan",),
     ("merge_report",),
@@ -88,7 +88,9 @@ def test_outside_packages_stay_in_their_place(module, path):
         assert "triton" not in top
     if module != "loftq_cli.triton_kernels.cpu_kernels":
         assert not top & {"numba", "llvmlite"}
-    assert not top & {"transformers", "peft", "bitsandbytes", "safetensors", "pickle"}
+    if module != "loftq_cli.hf":
+        assert not top & {"transformers", "accelerate"}
+    assert not top & {"peft", "bitsandbytes", "safetensors", "pickle"}
     if not module.startswith("loftq_cli.triton_kernels"):
         return
     assert all(n.startswith("loftq_cli.triton_kernels") for n in imported(path) if n.startswith("loftq_cli"))
@@ -129,6 +131,7 @@ def test_every_preset_is_a_complete_recipe_with_a_summary():
         ["quantize", "--help"],
         ["merge", "--help"],
         ["inspect", "--help"],
+        ["calibrate", "--help"],
         ["--version"],
         ["quantize", "builtin:tiny-llama", "never-written", "--dry-run"],
         ["quantize", "builtin:tiny-llama", "never-written", "--dry-run", "--json", "-v"],

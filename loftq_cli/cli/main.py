@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from loftq_cli import __version__
+from loftq_cli.cli.calibrate import calibrate
 from loftq_cli.cli.console import say
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
@@ -44,6 +45,7 @@ app = typer.Typer(
 app.command(context_settings=_SETTINGS)(quantize)
 app.command(context_settings=_SETTINGS)(merge)
 app.command(context_settings=_SETTINGS)(inspect)
+app.command(context_settings=_SETTINGS)(calibrate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -314,3 +314,23 @@ Verify = Annotated[
 FailAbove = Annotated[
     float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
 ]
+
+Text = Annotated[
+    list[Path],
+    typer.Option("--text", metavar="FILE", help="A UTF-8 text like what the model will read. Repeatable."),
+]
+StatisticsOutput = Annotated[
+    Path, typer.Option("--output", "-o", metavar="STATS", help="The directory to write.", show_default=False)
+]
+Tokens = Annotated[
+    int, typer.Option(min=2, help="Tokens of the text to read, at most, in windows spread evenly over it.")
+]
+Context = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a window. [default: what the model takes, at most 512]")
+]
+Diagonal = Annotated[
+    bool, typer.Option("--diagonal", help="Only the mean square of each input: one number instead of a row of them.")
+]
+OverwriteStatistics = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result under STATS.", rich_help_panel=_RUN)
+]

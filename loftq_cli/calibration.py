@@ -1,0 +1,343 @@
+"""Statistics of what a model's linears read: the mean of x·xᵀ over the tokens of a text, block by block, into a file.
+Quantizes nothing, and needs transformers to run the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from loftq_cli import hf
+from loftq_cli.checkpoint.checksums import file_sha256
+from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
+from loftq_cli.checkpoint.staging import Staging, check_apart, check_output, check_space
+from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
+from loftq_cli.checkpoint.writer import OutputFiles
+from loftq_cli.errors import InputError, NumericError, UsageError
+from loftq_cli.model_files import write_texts
+from loftq_cli.plan import LayerJob, possible_jobs, source_name
+from loftq_cli.recipe import Recipe
+from loftq_cli.report import TOOL, dump_json
+from loftq_cli.tensors import OutTensor
+from loftq_cli.text_windows import TextFile, choose_context, read_text, text_windows
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.streamed_model import StreamedModel
+
+_TRACED = 16  # tokens of the forward that finds out who reads what
+_BATCH_TOKENS = 4096  # that go through a block at once: enough to use all processors, and small beside a block
+_ROWS = 4096  # of an input that are multiplied at once
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationOptions:
+    """What a user asks for. `context` None is the model's own, at most 512."""
+
+    tokens: int
+    context: int | None = None
+    diagonal: bool = False
+
+    @property
+    def kind(self) -> str:
+        return "diagonal" if self.diagonal else "full"
+
+
+class Observer(Protocol):
+    """Who is told how it goes."""
+
+    def started(self, n_inputs: int, windows: int, context: int) -> None: ...
+    def note(self, text: str) -> None: ...
+    def block_done(self, block: str, inputs: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was written. `layers` have a statistic, `inputs` are the different ones, `unread` saw no text."""
+
+    output: Path
+    kind: str
+    layers: int
+    inputs: int
+    unread: tuple[str, ...]
+    tokens: int
+    windows: int
+    context: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A calibration that can begin: everything but the weights has been read."""
+
+    checkpoint: Checkpoint
+    directory: Path
+    output: Path
+    options: CalibrationOptions
+    jobs: tuple[LayerJob, ...]
+    texts: tuple[TextFile, ...]
+    overwrite: bool
+
+
+def prepare(
+    model: Path, texts: Sequence[Path], output: Path, options: CalibrationOptions, *, overwrite: bool = False
+) -> Prepared:
+    """Open the source and the texts, and see what there is to measure. Writes nothing; needs no torch.
+
+    Raises LoftqError for everything that can be known to go wrong before the model is built.
+    """
+    checkpoint = open_checkpoint(model)
+    if checkpoint.directory is None:
+        raise InputError("has no config.json beside it", file=model, hint="give the model's folder")
+    check_apart(output, [checkpoint.directory, *checkpoint.files, *texts])
+    check_output(output, overwrite=overwrite)
+    if not texts:
+        raise UsageError("no text to read", hint="--text FILE")
+    read = tuple(read_text(path) for path in texts)
+    jobs = measurable(checkpoint)
+    if not jobs:
+        raise UsageError("no linear layer to measure", file=model, hint="loftq inspect shows every tensor")
+    hf.check_installed()
+    return Prepared(checkpoint, checkpoint.directory, output, options, jobs, read, overwrite)
+
+
+def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
+    """The weights that `quantize` takes by default, whatever the container: a dense one fits every shape."""
+    recipe = Recipe(method="qlora", rank=1, layout="dense")
+    jobs = possible_jobs(checkpoint.tensors, checkpoint.config(), recipe)
+    return tuple(job for job in jobs if isinstance(job, LayerJob))
+
+
+def run(prepared: Prepared, observer: Observer, *, threads: int = 1) -> Calibration:
+    """Run the model over the text and write the statistics: complete, or not at all.
+
+    Takes the memory of one block in float32, of its statistics, and of what all tokens carry from block to block.
+    """
+    import torch
+
+    from loftq_cli.streamed_model import StreamedModel
+
+    options, directory = prepared.options, prepared.directory
+    config, tokenizer = hf.model_config(directory), hf.tokenizer(directory)
+    context = choose_context(options.context, options.tokens, hf.longest_input(config, tokenizer))
+    windows = text_windows(
+        prepared.texts, tokenizer, tokens=options.tokens, context=context, vocabulary=hf.vocabulary_size(config)
+    )
+    torch.set_num_threads(threads)
+    model = hf.empty_model(directory, config)
+    weights = hf.loaded_weights(model, prepared.checkpoint.tensors)
+    streamed = StreamedModel(model, prepared.checkpoint, weights)
+    inputs = _trace(streamed, prepared, hf.text_inputs(config, windows[:1, :_TRACED]))
+    if not inputs:
+        raise UsageError("the text reaches no linear layer of this model", file=directory)
+    features = {job.name: job.matrix.shape[1] for job in prepared.jobs}
+    shapes = {name: (features[name],) * (1 if options.diagonal else 2) for name in inputs.values()}
+    tensors = [OutTensor(name, "float32", shape) for name, shape in shapes.items()]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    check_space(prepared.output, nbytes)
+    unread = tuple(job.name for job in prepared.jobs if job.name not in inputs)
+    observer.started(len(tensors), len(windows), windows.shape[1])
+    if windows.numel() < options.tokens // windows.shape[1] * windows.shape[1]:
+        observer.note(f"the text gives {windows.numel()} tokens, fewer than --tokens {options.tokens}")
+    if unread:
+        observer.note(f"{len(unread)} layers read no text and have no statistic: {unread[0]} and others")
+    at_once = max(1, _BATCH_TOKENS // windows.shape[1])
+    feeds = [hf.text_inputs(config, batch) for batch in torch.split(windows, at_once)]
+    staging = Staging(
+        prepared.output, fingerprint=_fingerprint(prepared, context), overwrite=prepared.overwrite, restart=True
+    )
+    with staging.whole(TOOL) as path:
+        with OutputFiles(path, {STATISTICS_NAME: tensors}) as files:
+            sums = _Sums(streamed, prepared, inputs, lambda name, mean: files[name].write(name, mean), observer)
+            with sums.watching():
+                streamed.run(feeds, sums.blocks, sums.flush, threads=threads)
+            sums.check_complete()
+        prepared.checkpoint.check_unchanged()
+        values = _calibration_json(prepared, inputs, windows, file_sha256(path / STATISTICS_NAME))
+        write_texts(path, {CALIBRATION_NAME: dump_json(values)})
+    return Calibration(
+        output=prepared.output,
+        kind=options.kind,
+        layers=len(inputs),
+        inputs=len(tensors),
+        unread=unread,
+        tokens=windows.numel(),
+        windows=len(windows),
+        context=windows.shape[1],
+        nbytes=nbytes,
+    )
+
+
+def _trace(streamed: StreamedModel, prepared: Prepared, feed: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """For each weight that text reaches, in the order of the plan, the first one that reads the same tensor."""
+    seen: list[tuple[torch.Tensor, int, str]] = []  # held until the block is left: an address is used again
+    groups: dict[str, str] = {}
+
+    def see(name: str, x: torch.Tensor) -> None:
+        same = next((other for y, version, other in seen if y is x and version == x._version), None)
+        groups.setdefault(name, same or name)
+        if same is None:
+            seen.append((x, x._version, name))
+
+    modules = _modules(streamed, prepared.jobs)
+    with _seeing(modules, see):
+        streamed.run([feed], _blocks(streamed, prepared.jobs), lambda block: seen.clear())
+    first: dict[str, str] = {}
+    names = [job.name for job in prepared.jobs if job.name in groups]
+    for name in names:
+        first.setdefault(groups[name], name)
+    return {name: first[groups[name]] for name in names}
+
+
+class _Sums:
+    """Sums of x·xᵀ of the block that batches are in, and where their means go."""
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        prepared: Prepared,
+        inputs: Mapping[str, str],
+        write: Callable[[str, torch.Tensor], object],
+        observer: Observer,
+    ) -> None:
+        named = set(inputs.values())
+        jobs = [job for job in prepared.jobs if job.name in named]
+        self.blocks = _blocks(streamed, jobs)
+        self._modules = _modules(streamed, jobs)
+        self._diagonal, self._write, self._observer = prepared.options.diagonal, write, observer
+        self._missing = named
+        self._model = prepared.directory
+        self._sums: dict[str, _Sum] = {}
+
+    def watching(self) -> Any:
+        """Add up what the layers read, for the length of the block."""
+        return _seeing(self._modules, self._add)
+
+    def flush(self, block: str) -> None:
+        """Write the means of a block that all batches have left."""
+        for name, found in self._sums.items():
+            if name not in self._missing:
+                raise UsageError("runs again after other blocks, which is not supported", file=self._model, tensor=name)
+            mean = found.mean()
+            if not bool(mean.isfinite().all()):
+                raise NumericError("its input is not finite on this text").at(file=self._model, tensor=name)
+            self._write(name, mean)
+            self._missing.discard(name)
+        if self._sums:
+            self._observer.block_done(block, len(self._sums))
+        self._sums.clear()
+
+    def check_complete(self) -> None:
+        """Raises UsageError for a layer that the first tokens reached and the text did not."""
+        if self._sums:
+            self.flush("outside of the blocks")
+        if self._missing:
+            what = "reads the beginning of the text and nothing of the rest"
+            raise UsageError(what, file=self._model, tensor=min(self._missing))
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = _Sum(x.shape[-1], diagonal=self._diagonal)
+        self._sums[name].add(x)
+
+
+class _Sum:
+    """The sum of x·xᵀ over rows x, or of its diagonal. Products are float32; there are few of them to add up."""
+
+    def __init__(self, features: int, *, diagonal: bool) -> None:
+        import torch
+
+        self._diagonal, self._rows = diagonal, 0
+        dtype = torch.float64 if diagonal else torch.float32
+        self._sum = torch.zeros((features,) if diagonal else (features, features), dtype=dtype)
+
+    def add(self, x: torch.Tensor) -> None:
+        """x: [..., in]."""
+        import torch
+
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self._rows += len(rows)
+        for chunk in torch.split(rows, _ROWS):
+            if self._diagonal:
+                self._sum += chunk.double().square().sum(0)
+            else:
+                self._sum.addmm_(chunk.T, chunk)
+
+    def mean(self) -> torch.Tensor:
+        """float32, symmetric."""
+        if self._diagonal:
+            return (self._sum / self._rows).float()
+        return (self._sum + self._sum.T).mul_(0.5 / self._rows)
+
+
+def _modules(streamed: StreamedModel, jobs: Sequence[LayerJob]) -> dict[str, tuple[Any, int]]:
+    """The module and the inputs of each weight; one that the loaded model has in another form is left out."""
+    modules = dict(streamed.model.named_modules())
+    return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
+
+
+def _blocks(streamed: StreamedModel, jobs: Sequence[LayerJob]) -> set[str]:
+    modules = dict(streamed.model.named_modules())
+    found = {streamed.block_of(job.module) for job in jobs if job.module in modules}
+    return {block for block in found if block is not None}
+
+
+@contextmanager
+def _seeing(modules: Mapping[str, tuple[Any, int]], see: Callable[[str, Any], None]) -> Iterator[None]:
+    """`see(name, input)` at each call of a module, for the length of the block."""
+
+    def hook(name: str, features: int) -> Callable[..., None]:
+        def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.shape[-1] == features and x.numel():
+                see(name, x)
+
+        return call
+
+    handles = [
+        module.register_forward_pre_hook(hook(name, features), with_kwargs=True)
+        for name, (module, features) in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _headers_sha256(checkpoint: Checkpoint) -> str:
+    """Of all that headers and config say."""
+    refs = sorted([ref.name, ref.dtype, ref.shape] for ref in checkpoint.tensors.values())
+    return hashlib.sha256(json.dumps([checkpoint.config(), refs], sort_keys=True).encode()).hexdigest()
+
+
+def _fingerprint(prepared: Prepared, context: int) -> str:
+    options = [prepared.options.kind, prepared.options.tokens, context]
+    values = [TOOL, _headers_sha256(prepared.checkpoint), options, [text.sha256 for text in prepared.texts]]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _calibration_json(
+    prepared: Prepared, inputs: Mapping[str, str], windows: torch.Tensor, sha256: str
+) -> dict[str, Any]:
+    return {
+        **TOOL,
+        "format": FORMAT,
+        "model": source_name(prepared.directory),
+        "model_fingerprint": _headers_sha256(prepared.checkpoint),
+        "kind": prepared.options.kind,
+        "tokens": windows.numel(),
+        "windows": len(windows),
+        "context": windows.shape[1],
+        "texts": [
+            {"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.texts
+        ],
+        "statistics_sha256": sha256,
+        "inputs": dict(inputs),
+    }

@@ -1,0 +1,112 @@
+"""Statistics of a calibration: the mean of x·xᵀ over tokens for the input x of each linear, as `loftq calibrate` writes
+them. Names and reads the files; computes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
+from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
+from loftq_cli.checkpoint.watched_file import WatchedFile
+from loftq_cli.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+CALIBRATION_NAME, STATISTICS_NAME = "calibration.json", "statistics.safetensors"
+FORMAT = 1
+KINDS = ("full", "diagonal")
+_AGAIN = "run loftq calibrate again"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `loftq calibrate` wrote. For a weight [out, in], "full" is H = E[x·xᵀ] [in, in] and "diagonal" its diagonal
+    [in], float32.
+
+    sha256   of calibration.json, which has that of the numbers in it: it stands for all of them
+    kind     "full" or "diagonal"
+    tokens   how many the mean is over
+    inputs   the source's tensor names -> names of the statistics; layers that read the same input share one
+    """
+
+    path: Path
+    sha256: str
+    kind: str
+    tokens: int
+    inputs: Mapping[str, str]
+    _file: SafetensorsFile = field(repr=False, compare=False)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the source's tensors that there is a statistic for."""
+        return frozenset(self.inputs)
+
+    def in_features(self, name: str) -> int:
+        """How many inputs the weight called `name` has. Raises KeyError for a weight without a statistic."""
+        return self._file.tensors[self.inputs[name]].shape[-1]
+
+    def load(self, name: str) -> torch.Tensor:
+        """The statistic of the weight called `name`, float32 [in, in] or [in]; any thread may ask.
+
+        Raises KeyError for a weight without one, InputError for numbers that are not finite, StorageError when the file
+        changed.
+        """
+        import torch
+
+        stored = self.inputs[name]
+        statistic = self._file.load(stored)
+        if not bool(torch.isfinite(statistic).all()):
+            raise InputError("holds NaN or infinite values", file=self._file.path, tensor=stored, hint=_AGAIN)
+        return statistic
+
+
+def open_statistics(path: Path) -> Statistics:
+    """The statistics in the directory `path`; headers are checked, numbers are read when they are asked for.
+
+    Raises InputError naming the file, and the tensor, of anything that `loftq calibrate` does not write.
+    """
+    file = WatchedFile.open(path / CALIBRATION_NAME)
+    if file.nbytes > MAX_JSON_NBYTES:
+        raise InputError(f"is larger than the {MAX_JSON_NBYTES} bytes allowed here", file=file.path, hint=_AGAIN)
+    data = file.read(0, file.nbytes)
+    values = parse_json_object(data, file=file.path)
+    kind, tokens, inputs = _checked(values, file.path)
+    numbers = SafetensorsFile(path / STATISTICS_NAME)
+    for name, stored in inputs.items():
+        ref = numbers.tensors.get(stored)
+        if ref is None:
+            what = f"is not in {STATISTICS_NAME}, and {name} needs it"
+            raise InputError(what, file=file.path, tensor=stored, hint=_AGAIN)
+        square = len(ref.shape) == 2 and ref.shape[0] == ref.shape[1] if kind == "full" else len(ref.shape) == 1
+        if ref.dtype != "float32" or not square or 0 in ref.shape:
+            what = f"is {ref.dtype} {list(ref.shape)}, which is no {kind} statistic"
+            raise InputError(what, file=numbers.path, tensor=stored, hint=_AGAIN)
+    return Statistics(path, file.sha256(0, file.nbytes), kind, tokens, inputs, numbers)
+
+
+def _checked(values: Mapping[str, Any], file: Path) -> tuple[str, int, dict[str, str]]:
+    if values.get("tool") != "loftq-cli" or "format" not in values:
+        raise InputError("is not of a calibration of this tool", file=file, hint=_AGAIN)
+    if values["format"] != FORMAT:
+        raise InputError(f"is of format {values['format']!r}, and {FORMAT} is read here", file=file, hint=_AGAIN)
+    kind, tokens, inputs, sha256 = (values.get(key) for key in ("kind", "tokens", "inputs", "statistics_sha256"))
+    is_whole = (
+        kind in KINDS
+        and type(tokens) is int
+        and tokens > 0
+        and isinstance(inputs, dict)
+        and inputs
+        and all(isinstance(stored, str) for stored in inputs.values())
+        and isinstance(sha256, str)
+        and _SHA256.fullmatch(sha256)
+    )
+    if not is_whole:
+        raise InputError("lacks kind, tokens, inputs or statistics_sha256, or has wrong ones", file=file, hint=_AGAIN)
+    return str(kind), int(str(tokens)), dict(inputs or {})
