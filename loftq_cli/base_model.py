@@ -209,8 +209,10 @@ def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> St
     refs = checkpoint.tensors
     file = config_file_beside(refs.values())
     check_types(config, file)
-    dtype = Family(_without_container(config), file).dtype(refs.values())
-    return StoredTensors(refs, config, dtype, checkpoint.load, checkpoint.load_rows, checkpoint.raw, path)
+    family = Family(_without_container(config), file)
+    load, load_rows, raw = checkpoint.load, checkpoint.load_rows, checkpoint.raw
+    dtype = family.dtype(refs.values())
+    return StoredTensors(refs, config, dtype, load, load_rows, raw, path, lambda name: family.loaded_name(name, refs))
 
 
 def _orphans(stored: StoredTensors, container: Layout, names: Sequence[str]) -> Iterator[InputError]:

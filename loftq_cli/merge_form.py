@@ -159,8 +159,13 @@ def _exact_layout(base: BaseModel, integers: list[AffineSpec]) -> str:
     """The base's own container if it has float offsets, else the first one that holds its codes, else dense."""
     if base.layout in _FLOAT_OFFSETS:
         return base.layout
-    fitting = (name for name in _FLOAT_OFFSETS if all(_holds(name, spec) for spec in integers))
+    fitting = (n for n in _FLOAT_OFFSETS if _mixes(n, integers) and all(_holds(n, spec) for spec in integers))
     return next(fitting, "dense")
+
+
+def _mixes(layout: str, integers: list[AffineSpec]) -> bool:
+    """Whether a container holds these formats, with offsets, in one model."""
+    return LAYOUTS[layout].mixed == "any" or len({(spec.bits, spec.group_size) for spec in integers}) == 1
 
 
 def _holds(layout: str, spec: AffineSpec) -> bool:
@@ -173,6 +178,9 @@ def _check_holds(layout: str, integers: list[AffineSpec], options: MergeOptions)
         if not _holds(layout, spec):
             what = f"--layout {layout} does not hold {spec.quant_type} in groups of {spec.group_size}"
             raise UsageError(what, hint="--layout dense holds every merge")
+    if not _mixes(layout, integers):
+        what = f"--layout {layout} does not hold layers of several quant types or group sizes with offsets"
+        raise UsageError(what, hint="--layout mlx, or dense")
     row = LAYOUTS[layout]
     if options.scale_dtype is not None and options.scale_dtype not in row.scale_dtypes:
         raise UsageError(f"--layout {layout} has no {options.scale_dtype} scales", hint=", ".join(row.scale_dtypes))

@@ -17,7 +17,7 @@ from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.staging import check_apart
 from loftq_cli.errors import MismatchError, UsageError, printable
-from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, common_spec, load_layout
 from loftq_cli.layouts.peft_adapter import CONFIG_NAME
 from loftq_cli.merge_form import MergeForm, MergeOptions, choose_form
 from loftq_cli.plan import Shard, decoded_dtype, pack_shards, source_name
@@ -131,12 +131,15 @@ class Merge:
             for job in self.jobs
             if job.matrix is None and job.name.endswith(".weight") and len(job.outputs[0].shape) == 2
         ]
+        specs = {module_of(loaded[matrix.name]): matrix.spec for matrix in matrices}
+        spec, others = common_spec(specs)
         facts = ModelFacts(
             self.dtype,
-            matrices[0].spec,
-            [module_of(loaded[matrix.name]) for matrix in matrices],
+            spec,
+            list(specs),
             [module_of(loaded.get(name, name)) for name in kept],
             has_experts=any(name in refs and kind_of(refs[name], self.base.family) == "expert" for name in kept),
+            other_specs=others,
         )
         return load_layout(self.form.layout).model_config(config, facts)
 

@@ -20,7 +20,7 @@ from loftq_cli.errors import UsageError, printable
 from loftq_cli.family import Family
 from loftq_cli.kernels import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, common_spec, load_layout
 from loftq_cli.methods.method import METHODS
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.recipe import Recipe, recipe_json
@@ -189,8 +189,10 @@ class Plan:
         names = [module_of(job.name) for job in self.jobs]
         kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
-        spec, modules = _spec(self.recipe, self.dtype), [job.module for job in self.layers]
-        facts = ModelFacts(self.dtype, spec, modules, kept, has_experts)
+        spec, others = _spec(self.recipe, self.dtype), dict[str, QuantSpec]()
+        if isinstance(spec, AffineSpec):  # of a codebook, each weight says its own
+            spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
+        facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others)
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to what the config says; nothing else would name it.
         named = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.dtype}
@@ -289,6 +291,7 @@ class _Planner:
         if not quantize:
             return self._copy(ref, "excluded by an override")
         fit = self.layout.fit(asked, shape, transposed=transposed)
+        self._check_own_format(ref.name, asked, fit, shape, transposed=transposed)
         if fit.spec is None:
             self.unfit = self.unfit or fit
             reason = fit.reason or "does not fit the container"
@@ -311,6 +314,23 @@ class _Planner:
             adapter_tensors=peft_adapter.planned(peft_adapter.AdaptedModule(loaded, shape, lora)),
             note=fit.reason,
         )
+
+    def _check_own_format(
+        self, name: str, asked: QuantSpec, fit: Fit, shape: tuple[int, int], *, transposed: bool
+    ) -> None:
+        """Raises UsageError for integers of a layer's own that the container does not hold: they were asked for."""
+        common, layout = _spec(self.recipe, self.dtype), str(self.recipe.layout)
+        if asked == common or not isinstance(asked, AffineSpec):
+            return
+        mixed = LAYOUTS[layout].mixed
+        if mixed == "none":
+            what = f"layout {layout} has one quant_type and group size for all layers, and an override has another"
+            raise UsageError(what, tensor=name, hint="--layout compressed-tensors, mlx or dense")
+        if mixed == "symmetric" and not asked.symmetric:
+            what = f"an override has another format, and loaders of {layout} mix formats without zero points only"
+            raise UsageError(what, tensor=name, hint="--symmetric, or --layout mlx or dense")
+        if fit.spec is None and self.layout.fit(common, shape, transposed=transposed).spec is not None:
+            raise UsageError(f"an override does not fit it: {fit.reason}", tensor=name, hint=fit.hint)
 
     def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
         dtype = ref.dtype
@@ -367,6 +387,9 @@ def _for_module(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, Lor
                 spec = replace(spec, block_size=override.block_size or spec.block_size)
                 if override.double_quant is not None:
                     spec = replace(spec, double_quant=override.double_quant)
+            else:
+                bits = spec.bits if override.quant_type is None else FORMATS[override.quant_type].bits
+                spec = replace(spec, bits=bits, group_size=override.group_size or spec.group_size)
     # Servers apply one scaling to the whole model, so another rank brings the alpha that keeps it.
     kept = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
     return spec, replace(default, rank=rank, alpha=kept if alpha is None else alpha), quantize

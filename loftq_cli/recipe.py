@@ -39,11 +39,14 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 class Override:
     """Other values for the layers whose module name `match` (a regular expression) finds. Later overrides win.
 
-    A layer with another rank keeps the model's scaling unless its own alpha is given.
+    A layer with another rank keeps the model's scaling unless its own alpha is given. Its quant_type is of the model's
+    kind, integers or a codebook, and symmetric where the model's is.
     """
 
     match: str
     quantize: bool | None = None
+    quant_type: str | None = None
+    group_size: int | None = None
     block_size: int | None = None
     double_quant: bool | None = None
     rank: int | None = None
@@ -126,7 +129,9 @@ class Recipe:
         if self.symmetric is None:
             # Servers' 8-bit kernels read symmetric weights; with fewer bits a zero point is worth its space.
             has_offsets = self.method == "qalora" or LAYOUTS[str(self.layout)].zero_point == "float"
-            object.__setattr__(self, "symmetric", self.quant_type == "int8" and not has_offsets)
+            is_mixed = any(override.quant_type or override.group_size for override in self.override)
+            needs_none = is_mixed and LAYOUTS[str(self.layout)].mixed == "symmetric"
+            object.__setattr__(self, "symmetric", (self.quant_type == "int8" or needs_none) and not has_offsets)
 
     def _settle_fit(self) -> None:
         """What is searched and fitted, and how often."""
@@ -191,12 +196,32 @@ class Recipe:
 
     def _check_override(self, override: Override) -> None:
         _regex("match", override.match)
-        self._check_sizes(override.block_size, None)
+        self._check_sizes(override.block_size, override.group_size)
+        self._check_format_of(override)
         if override.double_quant is not None and FORMATS[self.quant_type].is_affine:
             raise UsageError(f"double_quant means nothing with quant_type {self.quant_type}")
         _positive("alpha", override.alpha)
         if override.rank is not None:
             _at_least("rank", override.rank, 1)
+
+    def _check_format_of(self, override: Override) -> None:
+        row, quant_type = LAYOUTS[str(self.layout)], override.quant_type
+        if quant_type is not None:
+            _choice("quant_type", quant_type, FORMATS)
+            if FORMATS[quant_type].module != FORMATS[self.quant_type].module:
+                what = f"an override has quant_type {quant_type} in a model of {self.quant_type}"
+                raise UsageError(what, hint="integers go with integers, codebooks with codebooks")
+            if quant_type not in row.quant_types:
+                raise UsageError(f"layout {self.layout} does not hold {quant_type}, which an override asks for")
+        if override.group_size in (None, self.group_size):
+            return
+        if row.group_sizes and override.group_size not in row.group_sizes:
+            known = ", ".join(map(str, row.group_sizes))
+            what = f"layout {self.layout} does not hold groups of {override.group_size}, which an override asks for"
+            raise UsageError(what, hint=f"one of {known}")
+        if self.method == "qalora":
+            what = "method qalora pools inputs by one group size for all layers, and an override has another"
+            raise UsageError(what, hint=f"group_size {self.group_size}")
 
     def _check_sizes(self, block_size: int | None, group_size: int | None) -> None:
         row = FORMATS[self.quant_type]
@@ -224,7 +249,9 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any]) -> Recipe:
     given = {name: value for name, value in flags.items() if value is not None}
     values = {} if source is None else _read_recipe(source)
     outdated = _outdated(values, given)
-    values["override"] = tuple(_without(override, outdated) for override in values.get("override", ()))
+    values["override"] = tuple(
+        _without(override, outdated | _changed_family(override, given)) for override in values.get("override", ())
+    )
     return Recipe(**{**{name: value for name, value in values.items() if name not in outdated}, **given})
 
 
@@ -232,6 +259,12 @@ def _without(override: Override, names: set[str]) -> Override:
     gone = names.intersection(field.name for field in dataclasses.fields(Override))
     nothing: dict[str, Any] = dict.fromkeys(gone)
     return dataclasses.replace(override, **nothing)
+
+
+def _changed_family(override: Override, given: Mapping[str, Any]) -> set[str]:
+    """The name of an override's quant_type where `given` names one of the other kind for the model."""
+    model, own = FORMATS.get(given.get("quant_type", "")), FORMATS.get(override.quant_type or "")
+    return {"quant_type"} if model and own and model.is_affine != own.is_affine else set()
 
 
 def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,17 +226,19 @@ def dump_json(values: Mapping[str, Any]) -> str:
 
 def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
     """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
-    recipe, total = plan.recipe, total_error(layer.error for layer in layers)
+    recipe, total, specs = plan.recipe, total_error(layer.error for layer in layers), [layer.spec for layer in layers]
+    formats, sizes = _listed(spec.quant_type.upper() for spec in specs), _listed(map(size_of, specs))
+    ranks = _listed(str(layer.rank) for layer in sorted(layers, key=lambda layer: layer.rank))
     summary = METHODS[recipe.method].summary
     return f"""---
 library_name: peft
 tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 ---
 
-# {source}, {recipe.quant_type.upper()} base with a {recipe.method} adapter
+# {source}, {formats} base with a {recipe.method} adapter
 
-{summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {recipe.quant_type.upper()}, one scale per
-{size_of(layers[0].spec)}, rank {recipe.rank}: {bits_per_weight(plan):.2f} bits a weight.
+{summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {formats}, one scale per
+{sizes}, rank {ranks}: {bits_per_weight(plan):.2f} bits a weight.
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python
@@ -246,6 +248,12 @@ Relative error of the weights: {total.base_error:.4f} without the adapter, {tota
 The adapter belongs to this base and to no other. Made by loftq-cli {__version__}; `{REPORT_NAME}` has every layer,
 `{RECIPE_NAME}` every option.
 """
+
+
+def _listed(names: Iterable[str]) -> str:
+    """ "a", or "a, b and c", each once."""
+    *firsts, last = dict.fromkeys(names)
+    return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
 def _loading_lines(plan: Plan, base_model: str) -> str:
@@ -266,7 +274,10 @@ from loftq_cli.nn import load_adapted
 model = {auto}.{make}(AutoConfig.from_pretrained({base}))
 model = load_adapted(model, {base})"""
     device = ', device_map="cpu"' if plan.layout == "metal" else ""
+    is_mixed = plan.layout == "compressed-tensors" and len({job.matrix.spec for job in plan.layers}) > 1
+    # PEFT asks for the weights, which transformers decodes in the first forward pass where there are several schemes.
+    decoding = "\nmodel.hf_quantizer.compressor.decompress_model(model)" if is_mixed else ""
     return f"""from transformers import {auto}
 from peft import PeftModel
-model = {auto}.from_pretrained({base}{device})
+model = {auto}.from_pretrained({base}{device}){decoding}
 model = PeftModel.from_pretrained(model, {base}, subfolder="{plan.adapter_dir}", is_trainable=True)"""

@@ -914,7 +914,7 @@ DAMAGES: dict[str, tuple[dict[str, Any], Change, str | None, str]] = {
         None,
         "'int-quantized', of which",
     ),
-    "two schemes": (int4("compressed-tensors"), a_second_scheme, None, "2 schemes of weights, and we read one"),
+    "two schemes": (int4("compressed-tensors"), a_second_scheme, None, "2 schemes of weights for Linear"),
     "floating point": (int4("compressed-tensors"), config_with(type="float"), None, "are float by group; we read int"),
     "blocks": (int4("compressed-tensors"), config_with(strategy="block"), None, "are int by block; we read int"),
     "act-order in its scheme": (int4("compressed-tensors"), config_with(actorder="group"), None, "act-order"),

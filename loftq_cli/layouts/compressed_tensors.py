@@ -1,6 +1,8 @@
 """compressed-tensors' pack-quantized container, for transformers and vLLM: integers of 2, 3, 4 or 8 bits.
 
-`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; others ignore it.
+`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; others ignore it. It
+does so by one scheme: of several number formats in one model, transformers decodes in the first forward pass, and it
+finds no place for zero points before that (5.23, with compressed-tensors 0.20).
 """
 
 from __future__ import annotations
@@ -9,9 +11,10 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import InputError, UsageError, printable
 from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.module_patterns import first_matches
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
 from loftq_cli.tensors import AffineSpec, AffineTensor, OutTensor
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 QUANTIZED_ON_DISK = True
+_CLASSES = ("Linear", "Module")  # what torch's linears are, by which a scheme may target them
 
 
 def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
@@ -80,12 +84,12 @@ def quantized_names(stored: StoredTensors) -> list[str]:
 
 
 def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-    """What the weight called `name` is, from headers, its weight_shape and the one scheme of the config.
+    """What the weight called `name` is, from headers, its weight_shape and its scheme in the config.
 
     Raises InputError where its parts are not those of such a matrix.
     """
     del transposed
-    scheme = _scheme(stored)
+    scheme = _scheme(name.removesuffix(".weight"), stored)
     shape_ref = stored.refs.get(f"{name}_shape")
     if shape_ref is None or shape_ref.dtype not in ("int64", "int32") or shape_ref.numel != 2:
         found = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
@@ -130,15 +134,36 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
 
 
 def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` of one scheme for all linears but those to ignore.
+    """The source's config with a `quantization_config` of one scheme for all linears but those to ignore; or, of
+    several number formats, a scheme for each that names its modules.
 
     Raises UsageError for a model with experts in full precision, which transformers 5 does not find beside packed ones.
     """
     if facts.has_experts:
         what = "transformers loads no experts in full precision from compressed-tensors"
         raise UsageError(what, hint="--layout metal, or dense")
-    spec = cast(AffineSpec, facts.spec)
-    weights = {
+    modules: dict[QuantSpec, list[str]] = {facts.spec: []}
+    for module in facts.quantized_modules:
+        modules.setdefault(facts.other_specs.get(module, facts.spec), []).append(module)
+    is_mixed = len(modules) > 1
+    groups = {
+        f"group_{i}": {"targets": names if is_mixed else ["Linear"], "weights": _weights(cast(AffineSpec, spec))}
+        for i, (spec, names) in enumerate(modules.items())
+    }
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": grouped.kept_names(facts),
+        # transformers 5.23 decodes every linear by the first scheme then.
+        **({} if is_mixed else {"dequantize": True}),
+    }
+    return {**config, "quantization_config": quantization}
+
+
+def _weights(spec: AffineSpec) -> dict[str, Any]:
+    return {
         "num_bits": spec.bits,
         "type": "int",
         "symmetric": spec.symmetric,
@@ -146,26 +171,21 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
         "group_size": spec.group_size,
         "dynamic": False,
     }
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-        "ignore": grouped.kept_names(facts),
-        "dequantize": True,
-    }
-    return {**config, "quantization_config": quantization}
 
 
-def _scheme(stored: StoredTensors) -> Mapping[str, Any]:
-    """The weights' scheme. Raises InputError where there are several, or one that we do not read."""
+def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
+    """The weights' scheme of a module. Raises InputError where there is none, or one that we do not read."""
     found = quantization_config(stored, "compressed-tensors") or {}
     groups = found.get("config_groups")
-    listed = list(groups.values()) if isinstance(groups, dict) else []
-    schemes = [group.get("weights") for group in listed if isinstance(group, dict)]
-    if len(schemes) != 1 or not isinstance(schemes[0], dict):
-        raise InputError(f"its config has {len(schemes)} schemes of weights, and we read one", file=stored.config_file)
-    scheme: dict[str, Any] = schemes[0]
+    listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    chosen = listed[0] if len(listed) == 1 else _targeting(module, listed, stored)
+    scheme = chosen.get("weights")
+    if not isinstance(scheme, dict):
+        what = f"its config has no scheme of the weights of {printable(module)}"
+        raise InputError(what, file=stored.config_file)
+    if chosen.get("format") not in (None, "pack-quantized"):
+        what = f"a scheme of its config has the format {printable(repr(chosen['format']), 80)}; we read pack-quantized"
+        raise InputError(what, file=stored.config_file)
     if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
         what = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
         raise InputError(what, file=stored.config_file)
@@ -174,3 +194,27 @@ def _scheme(stored: StoredTensors) -> Mapping[str, Any]:
             "act-order: its groups are not neighbouring columns, which is not read", file=stored.config_file
         )
     return scheme
+
+
+def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors) -> Mapping[str, Any]:
+    """That of several schemes which compressed-tensors takes for a module: it is called by its name, else by the
+    first expression in order of the alphabet that matches the beginning of its name, else by its class.
+    """
+    by_target: dict[str, dict[str, Any]] = {}
+    for group in groups:
+        targets = group.get("targets")
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise InputError("the targets of a scheme of its config are no list of names", file=stored.config_file)
+        for target in targets:
+            if by_target.setdefault(target, group) is not group:
+                what = f"its config has 2 schemes of weights for {printable(target)}"
+                raise InputError(what, file=stored.config_file)
+    name = stored.loaded(module)
+    expressions = {target: target.removeprefix("re:") for target in sorted(by_target) if target.startswith("re:")}
+    if name not in by_target and expressions:
+        try:
+            name = first_matches(expressions, [name]).get(name, name)
+        except ValueError as error:
+            raise InputError(f"among the targets of its config is {error}", file=stored.config_file) from None
+    known = next((key for key in (name, *_CLASSES) if key in by_target), None)
+    return by_target[known] if known is not None else {}

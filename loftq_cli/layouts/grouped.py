@@ -103,12 +103,13 @@ class FloatOffsets:
 
     container   its name, for people
     biases      what it calls the biases
-    settings    gives bits and group_size from config.json; empty for another container
+    settings    gives bits and group_size of the module of that name from config.json, or, without a name, those of
+                the model; empty for another container
     """
 
     container: str
     biases: str
-    settings: Callable[[StoredTensors], Mapping[str, Any]]
+    settings: Callable[[StoredTensors, str | None], Mapping[str, Any]]
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
         """Whole groups in every row, and linears only."""
@@ -139,7 +140,7 @@ class FloatOffsets:
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
         """Names of the weights that have biases beside them."""
-        if not self.settings(stored):
+        if not self.settings(stored, None):
             return []
         ending = f".{self.biases}"
         modules = [name.removesuffix(ending) for name in stored.refs if name.endswith(ending)]
@@ -148,7 +149,7 @@ class FloatOffsets:
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
         """What the weight called `name` is. Raises InputError where its parts do not fit together."""
         del transposed
-        settings, (_, scales, _) = self.settings(stored), self.parts(name)
+        settings, (_, scales, _) = self.settings(stored, name.removesuffix(".weight")), self.parts(name)
         bits, group_size = checked_bits(settings, "bits", stored), whole_number(settings, "group_size", stored)
         dtype, shape = scale_dtype(scales, stored), stored.refs[scales].shape
         if len(shape) != 2 or 0 in shape:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -57,6 +58,7 @@ class Fit:
 class ModelFacts:
     """What a container's config needs to know of the whole model; module names as the loaded model has them.
 
+    spec          the number format of all quantized modules but those in `other_specs`
     has_experts   whether there are experts in full precision, one matrix each
     """
 
@@ -65,6 +67,15 @@ class ModelFacts:
     quantized_modules: Sequence[str]
     full_precision_modules: Sequence[str]
     has_experts: bool = False
+    other_specs: Mapping[str, QuantSpec] = field(default_factory=dict)
+
+
+def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
+    """Of the number formats of modules by name, at least one: the most common one, of equally common ones the first;
+    and the others.
+    """
+    ((spec, _),) = Counter(specs.values()).most_common(1)
+    return spec, {module: other for module, other in specs.items() if other != spec}
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:
@@ -82,6 +93,7 @@ class StoredTensors:
     dtype    what the model computes in
     load     a stored tensor by its name; load_rows, some rows of it; raw, the bytes of a small one, without torch
     path     what to name in an error about the whole
+    loaded   what a module is called in the loaded model, by which configs know it
     """
 
     refs: Mapping[str, TensorRef]
@@ -91,6 +103,7 @@ class StoredTensors:
     load_rows: Callable[[str, int, int], torch.Tensor]
     raw: Callable[[str], bytes]
     path: Path
+    loaded: Callable[[str], str] = str
 
     @property
     def config_file(self) -> Path:
@@ -184,6 +197,7 @@ class LayoutRow:
     keeps_dtype    whether its loaders decode to the model's dtype; otherwise to the scales'
     one_dtype      whether its loaders need every tensor of the model in the scales' dtype
     group_sizes    those it holds; empty for all
+    mixed          which integers of several formats its loaders read in one model: "any", "symmetric" ones or "none"
     """
 
     module: str
@@ -195,6 +209,7 @@ class LayoutRow:
     keeps_dtype: bool = True
     one_dtype: bool = False
     group_sizes: tuple[int, ...] = ()
+    mixed: str = "any"
 
 
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
@@ -203,7 +218,7 @@ _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
 LAYOUTS: dict[str, LayoutRow] = {
     "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", ("nf4",)),
     "compressed-tensors": LayoutRow(
-        "loftq_cli.layouts.compressed_tensors", "integers, for transformers and vLLM", _INTEGERS
+        "loftq_cli.layouts.compressed_tensors", "integers, for transformers and vLLM", _INTEGERS, mixed="symmetric"
     ),
     "gptq": LayoutRow(
         "loftq_cli.layouts.gptq",
@@ -212,6 +227,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         scale_dtypes=("float16",),
         scale_dtype="float16",
         keeps_dtype=False,
+        mixed="none",
     ),
     "metal": LayoutRow(
         "loftq_cli.layouts.metal",
@@ -220,6 +236,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         zero_point="float",
         keeps_dtype=False,
         one_dtype=True,
+        mixed="none",
     ),
     "mlx": LayoutRow(
         "loftq_cli.layouts.mlx",

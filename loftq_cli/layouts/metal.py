@@ -15,7 +15,8 @@ from loftq_cli.tensors import AffineSpec
 QUANTIZED_ON_DISK = True
 
 
-def _settings(stored: StoredTensors) -> Mapping[str, Any]:
+def _settings(stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
+    del module  # one number format for the whole model
     return quantization_config(stored, "metal") or {}
 
 
