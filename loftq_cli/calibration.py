@@ -119,59 +119,104 @@ def run(prepared: Prepared, observer: Observer, *, threads: int = 1) -> Calibrat
 
     Takes the memory of one block in float32, of its statistics, and of what all tokens carry from block to block.
     """
-    import torch
+    from loftq_cli.streamed_model import StreamedModel, computing_with
 
-    from loftq_cli.streamed_model import StreamedModel
-
-    options, directory = prepared.options, prepared.directory
+    directory = prepared.directory
     config, tokenizer = hf.model_config(directory), hf.tokenizer(directory)
-    context = choose_context(options.context, options.tokens, hf.longest_input(config, tokenizer))
-    windows = text_windows(
-        prepared.texts, tokenizer, tokens=options.tokens, context=context, vocabulary=hf.vocabulary_size(config)
-    )
-    torch.set_num_threads(threads)
+    windows = _windows(prepared, config, tokenizer)
     model = hf.empty_model(directory, config)
     weights = hf.loaded_weights(model, prepared.checkpoint.tensors)
-    streamed = StreamedModel(model, prepared.checkpoint, weights)
-    inputs = _trace(streamed, prepared, hf.text_inputs(config, windows[:1, :_TRACED]))
-    if not inputs:
-        raise UsageError("the text reaches no linear layer of this model", file=directory)
-    features = {job.name: job.matrix.shape[1] for job in prepared.jobs}
-    shapes = {name: (features[name],) * (1 if options.diagonal else 2) for name in inputs.values()}
-    tensors = [OutTensor(name, "float32", shape) for name, shape in shapes.items()]
-    nbytes = sum(tensor.nbytes for tensor in tensors)
-    check_space(prepared.output, nbytes)
-    unread = tuple(job.name for job in prepared.jobs if job.name not in inputs)
-    observer.started(len(tensors), len(windows), windows.shape[1])
-    if windows.numel() < options.tokens // windows.shape[1] * windows.shape[1]:
-        observer.note(f"the text gives {windows.numel()} tokens, fewer than --tokens {options.tokens}")
-    if unread:
-        observer.note(f"{len(unread)} layers read no text and have no statistic: {unread[0]} and others")
+    streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
+    with computing_with(threads):
+        inputs = _trace(streamed, prepared, hf.text_inputs(config, windows[:1, :_TRACED]))
+        found = _Found(prepared, windows, inputs)
+        found.announce(observer)
+        check_space(prepared.output, found.nbytes)
+        staging = Staging(prepared.output, fingerprint=_fingerprint(found), overwrite=prepared.overwrite, restart=True)
+        with staging.whole(TOOL) as path:
+            with OutputFiles(path, {STATISTICS_NAME: found.tensors}) as files:
+                sums = _Sums(streamed, found, lambda name, mean: files[name].write(name, mean), observer)
+                with sums.watching():
+                    streamed.run(_feeds(config, windows), sums.blocks, sums.flush, threads=threads)
+                sums.check_complete()
+            prepared.checkpoint.check_unchanged()
+            values = _calibration_json(found, file_sha256(path / STATISTICS_NAME))
+            write_texts(path, {CALIBRATION_NAME: dump_json(values)})
+    return found.calibration()
+
+
+def _windows(prepared: Prepared, config: Any, tokenizer: Any) -> torch.Tensor:
+    asked = prepared.options
+    context = choose_context(asked.context, asked.tokens, hf.longest_input(config, tokenizer))
+    vocabulary = hf.vocabulary_size(config)
+    return text_windows(prepared.texts, tokenizer, tokens=asked.tokens, context=context, vocabulary=vocabulary)
+
+
+def _feeds(config: Any, windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    import torch
+
     at_once = max(1, _BATCH_TOKENS // windows.shape[1])
-    feeds = [hf.text_inputs(config, batch) for batch in torch.split(windows, at_once)]
-    staging = Staging(
-        prepared.output, fingerprint=_fingerprint(prepared, context), overwrite=prepared.overwrite, restart=True
-    )
-    with staging.whole(TOOL) as path:
-        with OutputFiles(path, {STATISTICS_NAME: tensors}) as files:
-            sums = _Sums(streamed, prepared, inputs, lambda name, mean: files[name].write(name, mean), observer)
-            with sums.watching():
-                streamed.run(feeds, sums.blocks, sums.flush, threads=threads)
-            sums.check_complete()
-        prepared.checkpoint.check_unchanged()
-        values = _calibration_json(prepared, inputs, windows, file_sha256(path / STATISTICS_NAME))
-        write_texts(path, {CALIBRATION_NAME: dump_json(values)})
-    return Calibration(
-        output=prepared.output,
-        kind=options.kind,
-        layers=len(inputs),
-        inputs=len(tensors),
-        unread=unread,
-        tokens=windows.numel(),
-        windows=len(windows),
-        context=windows.shape[1],
-        nbytes=nbytes,
-    )
+    return [hf.text_inputs(config, batch) for batch in torch.split(windows, at_once)]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known when the first tokens have gone through the model.
+
+    windows   token ids [windows, context]
+    inputs    the weights that text reaches -> the first one that reads the same
+    """
+
+    prepared: Prepared
+    windows: torch.Tensor
+    inputs: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raises UsageError where text reaches nothing."""
+        if not self.inputs:
+            raise UsageError("the text reaches no linear layer of this model", file=self.prepared.directory)
+
+    @property
+    def tensors(self) -> list[OutTensor]:
+        """What is written."""
+        ndim = 1 if self.prepared.options.diagonal else 2
+        features = {job.name: job.matrix.shape[1] for job in self.prepared.jobs}
+        return [OutTensor(name, "float32", (features[name],) * ndim) for name in dict.fromkeys(self.inputs.values())]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of it."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def unread(self) -> tuple[str, ...]:
+        """Weights that no text reaches, or that the model multiplies by past the module that holds them."""
+        return tuple(job.name for job in self.prepared.jobs if job.name not in self.inputs)
+
+    def announce(self, observer: Observer) -> None:
+        """Say what there is to do, and what a user may not expect."""
+        count, context = self.windows.shape
+        observer.started(len(self.tensors), count, context)
+        asked = self.prepared.options.tokens
+        if count < asked // context:
+            observer.note(f"the text gives {count * context} tokens, fewer than --tokens {asked}")
+        if self.unread:
+            others = " and others" if len(self.unread) > 1 else ""
+            observer.note(f"{len(self.unread)} layers read no text and have no statistic: {self.unread[0]}{others}")
+
+    def calibration(self) -> Calibration:
+        """What was done, when it is."""
+        return Calibration(
+            output=self.prepared.output,
+            kind=self.prepared.options.kind,
+            layers=len(self.inputs),
+            inputs=len(self.tensors),
+            unread=self.unread,
+            tokens=self.windows.numel(),
+            windows=len(self.windows),
+            context=self.windows.shape[1],
+            nbytes=self.nbytes,
+        )
 
 
 def _trace(streamed: StreamedModel, prepared: Prepared, feed: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -201,12 +246,11 @@ class _Sums:
     def __init__(
         self,
         streamed: StreamedModel,
-        prepared: Prepared,
-        inputs: Mapping[str, str],
+        found: _Found,
         write: Callable[[str, torch.Tensor], object],
         observer: Observer,
     ) -> None:
-        named = set(inputs.values())
+        prepared, named = found.prepared, set(found.inputs.values())
         jobs = [job for job in prepared.jobs if job.name in named]
         self.blocks = _blocks(streamed, jobs)
         self._modules = _modules(streamed, jobs)
@@ -317,27 +361,26 @@ def _headers_sha256(checkpoint: Checkpoint) -> str:
     return hashlib.sha256(json.dumps([checkpoint.config(), refs], sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(prepared: Prepared, context: int) -> str:
-    options = [prepared.options.kind, prepared.options.tokens, context]
+def _fingerprint(found: _Found) -> str:
+    prepared = found.prepared
+    options = [prepared.options.kind, *found.windows.shape]
     values = [TOOL, _headers_sha256(prepared.checkpoint), options, [text.sha256 for text in prepared.texts]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _calibration_json(
-    prepared: Prepared, inputs: Mapping[str, str], windows: torch.Tensor, sha256: str
-) -> dict[str, Any]:
+def _calibration_json(found: _Found, sha256: str) -> dict[str, Any]:
+    prepared, (count, context) = found.prepared, found.windows.shape
+    texts = [{"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.texts]
     return {
         **TOOL,
         "format": FORMAT,
         "model": source_name(prepared.directory),
         "model_fingerprint": _headers_sha256(prepared.checkpoint),
         "kind": prepared.options.kind,
-        "tokens": windows.numel(),
-        "windows": len(windows),
-        "context": windows.shape[1],
-        "texts": [
-            {"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.texts
-        ],
+        "tokens": count * context,
+        "windows": count,
+        "context": context,
+        "texts": texts,
         "statistics_sha256": sha256,
-        "inputs": dict(inputs),
+        "inputs": dict(found.inputs),
     }

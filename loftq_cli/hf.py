@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_INSTALL = "pip install 'loftq-cli[hf]'"
+_INSTALL, _UPGRADE = "pip install 'loftq-cli[hf]'", "pip install --upgrade transformers"
 # What transformers raises for a folder that it does not understand.
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
@@ -29,7 +30,8 @@ def check_installed() -> None:
         import transformers
         from transformers import conversion_mapping, core_model_loading  # noqa: F401
     except ImportError:
-        raise UsageError("this needs transformers 5 and accelerate", hint=_INSTALL) from None
+        hint = _UPGRADE if find_spec("transformers") and find_spec("accelerate") else _INSTALL
+        raise UsageError("this needs transformers 5 and accelerate", hint=hint) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -86,6 +88,17 @@ def empty_model(directory: Path, config: Any) -> Any:
         what = f"takes {model.main_input_name} and not text, which is all that is fed to it here"
         raise UsageError(what, file=directory)
     return model
+
+
+def predicts_next_token(model: Any) -> bool:
+    """Whether the model is a language model that sees what comes before a token, and nothing of what follows."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False
+    name = type(model).__name__
+    # Models of images and text are no causal ones by name, and on text alone they are.
+    return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForConditionalGeneration")
 
 
 def text_inputs(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:

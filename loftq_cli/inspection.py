@@ -5,7 +5,7 @@ conversion would make of it. Reads only; works without transformers, PEFT or bit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,6 +103,19 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     bits = sum(row.bits_per_weight * row.numel for row in rows) / max(1, sum(row.numel for row in rows))
     total = total_error(errors) if errors and len(errors) == len(rows) else None
     return Inspection(tuple(rows), total, bits, against is not None)
+
+
+def adapter_of(base: BaseModel, names: Iterable[str]) -> dict[str, LoraPair]:
+    """The adapter inside a converted directory: its factors for each of the weights called `names` that it is on.
+
+    Raises MismatchError for factors that do not fit the weight.
+    """
+    report = read_report(base.folder)
+    adapter, called = _Adapter.beside(base, report[0]["adapter_dir"] if report else None), base.loaded_names()
+    if adapter is None:
+        return {}
+    pairs = {name: adapter.pair(module_of(called[name]), _matrix_shape(base, name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if pair is not None}
 
 
 def inspect_checkpoint(

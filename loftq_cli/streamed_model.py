@@ -7,27 +7,43 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from loftq_cli.hf import LoadedWeight
 
 
+@contextmanager
+def computing_with(threads: int) -> Iterator[None]:
+    """torch's own threads for the length of the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class StreamedModel:
     """`model`, whose parameters are on the meta device, and the checkpoint that they are read from in float32.
 
+    path      the checkpoint's, for errors
+    load      what gives a tensor of the checkpoint by its name
     weights   what of the checkpoint makes each tensor of the model: see `loaded_weights`
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, weights: Mapping[str, LoadedWeight]) -> None:
+    def __init__(
+        self, model: Any, path: Path, load: Callable[[str], torch.Tensor], weights: Mapping[str, LoadedWeight]
+    ) -> None:
         """Buffers that the checkpoint gives are read here."""
-        self.model, self._checkpoint, self._weights = model, checkpoint, weights
+        self.model, self._path, self._load_tensor, self._weights = model, path, load, weights
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._same = _same_names(model)
         owners = [self.block_of(name.rpartition(".")[0]) for name, _ in model.named_parameters()]
@@ -48,6 +64,20 @@ class StreamedModel:
             if part.isdecimal() and not isinstance(self._modules[path], (nn.ModuleList, nn.ModuleDict)):
                 return path
         return None
+
+    def load_all(self) -> Any:
+        """The model with all its weights, for whoever has the memory. Raises InputError for one that is missing."""
+        for name, _ in self.model.named_parameters():
+            source = self._source(name)
+            if source is None:
+                raise InputError("the checkpoint does not have it", file=self._path, tensor=name)
+            if _Place.of(self._modules, name).is_empty:
+                self._load(name, [])
+            loaded = self._modules[name.rpartition(".")[0]]._parameters[name.rpartition(".")[2]]
+            for other in self._same.get(name, ()):
+                path, _, leaf = other.rpartition(".")
+                self._modules[path]._parameters[leaf] = loaded
+        return self.model
 
     def run(
         self,
@@ -95,11 +125,11 @@ class StreamedModel:
             if "meta" not in str(error):
                 raise
             what = "the model uses weights past the modules that hold them, and cannot be run block by block"
-            raise UsageError(what, file=self._checkpoint.path) from error
+            raise UsageError(what, file=self._path) from error
         self._drop_loose()
         if len(set(at)) > 1:
             what = "the model takes a different way with each input, and cannot be run block by block"
-            raise UsageError(what, file=self._checkpoint.path)
+            raise UsageError(what, file=self._path)
         return at[0]
 
     def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
@@ -132,7 +162,7 @@ class StreamedModel:
                     if not self._ahead and self.block_of(name) is None:
                         raise _End
                     what = "is needed, and the checkpoint does not have it"
-                    raise InputError(what, file=self._checkpoint.path, tensor=whole)
+                    raise InputError(what, file=self._path, tensor=whole)
                 self._load(whole, self._loose)
 
     def _load(self, name: str, places: list[_Place]) -> None:
@@ -140,11 +170,11 @@ class StreamedModel:
         made = self._read(source)
         for target, tensor in ({name: made[source]} if source != name else made).items():
             place = _Place.of(self._modules, target)
-            if place.empty is None or not place.empty.is_meta:
+            if place.empty is None or not place.is_empty:
                 continue
             if place.empty.shape != tensor.shape:
                 what = f"is {tuple(tensor.shape)}, and the model of its config has {tuple(place.empty.shape)}"
-                raise InputError(what, file=self._checkpoint.path, tensor=target)
+                raise InputError(what, file=self._path, tensor=target)
             place.fill(tensor)
             places.append(place)
 
@@ -156,7 +186,7 @@ class StreamedModel:
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
         weight = self._weights[name]
-        tensors = {source: self._checkpoint.load(source) for source in weight.sources}
+        tensors = {source: self._load_tensor(source) for source in weight.sources}
         tensors = {source: t.float() if t.is_floating_point() else t for source, t in tensors.items()}
         return weight.convert(tensors, self.model)
 
@@ -178,6 +208,10 @@ class _Place:
     def of(cls, modules: Mapping[str, nn.Module], name: str) -> _Place:
         path, _, leaf = name.rpartition(".")
         return cls(modules[path], path, leaf)
+
+    @property
+    def is_empty(self) -> bool:
+        return self.empty is not None and self.empty.is_meta
 
     def fill(self, tensor: torch.Tensor) -> None:
         self._module._parameters[self._leaf] = nn.Parameter(tensor, requires_grad=False)

@@ -270,6 +270,19 @@ def with_dtype(directory: Path, dtype: str) -> Path:
     return directory
 
 
+def with_tokenizer(model: Path) -> Path:
+    """`model` beside a tokenizer that gives an ASCII character its code."""
+    from tokenizers import Regex, Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Split
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(model)
+    return model
+
+
 BUILDERS: dict[str, Callable[[Path], Path]] = {
     "llama": llama,
     "tied llama": tied_llama,

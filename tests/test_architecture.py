@@ -30,7 +30,7 @@ FLOORS = [
     ("plan", "base_model"),
     ("report",),
     ("jobs", "model_files", "inspection", "adapter_source", "provenance"),
-    ("device_jobs", "calibration"),
+    ("device_jobs", "calibration", "reference"),
     ("convert", "merge_form", "nn"),
     ("merge_plan",),
     ("merge_report",),

@@ -10,12 +10,24 @@ from loftq_cli import inspection
 from loftq_cli.base_model import BaseModel
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, result, say, table
+from loftq_cli.cli.outputs import (
+    OUTPUT_ERROR,
+    TextOptions,
+    by_output_error,
+    compared,
+    layer_json,
+    output_cells,
+    outputs_json,
+    print_outputs,
+    text_options,
+)
 from loftq_cli.cli.verify import verified
 from loftq_cli.convert import resolve_model
 from loftq_cli.device import check_device_name
 from loftq_cli.errors import QualityError, UsageError
 from loftq_cli.metrics import GroupErrors, LayerError, total_error
 from loftq_cli.quant.formats import QuantSpec, size_of, spec_json
+from loftq_cli.reference import Comparison
 from loftq_cli.report import REPORT_NAME, error_json
 from loftq_cli.tensors import AffineSpec
 from loftq_cli.workers import available_threads
@@ -31,19 +43,29 @@ def inspect(
     verify: options.Verify = False,
     threads: options.Threads = None,
     device: options.Device = "cpu",
+    reference: options.Reference = None,
+    text: options.ReferenceText = None,
+    tokens: options.ReferenceTokens = None,
+    context: options.ReferenceContext = None,
     as_json: options.Json = False,
 ) -> None:
     """Report the quantization error of every layer.
 
-    On a converted directory the errors come from its report, or, with --against ORIGINAL, from the files themselves.
+    On a converted directory the errors come from its report, or, with --against ORIGINAL, from the files themselves;
+    with --reference ORIGINAL and --text FILE, also those of what layers and model give on a text.
     On a full-precision checkpoint: what quantize would do, and with --try the error that a quant type would give.
     With --verify, on any of them and on an adapter: what is damaged.
     """
-    inspection.check_sort_key(sort)
+    if sort != OUTPUT_ERROR:
+        inspection.check_sort_key(sort)
+    elif reference is None:
+        raise UsageError(f"--sort {OUTPUT_ERROR} needs outputs", hint="--reference ORIGINAL --text FILE gives them")
     check_device_name(device)
+    measured = text_options(reference, text, tokens, context)
     threads = threads or available_threads()
     if verify:
         given = {"--against": against, "--try": try_, "--top": top, "--fail-above": fail_above}
+        given["--reference"] = reference
         others = [*(name for name, value in given.items() if value is not None), *(["--sort"] * (sort != "name"))]
         others += ["--device"] * (device not in ("auto", "cpu"))
         if others:
@@ -54,10 +76,12 @@ def inspect(
         if base.quantized or (base.folder / REPORT_NAME).is_file():
             if try_:
                 raise UsageError("--try is for a full-precision checkpoint, and this one is converted", file=base.path)
-            worst = _converted(base, against, sort, top, threads, device, as_json=as_json)
+            worst = _converted(base, against, sort, top, threads, device, measured, as_json=as_json)
         else:
             if against:
                 raise UsageError("--against is for a converted directory, and this one is not", file=base.path)
+            if reference:
+                raise UsageError("--reference is for a converted directory, and this one is not", file=base.path)
             worst = _checkpoint(base, tuple(try_ or ()), sort, top, threads, device, as_json=as_json)
     if fail_above is not None:
         _gate(worst, fail_above)
@@ -71,26 +95,42 @@ def _gate(worst: tuple[str, float] | None, limit: float) -> None:
 
 
 def _converted(
-    base: BaseModel, against: str | None, sort: str, top: int | None, threads: int, device: str, *, as_json: bool
+    base: BaseModel,
+    against: str | None,
+    sort: str,
+    top: int | None,
+    threads: int,
+    device: str,
+    measured: TextOptions | None,
+    *,
+    as_json: bool,
 ) -> tuple[str, float] | None:
     found = inspection.inspect_converted(base, resolve_model(against) if against else None, threads, device)
-    rows = inspection.sorted_rows(found.rows, sort)[:top]
+    outputs = None if measured is None else compared(base, found, measured, threads)
+    if outputs is not None and sort == OUTPUT_ERROR:
+        rows = by_output_error(found.rows, outputs)[:top]
+    else:
+        rows = inspection.sorted_rows(found.rows, sort)[:top]
     if as_json:
         totals: dict[str, Any] = {"layers": len(found.rows), "bits_per_weight": found.bits_per_weight}
         totals |= error_json(found.total) if found.total else {}
-        layers = [_row_json(row) for row in rows]
+        layers = [_row_json(row, outputs) for row in rows]
         source = "files" if found.recomputed else "report"
-        result(
-            json.dumps({"path": str(base.path), "errors_from": source, "totals": totals, "layers": layers}, indent=2)
-        )
+        values = {"path": str(base.path), "errors_from": source, "totals": totals, "layers": layers}
+        if outputs is not None:
+            totals |= {"base_output_error": outputs.total.base_error, OUTPUT_ERROR: outputs.total.error}
+            values["reference"] = outputs_json(outputs)
+        result(json.dumps(values, indent=2))
     else:
-        _print_converted(found, rows)
+        _print_converted(found, rows, outputs)
     errors = [(row.name, row.error.error) for row in found.rows if row.error]
     return max(errors, key=lambda item: item[1], default=None)
 
 
-def _row_json(row: inspection.LayerRow) -> dict[str, Any]:
+def _row_json(row: inspection.LayerRow, outputs: Comparison | None) -> dict[str, Any]:
     values = {name: value for name, value in asdict(row).items() if name not in ("spec", "error")}
+    if outputs is not None:
+        values |= layer_json(row.name, outputs)
     return {**values, **spec_json(row.spec), "error": error_json(row.error) if row.error else None}
 
 
@@ -101,12 +141,13 @@ def _zero_point(spec: QuantSpec) -> str:
     return "none" if spec.symmetric else spec.zero_point
 
 
-def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRow]) -> None:
+def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRow], outputs: Comparison | None) -> None:
     zero_point = ("zero point",) if any(isinstance(row.spec, AffineSpec) for row in rows) else ()
     table(
         ("layer", "shape", "type", "per", *zero_point, "bits", "rank")
         + ("base error", "error", "max", "SQNR dB", "delta")
-        + (("mean group", "worst group") if any(row.groups for row in rows) else ()),
+        + (("mean group", "worst group") if any(row.groups for row in rows) else ())
+        + (("base output", "output") if outputs is not None else ()),
         (
             (
                 row.name,
@@ -118,6 +159,7 @@ def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRo
                 "-" if row.rank is None else str(row.rank),
                 *_error_cells(row.error),
                 *_group_cells(row.groups),
+                *output_cells(row.name, outputs),
             )
             for row in rows
         ),
@@ -131,6 +173,8 @@ def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRo
         say("errors recomputed from the files" if found.recomputed else "errors as reported by the conversion")
     else:
         say("no report of a conversion here: --against ORIGINAL computes the errors")
+    if outputs is not None:
+        print_outputs(outputs)
 
 
 def _checkpoint(

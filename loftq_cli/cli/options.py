@@ -13,6 +13,7 @@ from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.recipe import SVD_MODES, presets
 from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
+from loftq_cli.text_windows import DEFAULT_TOKENS
 
 
 def _one_of(names: object) -> str:
@@ -333,4 +334,28 @@ Diagonal = Annotated[
 ]
 OverwriteStatistics = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result under STATS.", rich_help_panel=_RUN)
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Run the original MODEL and the converted one on --text: errors of layers' outputs (--sort output_error), "
+        "perplexity and KL, or the drift of an encoder. Needs transformers, the memory of both in float32, and no GPU.",
+    ),
+]
+ReferenceText = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE", help="For --reference: a UTF-8 text to run the models on. Repeatable."),
+]
+ReferenceTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=2, help=f"For --reference: tokens of the text to read, at most. [default: {DEFAULT_TOKENS}]"
+    ),
+]
+ReferenceContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context", min=2, help="For --reference: tokens of a window. [default: what the model takes, at most 512]"
+    ),
 ]
