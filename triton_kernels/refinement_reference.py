@@ -211,7 +211,7 @@ def refine_dense(
         for block in range(shape[1]):
             part = slice(block * block_size, (block + 1) * block_size)
             if fits_scales:
-                _fit_dense(error, values[:, part], blocks, block, levels, hessian[part])
+                fit_dense(error, values[:, part], blocks, block, levels, hessian[part])
                 error[:, part] = weight[:, part] - values[:, part]
             constants = _stored(blocks, levels, block)
             for j in range(part.start, part.stop):
@@ -287,7 +287,7 @@ def _fit(
     m -= factor * projected + shift * ones
 
 
-def _fit_dense(
+def fit_dense(
     error: torch.Tensor, values: torch.Tensor, blocks: Blocks, block: int, levels: Levels, hessian: torch.Tensor
 ) -> None:
     """The same, of errors [rows, in], with the rows of `hessian` that belong to the block."""

@@ -1,7 +1,7 @@
 """The search for block constants and their refinement on a GPU: what refinement_reference.py defines, but for the order
 of sums, which shows where float32 cannot tell two candidates apart.
 
-Blocks that no program can hold, and tables that leave [-1, 1], go to the reference. So does what refines.
+Blocks that no program can hold, and tables that leave [-1, 1], go to the reference.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from loftq_cli.triton_kernels.affine_form_triton import ends
 from loftq_cli.triton_kernels.codebook_triton import CELLS, TRITON_DTYPES, encode, encoder_cells, largest_magnitude
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 from loftq_cli.triton_kernels.refinement import (
+    LEAST_WEIGHT,
     REFITS,
     WARM_REFITS,
+    WORTHWHILE,
     Blocks,
     Levels,
     Refined,
@@ -31,6 +33,13 @@ from loftq_cli.triton_kernels.refinement import (
 _WARP_NUMEL = 512  # weights that a warp searches: 16 a thread stay in registers, importance included
 _WIDEST = 8192  # of the blocks that a program searches, with 16 warps
 _RESIDUAL_NUMEL = 1024  # weights of a row that are decoded at once
+
+# A program that refines is one warp, or few: it waits for one column after another, so many should run side by side.
+_PROJECTIONS = 256  # of rows and vectors, in a warp
+_LARGEST_RANK = 512
+_ROWS = 16  # whose columns a program moves under any H
+_WIDEST_TILE = 128  # of the blocks that it does that with; it moves wider ones by _TILE columns
+_TILE = 64
 
 
 def search_scales(
@@ -115,10 +124,61 @@ def refine(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> Refined:
-    """See refinement_reference.py, which has it."""
-    return refinement_reference.refine(
-        weight, blocks, block_size, levels, vectors, importance, sweeps, fits_scales, out
-    )
+    """See refinement_reference.py. A launch is one pass: no thread reads there what another one has written."""
+    (rows, columns), rank = weight.shape, vectors.shape[1]
+    if rank > _LARGEST_RANK or not _is_encoded(levels):
+        return refinement_reference.refine(
+            weight, blocks, block_size, levels, vectors, importance, sweeps, fits_scales, out
+        )
+    error, vectors = torch.empty_like(weight) if out is None else out, vectors.contiguous()
+    if importance is None:
+        importance = torch.ones_like(weight[0])
+    left = importance - vectors.square().sum(dim=1)
+    left = torch.where(left > LEAST_WEIGHT * importance, left, 0.0)
+    before, m = _absorbed(weight, blocks, levels, vectors, importance, error)
+    ranks = max(1 << (rank - 1).bit_length(), 2)
+    tile = min(max(_PROJECTIONS // ranks, 1), 8)
+    for _ in range(sweeps):
+        launch(
+            _refine_rows,
+            (cdiv(rows, tile),),
+            weight,
+            blocks.codes,
+            blocks.scales,
+            blocks.scales if blocks.offsets is None else blocks.offsets,
+            *_tables(levels, weight),
+            vectors,
+            importance,
+            left,
+            _reciprocals(left),
+            m,
+            rows,
+            columns,
+            rank,
+            **_constants_of(levels),
+            **_steps_of(levels, fits_scales),
+            BLOCK_SIZE=block_size,
+            ROWS=tile,
+            RANKS=ranks,
+            num_warps=max(ranks // 256, 1),
+        )
+    after, m = _absorbed(weight, blocks, levels, vectors, importance, error)
+    return Refined(before, after, m)
+
+
+def _absorbed(
+    weight: torch.Tensor,
+    blocks: Blocks,
+    levels: Levels,
+    vectors: torch.Tensor,
+    importance: torch.Tensor,
+    error: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The squared errors under H, float64 [rows], and the projections; the error itself goes into `error`."""
+    residual(weight, blocks, levels, error)
+    m = error @ vectors
+    squares = torch.linalg.vecdot(error.double().square(), importance.double()[None, :])
+    return squares - m.double().square().sum(dim=1), m
 
 
 def refine_dense(
@@ -131,8 +191,66 @@ def refine_dense(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> RowErrors:
-    """See refinement_reference.py, which has it."""
-    return refinement_reference.refine_dense(weight, blocks, block_size, levels, hessian, sweeps, fits_scales, out)
+    """See refinement_reference.py. The products of a tile of columns with all errors are taken when it comes to it."""
+    if not _is_encoded(levels):
+        return refinement_reference.refine_dense(weight, blocks, block_size, levels, hessian, sweeps, fits_scales, out)
+    rows, columns = weight.shape
+    error = torch.empty_like(weight) if out is None else out
+    residual(weight, blocks, levels, error)
+    before, reciprocals = _dense_errors(error, hessian), _reciprocals(hessian.diagonal())
+    is_wide = block_size > _WIDEST_TILE
+    width = _TILE if is_wide else block_size
+    for _ in range(sweeps):
+        for first in range(0, columns, block_size):
+            last = first + block_size
+            if is_wide and fits_scales:
+                values = weight[:, first:last] - error[:, first:last]
+                refinement_reference.fit_dense(error, values, blocks, first // block_size, levels, hessian[first:last])
+                error[:, first:last] = weight[:, first:last] - values
+            for start in range(first, last, width):
+                stop = min(start + width, last)
+                launch(
+                    _refine_tile,
+                    (cdiv(rows, _ROWS),),
+                    weight,
+                    blocks.codes,
+                    blocks.scales,
+                    blocks.scales if blocks.offsets is None else blocks.offsets,
+                    *_tables(levels, weight),
+                    hessian,
+                    reciprocals,
+                    error @ hessian[:, start:stop],
+                    error,
+                    rows,
+                    columns,
+                    start,
+                    stop - start,
+                    **_constants_of(levels),
+                    **_steps_of(levels, fits_scales and not is_wide),
+                    BLOCK_SIZE=block_size,
+                    WIDTH=max(1 << (width - 1).bit_length(), 2),
+                    ROWS=_ROWS,
+                )
+    return RowErrors(before, _dense_errors(error, hessian))
+
+
+def _reciprocals(left: torch.Tensor) -> torch.Tensor:
+    return torch.where(left > 0.0, 1.0 / left, 0.0)
+
+
+def _dense_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    return torch.linalg.vecdot((error @ hessian).double(), error.double())
+
+
+def _steps_of(levels: Levels, fits_scales: bool) -> dict[str, Any]:
+    """What a step may be, for the kernels that refine."""
+    return {
+        "SCALE": TRITON_DTYPES[levels.scale_dtype],
+        "IS_SIGNED": levels.is_signed,
+        "FITS": fits_scales,
+        "LEAST": LEAST_WEIGHT,
+        "MOST": 2.0 * WORTHWHILE,
+    }
 
 
 def _is_encoded(levels: Levels) -> bool:
@@ -195,11 +313,7 @@ def _nearest(steps, zero, table_ptr, cells_ptr, TOP: tl.constexpr, TABLE: tl.con
 
 @triton.jit
 def _level(code, zero, table_ptr, TABLE: tl.constexpr):
-    if TABLE:
-        level = tl.load(table_ptr + code.to(tl.int32))
-    else:
-        level = code.to(tl.float32) - zero
-    return level
+    return tl.load(table_ptr + code.to(tl.int32)) if TABLE else code.to(tl.float32) - zero
 
 
 @triton.jit
@@ -421,3 +535,234 @@ def _residual_of_rows(
         wide = tl.where(is_column, error, 0.0).to(tl.float64)
         squares += wide * wide
     tl.store(squares_ptr + row, tl.sum(squares, axis=0))
+
+
+@triton.jit
+def _fitted(
+    right,
+    right_bias,
+    mixed,
+    square,
+    square_bias,
+    bound,
+    scale,
+    bias,
+    OFFSET: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """What the scales and biases of blocks become, where that lowers the error; and what is added to values, of those
+    without their bias and of ones. The products are those of `Products` in refinement_reference.py.
+    """
+    is_usable = square > LEAST * bound
+    if OFFSET == "float":
+        determinant = square * square_bias - mixed * mixed
+        is_usable &= determinant > LEAST * square * square_bias
+        inverse = tl.div_rn(tl.full(right.shape, 1.0, tl.float32), determinant)
+        factor = (right * square_bias - right_bias * mixed) * inverse
+        shift = (right_bias * square - right * mixed) * inverse
+    else:
+        factor, shift = tl.div_rn(right, square), tl.zeros_like(right)
+    new_scale = (scale * (1.0 + factor)).to(SCALE).to(tl.float32)
+    new_bias = (bias + shift).to(SCALE).to(tl.float32) if OFFSET == "float" else bias
+    factor, shift = (new_scale - scale) * _inverse(scale), new_bias - bias
+    change = factor * (factor * square - 2.0 * right)
+    if OFFSET == "float":
+        change += shift * (shift * square_bias - 2.0 * right_bias + 2.0 * factor * mixed)
+    is_usable &= (change < 0.0) & (tl.abs(new_scale) < float("inf"))
+    is_usable &= new_scale != 0.0 if IS_SIGNED else new_scale > 0.0
+    factor, shift = tl.where(is_usable, factor, 0.0), tl.where(is_usable, shift, 0.0)
+    return factor, shift, tl.where(is_usable, new_scale, scale), tl.where(is_usable, new_bias, bias)
+
+
+@triton.jit
+def _step(
+    value,
+    slope,
+    h,
+    reciprocal,
+    scale,
+    zero,
+    bias,
+    inverse,
+    table_ptr,
+    cells_ptr,
+    TOP: tl.constexpr,
+    TABLE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    """Where the values of a column of rows go, the codes of that, and whether it lowers the error. `h` is what H has
+    for the column, and `reciprocal` of that.
+    """
+    h = tl.zeros_like(value) + h
+    target = (value + slope * reciprocal - bias) * inverse
+    level, code = _nearest(target, zero, table_ptr, cells_ptr, TOP, TABLE, DEPTH)
+    found = level * scale + bias
+    step = found - value
+    is_towards = ((step > 0.0) & (slope > 0.0)) | ((step < 0.0) & (slope < 0.0))
+    return found, code, is_towards & (tl.abs(step) * h < MOST * tl.abs(slope)) & (h > 0.0)
+
+
+@triton.jit
+def _refine_rows(
+    weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    offsets_ptr,
+    table_ptr,
+    cells_ptr,
+    vectors_ptr,
+    importance_ptr,
+    left_ptr,
+    reciprocals_ptr,
+    m_ptr,
+    rows,
+    columns,
+    rank,
+    TOP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TABLE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+    FITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+):
+    row, inner = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, RANKS)
+    is_row, is_inner = row < rows, inner < rank
+    m_place, is_m = row[:, None] * rank + inner[None, :], is_row[:, None] & is_inner[None, :]
+    m = tl.load(m_ptr + m_place, mask=is_m, other=0.0)
+    for block in range(columns // BLOCK_SIZE):
+        place, first = row * (columns // BLOCK_SIZE) + block, block * BLOCK_SIZE
+        scale, zero, bias = _load_constants(scales_ptr, offsets_ptr, place, is_row, TOP, OFFSET, TABLE)
+        if FITS:
+            right, right_bias, mixed = tl.zeros_like(scale), tl.zeros_like(scale), tl.zeros_like(scale)
+            bound, projected, ones = tl.zeros_like(scale), tl.zeros_like(m), tl.zeros([RANKS], tl.float32)
+            count = 0.0
+            for j in range(first, first + BLOCK_SIZE):
+                v = tl.load(vectors_ptr + tl.cast(j, tl.int64) * rank + inner, mask=is_inner, other=0.0)
+                d = tl.load(importance_ptr + j)
+                code = tl.load(codes_ptr + row * columns + j, mask=is_row, other=0)
+                linear = _level(code, zero, table_ptr, TABLE) * scale
+                error = (tl.load(weight_ptr + row * columns + j, mask=is_row, other=0.0) - (linear + bias)) * d
+                right, right_bias = right + linear * error, right_bias + error
+                mixed, bound, count = mixed + linear * d, bound + linear * linear * d, count + d
+                projected, ones = projected + linear[:, None] * v[None, :], ones + v
+            square = bound - tl.sum(projected * projected, axis=1)
+            right -= tl.sum(projected * m, axis=1)
+            right_bias -= tl.sum(m * ones[None, :], axis=1)
+            mixed -= tl.sum(projected * ones[None, :], axis=1)
+            factor, shift, scale, bias = _fitted(
+                right, right_bias, mixed, square, count - tl.sum(ones * ones, axis=0), bound, scale, bias,
+                OFFSET, SCALE, IS_SIGNED, LEAST,
+            )  # fmt: skip
+            m -= factor[:, None] * projected + shift[:, None] * ones[None, :]
+            tl.store(scales_ptr + place, scale.to(SCALE), mask=is_row)
+            if OFFSET == "float":
+                tl.store(offsets_ptr + place, bias.to(SCALE), mask=is_row)
+        inverse = _inverse(scale)
+        for j in range(first, first + BLOCK_SIZE):
+            v = tl.load(vectors_ptr + tl.cast(j, tl.int64) * rank + inner, mask=is_inner, other=0.0)
+            weight = tl.load(weight_ptr + row * columns + j, mask=is_row, other=0.0)
+            code = tl.load(codes_ptr + row * columns + j, mask=is_row, other=0)
+            value = _level(code, zero, table_ptr, TABLE) * scale + bias
+            slope = (weight - value) * tl.load(importance_ptr + j) - tl.sum(m * v[None, :], axis=1)
+            found, new_code, lowers = _step(
+                value, slope, tl.load(left_ptr + j), tl.load(reciprocals_ptr + j), scale, zero, bias, inverse,
+                table_ptr, cells_ptr, TOP, TABLE, DEPTH, MOST,
+            )  # fmt: skip
+            m -= tl.where(lowers, found - value, 0.0)[:, None] * v[None, :]
+            tl.store(codes_ptr + row * columns + j, new_code.to(tl.uint8), mask=is_row & lowers)
+    tl.store(m_ptr + m_place, m, mask=is_m)
+
+
+@triton.jit(do_not_specialize=["start", "count"])  # one compilation serves all tiles
+def _refine_tile(
+    weight_ptr,
+    codes_ptr,
+    scales_ptr,
+    offsets_ptr,
+    table_ptr,
+    cells_ptr,
+    hessian_ptr,
+    reciprocals_ptr,
+    products_ptr,
+    error_ptr,
+    rows,
+    columns,
+    start,
+    count,
+    TOP: tl.constexpr,
+    OFFSET: tl.constexpr,
+    TABLE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    IS_SIGNED: tl.constexpr,
+    FITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    MOST: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row, column = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_row, is_column = row < rows, column < count
+    is_weight = is_row[:, None] & is_column[None, :]
+    place, of_block = (
+        row[:, None] * columns + start + column[None, :],
+        row * (columns // BLOCK_SIZE) + start // BLOCK_SIZE,
+    )
+    scale, zero, bias = _load_constants(scales_ptr, offsets_ptr, of_block, is_row, TOP, OFFSET, TABLE)
+    g = tl.load(products_ptr + row[:, None] * count + column[None, :], mask=is_weight, other=0.0)
+    code = tl.load(codes_ptr + place, mask=is_weight, other=0)
+    level = tl.where(is_weight, _level(code, zero[:, None], table_ptr, TABLE), 0.0)
+    codes, inner = code.to(tl.float32), column[None, :]
+    own_ptr = hessian_ptr + tl.cast(start, tl.int64) * (columns + 1)
+    if FITS:
+        linear = level * scale[:, None]
+        projected, ones = tl.zeros_like(g), tl.zeros([WIDTH], tl.float32)
+        for j in range(count):
+            own = tl.load(own_ptr + tl.cast(j, tl.int64) * columns + column, mask=is_column, other=0.0)
+            projected += tl.sum(tl.where(inner == j, linear, 0.0), axis=1)[:, None] * own[None, :]
+            ones += own
+        diagonal = tl.load(own_ptr + column.to(tl.int64) * (columns + 1), mask=is_column, other=0.0)
+        factor, shift, scale, bias = _fitted(
+            tl.sum(linear * g, axis=1),
+            tl.sum(g, axis=1),
+            tl.sum(projected, axis=1),
+            tl.sum(linear * projected, axis=1),
+            tl.sum(ones, axis=0),
+            tl.sum(linear * linear * diagonal[None, :], axis=1),
+            scale,
+            bias,
+            OFFSET,
+            SCALE,
+            IS_SIGNED,
+            LEAST,
+        )
+        g -= factor[:, None] * projected + shift[:, None] * ones[None, :]
+        tl.store(scales_ptr + of_block, scale.to(SCALE), mask=is_row)
+        if OFFSET == "float":
+            tl.store(offsets_ptr + of_block, bias.to(SCALE), mask=is_row)
+    values, inverse = level * scale[:, None] + bias[:, None], _inverse(scale)
+    for j in range(count):
+        is_j = inner == j
+        own_row = own_ptr + tl.cast(j, tl.int64) * columns
+        value = tl.sum(tl.where(is_j, values, 0.0), axis=1)
+        found, new_code, lowers = _step(
+            value, tl.sum(tl.where(is_j, g, 0.0), axis=1), tl.load(own_row + j), tl.load(reciprocals_ptr + start + j),
+            scale, zero, bias, inverse, table_ptr, cells_ptr, TOP, TABLE, DEPTH, MOST,
+        )  # fmt: skip
+        step = tl.where(lowers, found - value, 0.0)
+        g -= step[:, None] * tl.load(own_row + column, mask=is_column, other=0.0)[None, :]
+        is_moved = is_j & lowers[:, None]
+        values, codes = tl.where(is_moved, found[:, None], values), tl.where(is_moved, new_code[:, None], codes)
+    tl.store(codes_ptr + place, codes.to(tl.uint8), mask=is_weight)
+    weight = tl.load(weight_ptr + place, mask=is_weight, other=0.0)
+    tl.store(error_ptr + place, weight - values, mask=is_weight)

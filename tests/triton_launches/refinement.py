@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from loftq_cli.triton_kernels.codebook import codebook_table
-from loftq_cli.triton_kernels.refinement import Levels, codebook_levels, residual, search_scales
+from loftq_cli.triton_kernels.refinement import Levels, codebook_levels, refine, refine_dense, residual, search_scales
 
 NF4 = codebook_levels(codebook_table("nf4"))
 LEVELS = (
@@ -30,4 +30,18 @@ def searching() -> None:
     search_scales(torch.empty(4, 6144), 6144, LEVELS[1][0], importance=torch.ones(6144))
 
 
-CALLS: list[Callable[[], None]] = [searching]
+def refining() -> None:
+    weight, importance, hessian = torch.empty(64, 1024), torch.ones(1024), torch.empty(1024, 1024)
+    for levels, block_size in LEVELS:
+        blocks = search_scales(weight, block_size, levels)
+        refine(weight, blocks, block_size, levels, torch.empty(1024, 16), importance, sweeps=1, fits_scales=True)
+        refine_dense(weight, blocks, block_size, levels, hessian, sweeps=1, fits_scales=True)
+    for rank in (64, 512):
+        refine(weight, blocks, block_size, levels, torch.empty(1024, rank), sweeps=1, fits_scales=True)
+    refine(weight, blocks, block_size, levels, torch.empty(1024, 16), sweeps=1, fits_scales=False)
+    for block_size in (16, 256):
+        blocks = search_scales(weight, block_size, NF4)
+        refine_dense(weight, blocks, block_size, NF4, hessian, sweeps=1, fits_scales=block_size == 16)
+
+
+CALLS: list[Callable[[], None]] = [searching, refining]
