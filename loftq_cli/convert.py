@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,21 +128,30 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
     config = checkpoint.config()
     plan = build_plan(checkpoint.tensors, config, recipe)
-    statistics = None if recipe.calibration is None else _statistics(Path(recipe.calibration), plan)
+    statistics = None
+    if recipe.calibration is not None:
+        statistics, notes = _statistics(Path(recipe.calibration), plan)
+        plan = replace(plan, notes=(*plan.notes, *notes))
     return Conversion(checkpoint, config, plan, output, output.as_posix(), statistics)
 
 
-def _statistics(path: Path, plan: Plan) -> Statistics:
-    """The statistics of the inputs of every layer. Raises MismatchError for those of another model."""
+def _statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
+    """The statistics of the layers' inputs, and what has to be said of layers that text does not reach, as those of
+    images. Raises MismatchError for statistics of another model.
+    """
     statistics = open_statistics(path)
+    missing = [job.name for job in plan.layers if job.name not in statistics.names]
+    hint = "loftq calibrate this model"
+    if len(missing) == len(plan.layers):
+        raise MismatchError("has no statistics there", file=path, tensor=missing[0], hint=hint)
     for job in plan.layers:
-        if job.name not in statistics.names:
-            raise MismatchError("has no statistics there", file=path, tensor=job.name, hint="loftq calibrate this model")
-        found = statistics.in_features(job.name)
+        found = job.matrix.shape[1] if job.name in missing else statistics.in_features(job.name)
         if found != job.matrix.shape[1]:
             what = f"has {job.matrix.shape[1]} inputs, and statistics of {found}"
-            raise MismatchError(what, file=path, tensor=job.name, hint="loftq calibrate this model")
-    return statistics
+            raise MismatchError(what, file=path, tensor=job.name, hint=hint)
+    if not missing:
+        return statistics, []
+    return statistics, [f"{len(missing)} layers have no statistics, and all of their weights count the same"]
 
 
 def already_done(conversion: Conversion, *, overwrite: bool) -> bool:

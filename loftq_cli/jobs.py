@@ -108,7 +108,7 @@ class JobRunner:
     def converted(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
         """What the method makes of a weight, wherever that lies."""
         weighting = None
-        if self._statistics is not None:
+        if self._statistics is not None and job.name in self._statistics.names:
             from loftq_cli.methods.weighting import make_weighting
 
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)

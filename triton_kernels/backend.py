@@ -44,6 +44,8 @@ def use_compiled_kernels() -> str | None:
         import_module(f"{__package__}.cpu_kernels")
     except ImportError as error:
         return f"numba is not there ({error})" if error.name == "numba" else str(error)
+    except OSError as error:  # its compiler is a library, which does not load where memory is short
+        return str(error)
     use_backend("cpu", "cpu")
     return None
 

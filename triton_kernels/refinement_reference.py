@@ -344,7 +344,10 @@ def encode(values: torch.Tensor, constants: Constants, levels: Levels) -> torch.
     if levels.table is None:
         return (steps.round_() + constants.zero).clamp_(0, 2**levels.bits - 1)
     thresholds = (levels.table[:-1] + levels.table[1:]) / 2
-    return (steps[..., None] > thresholds).sum(dim=-1).float()
+    codes = torch.zeros_like(steps)
+    for threshold in thresholds:
+        codes += steps > threshold
+    return codes
 
 
 def decode(codes: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
