@@ -724,6 +724,7 @@ def _refine_tile(
     code = tl.load(codes_ptr + place, mask=is_weight, other=0)
     level = tl.where(is_weight, _level(code, zero[:, None], table_ptr, TABLE), 0.0)
     codes, inner = code.to(tl.float32), column[None, :]
+    tl.debug_barrier()  # threads may hold the same elements: all have read them before one writes
     own_ptr = hessian_ptr + tl.cast(start, tl.int64) * (columns + 1)
     if FITS:
         linear = level * scale[:, None]
