@@ -151,7 +151,7 @@ def test_the_refinement_under_any_matrix_finds_what_the_definition_does(form, _,
 
 def test_what_no_kernel_holds_is_refined_as_well():
     wide = replace(FORMS["nf4"], table=FORMS["nf4"].table * 3.0)
-    weight, hessian, vectors = normal(4, 32), semidefinite(32, 40), torch.zeros(32, 600)
+    weight, hessian, vectors = normal(4, 32), semidefinite(32, 40), torch.zeros(32, 1100)
     vectors[:, :4] = orthonormal(32, 4)
     for levels, operation, space in ((wide, refine_dense, hessian), (FORMS["nf4"], refine, vectors)):
         start = search_scales(weight, 16, levels)

@@ -35,8 +35,8 @@ _WIDEST = 8192  # of the blocks that a program searches, with 16 warps
 _RESIDUAL_NUMEL = 1024  # weights of a row that are decoded at once
 
 # A program that refines is one warp, or few: it waits for one column after another, so many should run side by side.
-_PROJECTIONS = 256  # of rows and vectors, in a warp
-_LARGEST_RANK = 512
+_PROJECTIONS = 128  # of rows and vectors, in a warp
+_LARGEST_RANK = 1024
 _ROWS = 16  # whose columns a program moves under any H
 _WIDEST_TILE = 128  # of the blocks that it does that with; it moves wider ones by _TILE columns
 _TILE = 64
@@ -160,7 +160,7 @@ def refine(
             BLOCK_SIZE=block_size,
             ROWS=tile,
             RANKS=ranks,
-            num_warps=max(ranks // 256, 1),
+            num_warps=max(ranks // _PROJECTIONS, 1),
         )
     after, m = _absorbed(weight, blocks, levels, vectors, importance, error)
     return Refined(before, after, m)
@@ -239,7 +239,8 @@ def _reciprocals(left: torch.Tensor) -> torch.Tensor:
 
 
 def _dense_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vecdot((error @ hessian).double(), error.double())
+    products: torch.Tensor = torch.linalg.vecdot((error @ hessian).double(), error.double())
+    return products
 
 
 def _steps_of(levels: Levels, fits_scales: bool) -> dict[str, Any]:
@@ -723,6 +724,7 @@ def _refine_tile(
     code = tl.load(codes_ptr + place, mask=is_weight, other=0)
     level = tl.where(is_weight, _level(code, zero[:, None], table_ptr, TABLE), 0.0)
     codes, inner = code.to(tl.float32), column[None, :]
+    tl.debug_barrier()  # threads may hold the same elements: all have read them before one writes
     own_ptr = hessian_ptr + tl.cast(start, tl.int64) * (columns + 1)
     if FITS:
         linear = level * scale[:, None]

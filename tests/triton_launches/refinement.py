@@ -36,7 +36,7 @@ def refining() -> None:
         blocks = search_scales(weight, block_size, levels)
         refine(weight, blocks, block_size, levels, torch.empty(1024, 16), importance, sweeps=1, fits_scales=True)
         refine_dense(weight, blocks, block_size, levels, hessian, sweeps=1, fits_scales=True)
-    for rank in (64, 512):
+    for rank in (64, 256):
         refine(weight, blocks, block_size, levels, torch.empty(1024, rank), sweeps=1, fits_scales=True)
     refine(weight, blocks, block_size, levels, torch.empty(1024, 16), sweeps=1, fits_scales=False)
     for block_size in (16, 256):
