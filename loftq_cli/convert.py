@@ -5,12 +5,14 @@ numbers, the containers and the files are other modules'.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from loftq_cli.allocation import Allocation, allocate
+from loftq_cli.candidates import Target
 from loftq_cli.checkpoint.checksums import CHECKSUMS
 from loftq_cli.checkpoint.journal import JournalEntry, outputs_of
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
@@ -60,13 +62,16 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is ready to run: nothing that its headers can tell is wrong with it."""
+    """A conversion that is ready to run: nothing that its headers can tell is wrong with it. `allocation` says how its
+    formats and ranks were chosen, where they were.
+    """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
     plan: Plan
     output: Path
     base_model: str
+    allocation: Allocation | None = None
 
     @property
     def side_files(self) -> dict[str, Path]:
@@ -126,6 +131,15 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
     config = checkpoint.config()
     plan = build_plan(checkpoint.tensors, config, recipe)
     return Conversion(checkpoint, config, plan, output, output.as_posix())
+
+
+def allocated(
+    conversion: Conversion, target: Target, *, threads: int = 1, observe: Callable[[str, int, int], None]
+) -> Conversion:
+    """The conversion with number formats and ranks chosen under a target; see `allocate`. Reads every weight."""
+    found = allocate(conversion.checkpoint, conversion.plan.recipe, target, threads=threads, observe=observe)
+    plan = build_plan(conversion.checkpoint.tensors, conversion.config, found.recipe)
+    return replace(conversion, plan=plan, allocation=found)
 
 
 def already_done(conversion: Conversion, *, overwrite: bool) -> bool:
@@ -299,6 +313,7 @@ def _write_side_files(
     source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
     notes = [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result]
     copy_side_files(conversion.side_files, directory)
+    allocation = None if conversion.allocation is None else conversion.allocation.to_json()
     texts = {
         f"{plan.adapter_dir}/{peft_adapter.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(
@@ -307,7 +322,15 @@ def _write_side_files(
         "README.md": model_card(plan, results, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(
-            report_json(plan, results, notes, source=source, base_model=base_model, base_fingerprint=base_fingerprint)
+            report_json(
+                plan,
+                results,
+                notes,
+                source=source,
+                base_model=base_model,
+                base_fingerprint=base_fingerprint,
+                allocation=allocation,
+            )
         ),
     }
     if len(plan.shards) > 1:

@@ -99,7 +99,7 @@ class JobRunner:
     def converted(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
         """What the method makes of a weight, wherever that lies."""
         initial = _initialize(self._recipe, job, weight, None, workers)
-        decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
+        decoded = quantizer_of(self._recipe, job).decoded(initial.quantized)
         return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256)
 
     def described(self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str) -> Converted:
@@ -152,7 +152,7 @@ class JobRunner:
 
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
             initial = _initialize(self._recipe, job, weight, put, workers)
-            decoded = _quantizer(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
+            decoded = quantizer_of(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
             error = layer_error(weight, decoded, initial.lora, workers)
             tensors = _packed(self._recipe, job, initial)
             return Converted(tensors, input_sha256(), _result(job, initial, error), written={lying.name: place.close()})
@@ -167,7 +167,7 @@ def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
     return code_rows(str(recipe.layout), job.matrix) is not None
 
 
-def _quantizer(recipe: Recipe, job: LayerJob) -> Quantizer:
+def quantizer_of(recipe: Recipe, job: LayerJob) -> Quantizer:
     return make_quantizer(job.matrix.spec, job.matrix.dtype, recipe.ranges)
 
 
@@ -176,7 +176,7 @@ def _initialize(
 ) -> Initialization:
     return load_method(recipe.method)(
         weight,
-        _quantizer(recipe, job),
+        quantizer_of(recipe, job),
         job.lora,
         iterations=int(recipe.iterations or 1),
         svd=recipe.svd,

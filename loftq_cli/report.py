@@ -112,8 +112,9 @@ def report_json(
     source: str,
     base_model: str,
     base_fingerprint: str,
+    allocation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """loftq_report.json. `notes` come after the plan's."""
+    """loftq_report.json. `notes` come after the plan's; `allocation` says how formats and ranks were chosen."""
     return {
         "format_version": 1,
         **TOOL,
@@ -131,6 +132,7 @@ def report_json(
             "adapter_nbytes": plan.adapter_nbytes,
             **error_json(total_error(layer.error for layer in layers)),
         },
+        **({} if allocation is None else {"allocation": allocation}),
         "layers": [layer.to_json() for layer in layers],
         "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
         "notes": [*plan.notes, *notes],
