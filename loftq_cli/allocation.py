@@ -65,9 +65,10 @@ class Uniform:
 class Allocation:
     """A choice for every layer, and the recipe that makes it.
 
-    objective   sum of the layers' `importance` times their relative squared errors; bound, what no choice falls below
+    objective      sum of the layers' `importance` times their relative squared errors
+    bound          what no choice falls below
     copied_nbytes  of the tensors that are not quantized
-    uniform     the best models of one format and rank within the bounds, the best one first
+    uniform        the best models of one format and rank within the bounds, the best one first
     """
 
     target: Target
@@ -130,8 +131,12 @@ def allocate(
     options = Options(recipe, target)
     plan = build_plan(checkpoint.tensors, checkpoint.config(), options.widest)
     layers = plan.layers
-    matrices = {job.name: options.matrices(job, plan.dtype) for job in layers}
+    matrices = {job.name: options.matrices(job) for job in layers}
     ranks = {job.name: options.ranks(job) for job in layers}
+    copied = sum(tensor.nbytes for job in plan.jobs if isinstance(job, CopyJob) for tensor in job.base_tensors)
+    limits = _Limits.of(target, layers, copied)
+    sizes = [[options.nbytes(job, m, rank) for m in matrices[job.name] for rank in ranks[job.name]] for job in layers]
+    limits.check(sizes, layers, copied)
     done = Counter[str]()
 
     def count(name: str) -> None:
@@ -145,12 +150,9 @@ def allocate(
     candidates = {
         job.name: list(options.candidates(job, matrices[job.name], ranks[job.name], curves[job.name])) for job in layers
     }
-    copied = sum(tensor.nbytes for job in plan.jobs if isinstance(job, CopyJob) for tensor in job.base_tensors)
-    limits = _Limits.of(target, layers, copied)
     items = [[limits.choice(job, candidate) for candidate in candidates[job.name]] for job in layers]
     found = select(items, limits.nbytes)
-    if found is None:
-        raise limits.nothing_fits(items, layers, copied)
+    assert found is not None  # what takes least of one resource takes least of the other
     chosen = tuple(
         Chosen(job.name, job.numel, candidates[job.name][pick]) for job, pick in zip(layers, found.picks, strict=True)
     )
@@ -166,8 +168,9 @@ def allocate(
 
 
 def importance(job: LayerJob) -> float:
-    """What the relative squared error of a layer counts. Of what the weights alone tell, this is nearest to how far the
-    predictions of the built-in model move: a layer counts more for its size, but less than in proportion to it.
+    """What the relative squared error of a layer counts: more for its size, but less than in proportion to it. Of sums
+    of absolute and relative errors, by layer, by weight and in between, these keep the predictions of the built-in
+    model nearest to those of the original (Kullback-Leibler, at 2.6 and 3.0 bits); at 3.3 bits they hardly differ.
     """
     return math.sqrt(job.numel)
 
@@ -204,19 +207,22 @@ class _Limits:
         cost = importance(job) * candidate.relative_error
         return Choice(cost, self.takes(candidate.base_nbytes, candidate.adapter_nbytes))
 
-    def nothing_fits(self, items: Sequence[Sequence[Choice]], layers: Sequence[LayerJob], copied: int) -> UsageError:
-        """The error that says the smallest that each bound could be."""
+    def check(self, sizes: Sequence[Sequence[tuple[int, int]]], layers: Sequence[LayerJob], copied: int) -> None:
+        """Raises UsageError that says the smallest that a bound could be, where the smallest of `sizes`, in bytes of
+        base and adapter for each choice of each layer, exceed it.
+        """
         numel, smallest = sum(job.numel for job in layers), []
-        for k, name in enumerate(self.names):
-            least = sum(min(choice.takes[k] for choice in item) for item in items)
-            if least > self.nbytes[k]:
+        for k, (name, limit) in enumerate(zip(self.names, self.nbytes, strict=True)):
+            least = sum(min(self.takes(*nbytes)[k] for nbytes in choices) for choices in sizes)
+            if least > limit:
                 bits = math.ceil(8 * least / numel * 1e4) / 1e4
                 total = least + copied if name == "--target-size" else least
                 smallest.append(f"{name} {bits if name == '--target-bpw' else total}")
-        return UsageError(
-            "the target is smaller than what the formats and ranks of this model can be",
-            hint=f"the smallest possible is {' and '.join(smallest)}" if smallest else "allow more of either",
-        )
+        if smallest:
+            raise UsageError(
+                "the target is smaller than what the formats and ranks of this model can be",
+                hint=f"the smallest possible is {' and '.join(smallest)}",
+            )
 
 
 def _uniform(

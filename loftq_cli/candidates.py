@@ -88,12 +88,15 @@ class Options:
 
     @property
     def widest(self) -> Recipe:
-        """The recipe that quantizes every layer that one of the sizes fits."""
-        if self.recipe.group_size is None or not self.target.chooses_formats:
-            return self.recipe
-        return replace(self.recipe, group_size=self.sizes[0])
+        """The recipe that quantizes every layer that one of the sizes fits, with a rank that all matrices have."""
+        recipe = self.recipe
+        if self.target.chooses_ranks and recipe.alpha is None:
+            recipe = replace(recipe, rank=min(recipe.rank, _RANKS[0]))
+        if recipe.group_size is None or not self.target.chooses_formats:
+            return recipe
+        return replace(recipe, group_size=self.sizes[0])
 
-    def matrices(self, job: LayerJob, dtype: str) -> list[StoredMatrix]:
+    def matrices(self, job: LayerJob) -> list[StoredMatrix]:
         """The layer in every format that it may have."""
         pinned = self._has_own(job, ("quant_type", "group_size", "block_size"))
         if pinned or not self.target.chooses_formats:
@@ -115,17 +118,20 @@ class Options:
         most = min(job.matrix.shape)
         return tuple(rank for rank in _RANKS if rank <= most) or (most,)
 
+    def nbytes(self, job: LayerJob, matrix: StoredMatrix, rank: int) -> tuple[int, int]:
+        """What a format and a rank store of a layer in the base and in the adapter."""
+        adapted = peft_adapter.AdaptedModule(job.module, matrix.shape, replace(job.lora, rank=rank))
+        base, adapter = self._layout.planned(matrix), peft_adapter.planned(adapted)
+        return sum(tensor.nbytes for tensor in base), sum(tensor.nbytes for tensor in adapter)
+
     def candidates(
         self, job: LayerJob, matrices: Sequence[StoredMatrix], ranks: Sequence[int], curve: ErrorCurve
     ) -> Iterator[Candidate]:
         """Every format with every rank."""
         for matrix in matrices:
-            base_nbytes = sum(tensor.nbytes for tensor in self._layout.planned(matrix))
             for rank, squared in zip(ranks, curve.squared_errors[matrix.spec], strict=True):
-                adapted = peft_adapter.AdaptedModule(job.module, matrix.shape, replace(job.lora, rank=rank))
-                adapter_nbytes = sum(tensor.nbytes for tensor in peft_adapter.planned(adapted))
                 relative = squared / curve.squared_weight if curve.squared_weight else 0.0
-                yield Candidate(matrix.spec, rank, base_nbytes, adapter_nbytes, relative)
+                yield Candidate(matrix.spec, rank, *self.nbytes(job, matrix, rank), relative)
 
     def _has_own(self, job: LayerJob, fields: Sequence[str]) -> bool:
         module = module_of(job.name)

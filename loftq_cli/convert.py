@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -123,23 +123,38 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
 
     Raises LoftqError for everything that can be known to go wrong before the first number is read.
     """
-    path = resolve_model(model)
-    if not is_tensor_name(str(output)):  # the adapter's config has the name of its base
-        raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
-    checkpoint = open_checkpoint(path)
-    check_apart(output, [checkpoint.directory or path, *checkpoint.files])
+    checkpoint = _opened(model, output)
     config = checkpoint.config()
     plan = build_plan(checkpoint.tensors, config, recipe)
     return Conversion(checkpoint, config, plan, output, output.as_posix())
 
 
-def allocated(
-    conversion: Conversion, target: Target, *, threads: int = 1, observe: Callable[[str, int, int], None]
+def prepare_within(
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    target: Target,
+    *,
+    threads: int = 1,
+    observe: Callable[[str, int, int], None],
 ) -> Conversion:
-    """The conversion with number formats and ranks chosen under a target; see `allocate`. Reads every weight."""
-    found = allocate(conversion.checkpoint, conversion.plan.recipe, target, threads=threads, observe=observe)
-    plan = build_plan(conversion.checkpoint.tensors, conversion.config, found.recipe)
-    return replace(conversion, plan=plan, allocation=found)
+    """The same with number formats and ranks chosen within a target; see `allocate`. Reads every weight, on the
+    processor.
+    """
+    checkpoint = _opened(model, output)
+    config = checkpoint.config()
+    found = allocate(checkpoint, recipe, target, threads=threads, observe=observe)
+    plan = build_plan(checkpoint.tensors, config, found.recipe)
+    return Conversion(checkpoint, config, plan, output, output.as_posix(), found)
+
+
+def _opened(model: str, output: Path) -> Checkpoint:
+    path = resolve_model(model)
+    if not is_tensor_name(str(output)):  # the adapter's config has the name of its base
+        raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
+    checkpoint = open_checkpoint(path)
+    check_apart(output, [checkpoint.directory or path, *checkpoint.files])
+    return checkpoint
 
 
 def already_done(conversion: Conversion, *, overwrite: bool) -> bool:

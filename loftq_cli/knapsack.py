@@ -7,7 +7,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import partial
+from itertools import pairwise, product
 from operator import itemgetter
 
 _OUTER_STEPS = 40  # bisections of the second price, which halve what is missing of the bound
@@ -15,6 +16,7 @@ _NARROW = 64  # partial selections that are kept while a first whole one is soug
 _MAX_EXPANSIONS = 300_000  # of partial selections, a second; small problems end far below, and exactly
 _MAX_MOVES = 200  # to other choices of one item that are tried in pairs, and how often a better pair is sought
 _MAX_ROUNDS = 100
+_RAISES = (0.0, 1e-4, 1e-3, 1e-2, 0.03, 0.1, 0.3, 1.0)  # of prices, relative
 _ROUNDING = 1e-12  # of a bound: sums of the same numbers in another order
 
 _Picks = tuple[int, int, "_Picks | None"]  # an item, the index of its choice, and those before
@@ -58,7 +60,7 @@ def select(items: Sequence[Sequence[Choice]], limits: Sequence[int]) -> Selectio
     if found is None:
         return None
     if not is_exact:
-        found = problem.exchanged(found)
+        found = min((problem.exchanged(start) for start in (found, problem.rounded()) if start), key=itemgetter(0))
         best, is_exact = problem.search(problem.width, found[0])
         found = found if best is None else problem.exchanged(best)
     cost = math.fsum(items[i][pick].cost for i, pick in enumerate(found[1]))
@@ -223,6 +225,19 @@ class _Problem:
             return None, is_exact
         return (self.bound + above, _unrolled(picks, len(self.items))), is_exact
 
+    def rounded(self) -> tuple[float, tuple[int, ...]] | None:
+        """The best selection of what is cheapest at prices somewhat above those of the bound; None where none fits."""
+        best: tuple[float, tuple[int, ...]] | None = None
+        for raises in product(_RAISES, repeat=len(self.limits)):
+            extra = [price * raised for price, raised in zip(self.prices, raises, strict=True)]
+            chosen = [(i.place, min(i.choices, key=partial(_price_of, extra=extra))) for i in self.items]
+            taken = tuple(sum(choice[2][k] for _, choice in chosen) for k in range(len(self.limits)))
+            if all(map(int.__le__, taken, self.limits)):
+                cost = self.bound + sum(choice[0] for _, choice in chosen) + self._left(taken)
+                if best is None or cost < best[0]:
+                    best = (cost, tuple(choice[1] for _, choice in sorted(chosen)))
+        return best
+
     def exchanged(self, found: tuple[float, tuple[int, ...]]) -> tuple[float, tuple[int, ...]]:
         """A selection after exchanges of the choices of one or two items, as long as they make it cheaper. Only those
         to choices near the bound are tried.
@@ -264,6 +279,10 @@ class _Problem:
         return sum(p * (limit - t) for p, limit, t in zip(self.prices, self.limits, taken, strict=True))
 
 
+def _price_of(choice: tuple[float, int, tuple[int, ...]], extra: list[float]) -> float:
+    return choice[0] + sum(price * taken for price, taken in zip(extra, choice[2], strict=True))
+
+
 def _exceeds(taken: int, least_after: int, limit: int) -> bool:
     return taken + least_after > limit
 
@@ -283,15 +302,15 @@ def _unbeaten(states: list[_State], prices: tuple[float, ...]) -> list[_State]:
 
 def _spread(states: list[_State], width: int) -> list[_State]:
     """`width` of `states`, cheapest first: half of them the cheapest, half the cheapest of each part of the range of
-    what is taken, so that some can still be completed within the limits and some use them up.
+    what is taken, so that some can still be completed within the limits and some use them up; and what takes least.
     """
-    kept = states[: width // 2]
+    kept = [*states[: width // 2], min(states, key=lambda state: sum(state[1]))]
     for k in range(len(states[0][1])):
         amounts = [state[1][k] for state in states]
         least, parts = min(amounts), max(1, width // (2 * len(states[0][1])) - 1)
         size = (max(amounts) - least) / parts or 1.0
         cheapest = {int((state[1][k] - least) / size): state for state in reversed(states)}
-        kept += [*cheapest.values(), min(states, key=lambda state: state[1][k])]
+        kept += cheapest.values()
     return sorted({state[1]: state for state in kept}.values(), key=itemgetter(0, 1))
 
 

@@ -102,7 +102,7 @@ def layers_like_a_model(count: int, resources: int) -> list[list[Choice]]:
 
 @pytest.mark.parametrize("resources", [1, 2])
 def test_a_model_of_many_layers_is_solved_within_a_proven_gap(resources: int) -> None:
-    items = layers_like_a_model(24, resources)
+    items = layers_like_a_model(16, resources)
     limits = []
     for k in range(resources):
         least, most = (sum(end(choice.takes[k] for choice in item) for item in items) for end in (min, max))
@@ -131,8 +131,9 @@ def allocation_of(
     source: Path, target: Target, threads: int = 1, **recipe: Any
 ) -> tuple[Allocation, convert.Conversion]:
     values = {"quant_type": "int4", "layout": "compressed-tensors", "symmetric": True, "rank": 8, **recipe}
-    prepared = convert.prepare(str(source), source.parent / "never", Recipe(**values))
-    done = convert.allocated(prepared, target, threads=threads, observe=lambda name, done, of: None)
+    done = convert.prepare_within(
+        str(source), source.parent / "never", Recipe(**values), target, threads=threads, observe=lambda *said: None
+    )
     assert done.allocation is not None
     return done.allocation, done
 
@@ -357,6 +358,20 @@ def test_a_target_that_nothing_fits_is_refused(
     with pytest.raises(UsageError, match=message) as caught:
         allocation_of(source, Target(**target), **recipe)
     assert caught.value.exit_code == 2
+
+
+def test_a_target_that_nothing_fits_is_refused_before_anything_is_measured(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq_cli.checkpoint.source.Checkpoint.load", None)
+    with pytest.raises(UsageError, match="smallest possible"):
+        allocation_of(source, Target(bits_per_weight=2.0))
+
+
+def test_the_rank_of_the_recipe_is_no_matter_where_ranks_are_chosen(source: Path) -> None:
+    # k_proj has 64 rows.
+    _, conversion = allocation_of(source, Target(adapter_nbytes=60_000), rank=1000)
+    assert max(job.lora.rank for job in conversion.plan.layers) <= 64
 
 
 def test_the_smallest_possible_target_is_possible(source: Path) -> None:

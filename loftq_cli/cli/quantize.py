@@ -93,10 +93,12 @@ def quantize(
         total_nbytes=None if target_size is None else parse_size(target_size, "target_size", least=1),
         adapter_nbytes=None if lora_budget is None else parse_size(lora_budget, "lora_budget", least=1),
     )
-    conversion = convert.prepare(model, output, resolve_recipe(recipe, flags, mixes=target.chooses_formats))
-    if target != Target():
-        observe = _say_nothing if quiet else _say_measured
-        conversion = convert.allocated(conversion, target, threads=threads or available_threads(), observe=observe)
+    resolved = resolve_recipe(recipe, flags, mixes=target.chooses_formats)
+    if target == Target():
+        conversion = convert.prepare(model, output, resolved)
+    else:
+        observe, measuring = (_say_nothing if quiet else _say_measured), threads or available_threads()
+        conversion = convert.prepare_within(model, output, resolved, target, threads=measuring, observe=observe)
     done = convert.already_done(conversion, overwrite=overwrite)
     if dry_run:
         _print_plan(conversion, as_json=as_json, verbose=verbose)
