@@ -5,12 +5,14 @@ numbers, the containers and the files are other modules'.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from loftq_cli.allocation import Allocation, allocate
+from loftq_cli.candidates import Target
 from loftq_cli.checkpoint.checksums import CHECKSUMS
 from loftq_cli.checkpoint.journal import JournalEntry, outputs_of
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
@@ -61,7 +63,9 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is ready to run: nothing that its headers can tell is wrong with it."""
+    """A conversion that is ready to run: nothing that its headers can tell is wrong with it. `allocation` says how its
+    formats and ranks were chosen, where they were.
+    """
 
     checkpoint: Checkpoint
     config: Mapping[str, Any]
@@ -69,6 +73,7 @@ class Conversion:
     output: Path
     base_model: str
     statistics: Statistics | None = None
+    allocation: Allocation | None = None
 
     @property
     def side_files(self) -> dict[str, Path]:
@@ -121,18 +126,46 @@ def prepare(model: str, output: Path, recipe: Recipe) -> Conversion:
 
     Raises LoftqError for everything that can be known to go wrong before the first number is read.
     """
+    checkpoint = _opened(model, output)
+    plan, statistics = _planned(checkpoint, recipe)
+    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics)
+
+
+def prepare_within(
+    model: str,
+    output: Path,
+    recipe: Recipe,
+    target: Target,
+    *,
+    threads: int = 1,
+    observe: Callable[[str, int, int], None],
+) -> Conversion:
+    """The same with number formats and ranks chosen within a target; see `allocate`. Reads every weight, on the
+    processor.
+    """
+    checkpoint = _opened(model, output)
+    statistics = None if recipe.calibration is None else open_statistics(Path(recipe.calibration))
+    found = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
+    plan, statistics = _planned(checkpoint, found.recipe)
+    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, found)
+
+
+def _opened(model: str, output: Path) -> Checkpoint:
     path = resolve_model(model)
     if not is_tensor_name(str(output)):  # the adapter's config has the name of its base
         raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
-    config = checkpoint.config()
-    plan = build_plan(checkpoint.tensors, config, recipe)
-    statistics = None
-    if recipe.calibration is not None:
-        statistics, notes = _statistics(Path(recipe.calibration), plan)
-        plan = replace(plan, notes=(*plan.notes, *notes))
-    return Conversion(checkpoint, config, plan, output, output.as_posix(), statistics)
+    return checkpoint
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Statistics | None]:
+    """The plan, and the statistics that its recipe names."""
+    plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe)
+    if recipe.calibration is None:
+        return plan, None
+    statistics, notes = _statistics(Path(recipe.calibration), plan)
+    return replace(plan, notes=(*plan.notes, *notes)), statistics
 
 
 def _statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
@@ -325,6 +358,7 @@ def _write_side_files(
     source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
     notes = [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result]
     copy_side_files(conversion.side_files, directory)
+    allocation = None if conversion.allocation is None else conversion.allocation.to_json()
     texts = {
         f"{plan.adapter_dir}/{peft_adapter.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(
@@ -333,7 +367,15 @@ def _write_side_files(
         "README.md": model_card(plan, results, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(
-            report_json(plan, results, notes, source=source, base_model=base_model, base_fingerprint=base_fingerprint)
+            report_json(
+                plan,
+                results,
+                notes,
+                source=source,
+                base_model=base_model,
+                base_fingerprint=base_fingerprint,
+                allocation=allocation,
+            )
         ),
     }
     if len(plan.shards) > 1:

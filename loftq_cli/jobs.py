@@ -113,7 +113,7 @@ class JobRunner:
 
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
         initial = _initialize(self._recipe, job, weight, weighting, None, workers)
-        decoded = _quantizer(self._recipe, job).decoded(initial.quantized)
+        decoded = quantizer_of(self._recipe, job).decoded(initial.quantized)
         lost = None if weighting is None else weighting.lost(weight, decoded, initial.lora, workers)
         return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, lost)
 
@@ -169,7 +169,7 @@ class JobRunner:
 
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
             initial = _initialize(self._recipe, job, weight, None, put, workers)
-            decoded = _quantizer(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
+            decoded = quantizer_of(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
             error = layer_error(weight, decoded, initial.lora, workers)
             tensors = _packed(self._recipe, job, initial)
             return Converted(tensors, input_sha256(), _result(job, initial, error), written={lying.name: place.close()})
@@ -184,9 +184,10 @@ def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
     return code_rows(str(recipe.layout), job.matrix) is not None
 
 
-def _quantizer(recipe: Recipe, job: LayerJob, weighting: Weighting | None = None) -> Quantizer:
+def quantizer_of(recipe: Recipe, job: LayerJob, weighting: Weighting | None = None) -> Quantizer:
+    """The quantizer of a layer; a `weighting` says what the errors of its columns count."""
     importance = None if weighting is None else weighting.importance
-    return make_quantizer(job.matrix.spec, job.matrix.dtype, str(recipe.scales), importance)
+    return makequantizer_of(job.matrix.spec, job.matrix.dtype, str(recipe.scales), importance)
 
 
 def _initialize(
@@ -207,7 +208,7 @@ def _initialize(
     )
     return load_method(recipe.method)(
         weight,
-        _quantizer(recipe, job, weighting),
+        quantizer_of(recipe, job, weighting),
         job.lora,
         fitting,
         generator=generator_for(recipe, job),

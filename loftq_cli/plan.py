@@ -287,7 +287,7 @@ class _Planner:
         module = module_of(ref.name)
         transposed = self.family.is_transposed(module)
         shape = (ref.shape[1], ref.shape[0]) if transposed else (ref.shape[0], ref.shape[1])
-        asked, lora, quantize = _for_module(self.recipe, module, self.dtype)
+        asked, lora, quantize = layer_settings(self.recipe, module, self.dtype)
         if not quantize:
             return self._copy(ref, "excluded by an override")
         fit = self.layout.fit(asked, shape, transposed=transposed)
@@ -373,7 +373,7 @@ def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
     return spec.scale_dtype
 
 
-def _for_module(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
+def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
     """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
     spec, quantize = _spec(recipe, dtype), True
     pooling = Pooling(recipe.pooling, int(recipe.group_size or 0)) if recipe.pooling else None

@@ -13,7 +13,7 @@ import re
 import reprlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -241,10 +241,11 @@ class Recipe:
         return parse_size(self.max_shard_size)
 
 
-def resolve_recipe(source: str | None, flags: Mapping[str, Any]) -> Recipe:
+def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool = False) -> Recipe:
     """Defaults < `source` (a preset's name or a TOML file) < `flags` (field name -> value; None is not given).
 
-    Where a flag names another quant_type or method, what `source` says of the one that it replaces goes with it.
+    With `mixes`, defaults are those of a model whose layers have several formats, though no override says so yet. Where
+    a flag names another quant_type or method, what `source` says of the one that it replaces goes with it.
     """
     given = {name: value for name, value in flags.items() if value is not None}
     values = {} if source is None else _read_recipe(source)
@@ -252,13 +253,17 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any]) -> Recipe:
     values["override"] = tuple(
         _without(override, outdated | _changed_family(override, given)) for override in values.get("override", ())
     )
-    return Recipe(**{**{name: value for name, value in values.items() if name not in outdated}, **given})
+    merged = {**{name: value for name, value in values.items() if name not in outdated}, **given}
+    recipe = Recipe(**merged)
+    if mixes and "symmetric" not in merged and recipe.symmetric is False:
+        return replace(recipe, symmetric=recipe.method != "qalora" and LAYOUTS[str(recipe.layout)].mixed == "symmetric")
+    return recipe
 
 
 def _without(override: Override, names: set[str]) -> Override:
     gone = names.intersection(field.name for field in dataclasses.fields(Override))
     nothing: dict[str, Any] = dict.fromkeys(gone)
-    return dataclasses.replace(override, **nothing)
+    return replace(override, **nothing)
 
 
 def _changed_family(override: Override, given: Mapping[str, Any]) -> set[str]:
@@ -316,8 +321,8 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def parse_size(text: str, name: str = "max_shard_size") -> int:
-    """Bytes of "5GB", "500 MB", "1GiB" or "1000000". Raises UsageError for anything else, and for less than 1 MB, in
+def parse_size(text: str, name: str = "max_shard_size", least: int = 10**6) -> int:
+    """Bytes of "5GB", "500 MB", "1GiB" or "1000000". Raises UsageError for anything else, and for less than `least`, in
     which `name` is what has the size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -327,7 +332,7 @@ def parse_size(text: str, name: str = "max_shard_size") -> int:
     if size > _MAX_INT:
         raise UsageError(f"{printable(text, 80)} is larger than any disk", hint="write it like 5GB or 500MB")
     nbytes = int(size)
-    if nbytes < 10**6:
+    if nbytes < least:
         raise UsageError(f"{name} {text} is less than 1 MB", hint="a whole tensor has to go in anyway")
     return nbytes
 

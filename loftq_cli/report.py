@@ -123,8 +123,9 @@ def report_json(
     source: str,
     base_model: str,
     base_fingerprint: str,
+    allocation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """loftq_report.json. `notes` come after the plan's."""
+    """loftq_report.json. `notes` come after the plan's; `allocation` says how formats and ranks were chosen."""
     return {
         "format_version": 1,
         **TOOL,
@@ -143,6 +144,7 @@ def report_json(
             **error_json(total_error(layer.error for layer in layers)),
             **({} if (lost := mean_output_error(layers)) is None else {"output_error": lost}),
         },
+        **({} if allocation is None else {"allocation": allocation}),
         "layers": [layer.to_json() for layer in layers],
         "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
         "notes": [*plan.notes, *notes],

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 
 # Higher imports from lower, and from its own floor only inside one package.
 FLOORS = [
-    ("errors",),
+    ("errors", "knapsack"),
     ("tensors", "workers", "rows", "device", "hf"),
     ("triton_kernels", "findings"),
     ("checkpoint", "quant", "lowrank", "metrics", "kernels"),
@@ -30,7 +30,9 @@ FLOORS = [
     ("plan", "base_model"),
     ("report",),
     ("jobs", "model_files", "inspection", "adapter_source", "provenance"),
-    ("device_jobs", "calibration", "reference"),
+    ("device_jobs", "calibration", "reference", "error_curves"),
+    ("candidates",),
+    ("allocation",),
     ("convert", "merge_form", "nn"),
     ("merge_plan",),
     ("merge_report",),

@@ -183,6 +183,34 @@ Layout = Annotated[
 MaxShardSize = Annotated[
     str | None, typer.Option(metavar="SIZE", help="[default: 5GB]", rich_help_panel=_QUANT, show_default=False)
 ]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Choose each layer's bits and group size, so that the base has at most so many bits a weight, constants "
+        "included, and least error. Measures every layer first.",
+        rich_help_panel=_QUANT,
+        show_default=False,
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The same, so that base and adapter have at most so many bytes.",
+        rich_help_panel=_QUANT,
+        show_default=False,
+    ),
+]
+LoraBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Choose each layer's rank, 4 to 64, so that the adapter has at most so many bytes.",
+        rich_help_panel=_ADAPTER,
+        show_default=False,
+    ),
+]
 Include = Annotated[
     list[str] | None,
     typer.Option(

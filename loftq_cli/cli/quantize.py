@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 from loftq_cli import convert
+from loftq_cli.allocation import Allocation
+from loftq_cli.candidates import Target
 from loftq_cli.cli import options
 from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
 from loftq_cli.device import check_device_name
@@ -46,6 +48,9 @@ def quantize(
     max_shard_size: options.MaxShardSize = None,
     include: options.Include = None,
     exclude: options.Exclude = None,
+    target_bpw: options.TargetBpw = None,
+    target_size: options.TargetSize = None,
+    lora_budget: options.LoraBudget = None,
     threads: options.Threads = None,
     device: options.Device = "cpu",
     max_memory: options.MaxMemory = None,
@@ -91,16 +96,28 @@ def quantize(
     }
     check_device_name(device)
     memory = None if max_memory is None else parse_size(max_memory, "max_memory")
-    conversion = convert.prepare(model, output, resolve_recipe(recipe, flags))
+    target = Target(
+        bits_per_weight=target_bpw,
+        total_nbytes=None if target_size is None else parse_size(target_size, "target_size", least=1),
+        adapter_nbytes=None if lora_budget is None else parse_size(lora_budget, "lora_budget", least=1),
+    )
+    resolved = resolve_recipe(recipe, flags, mixes=target.chooses_formats)
+    if target == Target():
+        conversion = convert.prepare(model, output, resolved)
+    else:
+        observe, measuring = (_say_nothing if quiet else _say_measured), threads or available_threads()
+        conversion = convert.prepare_within(model, output, resolved, target, threads=measuring, observe=observe)
     done = convert.already_done(conversion, overwrite=overwrite)
     if dry_run:
-        _print_plan(conversion.plan, as_json=as_json, verbose=verbose)
+        _print_plan(conversion, as_json=as_json, verbose=verbose)
         return
     if done:
         say(f"{output}: already done, with this input and these options")
         return
     if not quiet:
         _announce(conversion.plan)
+        if conversion.allocation is not None:
+            _announce_allocation(conversion.allocation)
         if verbose:
             for job in conversion.plan.copies:
                 say(f"copied: {job.name} ({job.reason})")
@@ -165,11 +182,50 @@ def _print_outcome(plan: Plan, outcome: convert.Outcome, *, as_json: bool) -> No
         result(f"outputs  {lost:.4f} of the layers' outputs on the calibration's text")
 
 
-def _print_plan(plan: Plan, *, as_json: bool, verbose: bool) -> None:
+def _say_measured(name: str, done: int, of: int) -> None:
+    say(f"measured [{done}/{of}] {name}")
+
+
+def _say_nothing(name: str, done: int, of: int) -> None:
+    del name, done, of
+
+
+def _announce_allocation(allocation: Allocation) -> None:
+    """What was chosen in all, and what the best single choice for all layers would have been."""
+    say(
+        f"chosen: {allocation.bits_per_weight:.4f} bits a weight, base {megabytes(allocation.base_nbytes)}, adapter "
+        f"{megabytes(allocation.adapter_nbytes)}; objective {allocation.objective:.4f}"
+    )
+    if allocation.uniform:
+        best = allocation.uniform[0]
+        say(
+            f"the same for all layers: {best.spec.quant_type}, {size_of(best.spec)}, rank {best.rank}, base "
+            f"{megabytes(best.base_nbytes)}: objective {best.objective:.4f}"
+        )
+
+
+def _print_allocation(allocation: Allocation) -> None:
+    table(
+        ("tensor", "chosen", "per", "rank", "error", "base", "adapter"),
+        (
+            (layer.name, layer.candidate.spec.quant_type, size_of(layer.candidate.spec), str(layer.candidate.rank))
+            + (f"{layer.predicted_error:.4f}", megabytes(layer.candidate.base_nbytes))
+            + (megabytes(layer.candidate.adapter_nbytes),)
+            for layer in allocation.layers
+        ),
+    )
+
+
+def _print_plan(conversion: convert.Conversion, *, as_json: bool, verbose: bool) -> None:
+    plan, allocation = conversion.plan, conversion.allocation
     if as_json:
-        result(json.dumps(_plan_json(plan), indent=2))
+        chosen = {} if allocation is None else {"allocation": allocation.to_json()}
+        result(json.dumps({**_plan_json(plan), **chosen}, indent=2))
         return
     _announce(plan)
+    if allocation is not None:
+        _announce_allocation(allocation)
+        _print_allocation(allocation)
     jobs = plan.jobs if verbose else plan.layers
     table(
         ("tensor", "shape", "becomes", "per", "rank", "bits"),

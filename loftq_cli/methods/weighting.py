@@ -5,7 +5,6 @@ H = E[x·xᵀ]; and what of that an adapter takes. Knows neither files nor forma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -45,6 +44,10 @@ class Weighting(Protocol):
 
     def right_of(self, lora_A: torch.Tensor) -> torch.Tensor:
         """lora_A @ T, the inverse of `adapter_rows`."""
+        ...
+
+    def rooted(self, rows: torch.Tensor) -> torch.Tensor:
+        """float32 [n, in] times a root of H: the squares of that are what they cost."""
         ...
 
     def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
@@ -128,12 +131,11 @@ class Diagonal:
     def right_of(self, lora_A: torch.Tensor) -> torch.Tensor:
         return lora_A * self._root.to(lora_A.device)
 
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
-        def cost(rows: torch.Tensor) -> torch.Tensor:
-            squares = rows.square()
-            return squares if self.importance is None else squares * self.importance
+    def rooted(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows if self.importance is None else rows * self.importance.sqrt()
 
-        return _summed(error, cost, workers)
+    def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
+        return _summed(self, error, workers)
 
     def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
         return _lost(self, weight, decoded, lora, workers)
@@ -200,8 +202,11 @@ class Dense:
     def right_of(self, lora_A: torch.Tensor) -> torch.Tensor:
         return lora_A @ self.pooled_root
 
+    def rooted(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows @ self.root
+
     def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
-        return _summed(error, lambda rows: (rows @ self.root).square_(), workers)
+        return _summed(self, error, workers)
 
     def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
         return _lost(self, weight, decoded, lora, workers)
@@ -224,10 +229,8 @@ def _lost(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, wor
     return relative(math.fsum(error for error, _ in found), math.fsum(whole for _, whole in found))
 
 
-def _summed(error: torch.Tensor, cost: Callable[[torch.Tensor], torch.Tensor], workers: Workers) -> float:
-    """The sum of what is cost by the rows of [out, in]."""
-
+def _summed(weighting: Weighting, error: torch.Tensor, workers: Workers) -> float:
     def total(part: slice) -> float:
-        return float(cost(error[part].float()).sum(dim=1).double().sum())
+        return float(weighting.rooted(error[part].float()).square().sum(dim=1).double().sum())
 
     return math.fsum(workers.map(total, slabs_of(TensorRows(error))))
