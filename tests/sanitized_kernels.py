@@ -17,6 +17,7 @@ from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quan
 from loftq_cli.triton_kernels.error_stats import codebook_error_sums, error_stats
 from loftq_cli.triton_kernels.merging import merge_codebook, retention_sums
 from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
+from loftq_cli.triton_kernels.refinement import Levels, search_scales
 from loftq_cli.triton_kernels.residual import (
     CodedStack,
     quantize_difference,
@@ -64,9 +65,10 @@ def _alternate(weight: torch.Tensor, rank: int) -> None:
 
 
 def _integers(weight: torch.Tensor) -> None:
-    for bits, ranges in ((4, "minmax"), (3, "mse")):
-        groups = quantize_affine(weight, bits, 48, symmetric=False, scale_dtype="bfloat16", ranges=ranges)
+    for bits in (4, 3):
+        groups = quantize_affine(weight, bits, 48, symmetric=False, scale_dtype="bfloat16")
         dequantize_affine(groups.codes, groups.scales, groups.zero_points, bits, 48)
+        search_scales(weight, 48, Levels(None, bits, "int", BFLOAT16))
         unpack_rows(pack_rows(groups.codes, bits), bits, weight.shape[1])
 
 

@@ -25,7 +25,7 @@ from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import AffineSpec, AffineTensor, CodebookSpec, CodebookTensor, LoraSpec, NestedAbsmax, Pooling
 from loftq_cli.triton_kernels import backend
-from loftq_cli.triton_kernels.affine import AFFINE_BITS, RANGES, SCALE_DTYPES, AffineGroups, quantize_affine
+from loftq_cli.triton_kernels.affine import AFFINE_BITS, SCALE_DTYPES, AffineGroups, quantize_affine
 from loftq_cli.triton_kernels.backend import implementation, use_compiled_kernels, use_reference_kernels
 from loftq_cli.triton_kernels.codebook import CODEBOOKS, codebook_residual, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
@@ -535,12 +535,11 @@ MATRICES = (
 )
 
 
-@pytest.mark.parametrize("ranges", RANGES)
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("n_bits", AFFINE_BITS)
-def test_integer_codes_and_constants_are_those_of_the_definition(n_bits, form, scale_dtype, ranges):
-    options = {"scale_dtype": scale_dtype, "ranges": ranges, **FORMS[form]}
+def test_integer_codes_and_constants_are_those_of_the_definition(n_bits, form, scale_dtype):
+    options = {"scale_dtype": scale_dtype, **FORMS[form]}
     for kind in MATRICES:
         for group_size in (16, 64, 200):
             weight = matrix_of(kind, group_size)
@@ -555,7 +554,7 @@ def test_integer_codes_and_constants_are_those_of_the_definition(n_bits, form, s
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
 def test_an_empty_matrix_has_no_groups(shape, form):
-    groups = compiled(quantize_affine, torch.empty(shape), 4, 32, scale_dtype="float32", ranges="mse", **FORMS[form])
+    groups = compiled(quantize_affine, torch.empty(shape), 4, 32, scale_dtype="float32", **FORMS[form])
     assert groups.codes.shape == shape and groups.scales.shape == (shape[0], shape[1] // 32)
 
 
@@ -570,8 +569,7 @@ def test_several_threads_at_once_compute_the_same_bytes():
         decoded = dequantize_codebook(packed, absmax, "nf4", 64, weight.numel(), torch.bfloat16).view(weight.shape)
         residual = torch.empty(weight.shape, dtype=torch.bfloat16)
         squares = codebook_residual(weight, packed, absmax, "nf4", 64, torch.bfloat16, residual)
-        options = {"symmetric": False, "scale_dtype": "bfloat16", "ranges": "mse"}
-        groups = quantize_affine(weight.float(), 3, 64, **options)
+        groups = quantize_affine(weight.float(), 3, 64, symmetric=False, scale_dtype="bfloat16")
         return [
             packed,
             absmax,

@@ -6,8 +6,7 @@
 - A scale of 0 becomes 1; theirs the epsilon of its dtype. Both decode to 0.
 - A scale that overflows its dtype is Inf, so that the caller can refuse; theirs the largest number.
 
-Biases and their codes are those of transformers' Metal quantizer. What the search of a range chooses is compared with
-every candidate that the contract names, in numpy.
+Biases and their codes are those of transformers' Metal quantizer.
 """
 
 from __future__ import annotations
@@ -84,12 +83,6 @@ DESIGNED = {kind: designed(kind) for kind in KINDS}
 
 def decode(groups: AffineGroups, bits: int, group_size: int) -> torch.Tensor:
     return dequantize_affine(groups.codes, groups.scales, groups.zero_points, bits, group_size, biases=groups.biases)
-
-
-def squared_errors(weight: torch.Tensor, groups: AffineGroups, bits: int, group_size: int) -> torch.Tensor:
-    """float64 [out, in / group_size] of float32 squares."""
-    difference = weight - decode(groups, bits, group_size)
-    return difference.square().double().unflatten(1, (-1, group_size)).sum(2)
 
 
 def assert_same(groups: AffineGroups, expected: AffineGroups) -> None:
@@ -342,14 +335,11 @@ def test_weights_between_bias_and_last_code_stay_within_half_a_step(bits, scale_
         assert bool(((weight - decode(groups, bits, 64).double()).abs() <= allowed)[inside].all()), kind
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "mse"])
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-def test_a_constant_group_decodes_to_its_bias(scale_dtype, ranges):
+def test_a_constant_group_decodes_to_its_bias(scale_dtype):
     weight = torch.tensor([0.0, -0.0, 0.3, -0.7, 100.5, 1e-30]).repeat_interleave(32).view(2, 96)
     for bits in ALL_BITS:
-        groups = quantize_affine(
-            weight, bits, 32, symmetric=False, zero_point="float", scale_dtype=scale_dtype, ranges=ranges
-        )
+        groups = quantize_affine(weight, bits, 32, symmetric=False, zero_point="float", scale_dtype=scale_dtype)
         assert bool((groups.scales == 1.0).all()) and not groups.codes.any()
         assert torch.equal(decode(groups, bits, 32), weight.to(SCALE_DTYPES[scale_dtype]).float())
 
@@ -361,25 +351,23 @@ def test_a_constant_far_from_its_rounded_bias_is_whole_steps_away_from_it():
     assert bool((decode(groups, 4, 32) == 1001.0).all())
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "mse"])
 @pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_group_whose_scale_rounds_to_zero_has_scale_one_and_decodes_to_zero(symmetric, scale_dtype, ranges):
+def test_a_group_whose_scale_rounds_to_zero_has_scale_one_and_decodes_to_zero(symmetric, scale_dtype):
     # 1e-45 is 2^-149, the smallest float32; with 2 bits, a symmetric scale of 2^-149 / 1.5 rounds to it again.
     for bits, value in [(bits, value) for bits in ALL_BITS for value in (0.0, -0.0, 1e-45) if bits > 2 or value == 0.0]:
         weight = torch.ones(2, 64)
         weight[1, 32:] = value
-        groups = quantize_affine(weight, bits, 32, symmetric=symmetric, scale_dtype=scale_dtype, ranges=ranges)
+        groups = quantize_affine(weight, bits, 32, symmetric=symmetric, scale_dtype=scale_dtype)
         decoded = decode(groups, bits, 32)
         assert groups.scales[1, 1] == 1.0
         assert bool((groups.codes[1, 32:] == (2 ** (bits - 1) if symmetric else groups.zero_points[1, 1])).all())
         assert bool((decoded[1, 32:] == 0.0).all()) and bool((decoded[0] != 0.0).all())
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "mse"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_scale_is_not_finite_exactly_where_its_group_is_not(form, ranges):
-    arguments = {"scale_dtype": "bfloat16", "ranges": ranges, **FORMS[form]}
+def test_a_scale_is_not_finite_exactly_where_its_group_is_not(form):
+    arguments = {"scale_dtype": "bfloat16", **FORMS[form]}
     clean = quantize_affine(DESIGNED["normal"], 4, 64, **arguments)
     for bad in (float("nan"), float("inf"), -float("inf")):
         weight = DESIGNED["normal"].clone()
@@ -395,12 +383,11 @@ def test_a_scale_is_not_finite_exactly_where_its_group_is_not(form, ranges):
         assert_same(groups, clean)
 
 
-@pytest.mark.parametrize("ranges", ["minmax", "mse"])
-def test_a_scale_beyond_its_dtype_is_infinite(ranges):
+def test_a_scale_beyond_its_dtype_is_infinite():
     weight = torch.tensor([[-3e38, 3e38], [1e6, 0.0]])
-    groups = quantize_affine(weight, 4, 2, symmetric=False, scale_dtype="float32", ranges=ranges)
+    groups = quantize_affine(weight, 4, 2, symmetric=False, scale_dtype="float32")
     assert groups.scales[0, 0] == float("inf") and groups.scales[1, 0] < float("inf")  # 6e38 is beyond float32
-    groups = quantize_affine(weight, 4, 2, symmetric=True, scale_dtype="float16", ranges=ranges)
+    groups = quantize_affine(weight, 4, 2, symmetric=True, scale_dtype="float16")
     assert torch.isinf(groups.scales).all()  # 1e6 / 7.5 is beyond 65504
 
 
@@ -416,8 +403,6 @@ def test_a_finite_float16_scale_can_decode_to_infinity():
     groups = quantize_affine(weight, 4, 2, symmetric=True, scale_dtype="float16")
     assert torch.isfinite(groups.scales).all() and groups.codes.tolist() == [[0, 8]]
     assert decode(groups, 4, 2)[0, 0] == -float("inf")  # -8 * 8720 is below -65504
-    groups = quantize_affine(weight, 4, 2, symmetric=True, scale_dtype="float16", ranges="mse")
-    assert torch.isfinite(decode(groups, 4, 2)).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32, torch.int64])
@@ -445,129 +430,10 @@ def test_biases_are_added_to_the_product_in_float32(scale_dtype, bias_dtype):
             assert torch.equal(decoded, metal._affine_dequantize_tensor(words, scales, biases, 64, bits))
 
 
-def rounded(value: float, scale_dtype: str) -> np.float32:
-    return np.float32(torch.tensor(value, dtype=torch.float32).to(SCALE_DTYPES[scale_dtype]).item())
-
-
-def one_group(values: np.ndarray, low: np.float32, high: np.float32, bits: int, form: str, scale_dtype: str):
-    """(sum of squared errors, codes, scale, offset) of a group quantized over a range, in numpy."""
-    top = 2**bits - 1
-    span, steps = (high, np.float32(top / 2)) if form == "symmetric" else (high - low, np.float32(top))
-    scale = rounded(span / steps, scale_dtype) or np.float32(1.0)
-    if form == "float":
-        offset = rounded(low, scale_dtype)
-        codes = np.clip(np.rint((values - offset) / scale), 0, top)
-        decoded = codes * scale + offset
-    else:
-        offset = np.float32(top // 2 + 1) if form == "symmetric" else np.clip(np.rint(-low / scale), 0, top)
-        codes = np.clip(np.rint(values / scale) + offset, 0, top)
-        decoded = torch.from_numpy((codes - offset) * scale).to(SCALE_DTYPES[scale_dtype]).float().numpy()
-    squares = np.square(values - decoded)
-    assert squares.dtype == np.float32  # numpy has not slipped into float64
-    return squares.sum(dtype=np.float64), codes, scale, offset
-
-
-def searched(values: np.ndarray, bits: int, form: str, scale_dtype: str):
-    """The best of `one_group` over the ranges that the contract names, in their order."""
-    ends = np.array([values.min(), values.max()])
-    if form == "symmetric":
-        ends = np.abs(values).max() * np.array([-1, 1], dtype=np.float32)
-    elif form == "int":
-        ends = np.array([min(ends[0], 0), max(ends[1], 0)], dtype=np.float32)
-    centre = (ends[0] + ends[1]) / 2 if form == "float" else np.float32(0)
-    best, at = one_group(values, *ends, bits, form, scale_dtype), (1.0, 1.0)
-
-    def visit(candidates):
-        nonlocal best, at
-        for factors in candidates:
-            low, high = (
-                centre + np.float32(factor) * (end - centre) for factor, end in zip(factors, ends, strict=True)
-            )
-            result = one_group(values, low, high, bits, form, scale_dtype)
-            if result[0] < best[0]:
-                best, at = result, factors
-
-    visit([(0.75, 0.75), (0.5, 0.5), (0.25, 0.25)])
-    for step in (1 / 8, 1 / 16, 1 / 32):
-        low, high = at
-        if form == "symmetric":
-            visit([(low - step, high - step), (low + step, high + step)])
-        else:
-            visit([(low - step, high), (low + step, high)])
-            low, high = at
-            visit([(low, high - step), (low, high + step)])
-    return best
-
-
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_the_range_of_least_error_is_found_among_the_documented_candidates(bits, form, scale_dtype):
-    generator = torch.Generator().manual_seed(bits)
-    weight = torch.randn(5, 32, generator=generator) * torch.tensor([0.02, 1.0, 30.0, 0.1, 0.5])[:, None]
-    weight[3] += 0.7  # all positive: far from 0
-    weight[4, 9] = 20.0
-    groups = quantize_affine(weight, bits, 16, scale_dtype=scale_dtype, ranges="mse", **FORMS[form])
-    errors = squared_errors(weight, groups, bits, 16)
-    offsets = groups.biases if form == "float" else groups.zero_points
-    for row in range(5):
-        for group in range(2):
-            part = slice(group * 16, group * 16 + 16)
-            error, codes, scale, offset = searched(weight[row, part].numpy(), bits, form, scale_dtype)
-            assert errors[row, group].item() == pytest.approx(error, rel=1e-12)  # two orders of a float64 sum
-            assert groups.scales[row, group].item() == scale
-            assert offsets is None or offsets[row, group].item() == offset
-            assert groups.codes[row, part].tolist() == codes.tolist()
-
-
-@pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("bits", ALL_BITS)
-def test_the_range_of_least_error_is_never_worse_than_min_max(bits, form, scale_dtype):
-    for kind, weight in DESIGNED.items():
-        before, after = (
-            quantize_affine(weight, bits, 64, scale_dtype=scale_dtype, ranges=ranges, **FORMS[form])
-            for ranges in ("minmax", "mse")
-        )
-        errors, least = squared_errors(weight, before, bits, 64), squared_errors(weight, after, bits, 64)
-        assert bool(((least <= errors) | ~torch.isfinite(before.scales)).all()), kind
-        kept = ~(least < errors)  # also where the error is no number
-        assert torch.equal(after.scales[kept].nan_to_num(7.0), before.scales[kept].nan_to_num(7.0)), kind
-        same = after.codes.unflatten(1, (-1, 64)) == before.codes.unflatten(1, (-1, 64))
-        assert bool(same[kept].all()), kind
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_range_of_least_error_comes_near_the_best_uniform_quantizer(form):
-    weight = DESIGNED["normal"]
-    before, after = (
-        quantize_affine(weight, 2, 64, scale_dtype="float32", ranges=ranges, **FORMS[form])
-        for ranges in ("minmax", "mse")
-    )
-    # 4 evenly spaced values cost a normal variable at least 0.1188 of its variance (Max 1960, "Quantizing for minimum
-    # distortion", table 2). The margin is for a grid that is tied to 0; ranges that span the group are beyond it.
-    variance = weight.double().square().sum()
-    assert squared_errors(weight, after, 2, 64).sum() / variance < 0.14
-    assert squared_errors(weight, before, 2, 64).sum() / variance > 0.18
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_far_outliers_are_given_up_where_that_lowers_the_error(form):
-    weight = torch.linspace(-1.0, 1.0, 4096)[None].contiguous()
-    weight[0, 7], weight[0, 4000] = -8.0, 8.0  # steps of 16 / 3 cost all others far more than these lose
-    before, after = (
-        quantize_affine(weight, 2, 4096, scale_dtype="float32", ranges=ranges, **FORMS[form])
-        for ranges in ("minmax", "mse")
-    )
-    assert decode(after, 2, 4096).abs().max() < 3.0
-    assert squared_errors(weight, after, 2, 4096) < squared_errors(weight, before, 2, 4096) / 4
-
-
-@pytest.mark.parametrize("ranges", ["minmax", "mse"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_tensor_of_many_pieces_is_quantized_like_its_rows(form, ranges):
+def test_a_tensor_of_many_pieces_is_quantized_like_its_rows(form):
     weight = torch.randn(PIECE_NUMEL // 192 * 2 + 5, 192, generator=torch.Generator().manual_seed(3))
-    arguments = {"scale_dtype": "bfloat16", "ranges": ranges, **FORMS[form]}
+    arguments = {"scale_dtype": "bfloat16", **FORMS[form]}
     whole = quantize_affine(weight, 3, 96, **arguments)
     decoded = decode(whole, 3, 96)
     ends = [0, 1, 2, *range(100, len(weight), 97), len(weight)]  # not where the pieces end
@@ -581,7 +447,7 @@ def test_a_tensor_of_many_pieces_is_quantized_like_its_rows(form, ranges):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
 def test_an_empty_weight_has_no_groups(shape, form):
-    groups = quantize_affine(torch.empty(shape), 4, 32, scale_dtype="float32", ranges="mse", **FORMS[form])
+    groups = quantize_affine(torch.empty(shape), 4, 32, scale_dtype="float32", **FORMS[form])
     assert groups.codes.shape == shape and groups.scales.shape == (shape[0], shape[1] // 32)
     for offsets in (groups.zero_points, groups.biases):
         assert offsets is None or offsets.shape == groups.scales.shape
@@ -605,8 +471,6 @@ def test_what_cannot_be_quantized_is_refused():
         quantize(torch.zeros(2, 64), scale_dtype="float64")
     with pytest.raises(ValueError, match="unknown zero point 'half'; known: int, float"):
         quantize(torch.zeros(2, 64), symmetric=False, zero_point="half")
-    with pytest.raises(ValueError, match="unknown ranges 'best'; known: minmax, mse"):
-        quantize(torch.zeros(2, 64), ranges="best")
     with pytest.raises(ValueError, match="symmetric quantization has no float zero point"):
         quantize(torch.zeros(2, 64), zero_point="float")
 

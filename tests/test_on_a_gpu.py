@@ -110,10 +110,9 @@ def test_codes_and_constants_of_millions_of_weights_are_the_processors(dtype, bl
 
 @pytest.mark.parametrize("form", [{"symmetric": True}, {"symmetric": False}, {"zero_point": "float"}], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("ranges", ["minmax", "mse"])
-def test_integers_of_millions_of_weights_are_the_processors(ranges, bits, form):
-    rows = NUMEL // 4096 if ranges == "minmax" else NUMEL // 4096 // 32  # a search takes the processor long
-    weight, options = uneven(rows, 4096), {"symmetric": False, "scale_dtype": "bfloat16", "ranges": ranges, **form}
+def test_integers_of_millions_of_weights_are_the_processors(bits, form):
+    weight = uneven(NUMEL // 4096, 4096)
+    options = {"symmetric": False, "scale_dtype": "bfloat16", **form}
     found, expected = (quantize_affine(w, bits, 128, **options) for w in (weight, weight.cpu()))
     offsets = [(found.zero_points, expected.zero_points), (found.biases, expected.biases)]
     for one, other in [(found.codes, expected.codes), (found.scales, expected.scales), *offsets]:

@@ -11,15 +11,7 @@ import pytest
 import torch
 from interpreter import interpreted
 
-from loftq_cli.triton_kernels import affine_reference
-from loftq_cli.triton_kernels.affine import (
-    AFFINE_BITS,
-    RANGES,
-    SCALE_DTYPES,
-    AffineGroups,
-    dequantize_affine,
-    quantize_affine,
-)
+from loftq_cli.triton_kernels.affine import AFFINE_BITS, SCALE_DTYPES, AffineGroups, dequantize_affine, quantize_affine
 
 triton = pytest.importorskip("triton")
 affine_triton = pytest.importorskip("loftq_cli.triton_kernels.affine_triton")
@@ -36,7 +28,6 @@ FORMS = {
 }
 every_form = pytest.mark.parametrize("form", FORMS)
 every_scale_dtype = pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
-every_range = pytest.mark.parametrize("ranges", RANGES)
 all_bits = pytest.mark.parametrize("bits", AFFINE_BITS)
 
 
@@ -57,7 +48,7 @@ def designed() -> torch.Tensor:
     rows[7] = rows[6].abs()
     rows[8] = torch.arange(96).remainder(31) - 15.0  # scale 2 of symmetric 4 bits: each odd number is a tie
     rows[9] = torch.arange(96).remainder(16) * 0.5 - 2.5
-    rows[10, :48] = torch.linspace(-1, 1, 48)  # both ends alike: candidates of the search mirror each other
+    rows[10, :48] = torch.linspace(-1, 1, 48)  # both ends alike
     rows[10, 48:] = torch.cat([torch.linspace(0.1, 1, 24), torch.linspace(-0.1, -1, 24)])
     rows[11] *= 3e38
     rows[12] = torch.linspace(-1, 1, 96) * 3.4e38  # max - min of a group does not overflow
@@ -96,73 +87,67 @@ def assert_same_bits(tensor: torch.Tensor, expected: torch.Tensor) -> None:
     assert torch.equal(bits, other)
 
 
-@every_range
 @every_scale_dtype
 @every_form
 @all_bits
-def test_designed_groups_are_quantized_like_the_reference_does(bits, form, scale_dtype, ranges):
-    options = {"scale_dtype": scale_dtype, "ranges": ranges, **FORMS[form]}
+def test_designed_groups_are_quantized_like_the_reference_does(bits, form, scale_dtype):
+    options = {"scale_dtype": scale_dtype, **FORMS[form]}
     expected = quantize_affine(DESIGNED, bits, 48, **options)
     assert_same(interpreted(quantize_affine, DESIGNED, bits, 48, **options), expected)
 
 
-@every_range
 @every_scale_dtype
 @every_form
 @all_bits
-def test_numbers_of_any_magnitude_are_quantized_like_the_reference_does(bits, form, scale_dtype, ranges):
+def test_numbers_of_any_magnitude_are_quantized_like_the_reference_does(bits, form, scale_dtype):
     """Rows of small integers, where ties abound, times powers of two; and rows of random bits, NaN and Inf included."""
     generator = torch.Generator().manual_seed(bits)
     powers = torch.randint(-149, 120, (60, 1), generator=generator).float().exp2()
     integers = torch.randint(-20, 21, (60, 48), generator=generator) * powers
     patterns = torch.randint(-(2**31), 2**31, (20, 48), generator=generator).int().view(torch.float32)
     weight = torch.cat([integers, patterns])
-    options = {"scale_dtype": scale_dtype, "ranges": ranges, **FORMS[form]}
+    options = {"scale_dtype": scale_dtype, **FORMS[form]}
     expected = quantize_affine(weight, bits, 48, **options)
     assert_same(interpreted(quantize_affine, weight, bits, 48, **options), expected)
 
 
-@every_range
 @every_form
 @pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("group_size", [1, 3, 16, 64, 100, 1024])
-def test_every_group_size_gives_what_the_reference_does(group_size, bits, form, ranges):
+def test_every_group_size_gives_what_the_reference_does(group_size, bits, form):
     weight = normal(5, group_size * 3, seed=group_size)
-    options = {"scale_dtype": "bfloat16", "ranges": ranges, **FORMS[form]}
+    options = {"scale_dtype": "bfloat16", **FORMS[form]}
     expected = quantize_affine(weight, bits, group_size, **options)
     assert_same(interpreted(quantize_affine, weight, bits, group_size, **options), expected)
 
 
-@every_range
 @every_form
 @pytest.mark.parametrize("group_size", [5000, affine_triton.WIDEST, affine_triton.WIDEST + 1])
-def test_a_group_of_a_whole_row_is_quantized_too(group_size, form, ranges):
+def test_a_group_of_a_whole_row_is_quantized_too(group_size, form):
     weight = normal(2, group_size)
-    options = {"scale_dtype": "float32", "ranges": ranges, **FORMS[form]}
+    options = {"scale_dtype": "float32", **FORMS[form]}
     expected = quantize_affine(weight, 4, group_size, **options)
     assert_same(interpreted(quantize_affine, weight, 4, group_size, **options), expected)
 
 
-@every_range
 @pytest.mark.parametrize("rows", [0, 1, 64, 65, 127, 128, 129, 300])
-def test_a_ragged_number_of_groups_is_quantized_to_the_last(rows, ranges):
+def test_a_ragged_number_of_groups_is_quantized_to_the_last(rows):
     weight = normal(rows, 64, seed=rows)
-    options = {"symmetric": False, "scale_dtype": "float16", "ranges": ranges}
+    options = {"symmetric": False, "scale_dtype": "float16"}
     expected = quantize_affine(weight, 4, 64, **options)
     assert_same(interpreted(quantize_affine, weight, 4, 64, **options), expected)
 
 
-@every_range
 @every_form
 @pytest.mark.parametrize("group_size", [48, 64])
 @pytest.mark.parametrize("value", [math.nan, -math.nan, math.inf, -math.inf])
 def test_a_group_that_is_not_finite_has_such_a_scale_and_codes_of_zero_and_its_neighbours_do_not(
-    value, group_size, form, ranges
+    value, group_size, form
 ):
     weight = normal(5, group_size)
     weight[1, 17] = value
     weight[2] = value
-    options = {"scale_dtype": "bfloat16", "ranges": ranges, **FORMS[form]}
+    options = {"scale_dtype": "bfloat16", **FORMS[form]}
     groups = interpreted(quantize_affine, weight, 4, group_size, **options)
     assert groups.scales[:, 0].isfinite().tolist() == [True, False, False, True, True]
     assert (groups.codes[1:3] == (8 if form == "symmetric" else 0)).all()
@@ -188,30 +173,6 @@ def test_of_zeros_of_both_signs_the_bias_is_zero(bits):
     assert torch.equal(groups.codes, expected.codes)
     assert torch.equal(groups.scales, expected.scales)
     assert (groups.biases == 0).all()
-
-
-@every_form
-@all_bits
-def test_of_equal_errors_the_search_keeps_the_earliest(bits, form):
-    """A group of one number, or of its two ends with a bias, is exact with its min-max range, and with others too."""
-    weight = torch.tensor([0.75, -0.75]).repeat(16).repeat(3, 1)
-    weight[1] = weight[1].abs()
-    weight[2] = 0.0
-    found = interpreted(quantize_affine, weight, bits, 32, scale_dtype="float32", ranges="mse", **FORMS[form])
-    widest = interpreted(quantize_affine, weight, bits, 32, scale_dtype="float32", ranges="minmax", **FORMS[form])
-    if form == "float":
-        assert_same(found, widest)
-    assert_same(found, quantize_affine(weight, bits, 32, scale_dtype="float32", ranges="mse", **FORMS[form]))
-
-
-@pytest.mark.parametrize("n_ends", [1, 2])
-def test_the_kernel_tries_the_ranges_of_the_reference_in_their_order(n_ends):
-    table = affine_triton.search_shifts(n_ends, torch.device("cpu")).tolist()
-    rounds = list(affine_reference.search_rounds(n_ends))
-    assert [bool(row[2]) for row in table] == [i == 0 for shifts in rounds for i in range(len(shifts))]
-    expected = [shift.view(-1).tolist() for shifts in rounds for shift in shifts]
-    assert [row[:n_ends] for row in table] == expected
-    assert all(row[0] == row[1] for row in table) or n_ends == 2
 
 
 @every_scale_dtype

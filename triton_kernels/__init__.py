@@ -15,5 +15,5 @@ residual.py       the passes of LoftQ over a stack of matrices
 
 `<op>.py` is the contract: it validates once and dispatches. `<op>_reference.py` is the definition in plain torch;
 every other backend of an operation answers to it, codes equal bit for bit. `<op>_cpu.py` is compiled for the processor,
-`<op>_triton.py` for GPUs, with what they share in launch_triton.py, tiles_triton.py and affine_form_triton.py.
+`<op>_triton.py` for GPUs, with what they share in launch_triton.py and tiles_triton.py.
 """

@@ -2,7 +2,8 @@
 (code - zero_point) * scale with unsigned codes, the form that compressed-tensors and GPTQ checkpoints store, or
 code * scale + bias, the form of MLX.
 
-Min-max ranges with integer zero points follow the observer of compressed-tensors (`calculate_qparams`).
+The range of a group is that of its weights; refinement.py searches for one that loses less. Ranges with integer zero
+points follow the observer of compressed-tensors (`calculate_qparams`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
 }
 ZERO_POINTS = ("int", "float")
-RANGES = ("minmax", "mse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +44,20 @@ def quantize_affine(
     symmetric: bool,
     scale_dtype: str,
     zero_point: str = "int",
-    ranges: str = "minmax",
 ) -> AffineGroups:
     """Codes, scales and offsets of a float32 [out, in]. All arithmetic is float32 and rounds half to even.
 
-    A range [low, high] becomes a scale and an offset, each rounded to its dtype before it is used:
-    - symmetric: low = -high; scale = high / ((2^bits - 1) / 2); no offset is returned.
+    The range [low, high] of a group goes from its least to its greatest weight, and holds 0 unless the zero point is
+    "float". It becomes a scale and an offset, each rounded to its dtype before it is used:
+    - symmetric: scale = max(-low, high) / ((2^bits - 1) / 2); no offset is returned.
     - zero_point "int": scale = (high - low) / (2^bits - 1); zero point round(-low / scale), clamped.
     - zero_point "float": the same scale; bias = low.
     A code is round(w / scale) + zero point, or round((w - bias) / scale), clamped. A scale that rounds to 0 becomes 1:
     its group decodes to 0, and with a bias to the bias or whole steps from it.
 
-    `ranges` "minmax": the least and the greatest of the group, and of 0 unless the zero point is "float"; symmetric:
-    the largest magnitude. "mse": of the ranges below, the one whose decoded values have the least sum of squared
-    errors (float32 squares summed in float64), the earliest of equals. The first is min-max. Each end is
-    centre + factor * (its min-max end - centre); the centre is 0, for float zero points (min + max) / 2. Factors:
-    1, 3/4, 1/2, 1/4 for both ends; then, for each step of 1/8, 1/16, 1/32, the best so far with the low end's factor a
-    step less and a step more, and the best so far with the high end's. Symmetric ranges have one end.
-
-    A scale is NaN or Inf where its group holds one, and Inf where it (or max - min) overflows, whatever the ranges. A
-    bias can overflow too. Every code there is the zero point, with biases 0, and the caller decides. A finite scale can
-    decode to Inf too, where a product overflows its dtype (65504 in float16).
+    A scale is NaN or Inf where its group holds one, and Inf where it (or high - low) overflows. A bias can overflow
+    too. Every code there is the zero point, with biases 0, and the caller decides. A finite scale can decode to Inf
+    too, where a product overflows its dtype (65504 in float16).
     Raises ValueError unless `weight` is contiguous float32 with two dimensions and groups divide its rows, for unknown
     choices, and for a symmetric float zero point.
     """
@@ -74,13 +67,11 @@ def quantize_affine(
         raise ValueError(f"unknown scale dtype {scale_dtype!r}; known: {', '.join(SCALE_DTYPES)}")
     if zero_point not in ZERO_POINTS:
         raise ValueError(f"unknown zero point {zero_point!r}; known: {', '.join(ZERO_POINTS)}")
-    if ranges not in RANGES:
-        raise ValueError(f"unknown ranges {ranges!r}; known: {', '.join(RANGES)}")
     if symmetric and zero_point == "float":
         raise ValueError("symmetric quantization has no float zero point")
     shape = (weight.shape[0], _groups_per_row(weight, bits, group_size))
     codes, scales, offsets = implementation("affine", weight.device.type).quantize(
-        weight.view(-1, group_size), bits, "none" if symmetric else zero_point, SCALE_DTYPES[scale_dtype], ranges
+        weight.view(-1, group_size), bits, "none" if symmetric else zero_point, SCALE_DTYPES[scale_dtype]
     )
     offsets = None if offsets is None else offsets.view(shape)
     zero_points, biases = (None, offsets) if zero_point == "float" else (offsets, None)

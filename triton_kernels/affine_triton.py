@@ -1,49 +1,42 @@
 """Group-wise integer quantization on a GPU; bit for bit what affine_reference.py computes.
 
-A program holds its groups in registers, the search of a range included. Groups that no program can hold go to the
-reference. Errors are summed in float64 too, in another order: that changes a choice only between errors whose sums
-agree to 15 digits and are not equal.
+A program holds its groups in registers. Groups that no program can hold go to the reference.
 """
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 
 from loftq_cli.triton_kernels import affine_reference
-from loftq_cli.triton_kernels.affine_form_triton import encode, ends, fit, least_error_ends
-from loftq_cli.triton_kernels.codebook_triton import TRITON_DTYPES
+from loftq_cli.triton_kernels.codebook_triton import TRITON_DTYPES, largest_magnitude
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 
-# Weights a thread: so many that what a group needs once weighs little, and a search still stays in the registers of
-# every target. Where groups do not split into loads of 16 bytes a thread has a part of many of them: fewer weights.
-THREAD_NUMEL = {"minmax": 64, "mse": 32}
+# Weights a thread: so many that what a group needs once weighs little, and all stays in the registers of every target.
+# Where groups do not split into loads of 16 bytes a thread has a part of many of them: fewer weights.
+THREAD_NUMEL = 64
 ODD_THREAD_NUMEL = 8
 DECODED_NUMEL = 4096  # weights a program of `dequantize`
 WIDEST = 16384  # of the groups that fit a program, with 16 warps
 
 
 def quantize(
-    groups: torch.Tensor, bits: int, offset: str, scale_dtype: torch.dtype, ranges: str
+    groups: torch.Tensor, bits: int, offset: str, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """See affine_reference.py."""
     n, group_size = groups.shape
     if group_size > WIDEST:
-        return affine_reference.quantize(groups, bits, offset, scale_dtype, ranges)
+        return affine_reference.quantize(groups, bits, offset, scale_dtype)
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
     scales = torch.empty(n, dtype=scale_dtype, device=groups.device)
     offset_dtype = scale_dtype if offset == "float" else torch.uint8
     offsets = None if offset == "none" else torch.empty(n, dtype=offset_dtype, device=groups.device)
-    shifts = search_shifts(1 if offset == "none" else 2, groups.device)
-    width, tile, num_warps = _tile(group_size, ranges)
+    width, tile, num_warps = _tile(group_size)
     launch(
         _quantize_groups,
         (cdiv(n, tile),),
         groups,
-        shifts,
         codes,
         scales,
         scales if offsets is None else offsets,
@@ -51,7 +44,6 @@ def quantize(
         TOP=2**bits - 1,
         OFFSET=offset,
         SCALE=TRITON_DTYPES[scale_dtype],
-        TRIALS=len(shifts) if ranges == "mse" else 0,
         GROUP_SIZE=group_size,
         WIDTH=width,
         GROUPS=tile,
@@ -90,31 +82,82 @@ def dequantize(
     return values
 
 
-@cache
-def search_shifts(n_ends: int, device: torch.device) -> torch.Tensor:
-    """float32 [trials, 3], each range that "mse" tries after the first: what it adds to the factor of the low end and
-    of the high end, and 1 where a round begins. With one end the first column repeats the second.
-    """
-    rows = []
-    for shifts in affine_reference.search_rounds(n_ends):
-        for i, shift in enumerate(shifts):
-            ends = shift.view(-1).tolist()
-            rows.append([ends[0], ends[-1], float(i == 0)])
-    return torch.tensor(rows, dtype=torch.float32, device=device)
-
-
-def _tile(group_size: int, ranges: str) -> tuple[int, int, int]:
+def _tile(group_size: int) -> tuple[int, int, int]:
     """The power of two that holds a group, how many groups a program takes, and its warps."""
-    warp_numel = 32 * (ODD_THREAD_NUMEL if group_size % 16 else THREAD_NUMEL[ranges])
+    warp_numel = 32 * (ODD_THREAD_NUMEL if group_size % 16 else THREAD_NUMEL)
     width = 1 << (group_size - 1).bit_length()
     num_warps = min(max(width // warp_numel, 4), 16)
     return width, max(num_warps * warp_numel // width, 1), num_warps
 
 
 @triton.jit
+def ends(values, is_column, OFFSET: tl.constexpr):
+    """The ends of the min-max range of each row, one of them NaN where the row holds one: as integers, numbers of one
+    sign are in the order of their bits, and NaN is beyond all.
+    """
+    bits = values.to(tl.int32, bitcast=True)
+    if OFFSET == "none":
+        highest = largest_magnitude(values)
+        lowest = highest
+    elif OFFSET == "int":
+        highest = tl.maximum(tl.max(bits, axis=1), 0).to(tl.float32, bitcast=True)
+        lowest = -tl.maximum(tl.max(bits ^ -0x80000000, axis=1), 0).to(tl.float32, bitcast=True)
+    else:
+        ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        last = tl.max(tl.where(is_column, ordered, -0x80000000), axis=1)
+        first = tl.min(tl.where(is_column, ordered, 0x7FFFFFFF), axis=1)
+        highest = (last ^ ((last >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        lowest = (first ^ ((first >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        lowest = tl.where(highest == highest, lowest, highest)  # the bias is NaN too
+    return lowest, highest
+
+
+@triton.jit
+def _fit(lowest, highest, TOP: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr):
+    """Scale and offset of each row, float32 numbers that their dtypes hold. Without offsets that is 2^(bits - 1)."""
+    if OFFSET == "none":
+        scale = tl.div_rn(highest, tl.full(highest.shape, TOP / 2, tl.float32))
+    else:
+        scale = tl.div_rn(highest - lowest, tl.full(highest.shape, TOP, tl.float32))
+    scale = scale.to(SCALE).to(tl.float32)
+    scale = tl.where(scale == 0.0, 1.0, scale)
+    if OFFSET == "float":
+        offset = lowest.to(SCALE).to(tl.float32)
+    elif OFFSET == "int":
+        # NaN, from a scale that is not finite, becomes 0: a maximum drops it.
+        offset = tl.minimum(tl.maximum(tl.div_rn(-lowest, scale), 0.0), TOP)
+        offset = (offset + 12582912.0) - 12582912.0
+    else:
+        offset = tl.full(highest.shape, TOP // 2 + 1, tl.float32)
+    return scale, offset
+
+
+@triton.jit
+def _encode(values, scale, offset, TOP: tl.constexpr, OFFSET: tl.constexpr):
+    """Codes as uint8. What is not finite counts as 0 steps.
+
+    To clamp before steps are rounded is the same, the bounds being whole. Then adding 1.5 * 2^23 rounds half to even,
+    and the last bits of the sum are the steps.
+    """
+    if OFFSET == "float":
+        steps = tl.div_rn(values - offset[:, None], scale[:, None])
+        steps = tl.where(tl.abs(steps) < float("inf"), steps, 0.0)
+        steps = tl.minimum(tl.maximum(steps, 0.0), TOP)
+    else:
+        # Finite weights by a finite scale are finite; otherwise all quotients are 0 or NaN, which a maximum drops.
+        is_finite = tl.abs(scale) < float("inf")
+        least = tl.where(is_finite, -offset, 0.0)
+        steps = tl.div_rn(values, scale[:, None])
+        steps = tl.minimum(tl.maximum(steps, least[:, None]), tl.where(is_finite, least + TOP, 0.0)[:, None])
+    codes = (steps + 12582912.0).to(tl.int32, bitcast=True)
+    if OFFSET != "float":
+        codes += offset.to(tl.int32)[:, None]
+    return codes.to(tl.uint8)
+
+
+@triton.jit
 def _quantize_groups(
     groups_ptr,
-    shifts_ptr,
     codes_ptr,
     scales_ptr,
     offsets_ptr,
@@ -122,7 +165,6 @@ def _quantize_groups(
     TOP: tl.constexpr,
     OFFSET: tl.constexpr,
     SCALE: tl.constexpr,
-    TRIALS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -132,13 +174,8 @@ def _quantize_groups(
     offsets = group[:, None] * GROUP_SIZE + column
     values = tl.load(groups_ptr + offsets, mask=is_group[:, None] & is_column, other=0.0)
     lowest, highest = ends(values, is_column, OFFSET)
-    if TRIALS:
-        lowest, highest = least_error_ends(values, is_column, lowest, highest, shifts_ptr, TRIALS, TOP, OFFSET, SCALE)
-    scale, offset = fit(lowest, highest, TOP, OFFSET, SCALE)
-    codes = encode(values, scale, offset, TOP, OFFSET).to(tl.int32, bitcast=True)
-    if OFFSET != "float":
-        codes += offset.to(tl.int32)[:, None]
-    tl.store(codes_ptr + offsets, codes.to(tl.uint8), mask=is_group[:, None] & is_column)
+    scale, offset = _fit(lowest, highest, TOP, OFFSET, SCALE)
+    tl.store(codes_ptr + offsets, _encode(values, scale, offset, TOP, OFFSET), mask=is_group[:, None] & is_column)
     tl.store(scales_ptr + group, scale.to(SCALE), mask=is_group)
     if OFFSET != "none":
         tl.store(offsets_ptr + group, offset.to(offsets_ptr.dtype.element_ty), mask=is_group)

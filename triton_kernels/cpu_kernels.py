@@ -413,72 +413,20 @@ def _greatest(group: Any) -> Any:
 
 
 @kernel()
-def _group_steps(group: Any, scale: Any, offset: Any, is_float: bool, top: Any, steps: Any) -> None:
-    """The codes of a group as float32."""
-    zero = np.float32(0.0)
-    if is_float:
-        for i in range(group.size):
-            x = np.rint((group[i] - offset) / scale)
-            x = x if abs(x) < np.float32(np.inf) else zero  # NaN is not less either
-            steps[i] = min(max(x, zero), top)
-    else:
-        for i in range(group.size):
-            x = np.rint(group[i] / scale)
-            x = (x if x == x else zero) + offset
-            steps[i] = min(max(x, zero), top)
-
-
-@kernel()
 def encode_groups(groups: Any, scales: Any, offsets: Any, is_float: bool, top: int, codes: Any) -> None:
-    steps = np.empty(groups.shape[1], np.float32)
+    zero, last = np.float32(0.0), np.float32(top)
     for row in range(groups.shape[0]):
-        _group_steps(groups[row], scales[row], offsets[row], is_float, np.float32(top), steps)
-        _to_bytes(steps, codes[row])
-
-
-@kernel()
-def _to_bytes(steps: Any, codes: Any) -> None:
-    for i in range(codes.size):
-        codes[i] = np.uint8(np.int32(steps[i]))
-
-
-@kernel()
-def _decode_group(steps: Any, scale: Any, offset: Any, is_float: bool, rounds: bool, values: Any) -> None:
-    """What codes decode to."""
-    bits = values.view(np.uint32)
-    if is_float:
-        for i in range(values.size):
-            values[i] = np.float32(steps[i]) * scale
-        for i in range(values.size):
-            values[i] += offset
-    else:
-        for i in range(values.size):
-            values[i] = np.float32(steps[i]) - offset
-        if rounds:
-            round_bfloat16(bits)
-        for i in range(values.size):
-            values[i] *= scale
-        if rounds:
-            round_bfloat16(bits)
-
-
-@kernel(reassociates=True)
-def _squared_difference(group: Any, values: Any) -> float:
-    """float32 squares summed in float64."""
-    total = 0.0
-    for i in range(group.size):
-        difference = group[i] - values[i]
-        total += np.float64(difference * difference)
-    return total
-
-
-@kernel()
-def squared_errors(groups: Any, scales: Any, offsets: Any, is_float: bool, rounds: bool, top: int, errors: Any) -> None:
-    steps, values = np.empty(groups.shape[1], np.float32), np.empty(groups.shape[1], np.float32)
-    for row in range(groups.shape[0]):
-        _group_steps(groups[row], scales[row], offsets[row], is_float, np.float32(top), steps)
-        _decode_group(steps, scales[row], offsets[row], is_float, rounds, values)
-        errors[row] = _squared_difference(groups[row], values)
+        group, scale, offset, target = groups[row], scales[row], offsets[row], codes[row]
+        if is_float:
+            for i in range(group.size):
+                x = np.rint((group[i] - offset) / scale)
+                x = x if abs(x) < np.float32(np.inf) else zero  # NaN is not less either
+                target[i] = np.uint8(np.int32(min(max(x, zero), last)))
+        else:
+            for i in range(group.size):
+                x = np.rint(group[i] / scale)
+                x = (x if x == x else zero) + offset
+                target[i] = np.uint8(np.int32(min(max(x, zero), last)))
 
 
 # Refinement, see refinement_reference.py. What differs from it is the order of sums, and fused multiply-adds.

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from loftq_cli.triton_kernels import refinement_reference
-from loftq_cli.triton_kernels.affine_form_triton import ends
+from loftq_cli.triton_kernels.affine_triton import ends
 from loftq_cli.triton_kernels.codebook_triton import CELLS, TRITON_DTYPES, encode, encoder_cells, largest_magnitude
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 from loftq_cli.triton_kernels.refinement import (

@@ -22,6 +22,7 @@ from loftq_cli.triton_kernels.double_quant import double_quantize
 from loftq_cli.triton_kernels.error_stats import codebook_error_sums
 from loftq_cli.triton_kernels.merging import merge_codebook, retention_sums
 from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
+from loftq_cli.triton_kernels.refinement import Levels, search_scales
 from loftq_cli.triton_kernels.residual import (
     CodedStack,
     quantize_difference,
@@ -113,15 +114,15 @@ def affine_cases(matrices: Sequence[Matrix]) -> Iterator[Case]:
     shape, numel = matrices[0].shape, matrices[0].weight.numel()
     wide = [matrix.weight.float() for matrix in matrices]
     constants = 3 / GROUP  # a bfloat16 scale and a zero point
-    options = {"symmetric": False, "scale_dtype": "bfloat16"}
 
     def case(name: str, ours: Calls, nbytes: float) -> Case:
         return Case(name, shape, ours, nbytes * numel, peers={"torch": partial(by_definition, ours)})
 
-    for name, ranges in (("quantize INT4", "minmax"), ("search INT4", "mse")):
-        ours: Calls = [partial(quantize_affine, w, 4, GROUP, **options, ranges=ranges) for w in wide]  # type: ignore[arg-type]
-        yield case(name, ours, 5 + constants)
-    coded = [quantize_affine(w, 4, GROUP, symmetric=False, scale_dtype="bfloat16") for w in wide]
+    quantize = partial(quantize_affine, bits=4, group_size=GROUP, symmetric=False, scale_dtype="bfloat16")
+    yield case("quantize INT4", [partial(quantize, w) for w in wide], 5 + constants)
+    levels = Levels(None, 4, "int", torch.bfloat16)
+    yield case("search INT4", [partial(search_scales, w, GROUP, levels) for w in wide], 5 + constants)
+    coded = [quantize(w) for w in wide]
     del wide
     yield case(
         "decode INT4",
