@@ -36,9 +36,7 @@ def ours(svd: str, iterations: int, weights: Sequence[torch.Tensor], rank: int, 
         generator = torch.Generator().manual_seed(0)
         fitting = Fitting(iterations=iterations, svd=svd)
         lora = LoraSpec(rank, rank)
-        return load_method("loftq")(
-            TensorRows(weight), QUANTIZER, lora, fitting, generator=generator, workers=workers
-        )
+        return load_method("loftq")(TensorRows(weight), QUANTIZER, lora, fitting, generator=generator, workers=workers)
 
     with started(threads) as workers:
         found = [one(workers, *weights)] if len(weights) == 1 else list(workers.map(partial(one, SERIAL), weights))
@@ -62,9 +60,7 @@ def svd_lowrank(iterations: int, weights: Sequence[torch.Tensor], rank: int, thr
         torch.set_num_threads(threads)
         fitting, plain = Fitting(iterations=iterations), make_weighting(None, 1)
         adapting = Adapting(fit, ExactSolver(rank))
-        found = [
-            alternate(TensorRows(w), QUANTIZER, adapting, fitting, plain, torch.float32, workers) for w in weights
-        ]
+        found = [alternate(TensorRows(w), QUANTIZER, adapting, fitting, plain, torch.float32, workers) for w in weights]
     return [(made.quantized, made.lora) for made in found]
 
 

@@ -46,12 +46,25 @@ def training_text() -> str:
     Any line of 40 characters or more that the held-out text also has is taken out.
     """
     sources = list(_sources())
+    documents = [*(_prose(sources) * PROSE_REPEATS), *_apart_from_held_out(sources)]
+    return "".join(document + DOCUMENT_END for document in documents)
+
+
+def training_prose() -> list[str]:
+    """The docstrings in `training_text`, once: a document for each module that has any."""
+    return _prose(list(_sources()))
+
+
+def _prose(sources: list[str]) -> list[str]:
     seen: set[str] = set()
     prose = [text for source in sources if (text := _fresh(_docstrings(source), seen))]
     prose += [text for module in _extension_modules() if (text := _fresh(_live_docstrings(module), seen))]
+    return _apart_from_held_out(prose)
+
+
+def _apart_from_held_out(documents: list[str]) -> list[str]:
     held_out = {line.strip() for line in held_out_text().splitlines() if len(line.strip()) >= _SHORTEST_DOCSTRING}
-    documents = [_without(text, held_out) for text in (*(prose * PROSE_REPEATS), *sources)]
-    return "".join(document + DOCUMENT_END for document in documents)
+    return [_without(text, held_out) for text in documents]
 
 
 def _sources() -> Iterator[str]:

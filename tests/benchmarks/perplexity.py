@@ -50,7 +50,7 @@ def score(model: Any, tokenizer: Any | None, text: str, context: int, max_tokens
         raise ValueError(f"no window of {context} tokens in {min(len(ids), max_tokens)}")
     bytes_per_token = len(text.encode()) / len(ids)
     windows = torch.tensor(ids[: count * context], device=model.device).view(count, context)
-    _keep_packed_weights(model)
+    keep_packed_weights(model)
     model.eval()
     nats = 0.0
     for start in range(0, count, _WINDOWS_AT_ONCE):
@@ -67,7 +67,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _keep_packed_weights(model: torch.nn.Module) -> None:
+def keep_packed_weights(model: torch.nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 CPUs at the first forward in evaluation mode.
 
     The repacked kernel rounds to bfloat16, so the same checkpoint would score differently from CPU to CPU, and the

@@ -7,27 +7,45 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from loftq_cli.nn import load_adapted
-from tests.benchmarks.corpus import held_out_text
+from tests.benchmarks.corpus import held_out_text, training_prose
 from tests.benchmarks.perplexity import CONTEXT, MAX_TOKENS, load, score
 
-BUILTIN = Path(__file__).parent.parent.parent / "loftq_cli" / "builtin" / "tiny-llama"
+ROOT = Path(__file__).parent.parent.parent
+BUILTIN = ROOT / "loftq_cli" / "builtin" / "tiny-llama"
+STATISTICS = "STATISTICS"  # in options: where `calibrate` wrote
+TOKENS = 131072  # bytes of the training text that the statistics are of
 CONVERSIONS = {
     "QLoRA, NF4": ("--recipe", "qlora-nf4"),
-    "LoftQ, NF4, rank 16": ("--recipe", "loftq-nf4"),
-    "LoftQ, NF4, rank 64": ("--recipe", "loftq-nf4-r64"),
-    "LoftQ, INT4, rank 16": ("--recipe", "loftq-int4"),
+    "LoftQ as in the paper, NF4": ("--recipe", "loftq-paper"),
+    "joint, NF4": ("--recipe", "loftq-nf4"),
+    "joint, NF4, calibrated": ("--recipe", "loftq-nf4", "--calibration", STATISTICS),
+    "joint, NF4, rank 64": ("--recipe", "loftq-nf4-r64"),
+    "QLoRA, INT4": ("--recipe", "loftq-int4", "--method", "qlora"),
+    "LoftQ as in the paper, INT4": ("--recipe", "loftq-paper", "--quant-type", "int4"),
+    "joint, INT4": ("--recipe", "loftq-int4"),
+    "joint, INT4, calibrated": ("--recipe", "loftq-int4", "--calibration", STATISTICS),
     "QA-LoRA, INT4, group 32": ("--recipe", "qalora-int4"),
+    "QA-LoRA, INT4, group 32, calibrated": ("--recipe", "qalora-int4", "--calibration", STATISTICS),
+    "QLoRA, INT3": ("--recipe", "loftq-int4", "--quant-type", "int3", "--method", "qlora"),
+    "LoftQ as in the paper, INT3": ("--recipe", "loftq-paper", "--quant-type", "int3"),
+    "joint, INT3": ("--recipe", "loftq-int4", "--quant-type", "int3"),
+    "joint, INT3, calibrated": ("--recipe", "loftq-int4", "--quant-type", "int3", "--calibration", STATISTICS),
     "QLoRA, INT2": ("--recipe", "loftq-int4", "--quant-type", "int2", "--method", "qlora"),
-    "LoftQ, INT2, rank 16": ("--recipe", "loftq-int4", "--quant-type", "int2"),
-    "LoftQ, INT2, rank 64, searched ranges": ("--recipe", "loftq-int2"),
+    "LoftQ as in the paper, INT2": ("--recipe", "loftq-paper", "--quant-type", "int2"),
+    "joint, INT2": ("--recipe", "loftq-int4", "--quant-type", "int2"),
+    "joint, INT2, calibrated": ("--recipe", "loftq-int4", "--quant-type", "int2", "--calibration", STATISTICS),
+    "joint, INT2, rank 64": ("--recipe", "loftq-int2"),
+    "joint, INT2, rank 64, calibrated": ("--recipe", "loftq-int2", "--calibration", STATISTICS),
 }
 
 
@@ -41,14 +59,34 @@ class Row:
     bits_per_byte: float
 
 
+def run_loftq(command: str, *arguments: object) -> dict[str, Any]:
+    """What `loftq COMMAND ... --json` says. Raises RuntimeError with what it said when it fails."""
+    line = [sys.executable, "-m", "loftq_cli", command, *map(str, arguments), "--json", "--quiet"]
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(line)}\n{done.stderr}")
+    values: dict[str, Any] = json.loads(done.stdout)
+    return values
+
+
+def calibrate_builtin(directory: Path) -> Path:
+    """Statistics of the built-in model on prose that it was trained on; no line of it is in the held-out text."""
+    text, output = directory / "prose.txt", directory / STATISTICS
+    text.write_text("\n\n".join(training_prose()), encoding="utf-8")
+    run_loftq("calibrate", BUILTIN, "--text", text, "-o", output, "--tokens", TOKENS)
+    return output
+
+
 def measure() -> list[Row]:
     """The original and every conversion, scored in float32."""
     rows = [_row("original, bfloat16", 0.0, BUILTIN, None)]
     with TemporaryDirectory() as directory:
+        statistics = calibrate_builtin(Path(directory))
         for place, (name, options) in enumerate(CONVERSIONS.items()):
             out = Path(directory) / str(place)
-            command = [sys.executable, "-m", "loftq_cli", "quantize", str(BUILTIN), str(out), *options, "--json", "-q"]
-            done = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            given = [statistics if option == STATISTICS else option for option in options]
+            done = run_loftq("quantize", BUILTIN, out, *given)
             rows.append(_row(name, done["error"], out, Path(done["adapter"])))
     return rows
 

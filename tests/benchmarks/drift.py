@@ -1,0 +1,173 @@
+"""What each conversion does to a real sentence encoder: how far the embeddings of all-MiniLM-L6-v2 turn away from those
+of the original on sentences that no calibration has seen.
+
+`python -m tests.benchmarks.drift` prints a table; `--json FILE` writes it too. Converts with the commands that users
+type and loads with transformers, bitsandbytes, compressed-tensors and PEFT as users do. Needs the `hf` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from tests.benchmarks.corpus import held_out_text, training_prose
+from tests.benchmarks.measuring import package_version
+from tests.benchmarks.perplexity import keep_packed_weights
+from tests.benchmarks.quality import run_loftq
+from tests.models import minilm
+
+QUANT_TYPES = ("nf4", "int4", "int3", "int2")
+LOFTQ, JOINT, CALIBRATED, DIAGONAL = "LoftQ", "joint", "calibrated", "calibrated, diagonal"
+METHODS = {
+    "QLoRA": ("--method", "qlora"),
+    LOFTQ: ("--recipe", "loftq-paper"),
+    JOINT: (),
+    CALIBRATED: ("--calibration", "full"),
+    DIAGONAL: ("--calibration", "diagonal"),
+}
+
+SCORED = 300  # sentences
+CALIBRATED_ON = 4000  # sentences: about 100 000 tokens, of which `loftq calibrate` takes its default number
+_LENGTHS = range(40, 251)  # characters of a sentence
+_AT_ONCE = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One conversion. `error` is the relative Frobenius error of the quantized weights with their adapter; `drift` the
+    mean of 1 − cosine to the original's embedding over sentences, `worst` the largest.
+    """
+
+    quant_type: str
+    method: str
+    error: float
+    drift: float
+    worst: float
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What one drift divided by another is to be at most."""
+
+    about: str
+    first: tuple[str, str]
+    second: tuple[str, str]
+    at_most: float
+
+
+GOALS = (
+    Goal("joint / LoftQ, nf4", ("nf4", JOINT), ("nf4", LOFTQ), 0.70),
+    Goal("joint / LoftQ, int4", ("int4", JOINT), ("int4", LOFTQ), 0.75),
+    Goal("joint / LoftQ, int2", ("int2", JOINT), ("int2", LOFTQ), 0.50),
+    Goal("calibrated / LoftQ, nf4", ("nf4", CALIBRATED), ("nf4", LOFTQ), 0.25),
+    Goal("calibrated / LoftQ, int4", ("int4", CALIBRATED), ("int4", LOFTQ), 0.25),
+    Goal("calibrated int3 / LoftQ int4", ("int3", CALIBRATED), ("int4", LOFTQ), 1.0),
+    Goal("calibrated int2 / LoftQ int3", ("int2", CALIBRATED), ("int3", LOFTQ), 1.0),
+)
+
+
+def sentences(texts: Iterable[str], count: int) -> list[str]:
+    """At most `count` different sentences of prose, spread evenly over all that there are."""
+    found: dict[str, None] = {}
+    for text in texts:
+        for paragraph in re.split(r"\n\s*\n", text):
+            for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
+                if len(sentence) in _LENGTHS and re.fullmatch(r"[A-Z][^<>|=]*[.!?]", sentence):
+                    found[sentence] = None
+    every = list(found)
+    count = min(count, len(every))
+    return [every[place * len(every) // count] for place in range(count)]
+
+
+def measure(calibrated_on: int = CALIBRATED_ON, quant_types: Sequence[str] = QUANT_TYPES) -> list[Drift]:
+    """Every conversion of every number format."""
+    source, scored = minilm(), sentences([held_out_text()], SCORED)
+    original = embeddings(_load(source, None), source, scored)
+    found = []
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        text = directory / "text.txt"
+        text.write_text("\n".join(sentences(training_prose(), calibrated_on)) + "\n", encoding="utf-8")
+        for kind in ("full", "diagonal"):
+            run_loftq("calibrate", source, "--text", text, "-o", directory / kind, *(["--diagonal"] * (kind != "full")))
+        for quant_type in quant_types:
+            for method, options in METHODS.items():
+                out = directory / f"{quant_type} {method}"
+                given = [directory / option if option in ("full", "diagonal") else option for option in options]
+                done = run_loftq("quantize", source, out, "--quant-type", quant_type, *given)
+                turned = drifts(original, embeddings(_load(out, Path(done["adapter"])), source, scored))
+                found.append(Drift(quant_type, method, done["error"], float(turned.mean()), float(turned.max())))
+    return found
+
+
+def drifts(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """1 − cosine of each row of [n, features] with the other's, float64."""
+    return 1.0 - functional.cosine_similarity(first.double(), second.double(), dim=1)
+
+
+@torch.inference_mode()
+def embeddings(model: Any, tokenizer_of: Path, texts: Sequence[str]) -> torch.Tensor:
+    """The means of the last hidden states over the tokens of each text, float32 [texts, features]."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
+    parts = []
+    for start in range(0, len(texts), _AT_ONCE):
+        batch = tokenizer(list(texts[start : start + _AT_ONCE]), padding=True, return_tensors="pt")
+        hidden = model(**batch).last_hidden_state.float()
+        mask = batch["attention_mask"][:, :, None]
+        parts.append((hidden * mask).sum(dim=1) / mask.sum(dim=1))
+    return torch.cat(parts)
+
+
+def _load(directory: Path, adapter: Path | None) -> Any:
+    from transformers import AutoModel
+
+    model: Any = AutoModel.from_pretrained(directory, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter)
+    keep_packed_weights(model)
+    return model.eval()
+
+
+def main() -> None:
+    """Print the drifts, and what they are to be."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.drift", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    found = measure()
+    by = {(row.quant_type, row.method): row for row in found}
+    print("| drift | " + " | ".join(METHODS) + " | joint / LoftQ | calibrated / LoftQ |")
+    print("|---|" + "--:|" * (len(METHODS) + 2))
+    for quant_type in QUANT_TYPES:
+        cells = [f"{by[quant_type, method].drift:.4f}" for method in METHODS]
+        loftq = by[quant_type, LOFTQ].drift
+        cells += [f"{by[quant_type, method].drift / loftq:.2f}" for method in (JOINT, CALIBRATED)]
+        print(f"| {quant_type} | {' | '.join(cells)} |")
+    print("\n| ratio | is | at most | |\n|---|--:|--:|---|")
+    for goal in GOALS:
+        is_now = by[goal.first].drift / by[goal.second].drift
+        print(
+            f"| {goal.about} | {is_now:.3f} | {goal.at_most:.2f} | {'holds' if is_now <= goal.at_most else 'MISSED'} |"
+        )
+    if options.json:
+        packages = {name: package_version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+        values = {"python": platform.python_version(), **packages, "sentences": SCORED}
+        values["rows"] = [asdict(row) for row in found]
+        options.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
