@@ -53,7 +53,8 @@ def error_curves(
     observe: Callable[[str], None] = lambda name: None,
 ) -> dict[str, ErrorCurve]:
     """The curve of each of `layers` by tensor name: in the formats of its `matrices`, for its `ranks`, which ascend; a
-    rank of 0 holds nothing. With `statistics` of the layers' inputs, squares are those of outputs. `observe` is told of each layer that is done. One layer is in memory, small ones several.
+    rank of 0 holds nothing. With `statistics` of the layers' inputs, squares are those of outputs. `observe` is told of
+    each layer that is done. One layer is in memory, small ones several.
 
     Raises InputError naming the tensor for a weight that cannot be quantized so.
     """

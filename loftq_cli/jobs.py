@@ -187,7 +187,7 @@ def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
 def quantizer_of(recipe: Recipe, job: LayerJob, weighting: Weighting | None = None) -> Quantizer:
     """The quantizer of a layer; a `weighting` says what the errors of its columns count."""
     importance = None if weighting is None else weighting.importance
-    return makequantizer_of(job.matrix.spec, job.matrix.dtype, str(recipe.scales), importance)
+    return make_quantizer(job.matrix.spec, job.matrix.dtype, str(recipe.scales), importance)
 
 
 def _initialize(

@@ -37,7 +37,9 @@ from loftq_cli.tensors import (
 )
 
 _TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
-_WEIGHTED_NBYTES = 20  # for each entry of the statistics of a layer's inputs: they, their root, and what is made of them
+_WEIGHTED_NBYTES = (
+    20  # for each entry of the statistics of a layer's inputs: they, their root, and what is made of them
+)
 
 # What a search for constants, and a round of refinement, takes in passes of plain quantizing over the weights.
 _SEARCH_PASSES, _ROUND_PASSES = 4, 16

@@ -65,7 +65,8 @@ class Recipe:
     `iterations` and `rounds` of None: as many as `fit`, `svd` and `calibration` are good for.
 
     What is None and belongs to the quant_type or the method is set to its default; what does not belong stays None.
-    `scale_dtype` of None is what the layout's loaders expect. `calibration` is the path of what `loftq calibrate` wrote.
+    `scale_dtype` of None is what the layout's loaders expect. `calibration` is the path of what `loftq calibrate`
+    wrote.
     """
 
     method: str = "loftq"

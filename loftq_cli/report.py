@@ -62,15 +62,14 @@ class LayerResult:
         """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for values of another shape."""
         _check_layer(values)
         sums = {field.name: float(values["error"][field.name]) for field in dataclasses.fields(LayerError)}
-        return cls(
-            **{
-                **{field.name: values.get(field.name) for field in dataclasses.fields(cls) if field.name != "spec"},
-                "spec": spec_from_json(values),
-                "shape": tuple(values["shape"]),
-                "iteration_errors": tuple(values["iteration_errors"]),
-                "error": LayerError(**sums),
-            }
-        )
+        found: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(cls)}
+        found |= {
+            "spec": spec_from_json(values),
+            "shape": tuple(values["shape"]),
+            "iteration_errors": tuple(values["iteration_errors"]),
+            "error": LayerError(**sums),
+        }
+        return cls(**found)
 
 
 def layer_result(

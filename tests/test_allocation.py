@@ -176,23 +176,40 @@ def test_large_matrices_are_decomposed_nearly_as_well(source: Path, monkeypatch:
     assert nearly.objective == pytest.approx(exact.objective, rel=0.02)
 
 
-def test_a_weighting_changes_what_is_measured(source: Path) -> None:
+def test_statistics_change_what_is_measured(source: Path) -> None:
+    """Of a layer whose inputs have one channel, only the errors of that column count: relative to the column."""
     prepared = convert.prepare(str(source), source.parent / "never", Recipe(quant_type="int4", symmetric=True))
-
-    def weighting(job: Any, values: torch.Tensor) -> torch.Tensor:
-        return values * (8.0 if job.name.endswith("down_proj.weight") else 1.0)
-
     jobs = prepared.plan.layers
-    matrices, ranks = {job.name: [job.matrix] for job in jobs}, {job.name: (4,) for job in jobs}
+    name = next(job.name for job in jobs if job.name.endswith("down_proj.weight"))
+    columns = {job.name: job.matrix.shape[1] for job in jobs}
+
+    class OneChannel:
+        names = frozenset({name})
+
+        def load(self, name: str) -> torch.Tensor:
+            diagonal = torch.zeros(columns[name])
+            diagonal[3] = 7.0
+            return diagonal
+
+    matrices, ranks = {job.name: [job.matrix] for job in jobs}, {job.name: (0,) for job in jobs}
+    recipe: Any = prepared.plan.recipe
+    statistics: Any = OneChannel()
     plain, weighted = (
-        error_curves(prepared.checkpoint, prepared.plan.recipe, jobs, matrices, ranks, weighting=w)
-        for w in (None, weighting)
+        error_curves(prepared.checkpoint, recipe, jobs, matrices, ranks, statistics=s) for s in (None, statistics)
     )
-    for name, curve in plain.items():
-        factor = 64.0 if name.endswith("down_proj.weight") else 1.0
-        assert weighted[name].squared_weight == pytest.approx(factor * curve.squared_weight)
-        for spec, (squared,) in curve.squared_errors.items():
-            assert weighted[name].squared_errors[spec][0] == pytest.approx(factor * squared, rel=1e-5)
+    for job in jobs:
+        curve, other = plain[job.name], weighted[job.name]
+        if job.name != name:
+            assert other == curve
+    weight = prepared.checkpoint.load(name).float()
+    squared = float(weight[:, 3].double().square().sum()) * columns[name]
+    # A thousandth of the mean is added to all channels.
+    expected = squared * 1.0 + 1e-3 * float(weight.double().square().sum())
+    assert weighted[name].squared_weight == pytest.approx(expected, rel=1e-4)
+    assert all(
+        error < plain[name].squared_errors[spec][0] * columns[name]
+        for spec, (error,) in weighted[name].squared_errors.items()
+    )
 
 
 def test_a_weight_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:

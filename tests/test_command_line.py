@@ -109,7 +109,20 @@ def test_underscores_are_as_good_as_dashes(run, source):
 def test_every_option_reaches_the_recipe(run, source):
     _, out, _ = run(
         *("quantize", source, "out", "--dry-run", "--json", "--method", "qlora", "--quant-type", "nf4"),
-        *("--scales", "search", "--block-size", 128, "--no-double-quant", "--rank", 8, "--alpha", 12.5, "--rslora", "--iterations", 2),
+        *(
+            "--scales",
+            "search",
+            "--block-size",
+            128,
+            "--no-double-quant",
+            "--rank",
+            8,
+            "--alpha",
+            12.5,
+            "--rslora",
+            "--iterations",
+            2,
+        ),
         *("--svd", "exact", "--adapter-dtype", "bfloat16", "--seed", 3, "--include", "mlp", "--include", "attn"),
         *("--exclude", "down", "--max-shard-size", "2MB", "--layout", "dense"),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import models
 import pytest
@@ -81,9 +82,7 @@ def fitted(
     found = statistics(kind, weight.shape[1]) if given is None else given
     weighting = make_weighting(found, lora.group_size)
     quantizer = make_quantizer(FORMATS[name], "float32", "search", weighting.importance)
-    made = load_method(method)(
-        TensorRows(weight), quantizer, lora, fitting, generator=generator(), weighting=weighting
-    )
+    made = load_method(method)(TensorRows(weight), quantizer, lora, fitting, generator=generator(), weighting=weighting)
     return made, quantizer, weighting
 
 
@@ -110,7 +109,7 @@ def test_no_round_raises_what_errors_cost(name, kind):
         rounds = [min(made.iteration_errors[:2]), *made.iteration_errors[2:]]
         assert len(rounds) > 2
         # The last may be the one that gained nothing, and was not kept.
-        assert all(later < earlier for earlier, later in zip(rounds[:-2], rounds[1:-1], strict=True))
+        assert all(later < earlier for earlier, later in pairwise(rounds[:-1]))
         assert min(rounds) == rounds[-1] or rounds[-1] == pytest.approx(rounds[-2], rel=2e-3)
 
 

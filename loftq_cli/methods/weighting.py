@@ -187,17 +187,19 @@ class Dense:
     def spread(self, columns: torch.Tensor) -> torch.Tensor:
         if self.group_size == 1:
             return self.root @ columns
-        solved = torch.linalg.solve_triangular(self.pooled_root.T, columns, upper=True)
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.pooled_root.T, columns, upper=True)
         return self.hessian @ solved.repeat_interleave(self.group_size, dim=0)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         if self.group_size == 1:
             return rows @ self.root
         pooled = (rows @ self.hessian).view(len(rows), -1, self.group_size).sum(dim=2)
-        return torch.linalg.solve_triangular(self.pooled_root.T, pooled, upper=True, left=False)
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.pooled_root.T, pooled, upper=True, left=False)
+        return solved
 
     def adapter_rows(self, right: torch.Tensor) -> torch.Tensor:
-        return torch.linalg.solve_triangular(self.pooled_root, right, upper=False, left=False)
+        solved: torch.Tensor = torch.linalg.solve_triangular(self.pooled_root, right, upper=False, left=False)
+        return solved
 
     def right_of(self, lora_A: torch.Tensor) -> torch.Tensor:
         return lora_A @ self.pooled_root

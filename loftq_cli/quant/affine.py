@@ -92,18 +92,14 @@ class AffineQuantizer:
     ) -> Refinement | None:
         """A pass over codes and constants; integer zero points stay. See `Quantizer`."""
         offsets = quantized.zero_points if quantized.biases is None else quantized.biases
-        blocks = Blocks(
-            quantized.codes.clone(), quantized.scales.clone(), None if offsets is None else offsets.clone()
-        )
+        blocks = Blocks(quantized.codes.clone(), quantized.scales.clone(), None if offsets is None else offsets.clone())
         before, after = refine_rows(
             weight, blocks, self.spec.group_size, self._levels, cost, fits_scales=True, workers=workers
         )
         if not (math.isfinite(after) and after <= before):
             return None
         zero_points, biases = (blocks.offsets, None) if quantized.biases is None else (None, blocks.offsets)
-        refined = replace(
-            quantized, codes=blocks.codes, scales=blocks.scales, zero_points=zero_points, biases=biases
-        )
+        refined = replace(quantized, codes=blocks.codes, scales=blocks.scales, zero_points=zero_points, biases=biases)
         return Refinement(refined, before, after)
 
     def _encode(self, target: torch.Tensor, start: AffineTensor | None, part: slice) -> AffineGroups:
@@ -345,8 +341,6 @@ def _offsets(quantized: AffineTensor) -> torch.Tensor:
     return -(quantized.scales.double() * zero_points)
 
 
-def make_quantizer(
-    spec: AffineSpec, dtype: str, scales: str, importance: torch.Tensor | None
-) -> AffineQuantizer:
+def make_quantizer(spec: AffineSpec, dtype: str, scales: str, importance: torch.Tensor | None) -> AffineQuantizer:
     """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
     return AffineQuantizer(spec, dtype, scales, importance)

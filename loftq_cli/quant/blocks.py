@@ -24,7 +24,8 @@ def searched(
     """The codes and constants of least squared error of some rows, float32 [rows, in], which begin with a block: codes
     [rows · in], constants [blocks]. `start` holds scales and offsets to begin with, [blocks].
 
-    Blocks that go from one row to the next are taken as they come, and `importance` is left aside. The last may be short.
+    Blocks that go from one row to the next are taken as they come, and `importance` is left aside. The last may be
+    short.
     """
     rows, columns = target.shape
     is_aligned = columns % block_size == 0

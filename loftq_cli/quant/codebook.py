@@ -121,9 +121,7 @@ class CodebookQuantizer:
         blocks = Blocks(_unpacked(quantized.packed, shape), self._absmax(quantized).view(shape[0], -1).clone(), None)
 
         def moved(these: Blocks, fits_scales: bool) -> tuple[float, float]:
-            return refine_rows(
-                weight, these, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers
-            )
+            return refine_rows(weight, these, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers)
 
         if not spec.double_quant:
             before, after = moved(blocks, True)
@@ -310,8 +308,6 @@ def _unpacked(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[: math.prod(shape)].view(shape)
 
 
-def make_quantizer(
-    spec: CodebookSpec, dtype: str, scales: str, importance: torch.Tensor | None
-) -> CodebookQuantizer:
+def make_quantizer(spec: CodebookSpec, dtype: str, scales: str, importance: torch.Tensor | None) -> CodebookQuantizer:
     """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
     return CodebookQuantizer(spec, dtype, scales, importance)
