@@ -141,7 +141,7 @@ def allocation_of(
 @pytest.mark.parametrize("method", ["loftq", "qalora"])
 def test_curves_are_what_the_best_adapter_leaves(method: str, source: Path) -> None:
     layout = "mlx" if method == "qalora" else "compressed-tensors"
-    recipe = Recipe(quant_type="int3", method=method, layout=layout, group_size=32)
+    recipe = Recipe(quant_type="int3", method=method, layout=layout, group_size=32, fit="loftq")
     prepared = convert.prepare(str(source), source.parent / "never", recipe)
     layers, ranks = prepared.plan.layers, (0, 1, 4, 64)
     curves = error_curves(
@@ -173,7 +173,7 @@ def test_large_matrices_are_decomposed_nearly_as_well(source: Path, monkeypatch:
     exact, _ = allocation_of(source, Target(bits_per_weight=3.3))
     monkeypatch.setattr("loftq_cli.error_curves._EXACT_SIDE", 16)
     nearly, _ = allocation_of(source, Target(bits_per_weight=3.3))
-    assert nearly.objective == pytest.approx(exact.objective, rel=0.02)
+    assert nearly.objective == pytest.approx(exact.objective, rel=0.03)
 
 
 def test_statistics_change_what_is_measured(source: Path) -> None:
@@ -506,7 +506,8 @@ def test_options_that_make_no_sense_together_are_refused(
 
 
 def test_the_built_in_model_loses_less_at_no_more_bytes(tmp_path: Path) -> None:
-    recipe: dict[str, Any] = {"quant_type": "int3", "rank": 16, "layout": "mlx", "iterations": 1, "svd": "exact"}
+    recipe: dict[str, Any] = {"quant_type": "int3", "rank": 16, "layout": "mlx"}
+    recipe |= {"fit": "loftq", "iterations": 1, "svd": "exact"}
     errors = []
     uniform = convert.prepare("builtin:tiny-llama", tmp_path / "uniform", Recipe(**recipe))
     bits = bits_per_weight(uniform.plan)

@@ -74,6 +74,10 @@ CASES = {
     "llama": Case(models.llama, CAUSAL, 14),
     "llama qlora": Case(models.llama, CAUSAL, 14, {"method": "qlora"}),
     "llama single quant": Case(models.llama, CAUSAL, 14, {"double_quant": False, "block_size": 32}),
+    "llama, joint fit": Case(models.llama, CAUSAL, 14, {"fit": "joint", "iterations": 3, "rounds": 1}),
+    "llama, constants of both signs": Case(
+        models.llama, CAUSAL, 14, {"fit": "joint", "iterations": 2, "double_quant": False}
+    ),
     "tied llama": Case(models.tied_llama, CAUSAL, 14),
     "torch llama": Case(models.torch_llama, CAUSAL, 14),
     "sharded llama": Case(sharded_llama, CAUSAL, 14),
