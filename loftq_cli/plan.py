@@ -42,7 +42,7 @@ _WEIGHTED_NBYTES = (
 )
 
 # What a search for constants, and a round of refinement, takes in passes of plain quantizing over the weights.
-_SEARCH_PASSES, _ROUND_PASSES = 4, 64
+_SEARCH_PASSES, _ROUND_PASSES = 4, 256
 
 
 @dataclass(frozen=True, slots=True)
