@@ -27,8 +27,8 @@ from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
 # The same of a joint fit, without statistics of the inputs and with them: where the error stops falling by much.
-_JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 4
-_ROUNDS, _WEIGHTED_ROUNDS = 0, 4
+_JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 1
+_ROUNDS, _WEIGHTED_ROUNDS = 0, 2
 
 _MAX_INT = 2**63 - 1  # TOML's own limit, which Python's reader leaves open
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -144,7 +144,8 @@ class Recipe:
         is_weighted = self.calibration is not None
         if self.fit is not None:
             _choice("fit", self.fit, FITS)
-            self._settle({"start": STARTS[is_joint]}, True, "")
+            # Where errors count by outputs, the principal part of the weights is no better a start at 4 bits.
+            self._settle({"start": STARTS[is_joint and not is_weighted]}, True, "")
             _choice("start", self.start, STARTS)
         has_search = is_joint or is_weighted
         self._settle({"scales": SCALES[has_search]}, True, "")

@@ -112,7 +112,9 @@ def test_stock_loaders_compute_with_the_weights_that_were_fitted(name, model, st
 def test_the_diagonal_alone_does_too(model, tmp_path):
     directory = tmp_path / "diagonal"
     directory.mkdir()
-    outcome = run_conversion(model, tmp_path / "out", rank=4, calibration=str(calibrated(model, directory, diagonal=True)))
+    outcome = run_conversion(
+        model, tmp_path / "out", rank=4, calibration=str(calibrated(model, directory, diagonal=True))
+    )
     assert all(layer.output_error is not None and 0 < layer.output_error < 0.2 for layer in outcome.layers)
     report = json.loads((outcome.output / "loftq_report.json").read_text())
     assert 0 < report["totals"]["output_error"] < 0.2

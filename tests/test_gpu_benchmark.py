@@ -23,7 +23,7 @@ from tests.benchmarks.measuring import Settings, rendered
 SIZES = Sizes(((64, 128),), (2,), (1, 100), ((64, 128),), 2)
 SHAPE = LlamaShape(layers=1, hidden=64, intermediate=128, vocabulary=70)
 EFFORT = Effort(rounds=1, calls=1, most_sets=2)
-RECIPE = {"rank": 2, "iterations": 2}
+RECIPE = {"rank": 2, "fit": "loftq", "iterations": 2}
 
 
 @pytest.mark.interpreter

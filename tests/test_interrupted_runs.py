@@ -142,7 +142,7 @@ def test_a_second_writer_is_refused_at_once(source, out):
 def test_the_same_command_on_a_finished_result_does_nothing(source, out):
     run_conversion(source, out, **RECIPE)
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*")}
-    run = loftq("quantize", source, out, "--rank", 4, "--iterations", 2)
+    run = loftq("quantize", source, out, "--rank", 4, "--iterations", 2, "--fit", "loftq")
     assert run.returncode == 0
     assert "already done" in run.stderr
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*")} == before
@@ -167,7 +167,7 @@ def test_a_result_of_other_weights_under_the_same_headers_does_not_count_as_done
     data = bytearray(first.read_bytes())
     data[-1] ^= 1
     first.write_bytes(data)
-    again = loftq("quantize", changing, out, "--rank", 4, "--iterations", 2)
+    again = loftq("quantize", changing, out, "--rank", 4, "--iterations", 2, "--fit", "loftq")
     assert again.returncode == 2
     assert "exists already (--overwrite replaces it)" in again.stderr
 
@@ -224,7 +224,8 @@ def test_files_have_normal_modes(source, out):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_at_any_moment_leaves_no_output_and_the_run_can_continue(source, out, uninterrupted, number):
-    command = [sys.executable, "-m", "loftq_cli", "quantize", str(source), "out", "--rank", "4", "--iterations", "2"]
+    options = ["--rank", "4", "--iterations", "2", "--fit", "loftq"]
+    command = [sys.executable, "-m", "loftq_cli", "quantize", str(source), "out", *options]
     with open("log", "w") as log:
         process = subprocess.Popen(command, stderr=log)
     deadline = time.monotonic() + 120
@@ -240,7 +241,7 @@ def test_a_signal_at_any_moment_leaves_no_output_and_the_run_can_continue(source
         assert process.returncode == 130
         assert said.splitlines()[-1] == "interrupted; run the same command to continue"
         assert "Traceback" not in said
-    again = loftq("quantize", source, "out", "--rank", 4, "--iterations", 2)
+    again = loftq("quantize", source, "out", "--rank", 4, "--iterations", 2, "--fit", "loftq")
     assert again.returncode == 0, again.stderr
     assert "(kept)" in again.stderr
     assert files_of(out) == uninterrupted

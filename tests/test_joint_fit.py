@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import models
 import pytest
@@ -106,11 +105,11 @@ def cost(error: torch.Tensor, h: torch.Tensor) -> float:
 def test_no_round_raises_what_errors_cost(name, kind):
     for seed in range(3):
         made, _, _ = fitted(matrix(seed=seed), name, replace(JOINT, iterations=2), kind)
-        rounds = [min(made.iteration_errors[:2]), *made.iteration_errors[2:]]
-        assert len(rounds) > 2
-        # The last may be the one that gained nothing, and was not kept.
-        assert all(later < earlier for earlier, later in pairwise(rounds[:-1]))
-        assert min(rounds) == rounds[-1] or rounds[-1] == pytest.approx(rounds[-2], rel=2e-3)
+        alternations, rounds = made.iteration_errors[:2], made.iteration_errors[2:]
+        assert len(rounds) == 3
+        # One that gained nothing was not kept, and the next one began where it had.
+        assert rounds[0] < min(alternations)
+        assert all(later < 1.003 * min(rounds[:place]) for place, later in enumerate(rounds) if place)
 
 
 @pytest.mark.parametrize("kind", STATISTICS)
@@ -121,7 +120,7 @@ def test_the_best_is_returned_and_its_error_is_that_of_what_is_stored(name, kind
     error = weight - quantizer.dequantize(made.quantized) - adapter_delta(made.lora)
     h = damped(kind)
     assert made.iteration_errors[made.best_iteration - 1] == min(made.iteration_errors)
-    assert min(made.iteration_errors) == pytest.approx(math.sqrt(cost(error, h) / cost(weight, h)), rel=3e-4)
+    assert min(made.iteration_errors) == pytest.approx(math.sqrt(cost(error, h) / cost(weight, h)), rel=2e-3)
 
 
 @pytest.mark.parametrize("kind", STATISTICS)

@@ -85,7 +85,7 @@ def test_a_foreign_file_in_a_mount_point_stays(source, mounted):
 def test_a_real_bind_mount(source, expected, tmp_path):
     commands = (
         "mkdir real out && mount --bind real out && "
-        f"{sys.executable} -m loftq_cli quantize {source} out --rank 4 --iterations 1 -q"
+        f"{sys.executable} -m loftq_cli quantize {source} out --rank 4 --iterations 1 --fit loftq -q"
     )
     if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this system lets nobody mount anything")
@@ -169,7 +169,7 @@ def test_space_that_an_unfinished_run_has_taken_is_not_asked_for_again(source, o
 
 
 def test_a_second_process_is_refused_at_once_and_the_first_one_is_not_disturbed(source, out, expected):
-    options = ("--rank", "4", "--iterations", "1")
+    options = ("--rank", "4", "--iterations", "1", "--fit", "loftq")
     hold = (
         "import sys, loftq_cli.convert as c; c._write_side_files = lambda *a, w=c._write_side_files: (input(), w(*a))"
     )
@@ -228,7 +228,7 @@ def test_every_tensor_is_in_the_checksums_under_its_file(source, out):
 def test_a_result_whose_tokenizer_was_replaced_since_is_not_taken_for_done(source, out, tmp_path):
     shutil.copytree(source, tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_text("{}")
-    command = ("quantize", "model", "out", "--rank", "4", "--iterations", "1", "-q")
+    command = ("quantize", "model", "out", "--rank", "4", "--iterations", "1", "--fit", "loftq", "-q")
     assert loftq(*command).returncode == 0
     assert "already done" in loftq(*command).stderr
     (tmp_path / "model" / "tokenizer.json").write_text('{"version": 2}')

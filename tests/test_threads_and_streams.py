@@ -26,16 +26,17 @@ from loftq_cli.recipe import Recipe
 from loftq_cli.triton_kernels import backend
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "loftq nf4": {"rank": 4},
-    "loftq nf4, exact": {"rank": 4, "svd": "exact"},
-    "loftq int3": {"rank": 4, "quant_type": "int3", "group_size": 32},
+    "loftq nf4": {"rank": 4, "fit": "loftq"},
+    "loftq nf4, joint fit": {"rank": 4, "fit": "joint", "iterations": 3, "rounds": 1},
+    "loftq nf4, exact": {"rank": 4, "svd": "exact", "fit": "loftq"},
+    "loftq int3": {"rank": 4, "quant_type": "int3", "group_size": 32, "fit": "loftq"},
     "qlora nf4": {"method": "qlora"},
     "qlora nf4, single quant": {"method": "qlora", "double_quant": False},
     "qlora int4": {"method": "qlora", "quant_type": "int4", "group_size": 32},
     "qlora int4, metal": {"method": "qlora", "quant_type": "int4", "group_size": 32, "layout": "metal"},
     "qlora int4, gptq": {"method": "qlora", "quant_type": "int4", "group_size": 32, "layout": "gptq"},
     "qlora nf4, dense": {"method": "qlora", "layout": "dense"},
-    "qalora int4": {"method": "qalora", "quant_type": "int4", "group_size": 32, "layout": "mlx"},
+    "qalora int4": {"method": "qalora", "quant_type": "int4", "group_size": 32, "layout": "mlx", "fit": "loftq"},
 }
 STREAMED = ["qlora nf4", "qlora nf4, single quant", "qlora int4", "qlora int4, metal"]
 

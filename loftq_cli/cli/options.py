@@ -63,14 +63,14 @@ Start = Annotated[
     typer.Option(
         metavar=_one_of(STARTS),
         help="What the alternation begins with: no adapter, or the best one of the weights. [default: principal with "
-        "--fit joint, else zero]",
+        "--fit joint, zero with --calibration or --fit loftq]",
         rich_help_panel=_ADAPTER,
     ),
 ]
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of LoftQ (and of --init residual). [default: 10, with --calibration 4; with --fit loftq 8, "
+        help="Alternations of LoftQ (and of --init residual). [default: 11, with --calibration 1; with --fit loftq 8, "
         "or 5 with another --svd than fast]",
         rich_help_panel=_ADAPTER,
     ),
@@ -78,8 +78,8 @@ Iterations = Annotated[
 Rounds = Annotated[
     int | None,
     typer.Option(
-        help="Rounds after them that refine codes and constants under what the adapter holds. [default: 1, with "
-        "--calibration 4; with --fit loftq none]",
+        help="Rounds after them that refine codes and constants under what the adapter holds. [default: 0, with "
+        "--calibration 2; with --fit loftq none]",
         rich_help_panel=_ADAPTER,
     ),
 ]

@@ -57,9 +57,9 @@ def alternate(
 
     Where a step of the paper's alternation would raise the error, as the ranges of integer formats can at 2 bits, the
     groups that quantizing again takes away from their target stay as they were: then no step raises it. The joint fit
-    goes on beyond its steps, which is faster and may raise it. No round raises it. With a bfloat16 residual, the errors
-    of the iterations are those of an adapter in float32, and good to four digits. Peak memory: the residual, and the
-    quantized matrix twice.
+    goes on beyond its steps, which is faster and may raise it. No round that is kept does. With a
+    bfloat16 residual, the errors of the iterations are those of an adapter in float32, and good to four digits. Peak
+    memory: the residual, and the quantized matrix twice.
     """
     loop = _Alternation(weight, quantizer, adapting, weighting, dtype, workers)
     total = loop.cost_of_weight()
@@ -84,13 +84,13 @@ def alternate(
             best, best_iteration = current, iteration
         errors.append(current.cost)
     for made in range(1, fitting.rounds + 1):
-        refined = loop.refined(best)
+        # Double quantization takes back a little of what fitting constants gains: the last round has codes for it.
+        refined = loop.refined(best, fits_scales=made < fitting.rounds)
         if refined is None:
             break
         errors.append(refined.cost)
-        if not refined.cost < (1 - TIE) * best.cost:
-            break
-        best, best_iteration = refined, fitting.iterations + made
+        if refined.cost < (1 - TIE) * best.cost:
+            best, best_iteration = refined, fitting.iterations + made
     return Initialization(
         best.quantized,
         best.pair,
@@ -111,8 +111,8 @@ def refined_alone(
 ) -> Initialization:
     """A quantized matrix with an adapter that adds nothing yet, after `fitting.rounds` rounds of refinement."""
     cost = weighting.left_over(None)
-    for _ in range(fitting.rounds):
-        found = quantizer.refine(weight, quantized, cost, workers=workers)
+    for made in range(1, fitting.rounds + 1):
+        found = quantizer.refine(weight, quantized, cost, fits_scales=made < fitting.rounds, workers=workers)
         if found is None:
             break
         quantized = found.quantized
@@ -157,7 +157,7 @@ class _Alternation:
         """The first step, from the matrix quantized alone."""
         self.squared_base_error = self._fill(alone)
         if start == "zero":
-            return self._fitted(alone, self.squared_base_error)
+            return self._fitted(alone, self.squared_base_error if self._is_plain else self._cost_of_residual())
         for part in slabs_of(self._weight):
             self._residual[part] = self._weight.rows(part)
         principal, _ = self._adapting.fit(self._residual)
@@ -166,18 +166,26 @@ class _Alternation:
 
     def step(self, quantized: QuantizedTensor) -> _Step:
         """A quantized matrix with the adapter of what it lost."""
-        return self._fitted(quantized, self._fill(quantized))
+        squared = self._fill(quantized)
+        return self._fitted(quantized, squared if self._is_plain else self._cost_of_residual())
 
-    def refined(self, best: _Step) -> _Step | None:
-        """One round: codes and constants refined under what the adapter absorbs, and the adapter of that."""
+    def refined(self, best: _Step, *, fits_scales: bool) -> _Step | None:
+        """One round: codes, and constants or not, refined under what the adapter absorbs, and the adapter of that."""
         right = self._weighting.right_of(best.pair.lora_A.float())
         vectors = torch.linalg.qr(right.T).Q.contiguous()
         cost = self._weighting.left_over(vectors)
-        found = self._quantizer.refine(self._weight, best.quantized, cost, workers=self._workers)
+        found = self._quantizer.refine(
+            self._weight, best.quantized, cost, fits_scales=fits_scales, workers=self._workers
+        )
         if found is None:
             return None
         self._adapting.solve.restart(right)
-        return self.step(found.quantized)
+        squared = self._fill(found.quantized)
+        if not self._is_plain:
+            # What is known without another product of the residual and H: what the adapter left, and what it took.
+            taken = self._times(self._weighting.spread(vectors))
+            squared = found.after + float(taken.double().square().sum())
+        return self._fitted(found.quantized, squared)
 
     def update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
         """What gives rows of s·B·A."""
@@ -196,20 +204,32 @@ class _Alternation:
         """What losing the whole matrix would cost."""
         if self._is_plain:
             return self.squared_weight()
-        parts = slabs_of(self._weight)
-        return math.fsum(self._workers.map(lambda part: self._weighting.squared(self._weight.rows(part)), parts))
+        # Nothing is subtracted from it, so that it is enough to know it in the precision that is fastest.
+        dtype = product_dtype(torch.empty(0, dtype=torch.bfloat16, device=self._residual.device))
+
+        def cost(part: slice) -> float:
+            return self._weighting.squared(self._weight.rows(part).to(dtype), rounds=True)
+
+        return math.fsum(self._workers.map(cost, slabs_of(self._weight)))
 
     def _fill(self, quantized: QuantizedTensor) -> float:
         """The residual, and the sum of its squares."""
         return self._quantizer.residual(self._weight, quantized, self._residual, workers=self._workers)
 
-    def _fitted(self, quantized: QuantizedTensor, squared: float) -> _Step:
+    def _cost_of_residual(self) -> float:
+        return self._weighting.squared(self._residual, self._workers)
+
+    def _times(self, right: torch.Tensor) -> torch.Tensor:
+        """The residual @ right, a few rows at a time."""
+        parts = slabs_of(self._weight)
+        return torch.cat(list(self._workers.map(lambda part: self._residual[part].float() @ right, parts)))
+
+    def _fitted(self, quantized: QuantizedTensor, cost: float) -> _Step:
+        """With the adapter of the residual, of which is known what it costs without."""
         pair, gain = self._adapting.fit(self._residual)
-        if not self._is_plain:
-            squared = self._weighting.squared(self._residual, self._workers)
-        elif self._residual.dtype == torch.float32:
+        if self._is_plain and self._residual.dtype == torch.float32:
             return _Step(quantized, pair, self._measured(pair))
-        return _Step(quantized, pair, max(squared - gain, 0.0))
+        return _Step(quantized, pair, max(cost - gain, 0.0))
 
     def _measured(self, pair: LoraPair) -> float:
         rows_of, residual = self.update(pair), self._residual

@@ -5,6 +5,7 @@ H = E[x·xᵀ]; and what of that an adapter takes. Knows neither files nor forma
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -50,8 +51,8 @@ class Weighting(Protocol):
         """float32 [n, in] times a root of H: the squares of that are what they cost."""
         ...
 
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
-        """tr(E·H·Eᵀ) of E [out, in], float32 or bfloat16."""
+    def squared(self, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
+        """tr(E·H·Eᵀ) of E [out, in], float32 or bfloat16; if it `rounds`, multiplied in the dtype of E."""
         ...
 
     def left_over(self, vectors: torch.Tensor | None) -> Cost:
@@ -89,7 +90,7 @@ def make_weighting(statistics: torch.Tensor | None, group_size: int, device: tor
     if not (math.isfinite(mean) and mean > 0.0) or bool((diagonal < 0.0).any()):
         raise NumericError("the statistics of its inputs are not those of any inputs", hint="loftq calibrate again")
     # Units do not matter; of the order of 1, squares are inside float32's range.
-    return (Diagonal if given.dim() == 1 else Dense).of((given.double() / mean).float(), group_size)
+    return (Diagonal if given.dim() == 1 else Dense).of(given / mean, group_size)
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,11 @@ class Diagonal:
         return lora_A * self._root.to(lora_A.device)
 
     def rooted(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows if self.importance is None else rows * self.importance.sqrt()
+        return rows.clone() if self.importance is None else rows * self.importance.sqrt()
 
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
-        return _summed(self, error, workers)
+    def squared(self, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
+        del rounds
+        return _summed(lambda rows: self.rooted(rows.float()), error, workers)
 
     def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
         return _lost(self, weight, decoded, lora, workers)
@@ -207,8 +209,11 @@ class Dense:
     def rooted(self, rows: torch.Tensor) -> torch.Tensor:
         return rows @ self.root
 
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL) -> float:
-        return _summed(self, error, workers)
+    def squared(self, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
+        if not rounds:
+            return _summed(lambda rows: self.rooted(rows.float()), error, workers)
+        root = self.root.to(error.dtype)
+        return _summed(lambda rows: (rows @ root).float(), error, workers)
 
     def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
         return _lost(self, weight, decoded, lora, workers)
@@ -231,8 +236,10 @@ def _lost(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, wor
     return relative(math.fsum(error for error, _ in found), math.fsum(whole for _, whole in found))
 
 
-def _summed(weighting: Weighting, error: torch.Tensor, workers: Workers) -> float:
+def _summed(rooted: Callable[[torch.Tensor], torch.Tensor], error: torch.Tensor, workers: Workers) -> float:
+    """The squares of what some rows become."""
+
     def total(part: slice) -> float:
-        return float(weighting.rooted(error[part].float()).square().sum(dim=1).double().sum())
+        return float(rooted(error[part]).square_().sum(dim=1).double().sum())
 
     return math.fsum(workers.map(total, slabs_of(TensorRows(error))))

@@ -88,13 +88,19 @@ class AffineQuantizer:
         return AffineTensor(codes, scales, zero_points, biases, spec, self.dtype)
 
     def refine(
-        self, weight: Rows, quantized: AffineTensor, cost: Cost, *, workers: Workers = SERIAL
+        self,
+        weight: Rows,
+        quantized: AffineTensor,
+        cost: Cost,
+        *,
+        fits_scales: bool = True,
+        workers: Workers = SERIAL,
     ) -> Refinement | None:
         """A pass over codes and constants; integer zero points stay. See `Quantizer`."""
         offsets = quantized.zero_points if quantized.biases is None else quantized.biases
         blocks = Blocks(quantized.codes.clone(), quantized.scales.clone(), None if offsets is None else offsets.clone())
         before, after = refine_rows(
-            weight, blocks, self.spec.group_size, self._levels, cost, fits_scales=True, workers=workers
+            weight, blocks, self.spec.group_size, self._levels, cost, fits_scales=fits_scales, workers=workers
         )
         if not (math.isfinite(after) and after <= before):
             return None

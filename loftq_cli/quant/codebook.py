@@ -109,38 +109,31 @@ class CodebookQuantizer:
         return quantized
 
     def refine(
-        self, weight: Rows, quantized: CodebookTensor, cost: Cost, *, workers: Workers = SERIAL
+        self,
+        weight: Rows,
+        quantized: CodebookTensor,
+        cost: Cost,
+        *,
+        fits_scales: bool = True,
+        workers: Workers = SERIAL,
     ) -> Refinement | None:
-        """A pass over codes and constants; see `Quantizer`. Double-quantized constants are fitted, quantized again and
-        then left alone while codes move once more; where that does not help, only codes move.
-        """
+        """A pass over codes and constants; see `Quantizer`. What costs after it is without double quantization."""
         spec, shape = self.spec, quantized.shape
         if shape[1] % spec.block_size:
             return None
+        absmax = self._absmax(quantized).view(shape[0], -1)
+        blocks = Blocks(_unpacked(quantized.packed, shape), absmax.clone(), None)
         levels = self._levels(weight.device)
-        blocks = Blocks(_unpacked(quantized.packed, shape), self._absmax(quantized).view(shape[0], -1).clone(), None)
-
-        def moved(these: Blocks, fits_scales: bool) -> tuple[float, float]:
-            return refine_rows(weight, these, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers)
-
-        if not spec.double_quant:
-            before, after = moved(blocks, True)
-            stored: torch.Tensor | NestedAbsmax = blocks.scales.reshape(-1)
-        else:
-            assert isinstance(quantized.absmax, NestedAbsmax)
-            fitted = Blocks(blocks.codes.clone(), blocks.scales.clone(), None)
-            before, _ = moved(fitted, True)
-            stored = self._nested(fitted.scales.reshape(-1), judges=False)
-            fitted = Blocks(fitted.codes, self._decoded_absmax(stored).view(shape[0], -1), None)
-            _, after = moved(fitted, False)
-            if after <= before:
-                blocks = fitted
-            else:
-                stored = quantized.absmax
-                _, after = moved(blocks, False)
+        before, after = refine_rows(
+            weight, blocks, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers
+        )
         if not (math.isfinite(after) and after <= before):
             return None
-        return Refinement(replace(quantized, packed=_packed(blocks.codes.view(-1)), absmax=stored), before, after)
+        constants: torch.Tensor | NestedAbsmax = quantized.absmax
+        if fits_scales:
+            fitted = blocks.scales.reshape(-1)
+            constants = self._nested(fitted, judges=False) if spec.double_quant else fitted
+        return Refinement(replace(quantized, packed=_packed(blocks.codes.view(-1)), absmax=constants), before, after)
 
     def residual(
         self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL

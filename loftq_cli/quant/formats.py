@@ -62,8 +62,12 @@ class Quantizer(Protocol):
         """
         ...
 
-    def refine(self, weight: Rows, quantized: Any, cost: Cost, *, workers: Workers = SERIAL) -> Refinement | None:
-        """Codes and constants whose error costs less, or as much; None where blocks do not divide the rows."""
+    def refine(
+        self, weight: Rows, quantized: Any, cost: Cost, *, fits_scales: bool = True, workers: Workers = SERIAL
+    ) -> Refinement | None:
+        """Codes, and constants if it `fits_scales`, whose error costs less, or as much; but for what rounding constants
+        again as they are stored takes back. None where blocks do not divide the rows.
+        """
         ...
 
     def residual(self, weight: Rows, quantized: Any, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:

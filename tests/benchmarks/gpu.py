@@ -19,7 +19,7 @@ from tests.benchmarks.measuring import Settings, Table
 _KERNELS_S, _ALL_S = 210.0, 400.0  # after which nothing more is begun: all of it in 8 minutes
 _QUICK = Sizes(((4096, 4096),), (64,), (1,), ((4096, 4096),), 8)
 _QUICK_GB = 2.0
-RECIPE = {"rank": 64, "iterations": 8}
+RECIPE = {"rank": 64, "fit": "loftq", "iterations": 8}
 
 
 def run(settings: Settings) -> Iterator[Table]:

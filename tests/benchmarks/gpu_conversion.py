@@ -169,7 +169,9 @@ def _converted(
     source: Path, output: Path, run: Run, settings: Settings, recipe: dict[str, Any]
 ) -> tuple[float, Phases, float]:
     """Its relative error, when its phases began, and its seconds on the wall."""
-    options = recipe if run.method == "loftq" else {key: recipe[key] for key in recipe if key != "iterations"}
+    options = (
+        recipe if run.method == "loftq" else {key: recipe[key] for key in recipe if key not in ("fit", "iterations")}
+    )
     start, phases = time.perf_counter(), Phases()
     prepared = convert.prepare(str(source), output, Recipe(method=run.method, **options))
     outcome = convert.run(
