@@ -11,7 +11,8 @@ import argparse
 import json
 import platform
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,7 +40,7 @@ METHODS = {
 SCORED = 300  # sentences
 CALIBRATED_ON = 4000  # sentences: about 100 000 tokens, of which `loftq calibrate` takes its default number
 _LENGTHS = range(40, 251)  # characters of a sentence
-_AT_ONCE = 50
+_AT_ONCE = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,17 @@ GOALS = (
 )
 
 
-def sentences(texts: Iterable[str], count: int) -> list[str]:
+def scored_sentences() -> list[str]:
+    """What drifts are measured on, from short to long, so that little is padded."""
+    return sorted(sentences([held_out_text()], SCORED), key=len)
+
+
+def calibration_sentences() -> list[str]:
+    """What statistics are taken of: none of the scored ones."""
+    return sentences(training_prose(), CALIBRATED_ON, without=frozenset(scored_sentences()))
+
+
+def sentences(texts: Iterable[str], count: int, without: Set[str] = frozenset()) -> list[str]:
     """At most `count` different sentences of prose, spread evenly over all that there are."""
     found: dict[str, None] = {}
     for text in texts:
@@ -84,29 +95,31 @@ def sentences(texts: Iterable[str], count: int) -> list[str]:
             for sentence in re.split(r"(?<=[.!?])\s+", " ".join(paragraph.split())):
                 if len(sentence) in _LENGTHS and re.fullmatch(r"[A-Z][^<>|=]*[.!?]", sentence):
                     found[sentence] = None
-    every = list(found)
+    every = [sentence for sentence in found if sentence not in without]
     count = min(count, len(every))
     return [every[place * len(every) // count] for place in range(count)]
 
 
-def measure(calibrated_on: int = CALIBRATED_ON, quant_types: Sequence[str] = QUANT_TYPES) -> list[Drift]:
+def measure() -> list[Drift]:
     """Every conversion of every number format."""
-    source, scored = minilm(), sentences([held_out_text()], SCORED)
+    source, scored = minilm(), scored_sentences()
     original = embeddings(_load(source, None), source, scored)
     found = []
     with TemporaryDirectory() as name:
         directory = Path(name)
         text = directory / "text.txt"
-        text.write_text("\n".join(sentences(training_prose(), calibrated_on)) + "\n", encoding="utf-8")
+        text.write_text("\n".join(calibration_sentences()) + "\n", encoding="utf-8")
         for kind in ("full", "diagonal"):
             run_loftq("calibrate", source, "--text", text, "-o", directory / kind, *(["--diagonal"] * (kind != "full")))
-        for quant_type in quant_types:
+        for quant_type in QUANT_TYPES:
             for method, options in METHODS.items():
                 out = directory / f"{quant_type} {method}"
                 given = [directory / option if option in ("full", "diagonal") else option for option in options]
                 done = run_loftq("quantize", source, out, "--quant-type", quant_type, *given)
                 turned = drifts(original, embeddings(_load(out, Path(done["adapter"])), source, scored))
-                found.append(Drift(quant_type, method, done["error"], float(turned.mean()), float(turned.max())))
+                row = Drift(quant_type, method, done["error"], float(turned.mean()), float(turned.max()))
+                print(row, file=sys.stderr, flush=True)
+                found.append(row)
     return found
 
 
