@@ -40,8 +40,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 SCORED = 300  # sentences
 CALIBRATED_ON = 4000  # sentences, which is more than the tokens that `loftq calibrate` takes by default
-# Tokens, about as many as a sentence has: the places in a sentence, and the marks at its ends, then count as in use. With
-# windows of 512 the drift of NF4 is twice as large.
+# Tokens, about as many as a sentence has: the places in one, and the marks at its ends, then count as they do in use.
+# With windows of 512 the drift of NF4 is twice as large.
 CONTEXT = 32
 _LENGTHS = range(40, 251)  # characters of a sentence
 _AT_ONCE = 25
