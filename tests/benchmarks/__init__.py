@@ -8,7 +8,7 @@ contenders.py       LoftQ, ours and the peers'
 probe.py            one measurement in a process of its own
 ceiling.py          what threads can give on this machine
 matrix.py           LoftQ of one matrix, and of a real model's
-joint.py            codes, constants and adapter found together
+joint.py            the joint fit beside LoftQ
 nf4.py              encode and decode
 commands.py         what the command line does
 conversion.py       a whole checkpoint: quantize, merge, inspect
@@ -28,4 +28,7 @@ corpus.py           text for the built-in model
 train_tiny_llama.py its training
 perplexity.py       its score
 quality.py          what conversions do to it
+finetuning.py       what a better start is worth after training
+drift.py            what conversions do to a sentence encoder
+figures/            what quality.py, finetuning.py, drift.py and joint.py wrote
 """

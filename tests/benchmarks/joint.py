@@ -23,12 +23,9 @@ from loftq_cli.recipe import Recipe
 from loftq_cli.rows import TensorRows
 from loftq_cli.tensors import CodebookSpec, LoraSpec
 from tests.benchmarks.contenders import warm_up
-from tests.benchmarks.corpus import training_prose
-from tests.benchmarks.drift import CALIBRATED_ON, sentences
+from tests.benchmarks.drift import calibrate_minilm
 from tests.benchmarks.measuring import Settings, Table, interleaved, timed
-from tests.benchmarks.quality import run_loftq
 from tests.benchmarks.weights import encoder_linears, heavy_tailed_matrix, real_matrix
-from tests.models import minilm
 
 FAST, EXACT, JOINT, CALIBRATED = "LoftQ fast, 8", "LoftQ exact, 5", "joint", "joint, calibrated"
 DTYPE = "float32"  # that loaders decode to, as for MiniLM's own
@@ -71,10 +68,7 @@ def run(settings: Settings) -> Iterator[Table]:
 def _statistics(names: Sequence[str]) -> list[torch.Tensor]:
     """What `loftq calibrate` says of the inputs of MiniLM's linears, float32 [in, in] each."""
     with TemporaryDirectory() as directory:
-        text, output = Path(directory) / "text.txt", Path(directory) / "statistics"
-        text.write_text("\n".join(sentences(training_prose(), CALIBRATED_ON)) + "\n", encoding="utf-8")
-        run_loftq("calibrate", minilm(), "--text", text, "-o", output)
-        statistics = open_statistics(output)
+        statistics = open_statistics(calibrate_minilm(Path(directory)))
         return [statistics.load(name) for name in names]
 
 
