@@ -144,8 +144,10 @@ class Recipe:
         is_weighted = self.calibration is not None
         if self.fit is not None:
             _choice("fit", self.fit, FITS)
-            # Where errors count by outputs, the principal part of the weights is no better a start at 4 bits.
-            self._settle({"start": STARTS[is_joint and not is_weighted]}, True, "")
+            # Where errors count by outputs, the principal part of the weights is no better a start at 4 bits; and of
+            # QA-LoRA's groups there is little that is principal.
+            begins = is_joint and not is_weighted and self.method == "loftq"
+            self._settle({"start": STARTS[begins]}, True, "")
             _choice("start", self.start, STARTS)
         has_search = is_joint or is_weighted
         self._settle({"scales": SCALES[has_search]}, True, "")

@@ -62,8 +62,8 @@ Start = Annotated[
     str | None,
     typer.Option(
         metavar=_one_of(STARTS),
-        help="What the alternation begins with: no adapter, or the best one of the weights. [default: principal with "
-        "--fit joint, zero with --calibration or --fit loftq]",
+        help="What the alternation begins with: no adapter, or the best one of the weights. [default: principal "
+        "for LoftQ's joint fit without --calibration, else zero]",
         rich_help_panel=_ADAPTER,
     ),
 ]
