@@ -27,7 +27,7 @@ from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
 SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
 # The same of a joint fit, without statistics of the inputs and with them: where the error stops falling by much.
-_JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 1
+_JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 2
 _ROUNDS, _WEIGHTED_ROUNDS = 0, 2
 
 _MAX_INT = 2**63 - 1  # TOML's own limit, which Python's reader leaves open

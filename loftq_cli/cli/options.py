@@ -70,7 +70,7 @@ Start = Annotated[
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of LoftQ (and of --init residual). [default: 11, with --calibration 1; with --fit loftq 8, "
+        help="Alternations of LoftQ (and of --init residual). [default: 11, with --calibration 2; with --fit loftq 8, "
         "or 5 with another --svd than fast]",
         rich_help_panel=_ADAPTER,
     ),
