@@ -13,6 +13,9 @@ recipe family targets plan       what will be done, decided from headers and con
 base_model                       a converted or dense model, read back as matrices
 report                           what was measured, and the files that say so
 jobs device_jobs convert         one tensor; many on a GPU; the whole conversion
+knapsack error_curves candidates allocation   which layer gets which format and rank under a bound
+hf text_windows streamed_model   transformers; the user's text; a model of which one block is in memory
+calibration reference            statistics of what layers read; outputs beside the original's
 device_matrix inspection         one matrix on a GPU; what a directory holds
 adapter_source provenance        a PEFT adapter, and whether it belongs to a base
 nn/                              modules to train adapters over packed weights

@@ -287,8 +287,11 @@ def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
     if given.get("method", "qalora") != "qalora":
         names |= _QALORA_DEFAULTS.keys()
     # How often something is done, and from where, was meant for the fit that was named beside it.
-    if any(name in given and given[name] != values.get(name) for name in ("method", "init", "fit", "calibration")):
-        names |= {"start", "rounds", "iterations", "scales"} | ({"fit"} - given.keys())
+    changed = {n for n in ("method", "init", "fit", "calibration") if n in given and given[n] != values.get(n)}
+    if changed:
+        names |= {"start", "rounds", "iterations", "scales"}
+    if changed & {"method", "init"}:
+        names.add("fit")
     return names
 
 

@@ -21,6 +21,18 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     assert (recipe.rank, recipe.method, recipe.block_size, recipe.iterations) == (4, "qlora", 128, 8)
 
 
+def test_what_a_file_says_of_its_fit_goes_with_the_fit(tmp_path):
+    """How often, and from where: of the joint fit it means nothing for the paper's, nor without statistics with them."""
+    paper = resolve_recipe("loftq-nf4", {"fit": "loftq"})
+    assert (paper.start, paper.scales, paper.iterations, paper.rounds) == ("zero", "absmax", 8, None)
+    calibrated = resolve_recipe("loftq-nf4", {"calibration": "STATS"})
+    assert calibrated == Recipe(calibration="STATS")
+    assert resolve_recipe("loftq-paper", {"calibration": "STATS"}).fit == "loftq"
+    assert resolve_recipe("loftq-nf4", {"method": "qlora"}) == Recipe(method="qlora")
+    source = recipe_file(tmp_path, 'fit = "joint"\nrounds = 3\n')
+    assert resolve_recipe(source, {"rank": 4}).rounds == 3
+
+
 def test_the_default_preset_is_the_default():
     assert resolve_recipe("loftq-nf4", {}) == Recipe()
 

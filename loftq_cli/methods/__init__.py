@@ -7,4 +7,5 @@ loftq.py        the alternation with a truncated SVD
 qalora.py       quantize in groups, adapter over pooled inputs
 qlora.py        quantize once, adapter that adds nothing yet
 stacked.py      LoftQ and QLoRA of many equal matrices on a GPU
+weighting.py    what errors cost, and what an adapter takes of that
 """
