@@ -57,9 +57,9 @@ def alternate(
 
     Where a step of the paper's alternation would raise the error, as the ranges of integer formats can at 2 bits, the
     groups that quantizing again takes away from their target stay as they were: then no step raises it. The joint fit
-    goes on beyond its steps, which is faster and may raise it. No round that is kept does. With a
-    bfloat16 residual, the errors of the iterations are those of an adapter in float32, and good to four digits. Peak
-    memory: the residual, and the quantized matrix twice.
+    goes on beyond its steps, which is faster and may raise it. No round that is kept does.
+    With a bfloat16 residual, the errors of the iterations are those of an adapter in float32, and good to four digits.
+    Peak memory: the residual, and the quantized matrix twice.
     """
     loop = _Alternation(weight, quantizer, adapting, weighting, dtype, workers)
     total = loop.cost_of_weight()

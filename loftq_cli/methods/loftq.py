@@ -40,7 +40,8 @@ def initialize(
     weighting = weighting or make_weighting(None, 1)
     coordinates = None if weighting.is_plain else weighting
     solve = make_solver(fitting.svd, lora.rank, weight.shape, generator, workers, coordinates)
-    # A bfloat16 residual changes what iteration finds by less than it misses anyway, and takes half the memory.
+    # A bfloat16 residual changes what iteration finds by less than it misses anyway, and takes half the memory; but
+    # for inputs some of which are far larger than others.
     decomposes = is_exact(fitting.svd, lora.rank, weight.shape)
     is_small = decomposes or weighting.importance is not None or math.prod(weight.shape) <= _SMALL_NUMEL
     dtype = torch.float32 if is_small else torch.bfloat16

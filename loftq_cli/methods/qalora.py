@@ -47,7 +47,7 @@ def initialize(
     coordinates = None if weighting.importance is None else weighting
     means = (weight.shape[0], weight.shape[1] // lora.group_size)
     solve = make_solver(fitting.svd, min(lora.rank, *means), means, generator, workers, coordinates)
-    dtype = torch.float32 if fitting.svd == "exact" else torch.bfloat16
+    dtype = torch.bfloat16 if fitting.svd != "exact" and coordinates is None else torch.float32
     adapting = Adapting(lambda residual: fit_adapter(residual, lora, start, solve, coordinates), solve)
     found = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
     # What is fitted by other costs is better by them, and they do not compare with a Frobenius norm.
