@@ -22,7 +22,7 @@ def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
 
 
 def test_what_a_file_says_of_its_fit_goes_with_the_fit(tmp_path):
-    """How often, and from where: of the joint fit it means nothing for the paper's, nor without statistics with them."""
+    """How often, and from where: what is right for one fit, or without statistics, is not for another, or with them."""
     paper = resolve_recipe("loftq-nf4", {"fit": "loftq"})
     assert (paper.start, paper.scales, paper.iterations, paper.rounds) == ("zero", "absmax", 8, None)
     calibrated = resolve_recipe("loftq-nf4", {"calibration": "STATS"})
