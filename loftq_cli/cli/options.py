@@ -335,7 +335,12 @@ Try = Annotated[
         help="On a full-precision checkpoint: the error that this quant type would give. Repeatable.",
     ),
 ]
-Sort = Annotated[str, typer.Option(metavar="name|error|base_error|numel", help="Order of the layers.")]
+Sort = Annotated[
+    str,
+    typer.Option(
+        metavar="name|error|base_error|numel", help="Order of the layers; with --reference also output_error."
+    ),
+]
 Top = Annotated[int | None, typer.Option(min=1, help="Only the first N layers.")]
 Verify = Annotated[
     bool, typer.Option("--verify", help="Re-check checksums, index, config and numbers; names what is damaged.")
