@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.recipe import presets
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -39,6 +41,7 @@ def sessions() -> list[tuple[str, list[str]]]:
 def readers_directory(tmp_path_factory):
     """A directory in which the first command and then every shown command has been run, with what they printed."""
     directory = tmp_path_factory.mktemp("reader")
+    shutil.copy(ROOT / "LICENSE", directory)  # the text that it calibrates with
     first = re.search(r"pip install \. && (loftq .*)", README)
     assert first is not None
     printed = {}
