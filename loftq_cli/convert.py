@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loftq_cli.allocation import Allocation, allocate
-from loftq_cli.candidates import Target
+from loftq_cli.candidates import Options, Target
 from loftq_cli.checkpoint.checksums import CHECKSUMS
 from loftq_cli.checkpoint.journal import JournalEntry, outputs_of
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
@@ -144,7 +144,10 @@ def prepare_within(
     processor.
     """
     checkpoint = _opened(model, output)
-    statistics = None if recipe.calibration is None else open_statistics(Path(recipe.calibration))
+    statistics = None
+    if recipe.calibration is not None:  # of this model, before any weight is read
+        widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
+        statistics, _ = _statistics(Path(recipe.calibration), widest)
     found = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
     plan, statistics = _planned(checkpoint, found.recipe)
     return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, found)

@@ -107,14 +107,14 @@ class JobRunner:
 
     def converted(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
         """What the method makes of a weight, wherever that lies."""
+        from loftq_cli.methods.weighting import make_weighting, output_error
+
         weighting = None
         if self._statistics is not None and job.name in self._statistics.names:
-            from loftq_cli.methods.weighting import make_weighting
-
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
         initial = _initialize(self._recipe, job, weight, weighting, None, workers)
         decoded = quantizer_of(self._recipe, job).decoded(initial.quantized)
-        lost = None if weighting is None else weighting.lost(weight, decoded, initial.lora, workers)
+        lost = None if weighting is None else output_error(weighting, weight, decoded, initial.lora, workers)
         return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, lost)
 
     def described(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from loftq_cli import calibration, convert
 from loftq_cli.base_model import BaseModel
+from loftq_cli.candidates import Target
 from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.errors import LoftqError, MismatchError, UsageError
 from loftq_cli.recipe import Recipe
@@ -126,6 +127,21 @@ def test_statistics_of_another_model_are_refused_before_anything_is_written(stat
         convert.prepare(str(other), tmp_path / "out", Recipe(calibration=str(statistics)))
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
+
+
+def test_so_are_those_of_a_model_of_another_width_before_formats_are_chosen(statistics, tmp_path):
+    other = models.llama(tmp_path / "narrow", hidden=64)
+    recipe = Recipe(quant_type="int4", group_size=32, layout="mlx", calibration=str(statistics))
+    told: list[str] = []
+    with pytest.raises(MismatchError, match="has 96 inputs, and statistics of 192"):
+        convert.prepare_within(
+            str(other),
+            tmp_path / "out",
+            recipe,
+            Target(bits_per_weight=4.5),
+            observe=lambda name, done, of: told.append(name),
+        )
+    assert not told
 
 
 def test_layers_that_text_does_not_reach_are_said_and_converted(model, statistics, tmp_path):

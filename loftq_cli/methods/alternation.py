@@ -15,7 +15,7 @@ import torch
 
 from loftq_cli.lowrank import Solver, product_dtype
 from loftq_cli.methods.method import Fitting, Initialization
-from loftq_cli.methods.weighting import Weighting
+from loftq_cli.methods.weighting import Weighting, cost_of
 from loftq_cli.metrics import delta_rows, relative
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
 from loftq_cli.rows import Rows, slabs_of
@@ -208,7 +208,7 @@ class _Alternation:
         dtype = product_dtype(torch.empty(0, dtype=torch.bfloat16, device=self._residual.device))
 
         def cost(part: slice) -> float:
-            return self._weighting.squared(self._weight.rows(part).to(dtype), rounds=True)
+            return cost_of(self._weighting, self._weight.rows(part).to(dtype), rounds=True)
 
         return math.fsum(self._workers.map(cost, slabs_of(self._weight)))
 
@@ -217,7 +217,7 @@ class _Alternation:
         return self._quantizer.residual(self._weight, quantized, self._residual, workers=self._workers)
 
     def _cost_of_residual(self) -> float:
-        return self._weighting.squared(self._residual, self._workers)
+        return cost_of(self._weighting, self._residual, self._workers)
 
     def _times(self, right: torch.Tensor) -> torch.Tensor:
         """The residual @ right, a few rows at a time."""

@@ -5,7 +5,6 @@ H = E[x·xᵀ]; and what of that an adapter takes. Knows neither files nor forma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -51,18 +50,10 @@ class Weighting(Protocol):
         """float32 [n, in] times a root of H: the squares of that are what they cost."""
         ...
 
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
-        """tr(E·H·Eᵀ) of E [out, in], float32 or bfloat16; if it `rounds`, multiplied in the dtype of E."""
-        ...
-
     def left_over(self, vectors: torch.Tensor | None) -> Cost:
         """What errors cost beside an adapter with these orthonormal right vectors [k, r] in these coordinates, which
         then takes its part; without any, what they cost.
         """
-        ...
-
-    def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
-        """√(what the error of `decoded` with the adapter costs / what losing all of the weight would)."""
         ...
 
     @property
@@ -133,14 +124,7 @@ class Diagonal:
         return lora_A * self._root.to(lora_A.device)
 
     def rooted(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.clone() if self.importance is None else rows * self.importance.sqrt()
-
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
-        del rounds
-        return _summed(lambda rows: self.rooted(rows.float()), error, workers)
-
-    def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
-        return _lost(self, weight, decoded, lora, workers)
+        return rows if self.importance is None else rows * self.importance.sqrt()
 
     def left_over(self, vectors: torch.Tensor | None) -> Cost:
         return Cost(None if vectors is None else self.spread(vectors).contiguous(), self.importance)
@@ -212,12 +196,6 @@ class Dense:
         parts = [rows[:, i:] @ root[i:, i : i + step] for i in range(0, len(root), step)]
         return torch.cat(parts, dim=1)
 
-    def squared(self, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
-        return _summed(lambda rows: self.rooted(rows if rounds else rows.float()).float(), error, workers)
-
-    def lost(self, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
-        return _lost(self, weight, decoded, lora, workers)
-
     def left_over(self, vectors: torch.Tensor | None) -> Cost:
         if vectors is None:
             return Cost(hessian=self.hessian)
@@ -225,21 +203,23 @@ class Dense:
         return Cost(hessian=torch.addmm(self.hessian, taken, taken.T, alpha=-1.0))
 
 
-def _lost(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers) -> float:
+def cost_of(weighting: Weighting, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
+    """tr(E·H·Eᵀ) of E [out, in], float32 or bfloat16; if it `rounds`, multiplied in the dtype of E."""
+
+    def total(part: slice) -> float:
+        rows = error[part] if rounds else error[part].float()
+        return float(weighting.rooted(rows).float().square().sum(dim=1).double().sum())
+
+    return math.fsum(workers.map(total, slabs_of(TensorRows(error))))
+
+
+def output_error(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
+    """√(what the error of `decoded` with the adapter costs / what losing all of the weight would)."""
     delta = delta_rows(lora)
 
     def costs(part: slice) -> tuple[float, float]:
         rows = weight.rows(part).float()
-        return weighting.squared(rows - decoded.rows(part) - delta(part)), weighting.squared(rows)
+        return cost_of(weighting, rows - decoded.rows(part) - delta(part)), cost_of(weighting, rows)
 
     found = list(workers.map(costs, slabs_of(weight, decoded.multiple)))
     return relative(math.fsum(error for error, _ in found), math.fsum(whole for _, whole in found))
-
-
-def _summed(rooted: Callable[[torch.Tensor], torch.Tensor], error: torch.Tensor, workers: Workers) -> float:
-    """The squares of what some rows become."""
-
-    def total(part: slice) -> float:
-        return float(rooted(error[part]).square_().sum(dim=1).double().sum())
-
-    return math.fsum(workers.map(total, slabs_of(TensorRows(error))))
