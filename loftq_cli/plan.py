@@ -386,7 +386,8 @@ def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, 
             quantize = quantize if override.quantize is None else override.quantize
             rank, alpha = override.rank or rank, override.alpha or alpha
             if isinstance(spec, CodebookSpec):
-                spec = replace(spec, block_size=override.block_size or spec.block_size)
+                codebook, block_size = override.quant_type or spec.codebook, override.block_size or spec.block_size
+                spec = replace(spec, codebook=codebook, block_size=block_size)
                 if override.double_quant is not None:
                     spec = replace(spec, double_quant=override.double_quant)
             else:

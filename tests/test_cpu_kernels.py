@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -220,17 +221,17 @@ def assert_same_blocks(found: Any, expected: Any, block_size: int, numel: int) -
 @pytest.mark.parametrize("minus_dtype", MAYBE_FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_nf4_codes_and_constants_are_those_of_the_definition(block_size, dtype, minus_dtype):
+def test_codes_and_constants_of_a_codebook_are_those_of_the_definition(block_size, dtype, minus_dtype):
     for kind in KINDS:
-        for numel in sizes(block_size):
+        for codebook, numel in product(CODEBOOKS, sizes(block_size)):
             weight = weights_of(kind, numel, dtype)
             minus = None if minus_dtype is None else weights_of(kind, numel + 1, minus_dtype)[1:].contiguous()
-            expected = quantize_codebook(weight, "nf4", block_size, minus=minus)
-            found = compiled(quantize_codebook, weight, "nf4", block_size, minus=minus)
+            expected = quantize_codebook(weight, codebook, block_size, minus=minus)
+            found = compiled(quantize_codebook, weight, codebook, block_size, minus=minus)
             try:
                 assert_same_blocks(found, expected, block_size, numel)
             except AssertionError as error:
-                raise AssertionError(f"{kind}, {numel}") from error
+                raise AssertionError(f"{kind}, {codebook}, {numel}") from error
 
 
 @pytest.mark.parametrize("minus_dtype", MAYBE_FLOATS)
@@ -329,20 +330,27 @@ def stored(numel: int, block_size: int, kind: str = "normal") -> tuple[torch.Ten
 
 
 def exactly_decoded(
-    packed: torch.Tensor, absmax: torch.Tensor, block_size: int, numel: int, dtype: torch.dtype
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    block_size: int,
+    numel: int,
+    dtype: torch.dtype,
+    codebook: str = "nf4",
 ) -> torch.Tensor:
     codes = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[:numel].long()
-    return (TABLE.double()[codes] * repeated(absmax, block_size, numel)).float().to(dtype)
+    table = torch.tensor(CODEBOOKS[codebook]).double()
+    return (table[codes] * repeated(absmax, block_size, numel)).float().to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DECODED)
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_nf4_values_are_table_times_constant_rounded_to_their_dtype(block_size, dtype):
+def test_values_are_table_times_constant_rounded_to_their_dtype(block_size, dtype):
     for kind in ("normal", "any", "zero", "not finite"):
-        for numel in sizes(block_size):
+        for codebook, numel in product(CODEBOOKS, sizes(block_size)):
             packed, absmax = stored(numel, block_size, kind)
-            found = compiled(dequantize_codebook, packed, absmax, "nf4", block_size, numel, dtype)
-            assert same(found, exactly_decoded(packed, absmax, block_size, numel, dtype)), (kind, numel)
+            found = compiled(dequantize_codebook, packed, absmax, codebook, block_size, numel, dtype)
+            expected = exactly_decoded(packed, absmax, block_size, numel, dtype, codebook)
+            assert same(found, expected), (kind, codebook, numel)
 
 
 @pytest.mark.parametrize("dtype", DECODED)
@@ -599,6 +607,7 @@ def test_several_threads_at_once_compute_the_same_bytes():
 SPECS = {
     "nf4": CodebookSpec(),
     "nf4, plain constants": CodebookSpec(block_size=128, double_quant=False),
+    "fp4": CodebookSpec("fp4"),
     "int4": AffineSpec(4, 64, symmetric=False),
     "int2 with biases": AffineSpec(2, 32, symmetric=False, zero_point="float"),
     "int8": AffineSpec(8, 64, symmetric=True, scale_dtype="float32"),

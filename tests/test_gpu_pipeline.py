@@ -35,6 +35,7 @@ pytestmark = pytest.mark.interpreter
 STACKED = {
     "qlora": {"method": "qlora"},
     "qlora, plain constants": {"method": "qlora", "double_quant": False},
+    "qlora, fp4": {"method": "qlora", "quant_type": "fp4"},
     "loftq": {"method": "loftq", "iterations": 3},
     "loftq, plain constants": {"method": "loftq", "iterations": 2, "double_quant": False, "block_size": 32},
 }
@@ -53,6 +54,7 @@ ALONE = {
         "fit": "joint",
         "iterations": 2,
         "rounds": 1,
+        "include": ("q_proj",),
     },
     "qlora, gptq": {"method": "qlora", "quant_type": "int4", "group_size": 32, "layout": "gptq"},
     "qlora, dense": {"method": "qlora", "layout": "dense"},

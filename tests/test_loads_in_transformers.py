@@ -27,6 +27,7 @@ from loftq_cli.adapter_source import open_adapter
 from loftq_cli.base_model import BaseModel
 from loftq_cli.errors import LoftqError
 from loftq_cli.metrics import adapter_delta
+from loftq_cli.recipe import Override
 from loftq_cli.tensors import LoraPair
 
 CAUSAL, BASE = "AutoModelForCausalLM", "AutoModel"
@@ -77,6 +78,10 @@ CASES = {
     "llama, joint fit": Case(models.llama, CAUSAL, 14, {"fit": "joint", "iterations": 3, "rounds": 1}),
     "llama, constants of both signs": Case(
         models.llama, CAUSAL, 14, {"fit": "joint", "iterations": 2, "double_quant": False}
+    ),
+    "llama, fp4": Case(models.llama, CAUSAL, 14, {"quant_type": "fp4"}),
+    "llama, fp4 beside nf4": Case(
+        models.llama, CAUSAL, 14, {"override": (Override(match="self_attn", quant_type="fp4"),)}
     ),
     "tied llama": Case(models.tied_llama, CAUSAL, 14),
     "torch llama": Case(models.torch_llama, CAUSAL, 14),
@@ -207,17 +212,25 @@ def test_a_dense_base_loads_with_no_quantization(converted: Converted) -> None:
     assert len(converted.modules) in (8, 12, 14)
 
 
+def test_an_override_has_its_own_format(convert_once: Converter) -> None:
+    layers = convert_once("llama, fp4 beside nf4").report["layers"]
+    found = {(layer["quant_type"], ".self_attn." in layer["name"]) for layer in layers}
+    assert found == {("fp4", True), ("nf4", False)}
+
+
 @only(*FOUR_BIT)
 def test_the_stored_bytes_are_in_the_model_unchanged(converted: Converted) -> None:
     stored = converted.tensors
     for layer in converted.report["layers"]:
         name, weight = layer["name"], converted.modules[layer["module"]].base_layer.weight
         state = weight.quant_state
-        fields = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+        quant_type = layer["quant_type"]
+        fields = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__{quant_type}"].tolist()))
         assert torch.equal(weight.data, stored[name])
         assert torch.equal(state.absmax, stored[f"{name}.absmax"])
         assert torch.equal(state.code, stored[f"{name}.quant_map"])
-        assert (state.quant_type, state.blocksize) == ("nf4", fields["blocksize"]) == ("nf4", layer["block_size"])
+        assert (state.quant_type, state.blocksize) == (fields["quant_type"], fields["blocksize"])
+        assert (state.quant_type, state.blocksize) == (quant_type, layer["block_size"])
         assert list(state.shape) == fields["shape"] == layer["shape"]
         assert state.nested == layer["double_quant"]
         if state.nested:

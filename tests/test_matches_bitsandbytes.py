@@ -1,16 +1,20 @@
-"""NF4 codes and block constants are the bytes that bitsandbytes computes on a CPU."""
+"""Codes, as its container holds them, and block constants are the bytes that bitsandbytes computes on a CPU."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from loftq_cli.triton_kernels.codebook import CODEBOOKS, dequantize_codebook, quantize_codebook
+from loftq_cli.layouts import bitsandbytes as layout
+from loftq_cli.layouts.layout import CodeRows, StoredMatrix
+from loftq_cli.tensors import CodebookSpec
+from loftq_cli.triton_kernels.codebook import CODEBOOKS, codebook_table, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+every_codebook = pytest.mark.parametrize("codebook", CODEBOOKS)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +26,16 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def designed(kind: str) -> torch.Tensor:
+def rows_of(codebook: str) -> CodeRows:
+    return layout.code_rows(StoredMatrix("weight", (1, 0), CodebookSpec(codebook), "float32", transposed=False))
+
+
+def numbered(packed: torch.Tensor, codebook: str) -> torch.Tensor:
+    """Codes as bitsandbytes numbers them."""
+    return rows_of(codebook).pack(packed).view(-1)
+
+
+def designed(kind: str, codebook: str = "nf4") -> torch.Tensor:
     generator = torch.Generator().manual_seed(7)
     weight = torch.randn(96, 448, generator=generator) * 0.05
     if kind == "zero blocks":
@@ -35,7 +48,7 @@ def designed(kind: str) -> torch.Tensor:
     elif kind == "constant":
         weight.fill_(-0.25)
     elif kind == "midpoints":
-        table = torch.tensor(CODEBOOKS["nf4"])
+        table = torch.tensor(CODEBOOKS[codebook])
         midpoints = (table[:-1] + table[1:]) / 2
         weight = torch.cat([midpoints, torch.ones(1)]).repeat(48 * 56).view(96, 448).contiguous()
     elif kind == "huge and subnormal":
@@ -59,38 +72,54 @@ KINDS = (
 )
 
 
+@every_codebook
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_codes_and_absmax_are_byte_identical(kind, block_size):
-    weight = designed(kind)
-    expected_packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
-    packed, absmax = quantize_codebook(weight, "nf4", block_size)
-    assert torch.equal(packed, expected_packed.view(-1))
+def test_codes_and_absmax_are_byte_identical(kind, block_size, codebook):
+    weight = designed(kind, codebook)
+    expected_packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=codebook)
+    packed, absmax = quantize_codebook(weight, codebook, block_size)
+    assert torch.equal(numbered(packed, codebook), expected_packed.view(-1))
     assert torch.equal(absmax, state.absmax)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 33), (1, 63), (65, 1), (17, 129), (2, 32), (31, 4097)])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
-@pytest.mark.parametrize("tail", ["normal", "zero"])
-def test_ragged_ends_are_byte_identical(shape, block_size, tail):
+@pytest.mark.parametrize(("codebook", "tail"), [("nf4", "normal"), ("nf4", "zero"), ("fp4", "normal")])
+def test_ragged_ends_are_byte_identical(shape, block_size, codebook, tail):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 0.02
     if tail == "zero":
         weight.view(-1)[-(weight.numel() % block_size or block_size) :] = 0.0
-    expected_packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type="nf4")
-    packed, absmax = quantize_codebook(weight, "nf4", block_size)
+    expected_packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=codebook)
+    packed, absmax = quantize_codebook(weight, codebook, block_size)
     if weight.numel() % 2:  # the pad nibble lies beyond the tensor; bitsandbytes fills it with the code of 0.0
         assert packed[-1] & 0xF == 7
-    assert torch.equal(packed, expected_packed.view(-1))
+    assert torch.equal(numbered(packed, codebook), expected_packed.view(-1))
     assert torch.equal(absmax, state.absmax)
 
 
+@every_codebook
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_byte_identical(dtype):
+def test_half_precision_weights_are_byte_identical(dtype, codebook):
     weight = (torch.randn(64, 320, generator=torch.Generator().manual_seed(2)) * 0.03).to(dtype)
-    expected_packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    packed, absmax = quantize_codebook(weight.float(), "nf4", 64)
-    assert torch.equal(packed, expected_packed.view(-1))
+    expected_packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=codebook)
+    packed, absmax = quantize_codebook(weight.float(), codebook, 64)
+    assert torch.equal(numbered(packed, codebook), expected_packed.view(-1))
     assert torch.equal(absmax, state.absmax)
+
+
+@every_codebook
+def test_the_values_are_those_that_bitsandbytes_gives_their_numbers(codebook):
+    values = bnb.get_4bit_type(codebook, device="cpu")
+    numbers = numbered(torch.arange(0x00, 0x100, 0x11, dtype=torch.uint8), codebook) & 15  # a pair of every code
+    assert numbers.sort().values.tolist() == list(range(16))
+    assert torch.equal(values[numbers.long()], codebook_table(codebook))
+
+
+@every_codebook
+def test_numbers_are_read_back_as_the_codes_they_were(codebook):
+    rows, packed = rows_of(codebook), torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(rows.unpack(rows.pack(packed)), packed)
 
 
 def test_the_dynamic_map_is_bitsandbytes_own():
@@ -131,17 +160,19 @@ def test_every_cell_of_the_8_bit_grid_takes_the_entry_that_bitsandbytes_takes():
     assert torch.equal(codes, expected)
 
 
+@every_codebook
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("kind", ["normal", "zero blocks", "one outlier"])
-def test_decoded_values_are_what_bitsandbytes_decodes(kind, double_quant):
+def test_decoded_values_are_what_bitsandbytes_decodes(kind, double_quant, codebook):
     weight = designed(kind)
-    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=double_quant)
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=codebook, compress_statistics=double_quant)
     expected = bnb.dequantize_4bit(packed, state)
     if double_quant:
         absmax = double_dequantize(state.absmax, state.state2.absmax, state.state2.code, state.offset, 256)
     else:
         absmax = state.absmax
-    decoded = dequantize_codebook(packed.view(-1), absmax, "nf4", 64, weight.numel()).view(weight.shape)
+    codes = rows_of(codebook).unpack(packed)
+    decoded = dequantize_codebook(codes, absmax, codebook, 64, weight.numel()).view(weight.shape)
     assert torch.equal(decoded, expected)
 
 

@@ -95,17 +95,18 @@ def assert_close_everywhere(found: torch.Tensor, expected: torch.Tensor, toleran
 # Kernels
 
 
+@pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("block_size", [32, 64, 256, 4096])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_codes_and_constants_of_millions_of_weights_are_the_processors(dtype, block_size):
+def test_codes_and_constants_of_millions_of_weights_are_the_processors(dtype, block_size, codebook):
     weight, minus = uneven(NUMEL, dtype=dtype), uneven(NUMEL)
     for options in ({}, {"minus": minus}):
-        found = quantize_codebook(weight, "nf4", block_size, **options)
+        found = quantize_codebook(weight, codebook, block_size, **options)
         there = {name: tensor.cpu() for name, tensor in options.items()}
-        expected = quantize_codebook(weight.cpu(), "nf4", block_size, **there)
+        expected = quantize_codebook(weight.cpu(), codebook, block_size, **there)
         assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
-    values = dequantize_codebook(*found, "nf4", block_size, NUMEL, dtype)
-    assert torch.equal(values.cpu(), dequantize_codebook(*expected, "nf4", block_size, NUMEL, dtype))
+    values = dequantize_codebook(*found, codebook, block_size, NUMEL, dtype)
+    assert torch.equal(values.cpu(), dequantize_codebook(*expected, codebook, block_size, NUMEL, dtype))
 
 
 @pytest.mark.parametrize("form", [{"symmetric": True}, {"symmetric": False}, {"zero_point": "float"}], ids=str)

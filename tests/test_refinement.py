@@ -29,6 +29,7 @@ TABLE = codebook_table("nf4")
 FORMS = {
     "nf4": codebook_levels(TABLE),
     "nf4, positive": replace(codebook_levels(TABLE), is_signed=False),
+    "fp4": codebook_levels(codebook_table("fp4")),
     "int3 symmetric": Levels(None, 3, "none", torch.bfloat16),
     "int4": Levels(None, 4, "int", torch.bfloat16),
     "int2": Levels(None, 2, "int", torch.float16),
@@ -87,9 +88,11 @@ def errors_under(weight: torch.Tensor, blocks: Blocks, levels: Levels, vectors: 
 
 
 def assert_same_blocks(found: Blocks, expected: Blocks) -> None:
-    """The same codes; constants that another order of sums may round to their neighbours."""
+    """The same codes; constants that another order of sums may round to their neighbours, or refit once less: where
+    they are best, float32 errors do not tell constants apart that differ by 1e-4.
+    """
     assert torch.equal(found.codes, expected.codes)
-    tolerance = max(1e-5, torch.finfo(expected.scales.dtype).eps)
+    tolerance = max(1e-4, torch.finfo(expected.scales.dtype).eps)
     torch.testing.assert_close(found.scales, expected.scales, rtol=tolerance, atol=0.0)
     if expected.offsets is not None:
         torch.testing.assert_close(found.offsets, expected.offsets, rtol=tolerance, atol=1e-6)
@@ -103,7 +106,9 @@ def test_the_search_loses_less_than_the_whole_range_does(form, backend):
     levels, weight = FORMS[form], normal(40, 192)
     found = search_scales(weight, 64, levels)
     if levels.table is not None:
-        plain = dequantize_codebook(*quantize_codebook(weight, "nf4", 64), "nf4", 64, weight.numel()).view(weight.shape)
+        codebook = form[:3]
+        codes = quantize_codebook(weight, codebook, 64)
+        plain = dequantize_codebook(*codes, codebook, 64, weight.numel()).view(weight.shape)
     else:
         options = {"symmetric": levels.offset == "none", "scale_dtype": str(levels.scale_dtype)[6:]}
         zero_point = "float" if levels.offset == "float" else "int"

@@ -19,23 +19,30 @@ codebook_triton = pytest.importorskip("loftq_cli.triton_kernels.codebook_triton"
 pytestmark = pytest.mark.interpreter
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NF4 = torch.tensor(CODEBOOKS["nf4"])
-# What a table of other size would look like: the quantiles are not theirs, which the encoder need not know.
-NF3_LIKE = torch.tensor([-1.0, -0.55, -0.25, 0.0, 0.2, 0.4, 0.65, 1.0])
-NF2_LIKE = torch.tensor([-1.0, -0.3, 0.25, 1.0])
-FP4 = torch.tensor(
-    sorted([0.0, 0.0, *(s * v for s in (-1, 1) for v in (0.0052083, 2 / 3, 1, 1 / 3, 0.5, 1 / 6, 0.25))])
-)
+FP4 = torch.tensor(CODEBOOKS["fp4"])
+# Of the encoder's cells: numbers whose mantissa is a multiple of a quarter. The smallest are subnormal.
+POWERS = 2.0 ** -torch.tensor([*range(1, 14), 126, 130])
+EDGES = torch.outer(POWERS, torch.arange(4, 9) / 4).view(-1)
+every_codebook = pytest.mark.parametrize("codebook", CODEBOOKS)
+
+
+def normal_float(bits: int) -> torch.Tensor:
+    """NF2 and NF3 as QLoRA makes NF4: quantiles of the normal distribution, one more of them positive, and zero."""
+    half, largest = 2 ** (bits - 1), 0.9677083  # of the probabilities; both ends are 1 once it is divided by theirs
+    positive = torch.special.ndtri(torch.linspace(largest, 0.5, half + 1, dtype=torch.float64)[:-1])
+    negative = -torch.special.ndtri(torch.linspace(largest, 0.5, half, dtype=torch.float64)[:-1])
+    return (torch.cat([negative, positive.new_zeros(1), positive.flip(0)]) / positive[0]).float()
 
 
 def normal(n: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return (torch.randn(n, generator=torch.Generator().manual_seed(seed)) * 0.05).to(dtype)
 
 
-def designed(dtype: torch.dtype) -> torch.Tensor:
+def designed(dtype: torch.dtype, table: torch.Tensor = NF4) -> torch.Tensor:
     """Blocks of 64: zeros, zeros of both signs, one outlier, every midpoint and its neighbours, the largest and the
     smallest numbers.
     """
-    midpoints = (NF4[:-1] + NF4[1:]) / 2
+    midpoints = (table[:-1] + table[1:]) / 2
     edges = torch.cat([midpoints, midpoints.nextafter(torch.tensor(2.0)), midpoints.nextafter(torch.tensor(-2.0))])
     blocks = torch.zeros(12, 64)
     blocks[1, ::2] = -0.0
@@ -48,7 +55,7 @@ def designed(dtype: torch.dtype) -> torch.Tensor:
     blocks[7] = torch.linspace(-1, 1, 64) * torch.finfo(dtype).tiny
     blocks[8] = torch.linspace(-8, 8, 64) * torch.finfo(dtype).smallest_normal / 1024
     blocks[9] = torch.tensor([1.0, -1.0]).repeat(32)
-    blocks[10] = torch.arange(-32, 32) / 32  # the edges of the encoder's cells
+    blocks[10], blocks[10, 0] = EDGES[:64], -1.0
     blocks[11] = (torch.arange(-32, 32) + 0.5) / 32
     return blocks.view(-1).to(dtype)
 
@@ -58,10 +65,11 @@ def assert_same(quantized: tuple[torch.Tensor, ...], expected: tuple[torch.Tenso
     assert torch.equal(quantized[1].view(torch.int32), expected[1].view(torch.int32))
 
 
+@every_codebook
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_codes_and_constants_of_designed_blocks_are_those_of_the_reference(dtype):
-    weight = designed(dtype)
-    assert_same(interpreted(quantize_codebook, weight, "nf4", 64), quantize_codebook(weight, "nf4", 64))
+def test_codes_and_constants_of_designed_blocks_are_those_of_the_reference(dtype, codebook):
+    weight = designed(dtype, torch.tensor(CODEBOOKS[codebook]))
+    assert_same(interpreted(quantize_codebook, weight, codebook, 64), quantize_codebook(weight, codebook, 64))
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -95,11 +103,11 @@ def test_a_block_that_is_not_finite_has_such_a_constant_and_its_neighbours_do_no
     assert absmax.isfinite().tolist() == [True, True, True, False, True]
 
 
-@pytest.mark.parametrize("table", [NF4, NF3_LIKE, NF2_LIKE, FP4], ids=["nf4", "nf3", "nf2", "fp4"])
+@pytest.mark.parametrize("table", [NF4, normal_float(3), normal_float(2), FP4], ids=["nf4", "nf3", "nf2", "fp4"])
 def test_any_ascending_table_is_encoded_by_counting_midpoints(table):
     """Against a search for each number, of numbers at and around the midpoints and the edges of cells."""
     midpoints = (table[:-1] + table[1:]) / 2
-    numbers = torch.cat([midpoints, (torch.arange(-64, 65) / 64), torch.rand(3000) * 2 - 1]).clamp(-1, 1)
+    numbers = torch.cat([midpoints, -EDGES, EDGES, torch.zeros(1), -torch.zeros(1), torch.rand(3000) * 2 - 1])
     numbers = torch.cat([numbers, numbers.nextafter(torch.tensor(2.0)), numbers.nextafter(torch.tensor(-2.0))])
     weight = torch.cat([numbers.clamp(-1, 1), torch.ones(1)])  # one block, whose absmax is 1
     weight = torch.cat([weight, weight.new_zeros(-weight.numel() % 2)])
@@ -134,10 +142,10 @@ def test_the_residual_is_that_of_the_reference_and_its_squares_add_up(dtype, out
     assert squares == pytest.approx(float((weight.double() - decoded).square().sum()), rel=1e-6)
 
 
-def test_no_number_lies_in_a_cell_whose_comparisons_could_miss_a_midpoint():
-    """Each cell of the encoder, closed at both ends, holds no more midpoints than it compares with."""
-    cells = codebook_triton.encoder_cells(NF4).view(-1, codebook_triton.CELLS)
-    assert len(cells) == 2  # one comparison
+@every_codebook
+def test_a_cell_needs_one_comparison_and_finds_every_midpoint(codebook):
+    cells = codebook_triton.encoder_cells(torch.tensor(CODEBOOKS[codebook])).view(-1, codebook_triton.CELLS)
+    assert len(cells) == 2
     assert cells[1].isfinite().sum() == 15
-    assert cells[0, :65].max() <= 15
+    assert cells[0].min() == 0 and cells[0].max() == 15
     assert codebook_reference.SMALLEST_ABSMAX == 1e-38  # the kernel has it as a literal

@@ -19,7 +19,6 @@ from loftq_cli.triton_kernels.residual import (
 pytest.importorskip("triton")
 
 pytestmark = pytest.mark.interpreter
-MIDPOINTS = torch.tensor(CODEBOOKS["nf4"], dtype=torch.float64).unfold(0, 2, 1).mean(dim=1)
 
 # [n, out, in], rank and block size: whole tiles; ragged rows and ranks; long blocks, and rows that are no whole blocks,
 # which take another way.
@@ -67,11 +66,13 @@ def run(request):
     return interpreted if request.param == "triton" else lambda operation, *arguments: operation(*arguments)
 
 
+@pytest.mark.parametrize("codebook", CODEBOOKS)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_codes_are_those_of_the_difference(case, run):
+def test_codes_are_those_of_the_difference(case, codebook, run):
     shape, rank, block_size = case
     weight, left, right = stack(shape, rank)
-    packed, absmax = run(quantize_difference, weight, left, right, "nf4", block_size)
+    packed, absmax = run(quantize_difference, weight, left, right, codebook, block_size)
+    midpoints = torch.tensor(CODEBOOKS[codebook], dtype=torch.float64).unfold(0, 2, 1).mean(dim=1)
     product = torch.bmm(as_bfloat16(left), as_bfloat16(right))
     if block_size == 512 or shape[2] % block_size:
         product = as_bfloat16(product) if run is interpreted else product  # the update lies in memory there
@@ -82,7 +83,7 @@ def test_codes_are_those_of_the_difference(case, run):
     codes = torch.stack((packed >> 4, packed & 15), dim=2).view(shape[0], -1)[:, : target.shape[1]].long()
     # In float32 a number may be on the other side of a midpoint that it almost is.
     for slack in (1e-4, -1e-4):
-        counted = (scaled[..., None] > MIDPOINTS - slack).sum(dim=-1)
+        counted = (scaled[..., None] > midpoints - slack).sum(dim=-1)
         assert bool((codes <= counted).all() if slack > 0 else (codes >= counted).all())
 
 

@@ -1,7 +1,8 @@
 """Block-wise codebook quantization: the contract. Blocks run over the flattened row-major tensor, so they cross rows;
 the last one may be short. Two 4-bit codes a byte, the first element in the high nibble.
 
-NF4 is the table of QLoRA (arXiv 2305.14314, appendix E).
+Tables ascend, and a code is a place in its table: containers that number the values otherwise renumber what they store.
+NF4 is the table of QLoRA (arXiv 2305.14314, appendix E); FP4 has a sign, two bits of exponent and one of mantissa.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
         0.7229568362236023,
         1.0,
     ),
+    # Zero twice, as there is one for each sign.
+    "fp4": tuple(v / 12 for v in (-12, -8, -6, -4, -3, -2, -0.0625, 0.0, 0.0, 0.0625, 2, 3, 4, 6, 8, 12)),
 }
 
 

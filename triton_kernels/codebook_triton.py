@@ -5,6 +5,7 @@ Only whole blocks have kernels: a short last one goes to the reference, which di
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import pairwise
 
@@ -19,9 +20,8 @@ from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 # half of them 23, because what a block needs once weighs more.
 PROGRAM_NUMEL = 8192
 
-CELLS = 128  # of the table that finds a code: 65 cells of 1/32 cover [-1, 1], and 7 bits index it
-_CELL_SCALE = 32.0
-_CENTRE = 32
+_CELL_SHIFT = 21
+CELLS = 2048  # of the table that finds a code: one for each sign, exponent and upper two bits of a mantissa
 
 
 def quantize(
@@ -110,20 +110,25 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 
 @lru_cache(maxsize=16)  # by identity: the contract hands the same table in each time
 def encoder_cells(table: torch.Tensor) -> torch.Tensor:
-    """float32 [(1 + depth) * CELLS]: for each cell of width 1/32 around -1, -31/32 .. 1 how many midpoints of `table`
-    lie below it, then `depth` times a midpoint inside it, infinite where there is none.
+    """float32 [(1 + depth) * CELLS]: for each cell how many midpoints of `table` lie below all of it, then `depth`
+    times a midpoint inside it, infinite where there is none.
 
     A code is the count of midpoints below a number, so it is the first entry plus a comparison with each of the others:
-    one of them for NF4, where fifteen comparisons without this table would take three times the instructions. A cell is
-    found by adding to 32 times the number a constant whose last bit is 1: exact but for one rounding to even, so a
-    number at the edge of two cells may be in either, and gets the same code in both.
+    one of them for NF4 and FP4, where fifteen comparisons without this table would take three times the instructions. A
+    cell is what numbers of the same upper 11 bits have in common, and a shift finds it. Those near zero are as fine as
+    FP4's values there.
     """
     midpoints = ((table[:-1] + table[1:]) / 2).double().tolist()
-    edges = [(cell - _CENTRE - 0.5) / _CELL_SCALE for cell in range(CELLS + 1)]
-    inside = [[m for m in midpoints if low <= m <= high] for low, high in pairwise(edges)]
+    edges = (torch.arange(CELLS // 2 + 1) << _CELL_SHIFT).int().view(torch.float32).double().tolist()
+    cells = [(low, high, 1.0) for low, high in pairwise(edges)] + [(low, high, -1.0) for low, high in pairwise(edges)]
+    below, inside = [], []
+    for low, high, sign in cells:
+        # Numbers [low, high) or (-high, -low], to which a midpoint at an end is the same as one beyond it or not.
+        first, last = (low, high) if sign > 0 else (math.nextafter(-high, 0.0), -low)
+        below.append(float(sum(m < first for m in midpoints)))
+        inside.append([m for m in midpoints if first <= m < last])
     depth = max(map(len, inside))
-    rows = [[float(sum(m < low for m in midpoints)) for low in edges[:-1]]]
-    rows += [[found[i] if i < len(found) else float("inf") for found in inside] for i in range(depth)]
+    rows = [below] + [[found[i] if i < len(found) else math.inf for found in inside] for i in range(depth)]
     return torch.tensor(rows, dtype=torch.float32).view(-1).to(table.device)
 
 
@@ -135,15 +140,13 @@ def _tile(block_size: int) -> tuple[int, int]:
 
 @triton.jit
 def encode(scaled, cells_ptr, DEPTH: tl.constexpr):
-    """Codes, as whole float32 numbers, of numbers in [-1, 1]: see `encoder_cells`.
-
-    The bits of x * 32 + 1.5 * 2^23 + 32 end in the cell. What is not a number has a cell too, but no meaning.
+    """Codes, as whole float32 numbers, of any numbers: see `encoder_cells`. What is not one has a cell too, but no
+    meaning.
     """
-    shifted = tl.fma(scaled, 32.0, 12582944.0)
-    entry = cells_ptr + (shifted.to(tl.int32, bitcast=True) & 127)
+    entry = cells_ptr + (scaled.to(tl.uint32, bitcast=True) >> 21)
     code = tl.load(entry)
     for i in tl.static_range(DEPTH):
-        code += (scaled > tl.load(entry + (i + 1) * 128)).to(tl.float32)
+        code += (scaled > tl.load(entry + (i + 1) * 2048)).to(tl.float32)
     return code
 
 

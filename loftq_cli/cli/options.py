@@ -129,13 +129,13 @@ QuantType = Annotated[
 ]
 BlockSize = Annotated[
     int | None,
-    typer.Option(help="nf4: weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=_QUANT),
+    typer.Option(help="nf4, fp4: weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=_QUANT),
 ]
 DoubleQuant = Annotated[
     bool | None,
     typer.Option(
         "--double-quant/--no-double-quant",
-        help="nf4: store block constants in 8 bits, 4.13 instead of 4.5 bits a weight. [default: on]",
+        help="nf4, fp4: store block constants in 8 bits, 4.13 instead of 4.5 bits a weight. [default: on]",
         rich_help_panel=_QUANT,
     ),
 ]
@@ -175,7 +175,7 @@ Layout = Annotated[
     str | None,
     typer.Option(
         metavar=_one_of(LAYOUTS),
-        help="Container of the base; dense writes the decoded values. [default: bitsandbytes for nf4, "
+        help="Container of the base; dense writes the decoded values. [default: bitsandbytes for nf4 and fp4, "
         "compressed-tensors for integers]",
         rich_help_panel=_QUANT,
     ),

@@ -31,6 +31,13 @@ _OFFSET_WIDTH = 15
 _ROW_MULTIPLE = 32
 _MAX_STATE_NBYTES = 10_000  # bitsandbytes writes 200
 
+# What bitsandbytes calls the values of an ascending table: FP4's by the bits of sign, exponent and mantissa.
+_NUMBERS = {
+    "nf4": tuple(range(16)),
+    "fp4": (0b1011, 0b1010, 0b1101, 0b1100, 0b1111, 0b1110, 0b1001, 0b0000)
+    + (0b1000, 0b0001, 0b0110, 0b0111, 0b0100, 0b0101, 0b0010, 0b0011),
+}
+
 
 def fit(spec: CodebookSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
     """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
@@ -74,12 +81,10 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
     """The tensors of `planned`, filled."""
     import torch
 
-    from loftq_cli.triton_kernels.codebook import codebook_table
-
-    name, absmax = matrix.name, quantized.absmax
-    tensors = {f"{name}.quant_map": codebook_table(quantized.spec.codebook)}
+    name, absmax, codebook = matrix.name, quantized.absmax, quantized.spec.codebook
+    tensors = {f"{name}.quant_map": _table(codebook)}
     if quantized.packed.numel():
-        tensors[name] = quantized.packed.view(-1, 1)
+        tensors[name] = _renumbered(quantized.packed, _NUMBERS[codebook]).view(-1, 1)
     offset = 0.0
     if isinstance(absmax, NestedAbsmax):
         offset = float(absmax.offset)
@@ -95,12 +100,12 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
 
 def code_rows(matrix: StoredMatrix) -> CodeRows:
     """Two weights a byte, a byte a row."""
-    columns = matrix.shape[1]
+    columns, numbers = matrix.shape[1], _NUMBERS[cast(CodebookSpec, matrix.spec).codebook]
     return CodeRows(
         name=matrix.name,
         span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
-        pack=lambda codes: codes.view(-1, 1),
-        unpack=lambda stored: stored.view(-1),
+        pack=lambda codes: _renumbered(codes, numbers).view(-1, 1),
+        unpack=lambda stored: _renumbered(stored.view(-1), _inverse(numbers)),
     )
 
 
@@ -147,7 +152,7 @@ def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
 def parts(name: str) -> tuple[str, ...]:
     """Every tensor name that can belong to the weight called `name`, itself first."""
     suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in ("nf4", "fp4")]
+    states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in _NUMBERS]
     return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
 
 
@@ -155,11 +160,9 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
     """The weight of a checked `matrix`. Raises InputError when its table is not that of its quant_type."""
     import torch
 
-    from loftq_cli.triton_kernels.codebook import CODEBOOKS
-
     name, spec, load = matrix.name, cast(CodebookSpec, matrix.spec), stored.load
     # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
-    if not torch.equal(load(f"{name}.quant_map"), torch.tensor(CODEBOOKS[spec.codebook])):
+    if not torch.equal(load(f"{name}.quant_map"), _table(spec.codebook)):
         what = "holds a table that is not the one of its quant_type"
         raise InputError(what, file=file_of(name, stored), tensor=f"{name}.quant_map")
     absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
@@ -171,7 +174,9 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
             load(f"{name}.nested_quant_map"),
             torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
         )
-    packed = load(name).view(-1) if has_codes else torch.empty(0, dtype=torch.uint8)
+    packed = torch.empty(0, dtype=torch.uint8)
+    if has_codes:
+        packed = _renumbered(load(name).view(-1), _inverse(_NUMBERS[spec.codebook]))
     return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
 
 
@@ -213,6 +218,29 @@ def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]
             "llm_int8_skip_modules": _skip_modules(facts),
         },
     }
+
+
+def _table(codebook: str) -> torch.Tensor:
+    """float32 [16]: the values in the order of their numbers here."""
+    import torch
+
+    from loftq_cli.triton_kernels.codebook import codebook_table
+
+    return codebook_table(codebook)[torch.tensor(_inverse(_NUMBERS[codebook]))]
+
+
+def _inverse(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(numbers.index(i) for i in range(16))
+
+
+def _renumbered(packed: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
+    """Pairs of codes, uint8 [n], each code replaced by the number that it has; the same tensor where all stay."""
+    import torch
+
+    if numbers == tuple(range(16)) or not packed.numel():
+        return packed
+    pairs = bytes(high << 4 | low for high in numbers for low in numbers)
+    return torch.frombuffer(bytearray(packed.numpy().data).translate(pairs), dtype=torch.uint8)
 
 
 def _skip_modules(facts: ModelFacts) -> list[str]:

@@ -213,10 +213,11 @@ class LayoutRow:
 
 
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
+_CODEBOOKS = tuple(name for name, row in FORMATS.items() if not row.is_affine)
 
 # The first row that holds a number format is its default.
 LAYOUTS: dict[str, LayoutRow] = {
-    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", ("nf4",)),
+    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", _CODEBOOKS),
     "compressed-tensors": LayoutRow(
         "loftq_cli.layouts.compressed_tensors", "integers, for transformers and vLLM", _INTEGERS, mixed="symmetric"
     ),

@@ -117,16 +117,13 @@ class Format:
         return bool(self.group_sizes)
 
 
-_AFFINE = "loftq_cli.quant.affine"
+_CODEBOOK, _AFFINE = "loftq_cli.quant.codebook", "loftq_cli.quant.affine"
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _GROUP_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 FORMATS: dict[str, Format] = {
-    "nf4": Format(
-        module="loftq_cli.quant.codebook",
-        bits=4,
-        summary="4-bit NormalFloat, one absmax per block",
-        block_sizes=(32, 64, 128, 256, 512, 1024, 2048, 4096),
-    ),
+    "nf4": Format(_CODEBOOK, 4, "4-bit NormalFloat, one absmax per block", block_sizes=_BLOCK_SIZES),
+    "fp4": Format(_CODEBOOK, 4, "4-bit floating point, one absmax per block", block_sizes=_BLOCK_SIZES),
     "int2": Format(_AFFINE, 2, "2-bit integers, one scale and zero point per group", group_sizes=_GROUP_SIZES),
     "int3": Format(_AFFINE, 3, "3-bit integers, one scale and zero point per group", group_sizes=_GROUP_SIZES),
     "int4": Format(_AFFINE, 4, "4-bit integers, one scale and zero point per group", group_sizes=_GROUP_SIZES),

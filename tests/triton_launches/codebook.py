@@ -15,6 +15,7 @@ def quantizing_to_a_codebook() -> None:
     for dtype in FLOATS:
         quantize_codebook(torch.empty(1 << 14, dtype=dtype), "nf4", 64)
     quantize_codebook(torch.empty(1 << 14), "nf4", 64, minus=torch.empty(1 << 14))
+    quantize_codebook(torch.empty(1 << 14, dtype=torch.bfloat16), "fp4", 64)
     for block_size in (32, 128, 256, 512, 1024, 2048, 4096):
         quantize_codebook(torch.empty(1 << 14, dtype=torch.bfloat16), "nf4", block_size)
 
