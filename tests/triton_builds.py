@@ -66,7 +66,8 @@ class Launch:
 class Build:
     """What is known of the machine code of a launch.
 
-    instructions   in the code of one thread, subroutines included; None for AMD
+    stack_nbytes   of a thread's memory: nothing but spilled registers lies there
+    instructions   in the code of one thread, subroutines included; None but for sm_90, as disassembling takes longest
     threads        of a program
     """
 
@@ -120,10 +121,12 @@ def build(launch: Launch, target: str) -> Build:
     registers = stack = spills = 0
     instructions = None
     if is_cuda:
-        sass, usage = disassembled(made.asm["cubin"])
-        instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S.*?;", sass))
+        usage = told("cuobjdump", "-res-usage", made.asm["cubin"])
         registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-        spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
+        if target == "sm_90":
+            sass = told("nvdisasm", "-c", made.asm["cubin"])
+            instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?!NOP)\S.*?;", sass))
+            spills = len(re.findall(r"\b(?:LDL|STL)\b", sass))
         text = made.asm["ptx"]
     else:
         text = made.asm["amdgcn"]
@@ -146,19 +149,16 @@ def build(launch: Launch, target: str) -> Build:
     )
 
 
-def disassembled(cubin: bytes) -> tuple[str, str]:
-    """SASS and resource usage, from the tools in Triton's wheel."""
+def told(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool in Triton's wheel says of machine code."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with TemporaryDirectory() as directory:
         file = Path(directory) / "kernel.cubin"
         file.write_bytes(cubin)
-        outputs = [
-            subprocess.run([*command, str(file)], capture_output=True, text=True, check=True).stdout
-            for command in ([str(tools / "nvdisasm"), "-c"], [str(tools / "cuobjdump"), "-res-usage"])
-        ]
-    return outputs[0], outputs[1]
+        run = subprocess.run([str(tools / tool), option, str(file)], capture_output=True, text=True, check=True)
+    return run.stdout
 
 
 def launches() -> Iterator[Launch]:

@@ -143,7 +143,7 @@ def encode(scaled, cells_ptr, DEPTH: tl.constexpr):
     """Codes, as whole float32 numbers, of any numbers: see `encoder_cells`. What is not one has a cell too, but no
     meaning.
     """
-    entry = cells_ptr + (scaled.to(tl.uint32, bitcast=True) >> 21)
+    entry = cells_ptr + (scaled.to(tl.uint32, bitcast=True) >> 21).to(tl.int32)
     code = tl.load(entry)
     for i in tl.static_range(DEPTH):
         code += (scaled > tl.load(entry + (i + 1) * 2048)).to(tl.float32)

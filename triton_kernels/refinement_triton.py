@@ -30,14 +30,14 @@ from loftq_cli.triton_kernels.refinement import (
     factors_of,
 )
 
-_WARP_NUMEL = 512  # weights that a warp searches: 16 a thread stay in registers, importance included
+_WARP_NUMEL = 256  # weights that a warp searches: with 16 a thread, importance included, some compilers spill
 _WIDEST = 8192  # of the blocks that a program searches, with 16 warps
 _RESIDUAL_NUMEL = 1024  # weights of a row that are decoded at once
 
 # A program that refines is one warp, or few: it waits for one column after another, so many should run side by side.
 _PROJECTIONS = 128  # of rows and vectors, in a warp
 _LARGEST_RANK = 1024
-_ROWS = 16  # whose columns a program moves under any H
+_ROWS = 8  # whose columns a program moves under any H; with 16 some compilers spill
 _WIDEST_TILE = 128  # of the blocks that it does that with; it moves wider ones by _TILE columns
 _TILE = 64
 
@@ -451,7 +451,8 @@ def _search_blocks(
     values = tl.load(weight_ptr + places, mask=is_weight, other=0.0)
     importance, count = values, tl.full([BLOCKS], BLOCK_SIZE, tl.float32)
     if WEIGHTED:
-        of_row = (block % blocks_of_row)[:, None] * BLOCK_SIZE + column
+        # In 32 bits, which 2^31 blocks fit: a remainder in 64 is a call, and costs registers.
+        of_row = (block.to(tl.int32) % blocks_of_row)[:, None] * BLOCK_SIZE + column
         importance = tl.load(importance_ptr + of_row, mask=is_weight, other=0.0)
         count = tl.sum(importance, axis=1)
     largest = largest_magnitude(values)
