@@ -57,6 +57,7 @@ def test_six_times_the_layers_take_the_same_memory(deep_models, tmp_path, method
     assert peaks[24] - peaks[4] < 48_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "quant_type"), [("loftq", "nf4"), ("qalora", "int4")])
 def test_merging_and_inspecting_take_the_same_memory(deep_models, tmp_path, method, quant_type):
     peaks = {}
@@ -92,6 +93,7 @@ def test_verifying_the_original_takes_64_mb_whatever_the_number_and_size_of_its_
     assert max(peaks) <= 64_000 and max(peaks) - min(peaks) < 20_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quant_type", ["nf4", "int4"])
 def test_qlora_merging_and_inspecting_take_64_mb_whatever_the_size_of_a_matrix(wide_models, tmp_path, quant_type):
     """The reference kernels: numba alone takes more than that."""
