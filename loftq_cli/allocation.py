@@ -4,12 +4,13 @@ and the recipe that says it. Writes nothing; what comes out is a recipe like any
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from loftq_cli.candidates import Candidate, Options, Target
 from loftq_cli.checkpoint.source import Checkpoint
@@ -17,6 +18,7 @@ from loftq_cli.checkpoint.statistics import Statistics
 from loftq_cli.error_curves import error_curves
 from loftq_cli.errors import UsageError
 from loftq_cli.knapsack import Choice, select
+from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.plan import CopyJob, LayerJob, build_plan, layer_settings
 from loftq_cli.quant.formats import QuantSpec, spec_json
 from loftq_cli.recipe import Override, Recipe
@@ -24,6 +26,8 @@ from loftq_cli.targets import module_of
 from loftq_cli.tensors import AffineSpec
 
 _MAX_UNIFORM = 5  # alternatives that are reported
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +141,11 @@ def allocate(
     ranks = {job.name: options.ranks(job) for job in layers}
     copied = sum(tensor.nbytes for job in plan.jobs if isinstance(job, CopyJob) for tensor in job.base_tensors)
     limits = _Limits.of(target, layers, copied)
-    sizes = [[options.nbytes(job, m, rank) for m in matrices[job.name] for rank in ranks[job.name]] for job in layers]
-    limits.check(sizes, layers, copied)
+    kinds = [[(matrix, rank) for matrix in matrices[job.name] for rank in ranks[job.name]] for job in layers]
+    groups = _groups(options.together(layers), kinds)
+    sizes = [[options.nbytes(job, *kind) for kind in own] for job, own in zip(layers, kinds, strict=True)]
+    nbytes = [[(sum(b for b, _ in own), sum(a for _, a in own)) for own in group.values(sizes)] for group in groups]
+    limits.check(nbytes, layers, copied)
     done = Counter[str]()
 
     def count(name: str) -> None:
@@ -152,12 +159,15 @@ def allocate(
     candidates = {
         job.name: list(options.candidates(job, matrices[job.name], ranks[job.name], curves[job.name])) for job in layers
     }
-    items = [[limits.choice(job, candidate) for candidate in candidates[job.name]] for job in layers]
+    costs = [[importance(job) * c.relative_error for c in candidates[job.name]] for job in layers]
+    items = [
+        [Choice(math.fsum(own), limits.takes(*taken)) for own, taken in zip(group.values(costs), sums, strict=True)]
+        for group, sums in zip(groups, nbytes, strict=True)
+    ]
     found = select(items, limits.nbytes)
     assert found is not None  # what takes least of one resource takes least of the other
-    chosen = tuple(
-        Chosen(job.name, job.numel, candidates[job.name][pick]) for job, pick in zip(layers, found.picks, strict=True)
-    )
+    picks = {i: at for group, pick in zip(groups, found.picks, strict=True) for i, at in group.picked(pick)}
+    chosen = tuple(Chosen(job.name, job.numel, candidates[job.name][picks[i]]) for i, job in enumerate(layers))
     return Allocation(
         target,
         resolved_recipe(options.recipe, layers, chosen, plan.dtype),
@@ -167,6 +177,45 @@ def allocate(
         copied,
         tuple(sorted(_uniform(layers, candidates, limits, copied), key=lambda u: u.objective)[:_MAX_UNIFORM]),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers that need one format, by their places, and what they may be together: a choice for each."""
+
+    places: tuple[int, ...]
+    choices: tuple[tuple[int, ...], ...]
+
+    def values(self, of_layers: Sequence[Sequence[_Value]]) -> list[list[_Value]]:
+        """For each choice together, which of their values the layers have."""
+        return [[of_layers[place][i] for place, i in self.picked(n)] for n in range(len(self.choices))]
+
+    def picked(self, choice: int) -> Iterator[tuple[int, int]]:
+        """The places of the layers and the choice of each."""
+        return zip(self.places, self.choices[choice], strict=True)
+
+
+def _groups(together: Sequence[tuple[int, ...]], kinds: Sequence[Sequence[tuple[StoredMatrix, int]]]) -> list[_Group]:
+    """What layers may be together, of the formats and ranks of each; those that have no format in common are left
+    alone.
+    """
+    groups = []
+    for places in together:
+        by_spec = [_indices_by_spec(kinds[place]) for place in places]
+        shared = [spec for spec in by_spec[0] if all(spec in other for other in by_spec)]
+        if shared:
+            choices = (itertools.product(*(indices[spec] for indices in by_spec)) for spec in shared)
+            groups.append(_Group(places, tuple(itertools.chain.from_iterable(choices))))
+        else:
+            groups += [_Group((place,), tuple((i,) for i in range(len(kinds[place])))) for place in places]
+    return groups
+
+
+def _indices_by_spec(kinds: Sequence[tuple[StoredMatrix, int]]) -> dict[QuantSpec, list[int]]:
+    found: dict[QuantSpec, list[int]] = {}
+    for i, (matrix, _) in enumerate(kinds):
+        found.setdefault(matrix.spec, []).append(i)
+    return found
 
 
 def importance(job: LayerJob) -> float:
@@ -203,11 +252,6 @@ class _Limits:
             "--lora-budget": adapter_nbytes,
         }
         return tuple(counted[name] for name in self.names)
-
-    def choice(self, job: LayerJob, candidate: Candidate) -> Choice:
-        """A candidate as the solver knows it."""
-        cost = importance(job) * candidate.relative_error
-        return Choice(cost, self.takes(candidate.base_nbytes, candidate.adapter_nbytes))
 
     def check(self, sizes: Sequence[Sequence[tuple[int, int]]], layers: Sequence[LayerJob], copied: int) -> None:
         """Raises UsageError that says the smallest that a bound could be, where the smallest of `sizes`, in bytes of

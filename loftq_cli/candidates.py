@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from loftq_cli.error_curves import ErrorCurve
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, fused_modules, load_layout
 from loftq_cli.plan import LayerJob
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.recipe import Recipe
@@ -98,8 +98,7 @@ class Options:
 
     def matrices(self, job: LayerJob) -> list[StoredMatrix]:
         """The layer in every format that it may have."""
-        pinned = self._has_own(job, ("quant_type", "group_size", "block_size"))
-        if pinned or not self.target.chooses_formats:
+        if not self._has_choice(job):
             return [job.matrix]
         spec, matrix = job.matrix.spec, job.matrix
         specs: list[QuantSpec]
@@ -110,6 +109,16 @@ class Options:
             specs = [replace(spec, bits=b, group_size=size) for b in bits for size in self.sizes]
         fits = (s for s in specs if self._layout.fit(s, matrix.shape, transposed=matrix.transposed).spec == s)
         return [replace(matrix, spec=s) for s in fits]
+
+    def together(self, layers: Sequence[LayerJob]) -> list[tuple[int, ...]]:
+        """The places of `layers`, those in one tuple that need one format: servers make one matrix of them. Where an
+        override says the format of one, it need not be that of the others.
+        """
+        places = {module_of(job.name): i for i, job in enumerate(layers)}
+        groups = [tuple(map(places.__getitem__, g)) for g in fused_modules(str(self.recipe.layout), places)]
+        fused = [group for group in groups if all(self._has_choice(layers[i]) for i in group)]
+        alone = set(places.values()).difference(*fused)
+        return sorted([*fused, *((i,) for i in alone)])
 
     def ranks(self, job: LayerJob) -> tuple[int, ...]:
         """Ascending."""
@@ -132,6 +141,9 @@ class Options:
             for rank, squared in zip(ranks, curve.squared_errors[matrix.spec], strict=True):
                 relative = squared / curve.squared_weight if curve.squared_weight else 0.0
                 yield Candidate(matrix.spec, rank, *self.nbytes(job, matrix, rank), relative)
+
+    def _has_choice(self, job: LayerJob) -> bool:
+        return self.target.chooses_formats and not self._has_own(job, ("quant_type", "group_size", "block_size"))
 
     def _has_own(self, job: LayerJob, fields: Sequence[str]) -> bool:
         module = module_of(job.name)

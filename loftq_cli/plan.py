@@ -20,7 +20,16 @@ from loftq_cli.errors import UsageError, printable
 from loftq_cli.family import Family
 from loftq_cli.kernels import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.layouts import peft_adapter
-from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, common_spec, load_layout
+from loftq_cli.layouts.layout import (
+    LAYOUTS,
+    Fit,
+    Layout,
+    ModelFacts,
+    StoredMatrix,
+    common_spec,
+    fused_modules,
+    load_layout,
+)
 from loftq_cli.methods.method import METHODS
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.recipe import Recipe, recipe_json
@@ -243,7 +252,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
             raise UsageError(f"no weight to quantize: {planner.unfit.reason}", hint=planner.unfit.hint)
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)
-    notes = [*planner.notes, *_summary_notes(jobs, planner.recast)]
+    notes = [*planner.notes, *_summary_notes(jobs, planner.recast), *_fused_notes(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
     plan = Plan(recipe, planner.family, planner.dtype, tuple(jobs), shards, tuple(notes))
     plan.model_config(config)  # refuses a model that the container's loaders do not read
@@ -418,6 +427,18 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
     if recast:
         yield f"{recast} copied weights are converted to the model's dtype"
     yield from (f"{job.name}: {job.note}" for job in jobs if job.note)
+
+
+def _fused_notes(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> Iterator[str]:
+    """What servers that fuse layers do not load: other loaders do, so it is said and not refused."""
+    layout = str(recipe.layout)
+    specs = {module_of(job.name): job.matrix.spec if isinstance(job, LayerJob) else None for job in jobs}
+    uneven = [group for group in fused_modules(layout, specs) if len({specs[module] for module in group}) > 1]
+    if uneven:
+        parent = uneven[0][0].rpartition(".")[0]
+        names = ", ".join(module.rpartition(".")[2] for module in uneven[0])
+        first = f" (the first of {len(uneven)})" if len(uneven) > 1 else ""
+        yield f"vLLM makes one matrix of {names} of {parent}, which do not have the one format that it needs{first}"
 
 
 def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:

@@ -259,24 +259,62 @@ def test_what_is_planned_is_what_was_chosen_and_keeps_its_bounds(name: str, meth
     assert all(allocation.objective <= other.objective + 1e-12 for other in allocation.uniform)
 
 
-def test_no_other_choice_of_a_layer_would_have_been_better(source: Path) -> None:
-    # Every exchange of one layer's format, tried by hand from the measured curves.
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # by vLLM, for which compressed-tensors is
+
+
+def fused_with(module: str, other: str) -> bool:
+    (parent, name), (other_parent, other_name) = (m.rsplit(".", 1) for m in (module, other))
+    return module == other or (parent == other_parent and any({name, other_name} <= names for names in FUSED))
+
+
+def test_no_other_choice_would_have_been_better(source: Path) -> None:
+    # Every exchange of the format of one layer, and of those that need the same one, tried from the measured curves.
     recipe = Recipe(quant_type="int4", symmetric=True, rank=8, group_size=32)
     prepared = convert.prepare(str(source), source.parent / "never", recipe)
     allocation, _ = allocation_of(source, Target(bits_per_weight=3.1))
     left = 3.1 * sum(layer.numel for layer in allocation.layers) / 8
     left -= sum(layer.candidate.base_nbytes for layer in allocation.layers)
-    for job, layer in zip(prepared.plan.layers, allocation.layers, strict=True):
+    pairs = list(zip(prepared.plan.layers, allocation.layers, strict=True))
+    for first in prepared.plan.layers:
+        fused = [(job, layer) for job, layer in pairs if fused_with(job.module, first.module)]
         for bits, size in itertools.product((2, 3, 4, 8), (32, 64, 128)):
-            spec = dataclasses.replace(job.matrix.spec, bits=bits, group_size=size)
-            if job.matrix.shape[1] % size:
+            if any(job.matrix.shape[1] % size for job, _ in fused):
                 continue
-            matrix = dataclasses.replace(job.matrix, spec=spec)
-            nbytes = sum(t.nbytes for t in convert_layout().planned(matrix))
-            curves = error_curves(prepared.checkpoint, recipe, [job], {job.name: [matrix]}, {job.name: (8,)})
-            relative = curves[job.name].squared_errors[spec][0] / curves[job.name].squared_weight
-            is_smaller = nbytes - layer.candidate.base_nbytes <= left
-            assert not is_smaller or relative >= layer.candidate.relative_error * (1 - 1e-9)
+            cost, more = 0.0, 0
+            for job, layer in fused:
+                spec = dataclasses.replace(job.matrix.spec, bits=bits, group_size=size)
+                matrix = dataclasses.replace(job.matrix, spec=spec)
+                more += sum(t.nbytes for t in convert_layout().planned(matrix)) - layer.candidate.base_nbytes
+                curves = error_curves(prepared.checkpoint, recipe, [job], {job.name: [matrix]}, {job.name: (8,)})
+                relative = curves[job.name].squared_errors[spec][0] / curves[job.name].squared_weight
+                cost += math.sqrt(layer.numel) * (relative - layer.candidate.relative_error)
+            assert more > left or cost >= -1e-9
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_vllm_makes_one_matrix_of_has_one_format(name: str, source: Path) -> None:
+    _, conversion = allocation_of(source, TARGETS[name])
+    specs = {job.module: job.matrix.spec for job in conversion.plan.layers}
+    for module, other in itertools.combinations(specs, 2):
+        assert specs[module] == specs[other] or not fused_with(module, other)
+    assert not [note for note in conversion.plan.notes if "vLLM" in note]
+
+
+def test_what_mlx_holds_may_differ(source: Path) -> None:
+    _, conversion = allocation_of(source, Target(bits_per_weight=3.6), layout="mlx", symmetric=None)
+    specs = {job.module: job.matrix.spec for job in conversion.plan.layers}
+    pairs = itertools.combinations(specs, 2)
+    assert any(specs[module] != specs[other] for module, other in pairs if fused_with(module, other))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [Override(match=r"layers\.\d+\.self_attn\.k_proj", quant_type="int8"), Override(match="k_proj", quantize=False)],
+)
+def test_an_override_that_vllm_cannot_load_is_said(override: Override, source: Path) -> None:
+    recipe = Recipe(quant_type="int4", symmetric=True, rank=8, group_size=32, override=(override,))
+    (note,) = (n for n in convert.prepare(str(source), source.parent / "never", recipe).plan.notes if "vLLM" in n)
+    assert "q_proj, k_proj, v_proj of model.layers.0.self_attn" in note
 
 
 def convert_layout() -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -198,6 +198,7 @@ class LayoutRow:
     one_dtype      whether its loaders need every tensor of the model in the scales' dtype
     group_sizes    those it holds; empty for all
     mixed          which integers of several formats its loaders read in one model: "any", "symmetric" ones or "none"
+    fused          names of sibling modules that servers of it make one matrix of, so that they need one format
     """
 
     module: str
@@ -210,16 +211,30 @@ class LayoutRow:
     one_dtype: bool = False
     group_sizes: tuple[int, ...] = ()
     mixed: str = "any"
+    fused: tuple[tuple[str, ...], ...] = ()
 
 
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
 _CODEBOOKS = tuple(name for name, row in FORMATS.items() if not row.is_affine)
 
+# What vLLM fuses, in the names of its families.
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+)
+
 # The first row that holds a number format is its default.
 LAYOUTS: dict[str, LayoutRow] = {
     "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", _CODEBOOKS),
     "compressed-tensors": LayoutRow(
-        "loftq_cli.layouts.compressed_tensors", "integers, for transformers and vLLM", _INTEGERS, mixed="symmetric"
+        "loftq_cli.layouts.compressed_tensors",
+        "integers, for transformers and vLLM",
+        _INTEGERS,
+        mixed="symmetric",
+        fused=_FUSED,
     ),
     "gptq": LayoutRow(
         "loftq_cli.layouts.gptq",
@@ -259,6 +274,21 @@ def load_layout(name: str) -> Layout:
 def default_layout(quant_type: str) -> str:
     """The container that a number format is written in when none is named."""
     return next(name for name, row in LAYOUTS.items() if quant_type in row.quant_types)
+
+
+def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
+    """Those of `modules` that servers of the container called `layout` make one matrix of, in groups of two or more."""
+    known = {name: names for names in LAYOUTS[layout].fused for name in names}
+    groups: dict[tuple[str, tuple[str, ...]], set[str]] = {}
+    for module in modules:
+        parent, _, name = module.rpartition(".")
+        if name in known:
+            groups.setdefault((parent, known[name]), set()).add(name)
+    return [
+        tuple(f"{parent}.{name}" if parent else name for name in names if name in found)
+        for (parent, names), found in groups.items()
+        if len(found) > 1
+    ]
 
 
 def code_rows(layout: str, matrix: StoredMatrix) -> CodeRows | None:

@@ -1,6 +1,7 @@
 """What each conversion costs a real language model: `builtin:tiny-llama` on held-out text, original beside converted.
 
-`python -m tests.benchmarks.quality` prints the README's table; `--json FILE` writes it too. Needs the `hf` extra.
+`python -m tests.benchmarks.quality` prints the README's tables, or with `--only` one of them; `--json FILE` writes them
+and keeps what it has of the others. Needs the `hf` extra.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,13 +49,27 @@ CONVERSIONS = {
     "joint, INT2, rank 64": ("--recipe", "loftq-int2"),
     "joint, INT2, rank 64, calibrated": ("--recipe", "loftq-int2", "--calibration", STATISTICS),
 }
+_INT3 = ("--recipe", "loftq-int4", "--quant-type", "int3")
+_COMPRESSED, _MLX = (*_INT3, "--symmetric"), (*_INT3, "--layout", "mlx", "--asymmetric")
+FORMATS = {
+    "compressed-tensors, INT3": _COMPRESSED,
+    "compressed-tensors, chosen": (*_COMPRESSED, "--target-bpw", "3.25"),
+    "compressed-tensors, INT3, calibrated": (*_COMPRESSED, "--calibration", STATISTICS),
+    "compressed-tensors, chosen, calibrated": (*_COMPRESSED, "--target-bpw", "3.25", "--calibration", STATISTICS),
+    "MLX, INT3": _MLX,
+    "MLX, chosen": (*_MLX, "--target-bpw", "3.5"),
+    "MLX, INT3, calibrated": (*_MLX, "--calibration", STATISTICS),
+    "MLX, chosen, calibrated": (*_MLX, "--target-bpw", "3.5", "--calibration", STATISTICS),
+}
+TABLES = {"rows": CONVERSIONS, "formats": FORMATS}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. `error` is the relative Frobenius error of the quantized weights with their adapter."""
+    """One line of a table. `error` is the relative Frobenius error of the quantized weights with their adapter."""
 
     model: str
+    bits_per_weight: float
     error: float
     perplexity: float
     bits_per_byte: float
@@ -78,44 +94,50 @@ def calibrate_builtin(directory: Path) -> Path:
     return output
 
 
-def measure() -> list[Row]:
+def measure(conversions: Mapping[str, Sequence[str]]) -> list[Row]:
     """The original and every conversion, scored in float32."""
-    rows = [_row("original, bfloat16", 0.0, BUILTIN, None)]
+    rows = [_row("original, bfloat16", {"error": 0.0, "bits_per_weight": 16.0}, BUILTIN, None)]
     with TemporaryDirectory() as directory:
         statistics = calibrate_builtin(Path(directory))
-        for place, (name, options) in enumerate(CONVERSIONS.items()):
+        for place, (name, options) in enumerate(conversions.items()):
             out = Path(directory) / str(place)
             given = [statistics if option == STATISTICS else option for option in options]
             done = run_loftq("quantize", BUILTIN, out, *given)
-            rows.append(_row(name, done["error"], out, Path(done["adapter"])))
+            rows.append(_row(name, done, out, Path(done["adapter"])))
     return rows
 
 
-def _row(name: str, error: float, directory: Path, adapter: Path | None) -> Row:
-    if adapter is not None and adapter.name == "qalora_init":
-        # PEFT pools inputs on GPTQ layers only.
+def _row(name: str, done: Mapping[str, Any], directory: Path, adapter: Path | None) -> Row:
+    # PEFT pools inputs on GPTQ layers only, takes no MLX container, and several formats only once they are decoded.
+    if adapter is not None and (adapter.name == "qalora_init" or name in FORMATS):
         model, tokenizer = load(BUILTIN, None, "float32")
         model = load_adapted(model, directory)
     else:
         model, tokenizer = load(directory, adapter, "float32")
     result = score(model, tokenizer, held_out_text(), CONTEXT, MAX_TOKENS)
-    return Row(name, error, result.perplexity, result.bits_per_byte)
+    return Row(name, done["bits_per_weight"], done["error"], result.perplexity, result.bits_per_byte)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.quality", description=__doc__)
+    parser.add_argument("--only", choices=TABLES)
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    rows = measure()
-    original = rows[0].perplexity
-    print("| model | error of the weights | perplexity per byte | above the original |")
-    print("|---|--:|--:|--:|")
-    for row in rows:
-        above = f"{row.perplexity / original - 1:+.2%}" if row.error else ""
-        print(f"| {row.model} | {row.error:.4f} | {row.perplexity:.4f} | {above} |")
+    values = json.loads(options.json.read_text(encoding="utf-8")) if options.json and options.json.exists() else {}
+    for table in [options.only] if options.only else TABLES:
+        rows = measure(TABLES[table])
+        original = rows[0].perplexity
+        has_bits = table == "formats"
+        bits = " bits a weight |" * has_bits
+        print(f"| model |{bits} error of the weights | perplexity per byte | above the original |")
+        print(f"|---|--:|--:|--:|{'--:|' * has_bits}")
+        for row in rows:
+            above = f"{row.perplexity / original - 1:+.2%}" if row.error else ""
+            bits = f" {row.bits_per_weight:.2f} |" * has_bits
+            print(f"| {row.model} |{bits} {row.error:.4f} | {row.perplexity:.4f} | {above} |")
+        values |= {"python": platform.python_version(), table: [asdict(row) for row in rows]}
     if options.json:
-        values = {"python": platform.python_version(), "rows": [asdict(row) for row in rows]}
         options.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
