@@ -24,7 +24,7 @@ from loftq_cli.plan import LayerJob, possible_jobs, source_name
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import TOOL, dump_json
 from loftq_cli.tensors import OutTensor
-from loftq_cli.text_windows import TextFile, choose_context, read_text, text_windows
+from loftq_cli.text_windows import TextFile, Windows, choose_context, read_text, text_windows
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +38,12 @@ _ROWS = 4096  # of an input that are multiplied at once
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """What a user asks for. `context` None is the model's own, at most 512."""
+    """What a user asks for. `context` None is the model's own, at most 512; with `lines` each line is a text."""
 
     tokens: int
     context: int | None = None
     diagonal: bool = False
+    lines: bool = False
 
     @property
     def kind(self) -> str:
@@ -59,7 +60,9 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What was written. `layers` have a statistic, `inputs` are the different ones, `unread` saw no text."""
+    """What was written. `layers` have a statistic, `inputs` are the different ones, `unread` saw no text; `context` is
+    the longest window.
+    """
 
     output: Path
     kind: str
@@ -128,7 +131,7 @@ def run(prepared: Prepared, observer: Observer, *, threads: int = 1) -> Calibrat
     weights = hf.loaded_weights(model, prepared.checkpoint.tensors)
     streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
     with computing_with(threads):
-        inputs = _trace(streamed, prepared, hf.text_inputs(config, windows[:1, :_TRACED]))
+        inputs = _trace(streamed, prepared, hf.text_inputs(config, windows.by_length[-1][:1, :_TRACED]))
         found = _Found(prepared, windows, inputs)
         found.announce(observer)
         check_space(prepared.output, found.nbytes)
@@ -137,7 +140,8 @@ def run(prepared: Prepared, observer: Observer, *, threads: int = 1) -> Calibrat
             with OutputFiles(path, {STATISTICS_NAME: found.tensors}) as files:
                 sums = _Sums(streamed, found, lambda name, mean: files[name].write(name, mean), observer)
                 with sums.watching():
-                    streamed.run(_feeds(config, windows), sums.blocks, sums.flush, threads=threads)
+                    feeds = [hf.text_inputs(config, batch) for batch in windows.batches(_BATCH_TOKENS)]
+                    streamed.run(feeds, sums.blocks, sums.flush, threads=threads)
                 sums.check_complete()
             prepared.checkpoint.check_unchanged()
             values = _calibration_json(found, file_sha256(path / STATISTICS_NAME))
@@ -145,30 +149,24 @@ def run(prepared: Prepared, observer: Observer, *, threads: int = 1) -> Calibrat
     return found.calibration()
 
 
-def _windows(prepared: Prepared, config: Any, tokenizer: Any) -> torch.Tensor:
-    asked = prepared.options
+def _windows(prepared: Prepared, config: Any, tokenizer: Any) -> Windows:
+    asked, vocabulary = prepared.options, hf.vocabulary_size(config)
     context = choose_context(asked.context, asked.tokens, hf.longest_input(config, tokenizer))
-    vocabulary = hf.vocabulary_size(config)
-    return text_windows(prepared.texts, tokenizer, tokens=asked.tokens, context=context, vocabulary=vocabulary)
-
-
-def _feeds(config: Any, windows: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    import torch
-
-    at_once = max(1, _BATCH_TOKENS // windows.shape[1])
-    return [hf.text_inputs(config, batch) for batch in torch.split(windows, at_once)]
+    return text_windows(
+        prepared.texts, tokenizer, tokens=asked.tokens, context=context, lines=asked.lines, vocabulary=vocabulary
+    )
 
 
 @dataclass(frozen=True)
 class _Found:
     """What is known when the first tokens have gone through the model.
 
-    windows   token ids [windows, context]
+    windows   token ids
     inputs    the weights that text reaches -> the first one that reads the same
     """
 
     prepared: Prepared
-    windows: torch.Tensor
+    windows: Windows
     inputs: Mapping[str, str]
 
     def __post_init__(self) -> None:
@@ -195,11 +193,10 @@ class _Found:
 
     def announce(self, observer: Observer) -> None:
         """Say what there is to do, and what a user may not expect."""
-        count, context = self.windows.shape
-        observer.started(len(self.tensors), count, context)
-        asked = self.prepared.options.tokens
-        if count < asked // context:
-            observer.note(f"the text gives {count * context} tokens, fewer than --tokens {asked}")
+        windows, asked = self.windows, self.prepared.options.tokens
+        observer.started(len(self.tensors), windows.count, windows.longest)
+        if windows.tokens + windows.longest <= asked:
+            observer.note(f"the text gives {windows.tokens} tokens, fewer than --tokens {asked}")
         if self.unread:
             others = " and others" if len(self.unread) > 1 else ""
             observer.note(f"{len(self.unread)} layers read no text and have no statistic: {self.unread[0]}{others}")
@@ -212,9 +209,9 @@ class _Found:
             layers=len(self.inputs),
             inputs=len(self.tensors),
             unread=self.unread,
-            tokens=self.windows.numel(),
-            windows=len(self.windows),
-            context=self.windows.shape[1],
+            tokens=self.windows.tokens,
+            windows=self.windows.count,
+            context=self.windows.longest,
             nbytes=self.nbytes,
         )
 
@@ -363,13 +360,14 @@ def _headers_sha256(checkpoint: Checkpoint) -> str:
 
 def _fingerprint(found: _Found) -> str:
     prepared = found.prepared
-    options = [prepared.options.kind, *found.windows.shape]
+    windows = found.windows
+    options = [prepared.options.kind, prepared.options.lines, windows.count, windows.longest, windows.tokens]
     values = [TOOL, _headers_sha256(prepared.checkpoint), options, [text.sha256 for text in prepared.texts]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _calibration_json(found: _Found, sha256: str) -> dict[str, Any]:
-    prepared, (count, context) = found.prepared, found.windows.shape
+    prepared, windows = found.prepared, found.windows
     texts = [{"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.texts]
     return {
         **TOOL,
@@ -377,9 +375,10 @@ def _calibration_json(found: _Found, sha256: str) -> dict[str, Any]:
         "model": source_name(prepared.directory),
         "model_fingerprint": _headers_sha256(prepared.checkpoint),
         "kind": prepared.options.kind,
-        "tokens": count * context,
-        "windows": count,
-        "context": context,
+        "tokens": windows.tokens,
+        "windows": windows.count,
+        "context": windows.longest,
+        "lines": prepared.options.lines,
         "texts": texts,
         "statistics_sha256": sha256,
         "inputs": dict(found.inputs),

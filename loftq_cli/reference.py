@@ -101,13 +101,15 @@ def compare(
     *,
     tokens: int,
     context: int | None,
+    lines: bool,
     threads: int,
     say: Callable[[str], None],
 ) -> Comparison:
     """The converted `base` beside the full-precision model in `reference`; `names` are the quantized weights.
 
     Everything is computed in float32, in the memory of both models. Raises MismatchError where they are not the same
-    model, InputError for a text or a tokenizer that gives no tokens.
+    model, InputError for a text or a tokenizer that gives no tokens. For `tokens`, `context` and `lines` see
+    `loftq_cli.text_windows`.
     """
     import torch
 
@@ -121,19 +123,20 @@ def compare(
             raise MismatchError(what, file=original.path, hint="--reference the full-precision checkpoint")
         config, tokenizer = hf.model_config(original.folder), hf.tokenizer(original.folder)
         length = choose_context(context, tokens, hf.longest_input(config, tokenizer))
-        windows = text_windows(read, tokenizer, tokens=tokens, context=length, vocabulary=hf.vocabulary_size(config))
+        windows = text_windows(
+            read, tokenizer, tokens=tokens, context=length, lines=lines, vocabulary=hf.vocabulary_size(config)
+        )
         pairs = adapter_of(base, names)
         whole = _model(original, original.folder, config)
         converted = _model(base, original.folder, config)
     nbytes = sum(p.nbytes for model in (whole, converted) for p in model.parameters())
-    say(f"both models are in memory, {nbytes / 1e9:.2f} GB in float32; {len(windows)} windows of {windows.shape[1]}")
+    say(f"both models are in memory, {nbytes / 1e9:.2f} GB in float32; {windows.count} windows of {windows.longest}")
     called = base.loaded_names()
     layers = [_Layer.of(whole, converted, base, name, module_of(called[name]), pairs.get(name)) for name in names]
     meter: _Meter = _PredictionMeter() if hf.predicts_next_token(whole) else _DriftMeter()
-    at_once = max(1, _BATCH_TOKENS // windows.shape[1])
     done = 0
     with computing_with(threads), torch.no_grad():
-        for batch in torch.split(windows, at_once):
+        for batch in windows.batches(_BATCH_TOKENS):
             feed = hf.text_inputs(config, batch)
             with _measuring(layers):
                 meter.start(whole, feed)
@@ -142,10 +145,10 @@ def compare(
                 with _adapted(layers):
                     meter.add(1, converted, feed)
             done += len(batch)
-            say(f"[{done}/{len(windows)}] windows")
+            say(f"[{done}/{windows.count}] windows")
     errors = {layer.name: layer.error() for layer in layers if layer.is_read}
     return Comparison(
-        errors, meter.outcome(has_adapter=bool(pairs)), bool(pairs), windows.numel(), len(windows), windows.shape[1]
+        errors, meter.outcome(has_adapter=bool(pairs)), bool(pairs), windows.tokens, windows.count, windows.longest
     )
 
 

@@ -1,9 +1,9 @@
-"""Text files as windows of token ids, all of one length, so that nothing is padded. Knows no model."""
+"""Text files as windows of token ids, those of one length together, so that nothing is padded. Knows no model."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,31 +53,86 @@ def choose_context(context: int | None, tokens: int, longest: int | None) -> int
     return min(wanted, tokens)
 
 
-def text_windows(
-    texts: Sequence[TextFile], tokenizer: Any, *, tokens: int, context: int, vocabulary: int | None
-) -> torch.Tensor:
-    """Windows of token ids, int64 [windows, context], together at most `tokens`, each with what the tokenizer puts
-    before and after a text. Of a longer text they are spread evenly over it; a text shorter than one window is one
-    window, which is then shorter too.
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """Token ids, int64 [windows, length]: a tensor for each length, the shortest first. Has at least one window."""
 
+    by_length: tuple[torch.Tensor, ...]
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return sum(map(len, self.by_length))
+
+    @property
+    def tokens(self) -> int:
+        """In all of them."""
+        return sum(ids.numel() for ids in self.by_length)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest."""
+        return int(self.by_length[-1].shape[1])
+
+    def batches(self, tokens: int) -> Iterator[torch.Tensor]:
+        """All windows, at most so many tokens at once, or one window."""
+        import torch
+
+        for ids in self.by_length:
+            yield from torch.split(ids, max(1, tokens // ids.shape[1]))
+
+
+def text_windows(
+    texts: Sequence[TextFile], tokenizer: Any, *, tokens: int, context: int, lines: bool, vocabulary: int | None
+) -> Windows:
+    """Windows of at most `context` tokens, together at most `tokens`, each with what the tokenizer puts before and
+    after a text. Of a longer text they are spread evenly over it.
+
+    All are of `context` tokens, but for a text shorter than that, which is one window; with `lines`, each line is a
+    text of its own, whose end is cut off where it is longer.
     Raises InputError where the text is too short, or has tokens that the model has not.
     """
     import torch
 
     before, after = _around(tokenizer)
-    ids = [token for text in texts for token in _encoded(tokenizer, text.text)]
     inside = context - len(before) - len(after)
     if inside < 1:
         raise UsageError(f"windows of {context} tokens have no room for text", hint="a larger --context or --tokens")
-    inside = min(inside, len(ids))
-    if inside + len(before) + len(after) < _SHORTEST or not ids:
-        raise InputError(f"is too short: it gives {len(ids)} tokens", file=texts[0].path, hint="give a longer text")
-    if vocabulary is not None and max(*before, *after, *ids, 0) >= vocabulary:
+    if lines:
+        found = _of_lines(texts, tokenizer, inside, tokens, len(before) + len(after))
+    else:
+        ids = [token for text in texts for token in _encoded(tokenizer, text.text)]
+        inside = min(inside, len(ids))
+        wanted = max(1, tokens // max(1, inside + len(before) + len(after)))
+        found = [ids[start : start + inside] for start in _starts(len(ids), inside, wanted)] if ids else []
+    kept = [[*before, *ids, *after] for ids in found if ids and len(before) + len(ids) + len(after) >= _SHORTEST]
+    if not kept:
+        what = "has no line of two tokens" if lines else f"is too short: it gives {sum(map(len, found))} tokens"
+        raise InputError(what, file=texts[0].path, hint="give a longer text")
+    if vocabulary is not None and max(map(max, kept)) >= vocabulary:
         what = f"the tokenizer gives ids that the model, with {vocabulary}, has not"
         raise InputError(what, file=texts[0].path, hint="the tokenizer files are of another model")
-    wanted = max(1, tokens // (inside + len(before) + len(after)))
-    starts = _starts(len(ids), inside, wanted)
-    return torch.tensor([[*before, *ids[start : start + inside], *after] for start in starts])
+    by_length: dict[int, list[list[int]]] = {}
+    for window in kept:
+        by_length.setdefault(len(window), []).append(window)
+    return Windows(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
+
+
+def _of_lines(texts: Sequence[TextFile], tokenizer: Any, inside: int, tokens: int, around: int) -> list[list[int]]:
+    """The first tokens of every line, or of as many, evenly spread, as have at most `tokens` in all."""
+    read = [line.strip() for text in texts for line in text.text.splitlines() if line.strip()]
+    found = [ids[:inside] for ids in tokenizer(read, add_special_tokens=False, verbose=False)["input_ids"]]
+    total = sum(len(ids) + around for ids in found)
+    wanted = len(found) if total <= tokens else max(1, len(found) * tokens // total)
+    kept: list[list[int]] = []
+    left = tokens
+    for place in range(wanted):
+        ids = found[place * len(found) // wanted]
+        left -= len(ids) + around
+        if left < 0 and kept:
+            break
+        kept.append(ids)
+    return kept
 
 
 def _starts(length: int, window: int, wanted: int) -> list[int]:

@@ -237,6 +237,42 @@ def test_windows_are_spread_over_all_of_a_long_text(tmp_path):
     assert torch.equal(of_long.load(name), of_short.load(name))
 
 
+def test_each_line_is_a_text_of_its_own_whose_end_is_cut_off(tmp_path):
+    lines = ["A short one.", "One that has a few more words in it.", "", "And a third,", "of the same length."]
+    lines += ["This one goes on " + "and on " * 30, "  The last has spaces around it. "]
+    text = tmp_path / "lines.txt"
+    text.write_text("\n".join(lines))
+    observer = Remembering()
+    done = calibrate(models.minilm(), text, tmp_path / "stats", observer=observer, context=16, tokens=4096, lines=True)
+    model = transformers.AutoModel.from_pretrained(models.minilm(), dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.minilm())
+    windows = [tokenizer(line, truncation=True, max_length=16)["input_ids"] for line in lines if line]
+    assert (done.windows, done.context) == (6, 16)
+    assert done.tokens == sum(map(len, windows)) < 6 * 16
+    assert any("fewer than --tokens 4096" in note for note in observer.notes)
+    expected = moments(model, [{"input_ids": torch.tensor([window])} for window in windows])
+    assert_same(open_statistics(tmp_path / "stats"), expected)
+
+
+def test_of_many_lines_those_are_read_that_lie_evenly_in_the_text(tmp_path):
+    many, few = tmp_path / "many.txt", tmp_path / "few.txt"
+    lines = [f"{number:03d}" + "x" * 5 for number in range(100)]  # 8 bytes, of which each is a token
+    many.write_text("\n".join(lines))
+    few.write_text("\n".join(lines[::25]))
+    for text in (many, few):
+        done = calibrate(TINY_LLAMA, text, tmp_path / text.stem, context=8, tokens=39, lines=True)
+        assert (done.tokens, done.windows) == (32, 4)
+    of_many, of_few = open_statistics(tmp_path / "many"), open_statistics(tmp_path / "few")
+    assert all(torch.equal(of_many.load(name), of_few.load(name)) for name in of_many.names)
+
+
+def test_lines_of_one_token_are_no_text(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a\nb\n\nc")
+    with pytest.raises(InputError, match="has no line of two tokens"):
+        calibrate(TINY_LLAMA, text, tmp_path / "stats", lines=True)
+
+
 def test_layers_that_text_does_not_reach_are_named(text, tmp_path):
     observer = Remembering()
     model = models.with_tokenizer(models.qwen2_vl(tmp_path / "model"))

@@ -205,6 +205,18 @@ def test_gpt2_whose_linears_are_stored_transposed_is_compared(text, tmp_path, ca
     assert found["reference"]["predictions"]["base_kl"] == pytest.approx(expected, rel=1e-2)
 
 
+def test_each_line_is_a_text_of_its_own(llama, tmp_path, capsys):
+    lines, text = ["The first line,", "a much longer second one", "and a third."], tmp_path / "lines.txt"
+    text.write_text("\n".join(lines))
+    found = inspected(capsys, llama, "--reference", TINY_LLAMA, "--text", text, "--lines", "--threads", "1")
+    whole = original(TINY_LLAMA, "AutoModelForCausalLM")
+    ids = [torch.tensor([list(line.encode())]) for line in lines]  # the vocabulary is bytes
+    nats = [math.log(perplexity(log_probabilities(whole, line), line)) * (line.shape[1] - 1) for line in ids]
+    expected = math.exp(sum(nats) / sum(line.shape[1] - 1 for line in ids))
+    assert found["reference"]["predictions"]["perplexity"] == pytest.approx(expected, rel=1e-5)
+    assert (found["reference"]["windows"], found["reference"]["tokens"]) == (3, sum(map(len, lines)))
+
+
 def test_the_table_has_output_errors_and_totals(llama, text, capsys):
     command = ["inspect", str(llama), "--reference", "builtin:tiny-llama", "--text", str(text), *ARGUMENTS]
     capsys.readouterr()
@@ -226,6 +238,7 @@ def test_the_table_has_output_errors_and_totals(llama, text, capsys):
         (("--reference", TINY_LLAMA), "--reference needs a text to run the models on (--text FILE)"),
         (("--text", "TEXT"), "--text is for --reference"),
         (("--context", 64), "--context is for --reference"),
+        (("--lines",), "--lines is for --reference"),
         (("--sort", "output_error"), "--sort output_error needs outputs"),
         (("--verify", "--reference", TINY_LLAMA, "--text", "TEXT"), "--verify computes no errors for --reference"),
         (("--try", "nf4", "--reference", TINY_LLAMA, "--text", "TEXT"), "--try is for a full-precision checkpoint"),

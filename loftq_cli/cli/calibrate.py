@@ -20,6 +20,7 @@ def calibrate(
     output: options.StatisticsOutput,
     tokens: options.Tokens = DEFAULT_TOKENS,
     context: options.Context = None,
+    lines: options.Lines = False,
     diagonal: options.Diagonal = False,
     threads: options.Threads = None,
     overwrite: options.OverwriteStatistics = False,
@@ -31,9 +32,9 @@ def calibrate(
     Writes, for each layer that quantize takes, the mean of x·xᵀ over the tokens of the text. The model runs in float32
     with one block of it in memory at a time. Needs transformers: pip install 'loftq-cli[hf]'.
     """
-    choices = calibration.CalibrationOptions(tokens, context, diagonal)
+    choices = calibration.CalibrationOptions(tokens, context, diagonal, lines)
     prepared = calibration.prepare(resolve_model(model), text, output, choices, overwrite=overwrite)
-    done = calibration.run(prepared, _Progress(quiet=quiet), threads=threads or available_threads())
+    done = calibration.run(prepared, _Progress(quiet=quiet, lines=lines), threads=threads or available_threads())
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
     if as_json:
@@ -46,27 +47,30 @@ def calibrate(
             "tokens": done.tokens,
             "windows": done.windows,
             "context": done.context,
+            "lines": lines,
             "nbytes": done.nbytes,
         }
         result(json.dumps(values, indent=2))
         return
+    windows = f"{done.windows} lines" if lines else f"windows of {done.context}"
     result(
         f"wrote {printable(done.output)}  {megabytes(done.nbytes)}, {done.layers} layers with {done.inputs} "
-        f"{done.kind} statistics, {done.tokens} tokens in windows of {done.context}"
+        f"{done.kind} statistics, {done.tokens} tokens in {windows}"
     )
 
 
 class _Progress:
     """One line per note and block on stderr."""
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, lines: bool) -> None:
+        self._what = "lines of at most" if lines else "windows of"
         self._quiet, self._done, self._inputs, self._since = quiet, 0, 0, time.monotonic()
 
     def started(self, n_inputs: int, windows: int, context: int) -> None:
         """What there is to do."""
         self._inputs = n_inputs
         if not self._quiet:
-            say(f"{n_inputs} inputs to measure, {windows} windows of {context} tokens")
+            say(f"{n_inputs} inputs to measure, {windows} {self._what} {context} tokens")
 
     def note(self, text: str) -> None:
         """What a user may not expect."""

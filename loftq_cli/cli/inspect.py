@@ -47,6 +47,7 @@ def inspect(
     text: options.ReferenceText = None,
     tokens: options.ReferenceTokens = None,
     context: options.ReferenceContext = None,
+    lines: options.ReferenceLines = False,
     as_json: options.Json = False,
 ) -> None:
     """Report the quantization error of every layer.
@@ -61,7 +62,7 @@ def inspect(
     elif reference is None:
         raise UsageError(f"--sort {OUTPUT_ERROR} needs outputs", hint="--reference ORIGINAL --text FILE gives them")
     check_device_name(device)
-    measured = text_options(reference, text, tokens, context)
+    measured = text_options(reference, text, tokens, context, lines)
     threads = threads or available_threads()
     if verify:
         given = {"--against": against, "--try": try_, "--top": top, "--fail-above": fail_above}

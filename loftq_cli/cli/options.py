@@ -362,6 +362,10 @@ Tokens = Annotated[
 Context = Annotated[
     int | None, typer.Option(min=2, help="Tokens of a window. [default: what the model takes, at most 512]")
 ]
+Lines = Annotated[
+    bool,
+    typer.Option("--lines", help="Each line of the text is a text of its own, as for encoders of sentences."),
+]
 Diagonal = Annotated[
     bool, typer.Option("--diagonal", help="Only the mean square of each input: one number instead of a row of them.")
 ]
@@ -391,4 +395,7 @@ ReferenceContext = Annotated[
     typer.Option(
         "--context", min=2, help="For --reference: tokens of a window. [default: what the model takes, at most 512]"
     ),
+]
+ReferenceLines = Annotated[
+    bool, typer.Option("--lines", help="For --reference: each line of the text is a text of its own.")
 ]

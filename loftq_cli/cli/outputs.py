@@ -26,17 +26,18 @@ class TextOptions:
     text: tuple[Path, ...]
     tokens: int
     context: int | None
+    lines: bool
 
 
 def text_options(
-    reference: str | None, text: list[Path] | None, tokens: int | None, context: int | None
+    reference: str | None, text: list[Path] | None, tokens: int | None, context: int | None, lines: bool
 ) -> TextOptions | None:
     """What --reference was given with. Raises UsageError where one is missing beside the other."""
     if reference is not None:
         if not text:
             raise UsageError("--reference needs a text to run the models on", hint="--text FILE")
-        return TextOptions(reference, tuple(text), tokens or DEFAULT_TOKENS, context)
-    given = {"--text": text, "--tokens": tokens, "--context": context}
+        return TextOptions(reference, tuple(text), tokens or DEFAULT_TOKENS, context, lines)
+    given = {"--text": text, "--tokens": tokens, "--context": context, "--lines": lines}
     for name, value in given.items():
         if value:
             raise UsageError(f"{name} is for --reference", hint="--reference ORIGINAL")
@@ -48,7 +49,15 @@ def compared(base: BaseModel, found: Inspection, asked: TextOptions, threads: in
     names = [row.name for row in found.rows]
     reference = resolve_model(asked.reference)
     return compare(
-        base, reference, names, asked.text, tokens=asked.tokens, context=asked.context, threads=threads, say=say
+        base,
+        reference,
+        names,
+        asked.text,
+        tokens=asked.tokens,
+        context=asked.context,
+        lines=asked.lines,
+        threads=threads,
+        say=say,
     )
 
 
