@@ -24,7 +24,7 @@ from loftq_cli.plan import LayerJob, possible_jobs, source_name
 from loftq_cli.recipe import Recipe
 from loftq_cli.report import TOOL, dump_json
 from loftq_cli.tensors import OutTensor
-from loftq_cli.text_windows import TextFile, Windows, choose_context, read_text, text_windows
+from loftq_cli.text_windows import TextFile, Windows, read_text, text_windows
 
 if TYPE_CHECKING:
     import torch
@@ -150,10 +150,15 @@ def run(prepared: Prepared, observer: Observer, *, threads: int = 1) -> Calibrat
 
 
 def _windows(prepared: Prepared, config: Any, tokenizer: Any) -> Windows:
-    asked, vocabulary = prepared.options, hf.vocabulary_size(config)
-    context = choose_context(asked.context, asked.tokens, hf.longest_input(config, tokenizer))
+    asked = prepared.options
     return text_windows(
-        prepared.texts, tokenizer, tokens=asked.tokens, context=context, lines=asked.lines, vocabulary=vocabulary
+        prepared.texts,
+        tokenizer,
+        tokens=asked.tokens,
+        context=asked.context,
+        lines=asked.lines,
+        longest=hf.longest_input(config, tokenizer),
+        vocabulary=hf.vocabulary_size(config),
     )
 
 

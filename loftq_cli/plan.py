@@ -200,7 +200,7 @@ class Plan:
         names = [module_of(job.name) for job in self.jobs]
         kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
-        spec, others = _spec(self.recipe, self.dtype), dict[str, QuantSpec]()
+        spec, others = spec_of(self.recipe, self.dtype), dict[str, QuantSpec]()
         if isinstance(spec, AffineSpec):  # of a codebook, each weight says its own
             spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
         facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others)
@@ -330,7 +330,7 @@ class _Planner:
         self, name: str, asked: QuantSpec, fit: Fit, shape: tuple[int, int], *, transposed: bool
     ) -> None:
         """Raises UsageError for integers of a layer's own that the container does not hold: they were asked for."""
-        common, layout = _spec(self.recipe, self.dtype), str(self.recipe.layout)
+        common, layout = spec_of(self.recipe, self.dtype), str(self.recipe.layout)
         if asked == common or not isinstance(asked, AffineSpec):
             return
         mixed = LAYOUTS[layout].mixed
@@ -354,7 +354,7 @@ class _Planner:
         return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)
 
 
-def _spec(recipe: Recipe, dtype: str) -> QuantSpec:
+def spec_of(recipe: Recipe, dtype: str) -> QuantSpec:
     """The number format of a recipe for a model of `dtype`."""
     if not FORMATS[recipe.quant_type].is_affine:
         return CodebookSpec(recipe.quant_type, int(recipe.block_size or 0), bool(recipe.double_quant))
@@ -386,7 +386,7 @@ def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
 
 def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
     """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
-    spec, quantize = _spec(recipe, dtype), True
+    spec, quantize = spec_of(recipe, dtype), True
     pooling = Pooling(recipe.pooling, int(recipe.group_size or 0)) if recipe.pooling else None
     default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, pooling)
     rank, alpha = recipe.rank, None

@@ -15,9 +15,10 @@ from loftq_cli import hf
 from loftq_cli.base_model import BaseModel
 from loftq_cli.errors import InputError, MismatchError, NumericError
 from loftq_cli.inspection import adapter_of
+from loftq_cli.metrics import relative
 from loftq_cli.targets import module_of
 from loftq_cli.tensors import LoraPair
-from loftq_cli.text_windows import choose_context, read_text, text_windows
+from loftq_cli.text_windows import read_text, text_windows
 
 if TYPE_CHECKING:
     import torch
@@ -38,12 +39,12 @@ class OutputError:
     @property
     def base_error(self) -> float:
         """√(Σ‖(W − base)·x‖² / Σ‖W·x‖²)."""
-        return _relative(self.squared_base, self.squared_output)
+        return relative(self.squared_base, self.squared_output)
 
     @property
     def error(self) -> float:
         """√(Σ‖(W − base − s·B·A)·x‖² / Σ‖W·x‖²)."""
-        return _relative(self.squared_error, self.squared_output)
+        return relative(self.squared_error, self.squared_output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +123,14 @@ def compare(
             what = "is quantized itself"
             raise MismatchError(what, file=original.path, hint="--reference the full-precision checkpoint")
         config, tokenizer = hf.model_config(original.folder), hf.tokenizer(original.folder)
-        length = choose_context(context, tokens, hf.longest_input(config, tokenizer))
         windows = text_windows(
-            read, tokenizer, tokens=tokens, context=length, lines=lines, vocabulary=hf.vocabulary_size(config)
+            read,
+            tokenizer,
+            tokens=tokens,
+            context=context,
+            lines=lines,
+            longest=hf.longest_input(config, tokenizer),
+            vocabulary=hf.vocabulary_size(config),
         )
         pairs = adapter_of(base, names)
         whole = _model(original, original.folder, config)
@@ -337,9 +343,3 @@ class _DriftMeter(_Meter):
             last = states[-1]
         pooled: torch.Tensor = last.double().mean(1)
         return pooled
-
-
-def _relative(squared_error: float, squared_output: float) -> float:
-    if squared_output == 0.0:
-        return 0.0 if squared_error == 0.0 else math.inf
-    return math.sqrt(squared_error / squared_output)

@@ -43,7 +43,7 @@ def read_text(path: Path) -> TextFile:
     return TextFile(path, text, len(data), hashlib.sha256(data).hexdigest())
 
 
-def choose_context(context: int | None, tokens: int, longest: int | None) -> int:
+def _window_length(context: int | None, tokens: int, longest: int | None) -> int:
     """The length of a window. Raises UsageError for one that the model does not take."""
     if context is not None and longest is not None and context > longest:
         raise UsageError(f"--context {context} is more than the model takes", hint=f"at most {longest}")
@@ -83,17 +83,27 @@ class Windows:
 
 
 def text_windows(
-    texts: Sequence[TextFile], tokenizer: Any, *, tokens: int, context: int, lines: bool, vocabulary: int | None
+    texts: Sequence[TextFile],
+    tokenizer: Any,
+    *,
+    tokens: int,
+    context: int | None,
+    lines: bool,
+    longest: int | None,
+    vocabulary: int | None,
 ) -> Windows:
     """Windows of at most `context` tokens, together at most `tokens`, each with what the tokenizer puts before and
-    after a text. Of a longer text they are spread evenly over it.
+    after a text. Of a longer text they are spread evenly over it. `longest` and `vocabulary` are how many tokens, and
+    how many different ones, the model takes; None where nothing says so.
 
     All are of `context` tokens, but for a text shorter than that, which is one window; with `lines`, each line is a
     text of its own, whose end is cut off where it is longer.
-    Raises InputError where the text is too short, or has tokens that the model has not.
+    Raises InputError where the text is too short, or has tokens that the model has not; UsageError for a length of
+    windows that the model does not take.
     """
     import torch
 
+    context = _window_length(context, tokens, longest)
     before, after = _around(tokenizer)
     inside = context - len(before) - len(after)
     if inside < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,20 @@ def out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """`out` in an empty working directory: the output's name as typed is in some of its files."""
     monkeypatch.chdir(tmp_path)
     return Path("out")
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command in an empty directory of this process: (status, stdout, stderr)."""
+    from loftq_cli.cli.main import _run
+
+    monkeypatch.chdir(tmp_path)
+
+    def run_command(*arguments: object) -> tuple[int, str, str]:
+        status = _run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_command

@@ -23,7 +23,6 @@ from conversions import files_of, run_conversion
 from loftq_cli import convert
 from loftq_cli.allocation import Allocation, allocate, exactly
 from loftq_cli.candidates import Target
-from loftq_cli.cli.main import _run
 from loftq_cli.error_curves import error_curves
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.knapsack import Choice, select
@@ -457,19 +456,6 @@ def test_ranks_are_chosen_in_every_layout(layout: str, source: Path) -> None:
 # The command line.
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in an empty directory of this process: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        status = _run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_command
 
 
 INT4 = ("--quant-type", "int4", "--rank", 4, "--iterations", 2)

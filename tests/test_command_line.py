@@ -16,21 +16,6 @@ import torch
 from conversions import files_of, loftq
 from safetensors.torch import load_file, save_file
 
-from loftq_cli.cli.main import _run
-
-
-@pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
-    """Run a command in an empty directory of this process: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run_command(*arguments: object) -> tuple[int, str, str]:
-        status = _run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_command
-
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.checkpoint.json_files import parse_json_object
@@ -37,6 +38,7 @@ _NUMBERS = {
     "fp4": (0b1011, 0b1010, 0b1101, 0b1100, 0b1111, 0b1110, 0b1001, 0b0000)
     + (0b1000, 0b0001, 0b0110, 0b0111, 0b0100, 0b0101, 0b0010, 0b0011),
 }
+_SAME = bytes(range(256))
 
 
 def fit(spec: CodebookSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
@@ -84,7 +86,7 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
     name, absmax, codebook = matrix.name, quantized.absmax, quantized.spec.codebook
     tensors = {f"{name}.quant_map": _table(codebook)}
     if quantized.packed.numel():
-        tensors[name] = _renumbered(quantized.packed, _NUMBERS[codebook]).view(-1, 1)
+        tensors[name] = _renumbered(quantized.packed, _numbering(codebook)[0]).view(-1, 1)
     offset = 0.0
     if isinstance(absmax, NestedAbsmax):
         offset = float(absmax.offset)
@@ -100,12 +102,12 @@ def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Ten
 
 def code_rows(matrix: StoredMatrix) -> CodeRows:
     """Two weights a byte, a byte a row."""
-    columns, numbers = matrix.shape[1], _NUMBERS[cast(CodebookSpec, matrix.spec).codebook]
+    columns, (there, back) = matrix.shape[1], _numbering(cast(CodebookSpec, matrix.spec).codebook)
     return CodeRows(
         name=matrix.name,
         span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
-        pack=lambda codes: _renumbered(codes, numbers).view(-1, 1),
-        unpack=lambda stored: _renumbered(stored.view(-1), _inverse(numbers)),
+        pack=lambda codes: _renumbered(codes, there).view(-1, 1),
+        unpack=lambda stored: _renumbered(stored.view(-1), back),
     )
 
 
@@ -176,7 +178,7 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
         )
     packed = torch.empty(0, dtype=torch.uint8)
     if has_codes:
-        packed = _renumbered(load(name).view(-1), _inverse(_NUMBERS[spec.codebook]))
+        packed = _renumbered(load(name).view(-1), _numbering(spec.codebook)[1])
     return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
 
 
@@ -226,20 +228,24 @@ def _table(codebook: str) -> torch.Tensor:
 
     from loftq_cli.triton_kernels.codebook import codebook_table
 
-    return codebook_table(codebook)[torch.tensor(_inverse(_NUMBERS[codebook]))]
+    numbers = _NUMBERS[codebook]
+    return codebook_table(codebook)[torch.tensor([numbers.index(i) for i in range(16)])]
 
 
-def _inverse(numbers: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(numbers.index(i) for i in range(16))
+@cache
+def _numbering(codebook: str) -> tuple[bytes, bytes]:
+    """For each byte of two codes that of their numbers, and back."""
+    numbers = _NUMBERS[codebook]
+    there = bytes(high << 4 | low for high in numbers for low in numbers)
+    return there, bytes(map(there.index, range(256)))
 
 
-def _renumbered(packed: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
-    """Pairs of codes, uint8 [n], each code replaced by the number that it has; the same tensor where all stay."""
+def _renumbered(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
+    """uint8 [n], each byte replaced by what `pairs` has for it; the same tensor where all stay."""
     import torch
 
-    if numbers == tuple(range(16)) or not packed.numel():
+    if pairs == _SAME or not packed.numel():
         return packed
-    pairs = bytes(high << 4 | low for high in numbers for low in numbers)
     return torch.frombuffer(bytearray(packed.numpy().data).translate(pairs), dtype=torch.uint8)
 
 

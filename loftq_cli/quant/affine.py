@@ -99,14 +99,14 @@ class AffineQuantizer:
         """A pass over codes and constants; integer zero points stay. See `Quantizer`."""
         offsets = quantized.zero_points if quantized.biases is None else quantized.biases
         blocks = Blocks(quantized.codes.clone(), quantized.scales.clone(), None if offsets is None else offsets.clone())
-        before, after = refine_rows(
+        costs = refine_rows(
             weight, blocks, self.spec.group_size, self._levels, cost, fits_scales=fits_scales, workers=workers
         )
-        if not (math.isfinite(after) and after <= before):
+        if costs is None:
             return None
         zero_points, biases = (blocks.offsets, None) if quantized.biases is None else (None, blocks.offsets)
         refined = replace(quantized, codes=blocks.codes, scales=blocks.scales, zero_points=zero_points, biases=biases)
-        return Refinement(refined, before, after)
+        return Refinement(refined, *costs)
 
     def _encode(self, target: torch.Tensor, start: AffineTensor | None, part: slice) -> AffineGroups:
         """The groups of some rows, float32."""

@@ -54,10 +54,11 @@ def refine_rows(
     *,
     fits_scales: bool,
     workers: Workers = SERIAL,
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """One pass over all `blocks` of a matrix, codes [out, in], in place; what their error costs before and after.
 
-    Where a row holds numbers whose squares float32 does not hold, both are not finite, and `blocks` mean nothing.
+    None where it costs more after, or where a row holds numbers whose squares float32 does not hold: then `blocks` mean
+    nothing.
     """
 
     def work(part: slice) -> tuple[float, float]:
@@ -74,4 +75,5 @@ def refine_rows(
         return float(made.before.sum()), float(made.after.sum())
 
     pairs = list(workers.map(work, slabs_of(weight)))
-    return math.fsum(before for before, _ in pairs), math.fsum(after for _, after in pairs)
+    before, after = math.fsum(cost for cost, _ in pairs), math.fsum(cost for _, cost in pairs)
+    return (before, after) if math.isfinite(after) and after <= before else None

@@ -124,16 +124,14 @@ class CodebookQuantizer:
         absmax = self._absmax(quantized).view(shape[0], -1)
         blocks = Blocks(_unpacked(quantized.packed, shape), absmax.clone(), None)
         levels = self._levels(weight.device)
-        before, after = refine_rows(
-            weight, blocks, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers
-        )
-        if not (math.isfinite(after) and after <= before):
+        costs = refine_rows(weight, blocks, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers)
+        if costs is None:
             return None
         constants: torch.Tensor | NestedAbsmax = quantized.absmax
         if fits_scales:
             fitted = blocks.scales.reshape(-1)
             constants = self._nested(fitted, judges=False) if spec.double_quant else fitted
-        return Refinement(replace(quantized, packed=_packed(blocks.codes.view(-1)), absmax=constants), before, after)
+        return Refinement(replace(quantized, packed=_packed(blocks.codes.view(-1)), absmax=constants), *costs)
 
     def residual(
         self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL

@@ -17,11 +17,11 @@ from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.methods.method import Fitting, Initialization, load_method
 from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.metrics import adapter_delta
-from loftq_cli.plan import affine_spec
-from loftq_cli.quant.formats import FORMATS, Quantizer, QuantSpec, make_quantizer
+from loftq_cli.plan import spec_of
+from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.recipe import Recipe
 from loftq_cli.rows import TensorRows
-from loftq_cli.tensors import CodebookSpec, LoraSpec
+from loftq_cli.tensors import LoraSpec
 from tests.benchmarks.contenders import warm_up
 from tests.benchmarks.drift import calibrate_minilm
 from tests.benchmarks.measuring import Settings, Table, interleaved, timed
@@ -153,17 +153,4 @@ def _errors(
 
 def _quantizer(recipe: Recipe, weighting: Weighting | None) -> Quantizer:
     importance = None if weighting is None else weighting.importance
-    return make_quantizer(_spec(recipe), DTYPE, str(recipe.scales), importance)
-
-
-def _spec(recipe: Recipe) -> QuantSpec:
-    if not FORMATS[recipe.quant_type].is_affine:
-        return CodebookSpec(recipe.quant_type, int(recipe.block_size or 0), bool(recipe.double_quant))
-    return affine_spec(
-        str(recipe.layout),
-        recipe.quant_type,
-        int(recipe.group_size or 0),
-        symmetric=bool(recipe.symmetric),
-        dtype=DTYPE,
-        scale_dtype=recipe.scale_dtype,
-    )
+    return make_quantizer(spec_of(recipe, DTYPE), DTYPE, str(recipe.scales), importance)
