@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,45 +14,30 @@ import pytest
 
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
+from loftq_cli.planning.recipe_files import presets, resolve_recipe
 from loftq_cli.quant.formats import FORMATS
-from loftq_cli.recipe import presets, resolve_recipe
 
 ROOT = Path(__file__).parent.parent
 
-# Higher imports from lower, and from its own floor only inside one package.
-FLOORS = [
-    ("errors", "knapsack"),
-    ("tensors", "workers", "rows", "device", "hf"),
-    ("triton_kernels", "findings"),
-    ("checkpoint", "quant", "lowrank", "metrics", "kernels"),
-    ("methods", "layouts", "schedule", "device_matrix", "text_windows", "streamed_model"),
-    ("recipe", "family"),
-    ("targets",),
-    ("plan", "base_model"),
-    ("report",),
-    ("jobs", "model_files", "inspection", "adapter_source", "provenance"),
-    ("device_jobs", "calibration", "reference", "error_curves"),
-    ("candidates",),
-    ("allocation",),
-    ("convert", "merge_form", "nn"),
-    ("merge_plan",),
-    ("merge_report",),
-    ("merge", "consistency"),
-    ("verification",),
-    ("cli",),
-    ("__main__",),
-]
-FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+PACKAGE = ROOT / "loftq_cli"
+KERNELS = ROOT / "triton_kernels"
 
 
 def modules() -> list[tuple[str, Path]]:
-    files = [p for p in (ROOT / "loftq_cli").rglob("*.py") if "triton_kernels" not in p.parts]
-    tool = [(p.relative_to(ROOT).with_suffix("").as_posix(), p) for p in files]
-    kernels = [(f"loftq_cli/triton_kernels/{p.stem}", p) for p in (ROOT / "triton_kernels").glob("*.py")]
-    return [(name.replace("/", "."), path) for name, path in tool + kernels]
+    """Dotted name and file of every module of the tool."""
+    files = [p for p in PACKAGE.rglob("*.py") if "triton_kernels" not in p.parts]
+    tool = [(p.relative_to(ROOT), p) for p in files]
+    kernels = [(Path("loftq_cli") / p.relative_to(ROOT), p) for p in KERNELS.rglob("*.py")]
+    return [(".".join(name.with_suffix("").parts).removesuffix(".__init__"), path) for name, path in tool + kernels]
+
+
+def packages() -> list[tuple[str, Path]]:
+    """Dotted name and folder of every package."""
+    return [(name, path.parent) for name, path in modules() if path.name == "__init__.py"]
 
 
 def imported(path: Path) -> set[str]:
+    """Dotted names that a module imports: of modules, and of what is in them."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,23 +48,47 @@ def imported(path: Path) -> set[str]:
     return names
 
 
-def floor_name(module: str) -> str:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
+def entries_of_map(folder: Path) -> list[str]:
+    """The files and folders that the map in a package's `__init__.py` lists, in its order: lines of a name, two spaces
+    or more, and a description.
+    """
+    head = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) or ""
+    return re.findall(r"^(\w+)(?:\.py|/)? {2,}\S", head, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
-def test_imports_go_down_only(module, path):
-    own = floor_name(module)
-    if own in ("", "__init__"):
-        return
-    for name in imported(path):
-        other = floor_name(name) if name.startswith("loftq_cli.") else None
-        if other is None or other == "__version__" or other == own:
+def rooms_in(folder: Path) -> set[str]:
+    """The modules and packages of a folder, by name."""
+    rooms = {p.stem for p in folder.glob("*.py")} | {p.parent.name for p in folder.glob("*/__init__.py")}
+    return rooms - {"__init__", "__main__"} | ({"triton_kernels"} if folder == PACKAGE else set())
+
+
+@pytest.mark.parametrize(("package", "folder"), packages(), ids=[name for name, _ in packages()])
+def test_a_map_names_everything_in_its_folder(package, folder):
+    assert sorted(entries_of_map(folder)) == sorted(rooms_in(folder))
+
+
+@pytest.mark.parametrize(("package", "folder"), packages(), ids=[name for name, _ in packages()])
+def test_a_room_imports_only_from_rooms_above_it_in_the_map(package, folder):
+    order = {name: place for place, name in enumerate(entries_of_map(folder))}
+    for module, path in modules():
+        own = module.removeprefix(f"{package}.").split(".")[0]
+        if not module.startswith(f"{package}.") or own == "__main__":
             continue
-        if other not in FLOOR_OF:  # `from loftq_cli import convert`
-            continue
-        assert FLOOR_OF[other] < FLOOR_OF[own], f"{module} imports {name}"
+        for name in imported(path):
+            other = name.removeprefix(f"{package}.").split(".")[0]
+            if name.startswith(f"{package}.") and other in order and other != own:
+                assert order[other] < order[own], f"{module} imports {name}"
+
+
+def test_packages_of_the_project_file_are_those_on_disk():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted([*(name for name, _ in packages()), "loftq_cli.configs"])
+
+
+def test_files_are_short_enough_to_read_at_once():
+    for module, path in modules():
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400 or module.startswith("loftq_cli.triton_kernels"), f"{module} has {lines} lines"
 
 
 @pytest.mark.parametrize(("module", "path"), modules(), ids=[name for name, _ in modules()])
@@ -86,11 +96,11 @@ def test_outside_packages_stay_in_their_place(module, path):
     top = {name.split(".")[0] for name in imported(path)}
     if not module.startswith("loftq_cli.cli"):
         assert not top & {"typer", "rich"}
-    if not module.endswith("_triton"):
+    if not module.endswith("triton"):
         assert "triton" not in top
     if module != "loftq_cli.triton_kernels.cpu_kernels":
         assert not top & {"numba", "llvmlite"}
-    if module != "loftq_cli.hf":
+    if module != "loftq_cli.activations.transformers_models":
         assert not top & {"transformers", "accelerate"}
     assert not top & {"peft", "bitsandbytes", "safetensors", "pickle"}
     if not module.startswith("loftq_cli.triton_kernels"):
@@ -104,7 +114,7 @@ def test_one_module_changes_the_disk() -> None:
     changes |= {"write_text", "write_bytes", "ftruncate", "pwrite", "fsync", "removedirs", "touch", "link", "move"}
     for module, path in modules():
         for node in ast.walk(ast.parse(path.read_text())):
-            if not isinstance(node, ast.Call) or module.endswith("checkpoint.disk"):
+            if not isinstance(node, ast.Call) or module.endswith("output.disk"):
                 continue
             called = node.func
             if isinstance(called, ast.Attribute) and called.attr in changes:

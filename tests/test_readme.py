@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from conversions import loftq
+from support.conversions import loftq
 
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
-from loftq_cli.recipe import presets
+from loftq_cli.planning.recipe_files import presets
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

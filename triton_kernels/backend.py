@@ -1,6 +1,6 @@
 """Which implementation of an operation runs on which device. A table, what was chosen, and the function that reads it.
 
-A backend is a module `<op>_<backend>.py` beside the contract `<op>.py`, with the same function names.
+A backend is a module `<op>/<backend>.py` beside the contract `<op>/contract.py`, with the same function names.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def implementation(op: str, device_type: str) -> ModuleType:
 
     Raises ValueError for a device type that no backend serves.
     """
-    return import_module(f"{__package__}.{op}_{_backend_of(op, device_type)}")
+    return import_module(f"{__package__}.{op}.{_backend_of(op, device_type)}")
 
 
 def has_kernels(op: str, device_type: str) -> bool:

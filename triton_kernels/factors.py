@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from loftq_cli.triton_kernels.codebook import FLOATS
+from loftq_cli.triton_kernels.codebook.contract import FLOATS
 
 
 def checked_factors(

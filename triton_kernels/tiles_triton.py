@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from loftq_cli.triton_kernels.codebook_triton import decode_pairs
+from loftq_cli.triton_kernels.codebook.triton import decode_pairs
 
 
 @triton.jit

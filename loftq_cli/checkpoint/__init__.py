@@ -1,16 +1,12 @@
-"""Files on disk. The only place that opens weight files; knows no number format and no method.
+"""Reading files that nobody vouches for. Only this package opens weight files. The package knows no number
+format and no method.
 
-watched_file.py       a file that must not change while it is read
-json_files.py         strict JSON
-safetensors_file.py   header-checked reading of one .safetensors file
-torch_file.py         reading of one torch zip file, with no code of it ever run
-torch_pickle.py       the pickle inside it, as data
-source.py             a checkpoint as a whole: which files it consists of, and its tensors
-disk.py               every change that is made to a disk
-writer.py             header-first writing of one .safetensors file
-journal.py            what a run has finished, line by line
-checksums.py          the completeness mark of a result
-place.py              where a result is made, and how it becomes visible
-staging.py            the output directory: locked, and hidden until it is complete
-side_files.py         the small files that travel with a model
+patterns.py          regular expressions that come with a file, matched in bounded time
+watched_file.py      a file that must not change while it is read
+json_files.py        strict JSON
+safetensors_file.py  one .safetensors file, its header checked
+source.py            a whole checkpoint: its files and its tensors
+statistics.py        what `loftq calibrate` wrote
+torch_pickle.py      the pickle inside a torch file, read as data
+torch_file.py        one torch zip file; no code in the file runs
 """

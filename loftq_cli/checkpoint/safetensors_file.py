@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.errors import InputError, printable
-from loftq_cli.tensors import ITEMSIZE, TensorRef
+from loftq_cli.tensors.headers import ITEMSIZE, TensorRef
 
 if TYPE_CHECKING:
     import torch

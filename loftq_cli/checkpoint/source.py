@@ -19,7 +19,7 @@ from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
-from loftq_cli.tensors import TensorRef
+from loftq_cli.tensors.headers import TensorRef
 
 if TYPE_CHECKING:
     import torch

@@ -21,7 +21,7 @@ from loftq_cli.checkpoint.safetensors_file import rows_shape, tensor_from
 from loftq_cli.checkpoint.torch_pickle import PickledTensor, read_state_dict
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.errors import InputError, printable
-from loftq_cli.tensors import ITEMSIZE, TensorRef
+from loftq_cli.tensors.headers import ITEMSIZE, TensorRef
 
 if TYPE_CHECKING:
     import torch

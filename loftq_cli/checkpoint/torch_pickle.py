@@ -12,7 +12,7 @@ from typing import Any
 
 from loftq_cli.checkpoint.safetensors_file import checked_shape, is_tensor_name
 from loftq_cli.errors import printable
-from loftq_cli.tensors import ITEMSIZE
+from loftq_cli.tensors.headers import ITEMSIZE
 
 _STORAGE_DTYPES: dict[str, str | None] = {
     "torch.BoolStorage": "bool",

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 
-from loftq_cli import calibration
+from loftq_cli.activations.calibration import CalibrationOptions, prepare_calibration, run_calibration
+from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say
-from loftq_cli.convert import resolve_model
 from loftq_cli.errors import printable
-from loftq_cli.text_windows import DEFAULT_TOKENS
-from loftq_cli.workers import available_threads
+from loftq_cli.model.builtin import resolve_model
+from loftq_cli.runtime.workers import available_threads
 
 
 def calibrate(
@@ -32,9 +32,9 @@ def calibrate(
     Writes, for each layer that quantize takes, the mean of x·xᵀ over the tokens of the text. The model runs in float32
     with one block of it in memory at a time. Needs transformers: pip install 'loftq-cli[hf]'.
     """
-    choices = calibration.CalibrationOptions(tokens, context, diagonal, lines)
-    prepared = calibration.prepare(resolve_model(model), text, output, choices, overwrite=overwrite)
-    done = calibration.run(prepared, _Progress(quiet=quiet, lines=lines), threads=threads or available_threads())
+    choices = CalibrationOptions(tokens, context, diagonal, lines)
+    prepared = prepare_calibration(resolve_model(model), text, output, choices, overwrite=overwrite)
+    done = run_calibration(prepared, _Progress(quiet=quiet, lines=lines), threads=threads or available_threads())
     if not quiet:
         say(f"done, peak memory {megabytes(peak_nbytes())}")
     if as_json:

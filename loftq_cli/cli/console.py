@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from loftq_cli.conversion.report import LayerResult
 from loftq_cli.errors import printable
-from loftq_cli.report import LayerResult
 
 _WIDE = 160  # columns of a table that no terminal shows: wide enough for the longest usual tensor names
 

@@ -6,8 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from loftq_cli import inspection
-from loftq_cli.base_model import BaseModel
+from loftq_cli.activations.comparison import Comparison
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, result, say, table
 from loftq_cli.cli.outputs import (
@@ -22,15 +21,18 @@ from loftq_cli.cli.outputs import (
     text_options,
 )
 from loftq_cli.cli.verify import verified
-from loftq_cli.convert import resolve_model
-from loftq_cli.device import check_device_name
+from loftq_cli.conversion.report import error_json
 from loftq_cli.errors import QualityError, UsageError
-from loftq_cli.metrics import GroupErrors, LayerError, total_error
+from loftq_cli.inspecting.converted import Inspection, LayerRow, check_sort_key, inspect_converted, sorted_rows
+from loftq_cli.inspecting.dense import TensorRow, inspect_checkpoint, sorted_tensors
+from loftq_cli.model.builtin import resolve_model
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.quant.formats import QuantSpec, size_of, spec_json
-from loftq_cli.reference import Comparison
-from loftq_cli.report import REPORT_NAME, error_json
-from loftq_cli.tensors import AffineSpec
-from loftq_cli.workers import available_threads
+from loftq_cli.runtime.gpu import check_device_name
+from loftq_cli.runtime.workers import available_threads
+from loftq_cli.tensors.metrics import GroupErrors, LayerError, total_error
+from loftq_cli.tensors.specs import AffineSpec
 
 
 def inspect(
@@ -58,7 +60,7 @@ def inspect(
     With --verify, on any of them and on an adapter: what is damaged.
     """
     if sort != OUTPUT_ERROR:
-        inspection.check_sort_key(sort)
+        check_sort_key(sort)
     elif reference is None:
         raise UsageError(f"--sort {OUTPUT_ERROR} needs outputs", hint="--reference ORIGINAL --text FILE gives them")
     check_device_name(device)
@@ -106,12 +108,12 @@ def _converted(
     *,
     as_json: bool,
 ) -> tuple[str, float] | None:
-    found = inspection.inspect_converted(base, resolve_model(against) if against else None, threads, device)
+    found = inspect_converted(base, resolve_model(against) if against else None, threads, device)
     outputs = None if measured is None else compared(base, found, measured, threads)
     if outputs is not None and sort == OUTPUT_ERROR:
         rows = by_output_error(found.rows, outputs)[:top]
     else:
-        rows = inspection.sorted_rows(found.rows, sort)[:top]
+        rows = sorted_rows(found.rows, sort)[:top]
     if as_json:
         totals: dict[str, Any] = {"layers": len(found.rows), "bits_per_weight": found.bits_per_weight}
         totals |= error_json(found.total) if found.total else {}
@@ -128,7 +130,7 @@ def _converted(
     return max(errors, key=lambda item: item[1], default=None)
 
 
-def _row_json(row: inspection.LayerRow, outputs: Comparison | None) -> dict[str, Any]:
+def _row_json(row: LayerRow, outputs: Comparison | None) -> dict[str, Any]:
     values = {name: value for name, value in asdict(row).items() if name not in ("spec", "error")}
     if outputs is not None:
         values |= layer_json(row.name, outputs)
@@ -142,7 +144,7 @@ def _zero_point(spec: QuantSpec) -> str:
     return "none" if spec.symmetric else spec.zero_point
 
 
-def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRow], outputs: Comparison | None) -> None:
+def _print_converted(found: Inspection, rows: list[LayerRow], outputs: Comparison | None) -> None:
     zero_point = ("zero point",) if any(isinstance(row.spec, AffineSpec) for row in rows) else ()
     table(
         ("layer", "shape", "type", "per", *zero_point, "bits", "rank")
@@ -181,8 +183,8 @@ def _print_converted(found: inspection.Inspection, rows: list[inspection.LayerRo
 def _checkpoint(
     base: BaseModel, tries: tuple[str, ...], sort: str, top: int | None, threads: int, device: str, *, as_json: bool
 ) -> tuple[str, float] | None:
-    rows = list(inspection.inspect_checkpoint(base, tries, threads, device))
-    shown = inspection.sorted_tensors(rows, sort)[:top]
+    rows = list(inspect_checkpoint(base, tries, threads, device))
+    shown = sorted_tensors(rows, sort)[:top]
     totals = {t: total_error(row.errors[t] for row in rows if t in row.errors) for t in tries}
     if as_json:
         _print_checkpoint_json(base, shown, totals)
@@ -196,7 +198,7 @@ def _checkpoint(
     return max(errors, key=lambda item: item[1], default=None)
 
 
-def _print_checkpoint(rows: list[inspection.TensorRow], totals: dict[str, LayerError]) -> None:
+def _print_checkpoint(rows: list[TensorRow], totals: dict[str, LayerError]) -> None:
     table(
         ("tensor", "shape", "dtype", "becomes", *(f"{quant_type} error" for quant_type in totals)),
         (
@@ -207,7 +209,7 @@ def _print_checkpoint(rows: list[inspection.TensorRow], totals: dict[str, LayerE
     )
 
 
-def _print_checkpoint_json(base: BaseModel, rows: list[inspection.TensorRow], totals: dict[str, LayerError]) -> None:
+def _print_checkpoint_json(base: BaseModel, rows: list[TensorRow], totals: dict[str, LayerError]) -> None:
     tensors = [
         {**asdict(row), "errors": {quant_type: error_json(error) for quant_type, error in row.errors.items()}}
         for row in rows

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 
-from loftq_cli import merge as merging
 from loftq_cli.cli import options
 from loftq_cli.cli.console import megabytes, peak_nbytes, result, say, table
-from loftq_cli.convert import resolve_model
-from loftq_cli.device import check_device_name
 from loftq_cli.errors import printable
-from loftq_cli.merge_form import MergeOptions
-from loftq_cli.merge_plan import Merge, prepare
-from loftq_cli.merge_report import (
+from loftq_cli.merging.form import MergeOptions
+from loftq_cli.merging.plan import Merge, prepare_merge
+from loftq_cli.merging.report import (
     MergedLayer,
     MergeOutcome,
     finite,
@@ -21,7 +18,10 @@ from loftq_cli.merge_report import (
     total_lost,
     total_retention,
 )
-from loftq_cli.workers import available_threads
+from loftq_cli.merging.run import is_merge_done, merge_adapter
+from loftq_cli.model.builtin import resolve_model
+from loftq_cli.runtime.gpu import check_device_name
+from loftq_cli.runtime.workers import available_threads
 
 
 def merge(
@@ -65,8 +65,8 @@ def merge(
         max_shard_size=max_shard_size or "5GB",
         force=force,
     )
-    prepared = prepare(resolve_model(base), adapter, output, choices)
-    done = merging.already_done(prepared, overwrite=overwrite)
+    prepared = prepare_merge(resolve_model(base), adapter, output, choices)
+    done = is_merge_done(prepared, overwrite=overwrite)
     if not quiet:
         say(f"{len(prepared.adapter.lora)} layers to merge, {megabytes(prepared.nbytes)} to write")
     if dry_run:
@@ -78,7 +78,7 @@ def merge(
         say(f"{output}: already done, with these inputs and options")
         return
     progress = _Progress(len(prepared.adapter.lora), quiet=quiet)
-    outcome = merging.run(
+    outcome = merge_adapter(
         prepared,
         progress,
         overwrite=overwrite,

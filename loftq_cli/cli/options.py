@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli.device import DEVICES
+from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
+from loftq_cli.planning.recipe import SVD_MODES
+from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
-from loftq_cli.recipe import SVD_MODES, presets
-from loftq_cli.tensors import MODEL_DTYPES, POOLINGS
-from loftq_cli.text_windows import DEFAULT_TOKENS
+from loftq_cli.runtime.gpu import DEVICES
+from loftq_cli.tensors.headers import MODEL_DTYPES
+from loftq_cli.tensors.specs import POOLINGS
 
 
 def _one_of(names: object) -> str:

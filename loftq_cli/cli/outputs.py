@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.base_model import BaseModel
+from loftq_cli.activations.comparison import Comparison, Drift, Predictions, compare
+from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.cli.console import result, say
-from loftq_cli.convert import resolve_model
+from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import UsageError
-from loftq_cli.inspection import Inspection, LayerRow
-from loftq_cli.reference import Comparison, Drift, Predictions, compare
-from loftq_cli.text_windows import DEFAULT_TOKENS
+from loftq_cli.inspecting.converted import Inspection, LayerRow
+from loftq_cli.model.builtin import resolve_model
+from loftq_cli.model.stored import BaseModel
 
 OUTPUT_ERROR = "output_error"
 
@@ -47,11 +48,12 @@ def text_options(
 def compared(base: BaseModel, found: Inspection, asked: TextOptions, threads: int) -> Comparison:
     """Run the converted model and its reference."""
     names = [row.name for row in found.rows]
-    reference = resolve_model(asked.reference)
+    reference, report = resolve_model(asked.reference), read_report(base.folder)
     return compare(
         base,
         reference,
         names,
+        report[0]["adapter_dir"] if report else None,
         asked.text,
         tokens=asked.tokens,
         context=asked.context,

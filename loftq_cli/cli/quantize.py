@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 
-from loftq_cli import convert
-from loftq_cli.allocation import Allocation
-from loftq_cli.candidates import Target
+from loftq_cli.adapter.config import WEIGHTS_NAME
+from loftq_cli.allocation.allocation import Allocation
+from loftq_cli.allocation.candidates import Budget
 from loftq_cli.cli import options
 from loftq_cli.cli.console import ConversionProgress, megabytes, peak_nbytes, result, say, table
-from loftq_cli.device import check_device_name
+from loftq_cli.conversion.prepare import Conversion, is_conversion_done, prepare_conversion, prepare_within_target
+from loftq_cli.conversion.report import bits_per_weight, error_json, mean_output_error
+from loftq_cli.conversion.run import Outcome, convert_checkpoint
 from loftq_cli.errors import printable
-from loftq_cli.layouts.peft_adapter import WEIGHTS_NAME
-from loftq_cli.plan import LayerJob, Plan
+from loftq_cli.planning.jobs import LayerJob
+from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.recipe_files import recipe_json, recipe_toml, resolve_recipe
+from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import size_of, spec_json
-from loftq_cli.recipe import parse_size, recipe_json, recipe_toml, resolve_recipe
-from loftq_cli.report import bits_per_weight, error_json, mean_output_error
-from loftq_cli.workers import available_threads
+from loftq_cli.runtime.gpu import check_device_name
+from loftq_cli.runtime.workers import available_threads
 
 
 def quantize(
@@ -96,18 +99,18 @@ def quantize(
     }
     check_device_name(device)
     memory = None if max_memory is None else parse_size(max_memory, "max_memory")
-    target = Target(
+    target = Budget(
         bits_per_weight=target_bpw,
         total_nbytes=None if target_size is None else parse_size(target_size, "target_size", least=1),
         adapter_nbytes=None if lora_budget is None else parse_size(lora_budget, "lora_budget", least=1),
     )
     resolved = resolve_recipe(recipe, flags, mixes=target.chooses_formats)
-    if target == Target():
-        conversion = convert.prepare(model, output, resolved)
+    if target == Budget():
+        conversion = prepare_conversion(model, output, resolved)
     else:
         observe, measuring = (_say_nothing if quiet else _say_measured), threads or available_threads()
-        conversion = convert.prepare_within(model, output, resolved, target, threads=measuring, observe=observe)
-    done = convert.already_done(conversion, overwrite=overwrite)
+        conversion = prepare_within_target(model, output, resolved, target, threads=measuring, observe=observe)
+    done = is_conversion_done(conversion, overwrite=overwrite)
     if dry_run:
         _print_plan(conversion, as_json=as_json, verbose=verbose)
         return
@@ -122,7 +125,7 @@ def quantize(
             for job in conversion.plan.copies:
                 say(f"copied: {job.name} ({job.reason})")
     with ConversionProgress(len(conversion.plan.layers), quiet=quiet, verbose=verbose) as progress:
-        outcome = convert.run(
+        outcome = convert_checkpoint(
             conversion,
             progress,
             overwrite=overwrite,
@@ -149,7 +152,7 @@ def _announce(plan: Plan) -> None:
         say(f"note: {note}")
 
 
-def _print_outcome(plan: Plan, outcome: convert.Outcome, *, as_json: bool) -> None:
+def _print_outcome(plan: Plan, outcome: Outcome, *, as_json: bool) -> None:
     errors = {
         "quantization_error": outcome.quantization_error,
         **error_json(outcome.total),
@@ -216,7 +219,7 @@ def _print_allocation(allocation: Allocation) -> None:
     )
 
 
-def _print_plan(conversion: convert.Conversion, *, as_json: bool, verbose: bool) -> None:
+def _print_plan(conversion: Conversion, *, as_json: bool, verbose: bool) -> None:
     plan, allocation = conversion.plan, conversion.allocation
     if as_json:
         chosen = {} if allocation is None else {"allocation": allocation.to_json()}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from loftq_cli.cli.console import megabytes, result, say
 from loftq_cli.errors import InputError
-from loftq_cli.findings import Problem, Verification
-from loftq_cli.verification import verify
+from loftq_cli.inspecting.findings import Problem, Verification
+from loftq_cli.inspecting.verification import verify
 
 _MAX_LINES = 20  # of problems, and of notes; --json has all
 

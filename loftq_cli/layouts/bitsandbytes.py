@@ -15,7 +15,9 @@ from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
 from loftq_cli.layouts.layout import LAYOUTS, CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of
-from loftq_cli.tensors import MODEL_DTYPES, CodebookSpec, CodebookTensor, NestedAbsmax, OutTensor
+from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
+from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
+from loftq_cli.tensors.specs import CodebookSpec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -226,7 +228,7 @@ def _table(codebook: str) -> torch.Tensor:
     """float32 [16]: the values in the order of their numbers here."""
     import torch
 
-    from loftq_cli.triton_kernels.codebook import codebook_table
+    from loftq_cli.triton_kernels.codebook.contract import codebook_table
 
     numbers = _NUMBERS[codebook]
     return codebook_table(codebook)[torch.tensor([numbers.index(i) for i in range(16)])]

@@ -11,13 +11,15 @@ import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
+from loftq_cli.checkpoint.patterns import first_matches
 from loftq_cli.errors import InputError, UsageError, printable
 from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors
-from loftq_cli.layouts.module_patterns import first_matches
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
-from loftq_cli.tensors import AffineSpec, AffineTensor, OutTensor
+from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.tensors.matrices import AffineTensor
+from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,7 @@ def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Te
     """The tensors of `planned`, filled."""
     import torch
 
-    from loftq_cli.triton_kernels.packing import pack_rows
+    from loftq_cli.triton_kernels.packing.contract import pack_rows
 
     affine, name = cast(AffineTensor, quantized), matrix.name
     tensors = {
@@ -122,7 +124,7 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
     """The inverse of `pack`."""
     import torch
 
-    from loftq_cli.triton_kernels.packing import unpack_rows
+    from loftq_cli.triton_kernels.packing.contract import unpack_rows
 
     spec, name = cast(AffineSpec, matrix.spec), matrix.name
     packed = stored.load(f"{name}_packed") if has_codes else torch.empty((0, 0), dtype=torch.int32)

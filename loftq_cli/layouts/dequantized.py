@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, ModelFacts, StoredMatrix
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer
-from loftq_cli.tensors import AffineSpec, OutTensor
+from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,9 @@ from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import Fit, ModelFacts, StoredMatrix, StoredTensors
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
-from loftq_cli.tensors import AffineSpec, AffineTensor, OutTensor
+from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.tensors.matrices import AffineTensor
+from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +57,7 @@ def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Te
     """The tensors of `planned`, filled."""
     import torch
 
-    from loftq_cli.triton_kernels.packing import pack_rows
+    from loftq_cli.triton_kernels.packing.contract import pack_rows
 
     affine, module = cast(AffineTensor, quantized), matrix.name.removesuffix("weight")
     spec, zero_points = affine.spec, affine.zero_points
@@ -120,7 +122,7 @@ def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = Tru
     """
     import torch
 
-    from loftq_cli.triton_kernels.packing import unpack_rows
+    from loftq_cli.triton_kernels.packing.contract import unpack_rows
 
     spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
     module = matrix.name.removesuffix("weight")

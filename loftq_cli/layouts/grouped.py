@@ -20,7 +20,9 @@ from loftq_cli.layouts.layout import (
 )
 from loftq_cli.layouts.stored_parts import check_part, file_of, whole_number
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
-from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, OutTensor
+from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
+from loftq_cli.tensors.matrices import AffineTensor
+from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch
@@ -80,14 +82,14 @@ def word_rows(name: str, matrix: StoredMatrix, *, is_unsigned: bool = False) -> 
     def pack(codes: torch.Tensor) -> torch.Tensor:
         import torch
 
-        from loftq_cli.triton_kernels.packing import pack_rows
+        from loftq_cli.triton_kernels.packing.contract import pack_rows
 
         return pack_rows(codes, bits).view(torch.uint32 if is_unsigned else torch.int32)
 
     def unpack(stored: torch.Tensor) -> torch.Tensor:
         import torch
 
-        from loftq_cli.triton_kernels.packing import unpack_rows
+        from loftq_cli.triton_kernels.packing.contract import unpack_rows
 
         if not len(stored):
             return torch.empty((0, columns), dtype=torch.uint8)

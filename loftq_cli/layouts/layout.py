@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
-from loftq_cli.tensors import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
+from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
 
 if TYPE_CHECKING:
     import torch

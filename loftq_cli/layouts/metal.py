@@ -10,7 +10,7 @@ from typing import Any, cast
 from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import ModelFacts, StoredTensors
 from loftq_cli.layouts.stored_parts import quantization_config
-from loftq_cli.tensors import AffineSpec
+from loftq_cli.tensors.specs import AffineSpec
 
 QUANTIZED_ON_DISK = True
 

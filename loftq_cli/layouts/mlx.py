@@ -8,7 +8,7 @@ from typing import Any, cast
 from loftq_cli.errors import InputError, printable
 from loftq_cli.layouts import grouped
 from loftq_cli.layouts.layout import ModelFacts, StoredTensors
-from loftq_cli.tensors import AffineSpec
+from loftq_cli.tensors.specs import AffineSpec
 
 QUANTIZED_ON_DISK = True
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from loftq_cli.errors import InputError, printable
 from loftq_cli.layouts.layout import StoredTensors
-from loftq_cli.tensors import OutTensor
+from loftq_cli.tensors.headers import OutTensor
 
 
 def file_of(part: str, stored: StoredTensors) -> Path:

@@ -1,11 +1,12 @@
-"""How a quantized base and its adapter start: one file per method. They see neither bits nor files; only what stacks
-matrices for a GPU knows what they are quantized to.
+"""What base and adapter start as: one file per method. Methods see neither bits nor files; only the stack for a GPU
+knows a number format.
 
-method.py       the contract and the table
+lowrank.py      truncated SVD, exact or by subspace iteration
+weighting.py    the cost of an error, with statistics of the inputs
+method.py       the contract of a method, and the table
 alternation.py  quantize, fit the adapter, repeat
-loftq.py        the alternation with a truncated SVD
-qalora.py       quantize in groups, adapter over pooled inputs
-qlora.py        quantize once, adapter that adds nothing yet
+loftq.py        LoftQ: the adapter holds the quantization error
+qalora.py       QA-LoRA: the adapter reads pooled inputs
+qlora.py        QLoRA: the adapter starts at zero
 stacked.py      LoftQ and QLoRA of many equal matrices on a GPU
-weighting.py    what errors cost, and what an adapter takes of that
 """

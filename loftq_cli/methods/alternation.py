@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from loftq_cli.lowrank import Solver, product_dtype
+from loftq_cli.methods.lowrank import Solver, product_dtype
 from loftq_cli.methods.method import Fitting, Initialization
 from loftq_cli.methods.weighting import Weighting, cost_of
-from loftq_cli.metrics import delta_rows, relative
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
-from loftq_cli.rows import Rows, slabs_of
-from loftq_cli.tensors import LoraPair
-from loftq_cli.triton_kernels.error_stats import error_stats
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import LoraPair
+from loftq_cli.tensors.metrics import delta_rows, relative
+from loftq_cli.tensors.rows import Rows, slabs_of
+from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
 TIE = 1e-9  # of a squared error
 

@@ -8,14 +8,15 @@ from dataclasses import replace
 
 import torch
 
-from loftq_cli.lowrank import Factors, Solver, balanced, is_exact, make_solver
 from loftq_cli.methods.alternation import Adapting, alternate
+from loftq_cli.methods.lowrank import Factors, Solver, balanced, is_exact, make_solver
 from loftq_cli.methods.method import Fitting, Initialization
 from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.quant.formats import Quantizer
-from loftq_cli.rows import Rows
-from loftq_cli.tensors import LoraPair, LoraSpec
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import LoraPair
+from loftq_cli.tensors.rows import Rows
+from loftq_cli.tensors.specs import LoraSpec
 
 _SMALL_NUMEL = 1 << 16  # weights below which a product costs less than calling it
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
-from loftq_cli.rows import Rows
-from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
+from loftq_cli.tensors.rows import Rows
+from loftq_cli.tensors.specs import LoraSpec
 
 if TYPE_CHECKING:
     import torch
@@ -150,3 +151,8 @@ def zero_adapter(weight: Rows, lora: LoraSpec, generator: torch.Generator) -> Lo
     lora_A = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
     lora_B = torch.zeros(out_features, lora.rank, dtype=dtype, device=weight.device)
     return lora_pair(lora_A.to(weight.device, dtype), lora_B, lora.scaling, lora.pooling)
+
+
+def is_fitted(values: Mapping[str, Any]) -> bool:
+    """Whether an adapter of this method and init, from a recipe or a provenance, holds its own base's error."""
+    return bool(values["method"] == "loftq" or values.get("init") == "residual")

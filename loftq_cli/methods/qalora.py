@@ -12,14 +12,15 @@ from dataclasses import replace
 
 import torch
 
-from loftq_cli.lowrank import Solver, make_solver
 from loftq_cli.methods.alternation import Adapting, alternate, refined_alone
+from loftq_cli.methods.lowrank import Solver, make_solver
 from loftq_cli.methods.method import Fitting, Initialization, zero_adapter
 from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.quant.formats import Quantizer
-from loftq_cli.rows import Rows, TensorRows, slabs_of
-from loftq_cli.tensors import LoraPair, LoraSpec, lora_pair
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
+from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
+from loftq_cli.tensors.specs import LoraSpec
 
 
 def initialize(

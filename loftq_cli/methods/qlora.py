@@ -10,9 +10,9 @@ from loftq_cli.methods.alternation import refined_alone
 from loftq_cli.methods.method import Fitting, Initialization, zero_adapter
 from loftq_cli.methods.weighting import Weighting
 from loftq_cli.quant.formats import Quantizer
-from loftq_cli.rows import Rows
-from loftq_cli.tensors import LoraSpec
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.rows import Rows
+from loftq_cli.tensors.specs import LoraSpec
 
 
 def initialize(

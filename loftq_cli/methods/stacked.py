@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from loftq_cli.lowrank import COLD_STEPS
 from loftq_cli.methods.alternation import TIE
+from loftq_cli.methods.lowrank import COLD_STEPS
 from loftq_cli.quant.codebook_stack import QuantizedStack, quantize_stack
-from loftq_cli.tensors import CodebookSpec, LoraSpec, NestedAbsmax
-from loftq_cli.triton_kernels.error_stats import codebook_error_sums
-from loftq_cli.triton_kernels.residual import residual_product, transposed_residual_product
+from loftq_cli.tensors.matrices import NestedAbsmax
+from loftq_cli.tensors.specs import CodebookSpec, LoraSpec
+from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
+from loftq_cli.triton_kernels.residual.contract import residual_product, transposed_residual_product
 
 # Added to the diagonal of a Gram matrix of unit columns: below it they count as dependent, as those of no quantization
 # noise are.

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 
 from loftq_cli.errors import NumericError
-from loftq_cli.metrics import delta_rows, relative
 from loftq_cli.quant.formats import Cost
-from loftq_cli.rows import Rows, TensorRows, slabs_of
-from loftq_cli.tensors import LoraPair
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import LoraPair
+from loftq_cli.tensors.metrics import delta_rows, relative
+from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 
 # Of the mean of diag(H), what is added to the diagonal: directions that the calibration text did not show.
 _DAMPING = 1e-3

@@ -1,11 +1,11 @@
 """Training modules over what `loftq quantize` writes: linears whose weight stays quantized, with LoftQ, QLoRA and
 QA-LoRA adapters. Plain torch; no training loop.
 
+read_only_weight.py   the weight attribute of a quantized linear
 quantized_linear.py   the frozen linear
-read_only_weight.py   what it shows as its weight
 adapted_linear.py     a frozen linear with an adapter, one class per method
-adapted_model.py      loading them into a model
 adapter_directory.py  saving trained adapters
+adapted_model.py      loading base and adapter into a model
 """
 
 from loftq_cli.nn.adapted_linear import LoftQLinear, QALoRALinear, QLoRALinear, QuantizationStats

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.metrics import adapter_delta, group_delta
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.nn.read_only_weight import ReadOnlyWeight
 from loftq_cli.quant.affine import move_offsets
-from loftq_cli.tensors import AffineSpec, AffineTensor, LoraPair, LoraSpec, lora_pair
+from loftq_cli.tensors.matrices import AffineTensor, LoraPair, lora_pair
+from loftq_cli.tensors.metrics import adapter_delta, group_delta
+from loftq_cli.tensors.specs import AffineSpec, LoraSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,18 +14,18 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from loftq_cli.adapter_source import AdapterSource, LoraTensors, open_adapter
-from loftq_cli.base_model import BaseModel
+from loftq_cli.adapter import config as adapter_config
+from loftq_cli.adapter.source import AdapterSource, LoraTensors, open_adapter
+from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import InputError, MismatchError
-from loftq_cli.layouts import peft_adapter
+from loftq_cli.merging.provenance import check_provenance
 from loftq_cli.methods.method import METHODS
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.model.targets import module_of
 from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, Origin, QALoRALinear, QLoRALinear
 from loftq_cli.nn.adapter_directory import origin_of
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
-from loftq_cli.provenance import check_provenance
-from loftq_cli.report import read_report
-from loftq_cli.targets import module_of
-from loftq_cli.tensors import LoraSpec
+from loftq_cli.tensors.specs import LoraSpec
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -206,7 +206,7 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     """The adapter to load. Raises MismatchError for one of another base, or with parts that are not trained here."""
     if path is None:
         places = (base.folder / entry.adapter_dir for entry in METHODS.values())
-        path = next((place for place in places if peft_adapter.is_adapter_directory(place)), None)
+        path = next((place for place in places if adapter_config.is_adapter_directory(place)), None)
         if path is None:
             return None
     source = open_adapter(path)

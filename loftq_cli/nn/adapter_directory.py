@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.checkpoint.staging import Staging, check_apart, check_output
-from loftq_cli.checkpoint.writer import OutputFiles
 from loftq_cli.errors import NumericError
-from loftq_cli.layouts import peft_adapter
-from loftq_cli.model_files import write_texts
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
-from loftq_cli.report import PROVENANCE_NAME, TOOL, dump_json
+from loftq_cli.output.records import PROVENANCE_NAME, TOOL, dump_json, write_texts
+from loftq_cli.output.staging import Staging, check_apart, check_output
+from loftq_cli.output.writer import OutputFiles
 
 _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # what torch.compile puts into the names of a model's parts
 
@@ -28,7 +27,7 @@ def origin_of(adapter: Path, base: Path | None) -> Origin:
     provenance = adapter / PROVENANCE_NAME
     return Origin(
         None if base is None else base.resolve(),
-        read_json_object(adapter / peft_adapter.CONFIG_NAME),
+        read_json_object(adapter / adapter_config.CONFIG_NAME),
         read_json_object(provenance) if provenance.is_file() else None,
     )
 
@@ -59,7 +58,7 @@ def save_adapter(
     adapted.sort(key=lambda module: module.lora.pooling is None)
     if len({(module.lora.pooling or adapted[0].lora.pooling, module.lora.rslora) for module in adapted}) > 1:
         raise ValueError("one adapter directory holds one pooling and one kind of scaling")
-    tensors = {key: t for name, layer in layers.items() for key, t in peft_adapter.pack(name, layer.pair()).items()}
+    tensors = {key: t for name, layer in layers.items() for key, t in adapter_config.pack(name, layer.pair()).items()}
     for key, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise NumericError("holds NaN or infinite values").at(file=output, tensor=key)
@@ -71,28 +70,30 @@ def save_adapter(
         write_texts(path, texts)
 
 
-def _adapted_module(name: str, layer: AdaptedLinear) -> peft_adapter.AdaptedModule:
+def _adapted_module(name: str, layer: AdaptedLinear) -> adapter_config.AdaptedModule:
     lora = replace(layer.lora, dtype=str(layer.lora_A.dtype).removeprefix("torch."))
-    return peft_adapter.AdaptedModule(name, (layer.out_features, layer.in_features), lora)
+    return adapter_config.AdaptedModule(name, (layer.out_features, layer.in_features), lora)
 
 
-def _texts(adapted: Sequence[peft_adapter.AdaptedModule], origin: Origin | None) -> dict[str, str]:
+def _texts(adapted: Sequence[adapter_config.AdaptedModule], origin: Origin | None) -> dict[str, str]:
     """The small files of the adapter, by name."""
     values = {} if origin is None else origin.config
-    config = peft_adapter.adapter_config(
+    config = adapter_config.adapter_config(
         adapted,
         base_model=values.get("base_model_name_or_path") or "",
         task_type=values.get("task_type"),
         fan_in_fan_out=values.get("fan_in_fan_out") is True,
     )
-    texts = {peft_adapter.CONFIG_NAME: dump_json(config)}
+    texts = {adapter_config.CONFIG_NAME: dump_json(config)}
     if origin is not None and origin.provenance is not None:
         texts[PROVENANCE_NAME] = dump_json(origin.provenance)
     return texts
 
 
-def _write(tensors: Mapping[str, torch.Tensor], adapted: Sequence[peft_adapter.AdaptedModule], directory: Path) -> None:
-    planned = [tensor for module in adapted for tensor in peft_adapter.planned(module)]
-    with OutputFiles(directory, {peft_adapter.WEIGHTS_NAME: planned}) as files:
+def _write(
+    tensors: Mapping[str, torch.Tensor], adapted: Sequence[adapter_config.AdaptedModule], directory: Path
+) -> None:
+    planned = [tensor for module in adapted for tensor in adapter_config.planned(module)]
+    with OutputFiles(directory, {adapter_config.WEIGHTS_NAME: planned}) as files:
         for key, tensor in tensors.items():
             files[key].write(key, tensor.cpu())

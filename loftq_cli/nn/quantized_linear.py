@@ -12,10 +12,11 @@ from torch.nn import functional
 from loftq_cli.nn.read_only_weight import READ_ONLY, ReadOnlyWeight
 from loftq_cli.quant.codebook import DecodedCodebook
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer, size_of
-from loftq_cli.tensors import AffineSpec, AffineTensor, CodebookSpec, CodebookTensor, NestedAbsmax
+from loftq_cli.tensors.matrices import AffineTensor, CodebookTensor, NestedAbsmax
+from loftq_cli.tensors.specs import AffineSpec, CodebookSpec
 from loftq_cli.triton_kernels.backend import has_kernels
-from loftq_cli.triton_kernels.dequant_matmul import dequant_matmul, dequant_matmul_input_gradient
-from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
+from loftq_cli.triton_kernels.dequant_matmul.contract import dequant_matmul, dequant_matmul_input_gradient
+from loftq_cli.triton_kernels.packing.contract import pack_rows, unpack_rows
 
 
 class QuantizedLinear(nn.Linear):

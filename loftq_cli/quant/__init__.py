@@ -1,8 +1,9 @@
 """Number formats: what `--quant-type` may name. One file per family; they know no methods and no files.
 
-affine.py          group-wise integers (2, 3, 4 and 8 bits)
-blocks.py          searching and refining constants, for both
-codebook.py        block-wise codebook formats (NF4)
-codebook_stack.py  the same of many equal matrices on a GPU
-formats.py         the table, and what every format can do
+formats.py         the table of formats, and the protocol of a quantizer
+blocks.py          the search and the refinement of constants, for all families
+affine.py          integers in groups: 2, 3, 4 and 8 bits
+codebook.py        codebooks in blocks: NF4 and FP4
+codebook_stack.py  codebooks of many equal matrices on a GPU
+gpu_matrix.py      one matrix on a GPU: merge, quantize again, measure
 """

@@ -13,12 +13,13 @@ import torch
 from loftq_cli.errors import NumericError
 from loftq_cli.quant.blocks import refine_rows, searched
 from loftq_cli.quant.formats import Cost, Refinement
-from loftq_cli.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs_of
-from loftq_cli.tensors import AffineSpec, AffineTensor
-from loftq_cli.triton_kernels.affine import AffineGroups, dequantize_affine, quantize_affine
-from loftq_cli.triton_kernels.error_stats import error_stats
-from loftq_cli.triton_kernels.refinement import Blocks, Levels
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import AffineTensor
+from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs_of
+from loftq_cli.tensors.specs import AffineSpec
+from loftq_cli.triton_kernels.affine.contract import AffineGroups, dequantize_affine, quantize_affine
+from loftq_cli.triton_kernels.error_stats.contract import error_stats
+from loftq_cli.triton_kernels.refinement.contract import Blocks, Levels
 
 _SLAB_NUMEL = 1 << 20  # float64 elements compared at once: 8 MB
 
@@ -226,7 +227,7 @@ class AffineQuantizer:
 
 @dataclass(frozen=True, slots=True)
 class DecodedGroups:
-    """The values of a quantized matrix by rows. See `loftq_cli.rows`."""
+    """The values of a quantized matrix by rows. See `loftq_cli.tensors.rows`."""
 
     quantized: AffineTensor
     codes: Callable[[slice], torch.Tensor] | None = None

@@ -9,9 +9,9 @@ import math
 import torch
 
 from loftq_cli.quant.formats import Cost
-from loftq_cli.rows import Rows, slabs_of
-from loftq_cli.triton_kernels.refinement import Blocks, Levels, refine, refine_dense, search_scales
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.rows import Rows, slabs_of
+from loftq_cli.triton_kernels.refinement.contract import Blocks, Levels, refine, refine_dense, search_scales
 
 
 def searched(

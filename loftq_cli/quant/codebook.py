@@ -11,17 +11,18 @@ import torch
 from loftq_cli.errors import NumericError
 from loftq_cli.quant.blocks import refine_rows, searched
 from loftq_cli.quant.formats import Cost, Refinement
-from loftq_cli.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs_of
-from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
-from loftq_cli.triton_kernels.codebook import (
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
+from loftq_cli.tensors.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs_of
+from loftq_cli.tensors.specs import CodebookSpec
+from loftq_cli.triton_kernels.codebook.contract import (
     codebook_residual,
     codebook_table,
     dequantize_codebook,
     quantize_codebook,
 )
-from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
-from loftq_cli.triton_kernels.refinement import Blocks, Levels
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
+from loftq_cli.triton_kernels.refinement.contract import Blocks, Levels
 
 # Double quantization is wrong by at most this share of a nested absmax: half of the widest gap in its map, 0.9 / 128,
 # and its rounding to a grid.
@@ -212,7 +213,7 @@ class CodebookQuantizer:
 
 @dataclass(frozen=True, slots=True)
 class DecodedCodebook:
-    """The values of a quantized matrix by rows; `absmax` float32, one for each block. See `loftq_cli.rows`."""
+    """The values of a quantized matrix by rows; `absmax` float32, one for each block. See `loftq_cli.tensors.rows`."""
 
     quantized: CodebookTensor
     absmax: torch.Tensor

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.quant.codebook import is_near
-from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
-from loftq_cli.triton_kernels.codebook import quantize_codebook
-from loftq_cli.triton_kernels.double_quant import double_dequantize, double_quantize, dynamic_map
-from loftq_cli.triton_kernels.residual import CodedStack, quantize_difference
+from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
+from loftq_cli.tensors.specs import CodebookSpec
+from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
+from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
+from loftq_cli.triton_kernels.residual.contract import CodedStack, quantize_difference
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from loftq_cli.rows import Rows
-from loftq_cli.tensors import MODEL_DTYPES, AffineSpec, AffineTensor, CodebookSpec, CodebookTensor
-from loftq_cli.workers import SERIAL, Workers
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.headers import MODEL_DTYPES
+from loftq_cli.tensors.matrices import AffineTensor, CodebookTensor
+from loftq_cli.tensors.rows import Rows
+from loftq_cli.tensors.specs import AffineSpec, CodebookSpec
 
 if TYPE_CHECKING:
     import torch

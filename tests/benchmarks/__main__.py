@@ -16,7 +16,7 @@ from tempfile import gettempdir
 
 import torch
 
-from loftq_cli.workers import available_threads
+from loftq_cli.runtime.workers import available_threads
 from tests.benchmarks import ceiling, conversion, durability, gpu, growth, joint, matrix, nf4, scratch
 from tests.benchmarks.contenders import warm_up_kernels
 from tests.benchmarks.measuring import Settings, Table, machine, rendered

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from loftq_cli.triton_kernels.codebook import quantize_codebook
-from loftq_cli.workers import started
+from loftq_cli.runtime.workers import started
+from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
 from tests.benchmarks.measuring import Settings, Table, interleaved, median_wall, timed
 from tests.benchmarks.weights import normal_matrix
 

@@ -6,26 +6,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from loftq_cli import convert, inspection, merge, merge_plan
-from loftq_cli.base_model import BaseModel
-from loftq_cli.merge_form import MergeOptions
-from loftq_cli.recipe import Recipe
-from tests.conversions import Silent
+from loftq_cli.conversion.prepare import prepare_conversion
+from loftq_cli.conversion.run import convert_checkpoint
+from loftq_cli.inspecting.converted import inspect_converted
+from loftq_cli.merging.form import MergeOptions
+from loftq_cli.merging.plan import prepare_merge
+from loftq_cli.merging.run import merge_adapter
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.planning.recipe import Recipe
+from tests.support.conversions import Silent
 
 
 def run_convert(source: Path, output: Path, threads: int = 1, *, verify: bool = True, method: str = "qlora") -> None:
     """Into an `output` that is not there yet."""
-    prepared = convert.prepare(str(source), output, Recipe(method=method))
-    convert.run(prepared, Silent(), overwrite=False, restart=False, verify=verify, threads=threads)
+    prepared = prepare_conversion(str(source), output, Recipe(method=method))
+    convert_checkpoint(prepared, Silent(), overwrite=False, restart=False, verify=verify, threads=threads)
 
 
 def run_merge(base: Path, output: Path, threads: int) -> None:
     """A converted directory and the adapter in it."""
-    prepared = merge_plan.prepare(base, base / "qlora_init", output, MergeOptions())
-    merge.run(prepared, Silent(), overwrite=False, restart=False, threads=threads)
+    prepared = prepare_merge(base, base / "qlora_init", output, MergeOptions())
+    merge_adapter(prepared, Silent(), overwrite=False, restart=False, threads=threads)
 
 
 def run_inspect(base: Path, original: Path, threads: int) -> None:
     """A converted directory and what it was made of."""
     with BaseModel.open(base) as opened:
-        inspection.inspect_converted(opened, original, threads)
+        inspect_converted(opened, original, threads)

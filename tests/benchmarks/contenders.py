@@ -11,17 +11,18 @@ from typing import Any
 
 import torch
 
-from loftq_cli.lowrank import ExactSolver, Factors
 from loftq_cli.methods.alternation import Adapting, alternate
 from loftq_cli.methods.loftq import fit_adapter
+from loftq_cli.methods.lowrank import ExactSolver, Factors
 from loftq_cli.methods.method import Fitting, Initialization, load_method
 from loftq_cli.methods.weighting import make_weighting
-from loftq_cli.metrics import adapter_delta, layer_error
 from loftq_cli.quant.formats import QuantizedTensor, make_quantizer
-from loftq_cli.rows import TensorRows
-from loftq_cli.tensors import CodebookSpec, LoraPair, LoraSpec
+from loftq_cli.runtime.workers import SERIAL, Workers, started
+from loftq_cli.tensors.matrices import LoraPair
+from loftq_cli.tensors.metrics import adapter_delta, layer_error
+from loftq_cli.tensors.rows import TensorRows
+from loftq_cli.tensors.specs import CodebookSpec, LoraSpec
 from loftq_cli.triton_kernels.backend import use_compiled_kernels
-from loftq_cli.workers import SERIAL, Workers, started
 
 QUANTIZER = make_quantizer(CodebookSpec(), "bfloat16")
 

@@ -25,7 +25,7 @@ from tests.benchmarks.corpus import held_out_text, training_prose
 from tests.benchmarks.measuring import package_version
 from tests.benchmarks.perplexity import keep_packed_weights
 from tests.benchmarks.quality import run_loftq
-from tests.models import minilm
+from tests.support.models import minilm
 
 QUANT_TYPES = ("nf4", "int4", "int3", "int2")
 LOFTQ, JOINT, CALIBRATED, DIAGONAL = "LoftQ", "joint", "calibrated", "calibrated, diagonal"

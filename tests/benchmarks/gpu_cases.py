@@ -12,18 +12,18 @@ from unittest import mock
 import torch
 
 from loftq_cli.methods.stacked import alternate_stack
-from loftq_cli.tensors import CodebookSpec, LoraSpec
-from loftq_cli.triton_kernels import codebook_reference
-from loftq_cli.triton_kernels.affine import dequantize_affine, quantize_affine
+from loftq_cli.tensors.specs import CodebookSpec, LoraSpec
+from loftq_cli.triton_kernels.affine.contract import dequantize_affine, quantize_affine
 from loftq_cli.triton_kernels.backend import use_backend
-from loftq_cli.triton_kernels.codebook import dequantize_codebook, quantize_codebook
-from loftq_cli.triton_kernels.dequant_matmul import dequant_matmul
-from loftq_cli.triton_kernels.double_quant import double_quantize
-from loftq_cli.triton_kernels.error_stats import codebook_error_sums
-from loftq_cli.triton_kernels.merging import merge_codebook, retention_sums
-from loftq_cli.triton_kernels.packing import pack_rows, unpack_rows
-from loftq_cli.triton_kernels.refinement import Levels, search_scales
-from loftq_cli.triton_kernels.residual import (
+from loftq_cli.triton_kernels.codebook import reference as codebook_reference
+from loftq_cli.triton_kernels.codebook.contract import dequantize_codebook, quantize_codebook
+from loftq_cli.triton_kernels.dequant_matmul.contract import dequant_matmul
+from loftq_cli.triton_kernels.double_quant.contract import double_quantize
+from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
+from loftq_cli.triton_kernels.merging.contract import merge_codebook, retention_sums
+from loftq_cli.triton_kernels.packing.contract import pack_rows, unpack_rows
+from loftq_cli.triton_kernels.refinement.contract import Levels, search_scales
+from loftq_cli.triton_kernels.residual.contract import (
     CodedStack,
     quantize_difference,
     residual_product,

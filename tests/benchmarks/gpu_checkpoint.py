@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from loftq_cli.checkpoint.writer import safetensors_layout, tensor_bytes
-from loftq_cli.tensors import OutTensor
+from loftq_cli.output.writer import safetensors_layout, tensor_bytes
+from loftq_cli.tensors.headers import OutTensor
 
 _POOL_NUMEL = 1 << 26  # random numbers that all tensors are cut from, each from another place
 _SHARD_LAYERS = 8

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from loftq_cli import convert
-from loftq_cli.recipe import Recipe
+from loftq_cli.conversion.prepare import prepare_conversion
+from loftq_cli.conversion.run import convert_checkpoint
+from loftq_cli.planning.recipe import Recipe
 from tests.benchmarks.gpu_card import failure
 from tests.benchmarks.gpu_checkpoint import LlamaShape, drop_from_cache, reading_seconds, write_llama
 from tests.benchmarks.gpu_timeline import RESOURCES, busy, chart, recorded
 from tests.benchmarks.measuring import Settings, Table
-from tests.conversions import Silent
+from tests.support.conversions import Silent
 
 Row = dict[str, object]
 _DRAWN = ("qlora, cached", "LoftQ, cached")  # the others' charts are in the JSON
@@ -173,8 +174,8 @@ def _converted(
         recipe if run.method == "loftq" else {key: recipe[key] for key in recipe if key not in ("fit", "iterations")}
     )
     start, phases = time.perf_counter(), Phases()
-    prepared = convert.prepare(str(source), output, Recipe(method=run.method, **options))
-    outcome = convert.run(
+    prepared = prepare_conversion(str(source), output, Recipe(method=run.method, **options))
+    outcome = convert_checkpoint(
         prepared,
         phases,
         overwrite=False,

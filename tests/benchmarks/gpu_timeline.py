@@ -14,9 +14,10 @@ from unittest import mock
 
 import torch
 
-from loftq_cli import convert, device_jobs
-from loftq_cli.device import Device, Download, open_device
-from loftq_cli.device_jobs import DeviceRunner
+from loftq_cli.conversion import gpu_jobs
+from loftq_cli.conversion import run as conversion_run
+from loftq_cli.conversion.gpu_jobs import DeviceRunner
+from loftq_cli.runtime.gpu import Device, Download, open_device
 
 Value = TypeVar("Value")
 
@@ -132,8 +133,8 @@ def recorded() -> Iterator[Timeline]:
         return None if device is None else RecordedDevice(timeline, device.device, device.max_nbytes)
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(convert, "open_device", opened))
-        stack.enter_context(mock.patch.object(device_jobs, "DeviceRunner", partial(RecordedRunner, timeline)))
+        stack.enter_context(mock.patch.object(conversion_run, "open_device", opened))
+        stack.enter_context(mock.patch.object(gpu_jobs, "DeviceRunner", partial(RecordedRunner, timeline)))
         yield timeline
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from loftq_cli import convert
+from loftq_cli.conversion import run as conversion_run
 from tests.benchmarks.commands import run_convert
 from tests.benchmarks.conversion import write_checkpoint
 from tests.benchmarks.measuring import Settings, Table, interleaved, median_cpu, timed
@@ -51,5 +51,5 @@ def run(settings: Settings) -> Iterator[Table]:
 def _converted(source: Path, output: Path) -> None:
     shutil.rmtree(output, ignore_errors=True)
     # Which kernels run depends on the work; here it must not.
-    with mock.patch.object(convert, "choose_kernels", lambda work: None):
+    with mock.patch.object(conversion_run, "choose_kernels", lambda work: None):
         run_convert(source, output, method="loftq")

@@ -16,12 +16,12 @@ import torch
 from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.methods.method import Fitting, Initialization, load_method
 from loftq_cli.methods.weighting import Weighting, make_weighting
-from loftq_cli.metrics import adapter_delta
-from loftq_cli.plan import spec_of
+from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import Quantizer, make_quantizer
-from loftq_cli.recipe import Recipe
-from loftq_cli.rows import TensorRows
-from loftq_cli.tensors import LoraSpec
+from loftq_cli.tensors.metrics import adapter_delta
+from loftq_cli.tensors.rows import TensorRows
+from loftq_cli.tensors.specs import LoraSpec
 from tests.benchmarks.contenders import warm_up
 from tests.benchmarks.drift import calibrate_minilm
 from tests.benchmarks.measuring import Settings, Table, interleaved, timed

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from loftq_cli.quant.formats import make_quantizer
-from loftq_cli.rows import TensorRows
-from loftq_cli.tensors import CodebookSpec, CodebookTensor, NestedAbsmax
-from loftq_cli.workers import started
+from loftq_cli.runtime.workers import started
+from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
+from loftq_cli.tensors.rows import TensorRows
+from loftq_cli.tensors.specs import CodebookSpec
 from tests.benchmarks.measuring import Settings, Table, Timed, best_wall, interleaved, median_cpu, timed
 from tests.benchmarks.weights import normal_matrix
 

@@ -90,7 +90,7 @@ def _command(name: str, first: str, second: str, threads: str, *verify: str) -> 
 
 def _unsynced(*arguments: str) -> Callable[[], None]:
     """The same without the calls that bring files and names to the disk."""
-    from loftq_cli.checkpoint import disk
+    from loftq_cli.output import disk
 
     work = _command(*arguments)
     disk.sync = lambda descriptor, path: None

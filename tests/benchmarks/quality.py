@@ -23,7 +23,7 @@ from tests.benchmarks.corpus import held_out_text, training_prose
 from tests.benchmarks.perplexity import CONTEXT, MAX_TOKENS, load, score
 
 ROOT = Path(__file__).parent.parent.parent
-BUILTIN = ROOT / "loftq_cli" / "builtin" / "tiny-llama"
+BUILTIN = ROOT / "loftq_cli" / "model" / "builtin_models" / "tiny-llama"
 STATISTICS = "STATISTICS"  # in options: where `calibrate` wrote
 TOKENS = 131072  # bytes of the training text that the statistics are of
 CONVERSIONS = {

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from tests.models import minilm
+from tests.support.models import minilm
 
 _TILE = 384  # the width of all-MiniLM-L6-v2, whose linears are 384 × 384, 1536 × 384 and 384 × 1536
 

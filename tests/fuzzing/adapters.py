@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors.torch import save, save_file
 
-from loftq_cli.adapter_source import open_adapter
-from loftq_cli.base_model import BaseModel
-from loftq_cli.inspection import inspect_converted
-from loftq_cli.layouts import module_patterns
-from loftq_cli.merge_form import MergeOptions
-from loftq_cli.merge_plan import prepare
+from loftq_cli.adapter.source import open_adapter
+from loftq_cli.checkpoint import patterns
+from loftq_cli.inspecting.converted import inspect_converted
+from loftq_cli.merging.form import MergeOptions
+from loftq_cli.merging.plan import prepare_merge
+from loftq_cli.model.stored import BaseModel
 from tests.fuzzing.engine import Session
 from tests.fuzzing.models import CONFIG, LAYER, quantized_model
 from tests.fuzzing.mutations import HOSTILE, changed, json_bytes, pick
@@ -90,7 +90,7 @@ def merge(directory: Path) -> Session:
     def read(item: tuple[bytes, bytes]) -> None:
         (base / "config.json").write_bytes(item[0])
         (adapter_directory / "adapter_config.json").write_bytes(item[1])
-        plan = prepare(base, adapter_directory, output, MergeOptions())
+        plan = prepare_merge(base, adapter_directory, output, MergeOptions())
         assert plan.fingerprint and plan.model_config()
 
     return Session(make, read)
@@ -120,7 +120,7 @@ def inspection(directory: Path) -> Session:
 
 def open_quickly() -> None:
     """Let hostile expressions run for a fiftieth of a second, so that many of them can be tried."""
-    module_patterns._SECONDS = 0.02
+    patterns._SECONDS = 0.02
 
 
 def _config_text(random: Random) -> bytes:

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from safetensors.torch import save, save_file
 
-from loftq_cli.base_model import BaseModel
 from loftq_cli.checkpoint.json_files import parse_json_object
-from loftq_cli.family import Family
 from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, load_layout
-from loftq_cli.plan import affine_spec, build_plan
+from loftq_cli.model.family import Family
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.output.records import dump_json
+from loftq_cli.planning.planner import build_plan
+from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settings import affine_spec
 from loftq_cli.quant.formats import make_quantizer
-from loftq_cli.recipe import Recipe
-from loftq_cli.report import dump_json
-from loftq_cli.rows import TensorRows
-from loftq_cli.tensors import CodebookSpec, TensorRef
+from loftq_cli.tensors.headers import TensorRef
+from loftq_cli.tensors.rows import TensorRows
+from loftq_cli.tensors.specs import CodebookSpec
 from tests.fuzzing.engine import Session
 from tests.fuzzing.mutations import HOSTILE, json_bytes, pick
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from loftq_cli.base_model import BaseModel
-from loftq_cli.checkpoint.checksums import read_checksums
-from loftq_cli.checkpoint.journal import parse_journal
+from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import InputError
-from loftq_cli.provenance import check_provenance
-from loftq_cli.recipe import Override, Recipe, recipe_toml, resolve_recipe
-from loftq_cli.report import read_report
+from loftq_cli.merging.provenance import check_provenance
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.output.checksums import read_checksums
+from loftq_cli.output.journal import parse_journal
+from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe_files import recipe_toml, resolve_recipe
 from tests.fuzzing.engine import Session
 from tests.fuzzing.models import LAYER, quantized_model
 from tests.fuzzing.mutations import HOSTILE, edited, json_bytes, pick

@@ -22,7 +22,7 @@ from loftq_cli.checkpoint.torch_pickle import read_state_dict
 from loftq_cli.errors import InputError
 from tests.fuzzing.engine import Session
 from tests.fuzzing.mutations import HOSTILE, changed, edited, json_bytes, pick
-from tests.reading import read_everything
+from tests.support.reading import read_everything
 
 STATE = {
     "w": torch.arange(6.0).reshape(2, 3),

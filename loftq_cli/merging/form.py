@@ -1,0 +1,187 @@
+"""What form a merged model gets: dense, quantized again, or the base's codes with other offsets. From the options, the
+base and the kind of adapter alone; no tensor is looked at.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from loftq_cli.errors import UsageError
+from loftq_cli.layouts.layout import LAYOUTS, default_layout
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settings import affine_spec
+from loftq_cli.quant.formats import FORMATS, QuantSpec
+from loftq_cli.tensors.headers import MODEL_DTYPES
+from loftq_cli.tensors.specs import POOLINGS, AffineSpec, CodebookSpec
+
+# Containers that hold a float offset for every group, in the order in which they are chosen.
+_FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
+_INTEGER_ZEROS = ("compressed-tensors", "gptq")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """How to merge. What is None follows from the base and the adapter; `dtype` of None is the model's own."""
+
+    dtype: str | None = None
+    layout: str | None = None
+    requantize: str | None = None
+    group_size: int | None = None
+    symmetric: bool | None = None
+    scale_dtype: str | None = None
+    round_zeros: bool = False
+    pooling: str | None = None
+    max_shard_size: str = "5GB"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("dtype", MODEL_DTYPES),
+            ("layout", LAYOUTS),
+            ("requantize", FORMATS),
+            ("scale_dtype", MODEL_DTYPES),
+            ("pooling", POOLINGS),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} {value!r} does not exist", hint=f"one of {', '.join(choices)}")
+        if self.requantize and self.round_zeros:
+            raise UsageError("--requantize chooses new codes, and --round-zeros keeps them", hint="one of the two")
+        if self.requantize is None and (self.group_size is not None or self.symmetric is not None):
+            raise UsageError("--group-size and --symmetric are for --requantize", hint="leave them out")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeForm:
+    """The container of the merged weights; what they are quantized to, unless they keep the base's codes.
+
+    scale_dtype   what the scales and offsets become where the codes are kept
+    """
+
+    layout: str
+    spec: QuantSpec | None = None
+    keeps_codes: bool = False
+    scale_dtype: str | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the merged weights are stored quantized."""
+        return self.spec is not None or self.keeps_codes
+
+    def model_dtype(self, dtype: str) -> str:
+        """What the model is stored in, where `dtype` is what it would be: some loaders need all tensors in one."""
+        if not LAYOUTS[self.layout].one_dtype:
+            return dtype
+        if isinstance(self.spec, AffineSpec):
+            return self.spec.scale_dtype
+        return self.scale_dtype or "float32"
+
+    def spec_for(self, stored: AffineSpec) -> AffineSpec:
+        """The format that a base weight with its codes kept is stored in."""
+        row = LAYOUTS[self.layout]
+        exact = "float32" if row.zero_point == "float" else stored.scale_dtype
+        scales = self.scale_dtype or row.scale_dtype or exact
+        return replace(stored, symmetric=False, zero_point=row.zero_point, scale_dtype=scales)
+
+
+def choose_form(options: MergeOptions, base: BaseModel, *, is_pooled: bool) -> MergeForm:
+    """The form of the merged model. A pooled adapter on an integer base moves offsets, so that nothing is lost;
+    everything else becomes dense unless it is quantized again.
+
+    Raises UsageError for options that contradict each other, the base or the adapter.
+    """
+    if options.requantize is not None:
+        return _requantized(options, base)
+    specs = [matrix.spec for matrix in base.quantized.values()]
+    integers = [spec for spec in specs if isinstance(spec, AffineSpec)]
+    can_move = is_pooled and bool(integers) and len(integers) == len(specs)
+    if options.round_zeros:
+        return _rounded(options, base, integers, can_move=can_move)
+    layout = options.layout or (_exact_layout(base, integers) if can_move else "dense")
+    if layout == "dense":
+        if options.scale_dtype is not None:
+            raise UsageError("--scale-dtype is for a quantized result", hint="leave it out")
+        return MergeForm("dense")
+    if not can_move:
+        raise UsageError(
+            f"--layout {layout} needs codes, and only a QA-LoRA adapter on an integer base keeps them",
+            hint="--requantize int4, or --layout dense",
+        )
+    if layout not in _FLOAT_OFFSETS:
+        raise UsageError(
+            f"--layout {layout} holds integer zero points, which lose most of a QA-LoRA update",
+            hint=f"--layout {' or '.join(_FLOAT_OFFSETS)} is exact; --round-zeros measures what is lost",
+        )
+    _check_holds(layout, integers, options)
+    return MergeForm(layout, keeps_codes=True, scale_dtype=options.scale_dtype)
+
+
+def _requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
+    quant_type = str(options.requantize)
+    layout = options.layout or default_layout(quant_type)
+    if layout == "dense":
+        raise UsageError("--requantize writes codes, and --layout dense has none", hint="one of the two")
+    # A recipe knows which of these belong together, and says it if they do not.
+    recipe = Recipe(
+        method="qlora",
+        quant_type=quant_type,
+        layout=layout,
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        scale_dtype=options.scale_dtype,
+    )
+    if recipe.group_size is None:
+        return MergeForm(layout, CodebookSpec(quant_type))
+    dtype = options.dtype or base.family.dtype(base.tensors.values())
+    spec = affine_spec(
+        layout,
+        quant_type,
+        recipe.group_size,
+        symmetric=bool(recipe.symmetric),
+        dtype=dtype,
+        scale_dtype=options.scale_dtype,
+    )
+    return MergeForm(layout, spec)
+
+
+def _rounded(options: MergeOptions, base: BaseModel, integers: list[AffineSpec], *, can_move: bool) -> MergeForm:
+    if not can_move:
+        raise UsageError("--round-zeros is for a QA-LoRA adapter on an integer base", hint="leave it out")
+    layout = options.layout or (base.layout if base.layout in _INTEGER_ZEROS else _INTEGER_ZEROS[0])
+    if layout not in _INTEGER_ZEROS:
+        raise UsageError(f"--layout {layout} has no integer zero points to round to", hint="leave out --round-zeros")
+    _check_holds(layout, integers, options)
+    return MergeForm(layout, keeps_codes=True, scale_dtype=options.scale_dtype)
+
+
+def _exact_layout(base: BaseModel, integers: list[AffineSpec]) -> str:
+    """The base's own container if it has float offsets, else the first one that holds its codes, else dense."""
+    if base.layout in _FLOAT_OFFSETS:
+        return base.layout
+    fitting = (n for n in _FLOAT_OFFSETS if _mixes(n, integers) and all(_holds(n, spec) for spec in integers))
+    return next(fitting, "dense")
+
+
+def _mixes(layout: str, integers: list[AffineSpec]) -> bool:
+    """Whether a container holds these formats, with offsets, in one model."""
+    return LAYOUTS[layout].mixed == "any" or len({(spec.bits, spec.group_size) for spec in integers}) == 1
+
+
+def _holds(layout: str, spec: AffineSpec) -> bool:
+    row = LAYOUTS[layout]
+    return spec.quant_type in row.quant_types and (not row.group_sizes or spec.group_size in row.group_sizes)
+
+
+def _check_holds(layout: str, integers: list[AffineSpec], options: MergeOptions) -> None:
+    for spec in integers:
+        if not _holds(layout, spec):
+            what = f"--layout {layout} does not hold {spec.quant_type} in groups of {spec.group_size}"
+            raise UsageError(what, hint="--layout dense holds every merge")
+    if not _mixes(layout, integers):
+        what = f"--layout {layout} does not hold layers of several quant types or group sizes with offsets"
+        raise UsageError(what, hint="--layout mlx, or dense")
+    row = LAYOUTS[layout]
+    if options.scale_dtype is not None and options.scale_dtype not in row.scale_dtypes:
+        raise UsageError(f"--layout {layout} has no {options.scale_dtype} scales", hint=", ".join(row.scale_dtypes))

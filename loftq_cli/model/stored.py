@@ -1,0 +1,235 @@
+"""A model directory whose linear weights may be quantized, ours or anybody's: each weight as the matrix that a loader
+computes with. Reads only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.checkpoint import source
+from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
+from loftq_cli.errors import InputError, LoftqError
+from loftq_cli.layouts.layout import LAYOUTS, Layout, StoredMatrix, StoredTensors, code_rows, load_layout
+from loftq_cli.model.family import Family, check_types
+from loftq_cli.model.targets import module_of
+from loftq_cli.tensors.headers import TensorRef, config_file_beside
+from loftq_cli.tensors.rows import Rows, TensorRows, stored_rows
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.quant.formats import QuantizedTensor
+
+_CONTAINER_KEYS = ("quantization_config", "quantization")
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model as its loader has it.
+
+    tensors     every tensor in order; a quantized weight is one, in the dtype and orientation of a dense file
+    quantized   the weights that are stored quantized
+    layout      the container that they are stored in; None where there is none
+    config      config.json without its quantization
+    """
+
+    path: Path
+    tensors: dict[str, TensorRef]
+    quantized: dict[str, StoredMatrix]
+    layout: str | None
+    family: Family
+    config: dict[str, Any]
+    checkpoint: Checkpoint
+    stored: StoredTensors
+
+    @classmethod
+    def open(cls, path: Path) -> BaseModel:
+        """Any model that `open_checkpoint` opens; the container of quantized weights is recognized.
+
+        Raises InputError for a quantized model in another container, and for a weight whose parts do not fit together.
+        """
+        checkpoint = open_checkpoint(path)
+        return cls._of(path, checkpoint, checkpoint.config())
+
+    @classmethod
+    def of_shards(cls, directory: Path, names: Sequence[str], config: Mapping[str, Any]) -> BaseModel:
+        """The weight files called `names`, of a directory that is not complete yet; `config` is its config.json."""
+        return cls._of(directory, open_files(directory, names), config)
+
+    @classmethod
+    def _of(cls, path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> BaseModel:
+        plain, refs = _without_container(config), checkpoint.tensors
+        file, stored = config_file_beside(refs.values()), _stored(path, checkpoint, config)
+        family = Family(plain, file)
+        layout, names = _container(stored)
+        if layout is None:
+            return cls(path, dict(refs), {}, None, Family(config, file), plain, checkpoint, stored)
+        container = load_layout(layout)
+        quantized = {
+            name: container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
+            for name in names
+        }
+        for error in _orphans(stored, container, names):
+            raise error
+        owner = {part: name for name in names for part in container.parts(name)}
+        tensors: dict[str, TensorRef] = {}
+        for part, ref in refs.items():
+            matrix = quantized.get(owner.get(part, part))
+            if matrix is None:
+                tensors[part] = ref
+            elif matrix.name not in tensors:
+                shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
+                tensors[matrix.name] = TensorRef(matrix.name, matrix.dtype, shape, ref.file)
+        return cls(path, tensors, quantized, layout, family, plain, checkpoint, stored)
+
+    @property
+    def folder(self) -> Path:
+        """The directory of the model, also where one weight file of it was named."""
+        return self.checkpoint.directory or self.path
+
+    def __enter__(self) -> BaseModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.checkpoint.close()
+
+    def load(self, name: str) -> torch.Tensor:
+        """A stored tensor as it is."""
+        return self.checkpoint.load(name)
+
+    def quantized_tensor(self, name: str) -> QuantizedTensor:
+        """The quantized weight called `name`. Raises InputError for numbers that no quantizer writes."""
+        assert self.layout is not None
+        return load_layout(self.layout).unpack(self.quantized[name], self.stored)
+
+    def check_constants(self, name: str) -> None:
+        """Raises InputError for constants of the quantized weight called `name` that no quantizer writes."""
+        assert self.layout is not None
+        load_layout(self.layout).unpack(self.quantized[name], self.stored, has_codes=False)
+
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""
+        shape = self.tensors[name].shape
+        return shape[::-1] if self.family.is_transposed(module_of(name)) else shape
+
+    def loaded_names(self) -> dict[str, str]:
+        """What each tensor is called in the loaded model."""
+        modules = [module_of(name) for name in self.tensors]
+        return {name: self.family.loaded_name(name, modules) for name in self.tensors}
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """The weight called `name` as float32 [out, in], decoded if it is quantized."""
+        return self.rows(name).rows(slice(0, self.matrix_shape(name)[0])).float()
+
+    def rows(self, name: str) -> Rows:
+        """The same by rows, which are read when they are asked for where they lie one after the other. Raises
+        InputError for what is not a matrix.
+        """
+        if name in self.quantized:
+            return self._decoded(self.quantized[name])
+        if self.family.is_transposed(module_of(name)):
+            return self._loaded(name)
+        ref = self._matrix_ref(name)
+        return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
+
+    def whole(self, name: str) -> QuantizedTensor | TensorRows:
+        """What `rows` reads, all of it at once and as it is stored. Raises as it does."""
+        return self.quantized_tensor(name) if name in self.quantized else self._loaded(name)
+
+    def _loaded(self, name: str) -> TensorRows:
+        self._matrix_ref(name)
+        return TensorRows(self.load(name), self.family.is_transposed(module_of(name)))
+
+    def _matrix_ref(self, name: str) -> TensorRef:
+        ref = self.tensors[name]
+        if len(ref.shape) != 2:
+            raise InputError("is not a matrix", file=ref.file, tensor=name)
+        return ref
+
+    def _decoded(self, matrix: StoredMatrix) -> Rows:
+        from loftq_cli.quant.formats import make_quantizer
+
+        assert self.layout is not None
+        lying = code_rows(self.layout, matrix)
+        quantizer, refs = make_quantizer(matrix.spec, matrix.dtype), self.checkpoint.tensors
+        # Some store [1, n] for [n, 1].
+        if lying is None or refs[lying.name].shape[0] < lying.span(slice(0, matrix.shape[0])).stop:
+            return quantizer.decoded(self.quantized_tensor(matrix.name))
+        constants = load_layout(self.layout).unpack(matrix, self.stored, has_codes=False)
+        return quantizer.decoded(constants, lying.reader(self.checkpoint.load_rows))
+
+    def parts(self, name: str) -> list[TensorRef]:
+        """The stored tensors that make the weight called `name`."""
+        refs = self.checkpoint.tensors
+        if self.layout is None or name not in self.quantized:
+            return [refs[name]]
+        return [refs[part] for part in load_layout(self.layout).parts(name) if part in refs]
+
+
+def faults(path: Path) -> Iterator[LoftqError]:
+    """Everything that `BaseModel.open` refuses `path` for, where that stops at the first: of all weight files, or, when
+    those are right, of all quantized weights in them.
+    """
+    are_files_right = True
+    for error in source.faults(path):
+        are_files_right = False
+        yield error
+    if not are_files_right:
+        return
+    try:
+        checkpoint = open_checkpoint(path)
+        config = checkpoint.config()
+        stored = _stored(path, checkpoint, config)
+        layout, names = _container(stored)
+    except LoftqError as error:
+        yield error
+        return
+    if layout is None:
+        return
+    container, family = load_layout(layout), Family(_without_container(config))
+    for name in names:
+        try:
+            container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
+        except LoftqError as error:
+            yield error
+    yield from _orphans(stored, container, names)
+
+
+def _without_container(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
+
+
+def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
+    refs = checkpoint.tensors
+    file = config_file_beside(refs.values())
+    check_types(config, file)
+    family = Family(_without_container(config), file)
+    load, load_rows, raw = checkpoint.load, checkpoint.load_rows, checkpoint.raw
+    dtype = family.dtype(refs.values())
+    return StoredTensors(refs, config, dtype, load, load_rows, raw, path, lambda name: family.loaded_name(name, refs))
+
+
+def _orphans(stored: StoredTensors, container: Layout, names: Sequence[str]) -> Iterator[InputError]:
+    """An error for each part of a quantized weight that is none of `names`."""
+    owned = {part for name in names for part in container.parts(name)}
+    for part, ref in stored.refs.items():
+        name = f"{part.rpartition('.')[0]}.weight"
+        if part not in owned and part != name and part in container.parts(name):
+            what = "is part of a quantized weight, and its codes are missing"
+            yield InputError(what, file=ref.file, tensor=part)
+
+
+def _container(stored: StoredTensors) -> tuple[str | None, list[str]]:
+    """The container that weights are stored in, and their names; None where nothing is quantized."""
+    for layout in LAYOUTS:
+        container = load_layout(layout)
+        names = container.quantized_names(stored) if container.QUANTIZED_ON_DISK else []
+        if names:
+            return layout, names
+    return None, []

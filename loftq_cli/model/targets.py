@@ -1,0 +1,104 @@
+"""Which tensors are quantized: from names, shapes and the config alone, each decision with its reason."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from loftq_cli.errors import UsageError
+from loftq_cli.model.family import Family
+from loftq_cli.tensors.headers import WEIGHT_DTYPES, TensorRef
+
+_EMBEDDINGS = re.compile(r"(?:^|\.)(?:\w*embed\w*|wte|wpe|shared|\w*relative_attention_bias)(?:\.|$)")
+_ROUTERS = re.compile(r"(?:^|\.)(?:gate|router|shared_expert_gate|shared_gate)(?:\.|$)")
+_EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
+_HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|classifier|score|qa_outputs|pooler|cls)(?:\.|$)")
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
+
+# Kinds that no --include can bring in: nothing that loads the result has a 4-bit form of them.
+_NEVER = {
+    "embedding": "an embedding, and only linear layers can be quantized",
+    "router": "a router, which loaders hold in full precision",
+    "expert": "an expert, which loaders fuse into one parameter that no 4-bit container of theirs holds",
+    "kept in float32": "a layer that transformers keeps in float32",
+    "no adapter": "a layer of this family on which PEFT takes no adapter",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What becomes of one tensor, and why. `kind` is one word for it: "linear", "embedding", "norm", ..."""
+
+    quantize: bool
+    kind: str
+    reason: str
+
+
+def choose_targets(
+    tensors: Mapping[str, TensorRef], family: Family, include: Sequence[str], exclude: Sequence[str]
+) -> dict[str, Target]:
+    """A decision for every tensor.
+
+    Default: every floating-point matrix inside a numbered block that is no embedding, router or expert. `include`
+    replaces that choice by the matrices whose module name one of its expressions finds; a head is only taken when the
+    expression spells its name. `exclude` always wins.
+    Raises UsageError when an `include` finds nothing, or spells the name of something that cannot be quantized.
+    """
+    targets = {name: _target(ref, family, include, exclude) for name, ref in tensors.items()}
+    for pattern in include:
+        if not any(t.quantize and re.search(pattern, module_of(name)) for name, t in targets.items()):
+            raise UsageError(f"--include {pattern!r} finds no linear weight", hint="loftq inspect lists the names")
+    return targets
+
+
+def module_of(name: str) -> str:
+    """The module a weight belongs to: its name without ".weight"."""
+    return name.removesuffix(".weight")
+
+
+def kind_of(ref: TensorRef, family: Family) -> str:
+    """One word for what a tensor is, by its name and shape."""
+    module = module_of(ref.name)
+    if ref.dtype not in WEIGHT_DTYPES:
+        return "not floating point"
+    if _EXPERTS.search(module) and len(ref.shape) >= 2:
+        return "expert"
+    if len(ref.shape) != 2 or not ref.name.endswith(".weight") or 0 in ref.shape:
+        return "not a matrix"
+    if _EMBEDDINGS.search(module):
+        return "embedding"
+    if _ROUTERS.search(module):
+        return "router"
+    if family.is_kept_in_float32(module):
+        return "kept in float32"
+    if not family.takes_adapter(module):
+        return "no adapter"
+    return "head" if _HEADS.search(module) else "linear"
+
+
+def _target(ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str]) -> Target:
+    kind, module = kind_of(ref, family), module_of(ref.name)
+    matching = [pattern for pattern in include if re.search(pattern, module)]
+    spelled = any(_spells(pattern, module) for pattern in matching)
+    if kind in ("not floating point", "not a matrix"):
+        return Target(False, kind, kind)
+    if any(re.search(pattern, module) for pattern in exclude):
+        return Target(False, kind, "excluded")
+    if kind in _NEVER:
+        if spelled:
+            raise UsageError(f"--include asks for {_NEVER[kind]}", tensor=ref.name)
+        return Target(False, kind, kind)
+    if kind == "head":
+        if spelled and family.ties_embeddings() and "lm_head" in module:
+            raise UsageError("--include asks for a head that shares the embedding's weight", tensor=ref.name)
+        return Target(spelled, kind, "included" if spelled else "head")
+    if include:
+        return Target(bool(matching), kind, "included" if matching else "not included")
+    in_block = bool(_IN_A_BLOCK.search(module))
+    return Target(in_block, kind, "linear" if in_block else "outside the blocks")
+
+
+def _spells(pattern: str, module: str) -> bool:
+    """Whether an expression contains the last part of a module's name, rather than matching it by accident."""
+    return module.rpartition(".")[2] in pattern.replace("\\", "")

@@ -1,0 +1,98 @@
+"""checksums.json, the completeness mark of a result: the sha256 of every other file, and of every tensor.
+
+Reads and makes it; what a mismatch means is the caller's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.checkpoint.watched_file import WatchedFile
+from loftq_cli.errors import InputError
+
+CHECKSUMS = "checksums.json"
+_TOOL = "loftq-cli"
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Checksums:
+    """What a result says about itself.
+
+    fingerprint    of the input's headers and of every option that affects bytes
+    input_sha256   of the input's numbers; None where it was not recorded
+    files          relative name -> sha256 of the file
+    tensors        relative name of a weight file -> tensor name -> sha256 of the tensor's bytes
+    """
+
+    fingerprint: str
+    input_sha256: str | None
+    files: Mapping[str, str]
+    tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The values of checksums.json beside the tool's own."""
+        inputs = {} if self.input_sha256 is None else {"input_sha256": self.input_sha256}
+        return {**inputs, "fingerprint": self.fingerprint, "files": dict(self.files), "tensors": dict(self.tensors)}
+
+
+def read_checksums(directory: Path) -> Checksums | None:
+    """The completeness mark in `directory`; None where there is none.
+
+    Raises InputError for one that this tool did not write, and for a name in it that leads out of the directory.
+    """
+    path = directory / CHECKSUMS
+    if not os.path.lexists(path):
+        return None
+    values = read_json_object(path)
+    files: Any = values.get("files")
+    fingerprint: Any = values.get("fingerprint")
+    tensors, inputs = values.get("tensors", {}), values.get("input_sha256")
+    is_ours = (
+        values.get("tool") == _TOOL
+        and isinstance(fingerprint, str)
+        and (inputs is None or isinstance(inputs, str))
+        and _are_sums(files)
+        and all(_is_relative(name) for name in files)
+        and isinstance(tensors, dict)
+        and all(name in files and _are_sums(sums) for name, sums in tensors.items())
+    )
+    if not is_ours:
+        raise InputError("is not a list of checksums of this tool", file=path, hint="convert again")
+    return Checksums(fingerprint, inputs, files, tensors)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a regular file's bytes. Raises InputError when there is none, StorageError when it cannot be read."""
+    file = WatchedFile.open(path, may_be_empty=True)
+    return file.sha256(0, file.nbytes)
+
+
+def files_in(directory: Path) -> list[str]:
+    """Relative names of everything below `directory` that is not a folder, in order."""
+    names = []
+    for root, _, found in os.walk(directory):
+        names += [(Path(root) / name).relative_to(directory).as_posix() for name in found]
+    return sorted(names)
+
+
+def _are_sums(sums: object) -> bool:
+    return isinstance(sums, dict) and all(isinstance(s, str) and _SHA256.fullmatch(s) for s in sums.values())
+
+
+def _is_relative(name: str) -> bool:
+    """Whether `name` stays inside the directory, and is spelled in one way only."""
+    parts = name.split("/")
+    return "\0" not in name and all(part not in ("", ".", "..") for part in parts)
+
+
+def fingerprint_of(sums: Mapping[str, str]) -> str:
+    """One hash for a set of tensors, from the sha256 of each by name."""
+    return hashlib.sha256("".join(f"{sums[name]} {name}\n" for name in sorted(sums)).encode()).hexdigest()

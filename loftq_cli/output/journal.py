@@ -1,0 +1,174 @@
+"""The journal of a run: one line for every finished unit of work, with a checksum, so that a torn or foreign line ends
+the reading. What is in it proves nothing: whoever continues a run hashes the unit's input and output again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.checkpoint.watched_file import WatchedFile
+from loftq_cli.errors import InputError
+from loftq_cli.output import disk
+
+_PUBLISHING = "#publishing"  # no name of a unit: units are entries of four values
+
+
+@dataclass(frozen=True, slots=True)
+class JournalEntry:
+    """One finished unit of work: what went in, what came out (tensor name -> sha256), and what was measured."""
+
+    unit: str
+    input_sha256: str
+    outputs: dict[str, str]
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class JournalContents:
+    """What the whole lines of a journal say.
+
+    fingerprint     of the run; None for a journal that says nothing
+    entries         by unit
+    is_publishing   whether the result was complete, and its publication had begun
+    nbytes          how far the whole lines of units reach
+    """
+
+    fingerprint: str | None = None
+    entries: tuple[JournalEntry, ...] = ()
+    is_publishing: bool = False
+    nbytes: int = 0
+
+
+def read_journal(path: Path) -> JournalContents:
+    """The journal at `path`, up to the first line that is torn, foreign or out of place; nothing where there is none.
+
+    Raises StorageError when it cannot be read.
+    """
+    try:
+        file = WatchedFile.open(path, may_be_empty=True)
+    except InputError:
+        return JournalContents()
+    return parse_journal(bytes(file.read(0, file.nbytes)))
+
+
+def parse_journal(data: bytes) -> JournalContents:
+    """What the whole lines of `data` say. Raises nothing."""
+    fingerprint, is_publishing, nbytes = None, False, 0
+    entries: list[JournalEntry] = []
+    for line in data.split(b"\n")[:-1]:  # what follows the last line's end is torn
+        value = _value(line)
+        if isinstance(value, str) and fingerprint is None:
+            fingerprint = value
+        elif fingerprint is None:
+            break
+        elif value == _PUBLISHING:
+            is_publishing = True
+            break
+        elif (entry := _entry(value)) is not None:
+            entries.append(entry)
+        else:
+            break
+        nbytes += len(line) + 1
+    return JournalContents(fingerprint, tuple(entries), is_publishing, nbytes)
+
+
+class Journal:
+    """A journal that is written. Lines reach the disk by `sync`, or when the system likes."""
+
+    def __init__(self, path: Path, contents: JournalContents) -> None:
+        """Continue the journal at `path` after the units that it was read as. Raises StorageError."""
+        self._path = path
+        self._descriptor = disk.open_file(path)
+        self._end, self._durable = (
+            contents.nbytes,
+            0,
+        )  # what an earlier process wrote, this one has not brought to the disk
+        self._lock = threading.Lock()
+        disk.resize(self._descriptor, self._end, path)
+
+    @property
+    def end(self) -> int:
+        """How far the lines reach."""
+        return self._end
+
+    def start(self, fingerprint: str) -> None:
+        """Say which run it is, in the first line."""
+        self._append(fingerprint)
+
+    def append(self, entry: JournalEntry) -> None:
+        """Add a finished unit."""
+        self._append([entry.unit, entry.input_sha256, entry.outputs, entry.result])
+
+    def publish(self) -> None:
+        """Say, on the disk, that the result is complete and its publication begins."""
+        self._append(_PUBLISHING)
+        self.sync(self._end)
+
+    def sync(self, end: int) -> None:
+        """Bring the lines up to `end` to the disk, and perhaps more. Raises StorageError."""
+        disk.sync(self._descriptor, self._path)
+        self._durable = max(self._durable, end)
+
+    def cut(self, *, to_nothing: bool = False) -> None:
+        """Take back the lines that are not known to be on the disk, or all: what they speak of may not be there."""
+        with self._lock:
+            self._durable = 0 if to_nothing else self._durable
+            disk.resize(self._descriptor, self._durable, self._path)
+            self._end = self._durable
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _append(self, value: Any) -> None:
+        text = json.dumps(value)
+        line = f"{_line_hash(text.encode())} {text}\n".encode()
+        with self._lock:
+            disk.write_at(self._descriptor, self._end, line, self._path)
+            self._end += len(line)
+
+
+def _value(line: bytes) -> Any:
+    """The value of a line; None for a line that is not ours."""
+    checksum, _, text = line.partition(b" ")
+    if checksum.decode("latin-1") != _line_hash(text):
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _entry(value: Any) -> JournalEntry | None:
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    unit, input_sha256, outputs, result = value
+    is_whole = isinstance(unit, str) and isinstance(input_sha256, str) and _are_texts(outputs)
+    return JournalEntry(unit, input_sha256, outputs, result) if is_whole and isinstance(result, dict) else None
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
+
+
+def _line_hash(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
+def by_unit(entries: Iterable[JournalEntry]) -> dict[str, JournalEntry]:
+    """The entries by their units; of a unit that was made again, the last one."""
+    return {entry.unit: entry for entry in entries}
+
+
+def outputs_of(entries: Iterable[JournalEntry]) -> dict[str, str]:
+    """The sha256 of every tensor that units wrote."""
+    return {name: sha256 for entry in entries for name, sha256 in entry.outputs.items()}

@@ -1,0 +1,38 @@
+"""The small files of an output directory that are not weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loftq_cli import __version__
+from loftq_cli.errors import printable
+from loftq_cli.output import disk
+
+REPORT_NAME = "loftq_report.json"
+RECIPE_NAME = "loftq_recipe.toml"
+PROVENANCE_NAME = "loftq_provenance.json"
+TOOL = {"tool": "loftq-cli", "version": __version__}
+
+
+def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
+    """Write small files by relative name. Raises StorageError."""
+    for name, text in texts.items():
+        disk.write_file(directory / name, text.encode())
+
+
+def index_json(shard_of: Mapping[str, str], total_nbytes: int) -> str:
+    """model.safetensors.index.json."""
+    return dump_json({"metadata": {"total_size": total_nbytes}, "weight_map": dict(sorted(shard_of.items()))})
+
+
+def source_name(path: Path) -> str:
+    """How a checkpoint is called in reports: its last path component, without what is no text."""
+    return printable(path.name or path.resolve().name)
+
+
+def dump_json(values: Mapping[str, Any]) -> str:
+    """How every JSON file of ours is written."""
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,303 @@
+"""The output directory, hidden until it is complete: work happens in a folder of its own (place.py), under a lock, with
+a journal of finished units. Nobody ever sees a half-written result under its own name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.errors import InputError, StorageError, UsageError
+from loftq_cli.output import disk
+from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, read_checksums
+from loftq_cli.output.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
+from loftq_cli.output.place import Place
+
+_SYNC_SECONDS = 2.0  # of work that a power failure may cost beside the unit at hand; a kill costs only that one
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of network file systems that are mounted without them
+
+
+class Staging:
+    """A locked staging directory: `path` is where to write, `entries` what is finished already by unit, `publish` makes
+    it visible, `close` lets go of the lock.
+    """
+
+    def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool, device: str = "cpu") -> None:
+        """Raises UsageError when `output` is taken, and StorageError when another process is writing it.
+
+        `fingerprint` stands for the input and every option that affects bytes: an unfinished run with another one
+        is not continued, and `restart` discards it. Neither is one on another kind of `device`, which takes sums in
+        another order: a finished result is as good as any.
+        """
+        self.output, self._fingerprint = output, fingerprint
+        self._run = fingerprint if device == "cpu" else f"{fingerprint} {device}"
+        self._place = Place.of(output)
+        self.path = self._place.result
+        self._journal: Journal | None = None
+        check_output(output, overwrite=overwrite)
+        self._lock = _locked(self._place, output)
+        try:
+            self._place.recover()
+            check_output(output, overwrite=overwrite)
+            self.entries = self._open_journal(restart=restart)
+        except BaseException:
+            self.close()
+            raise
+
+    @contextmanager
+    def recording(self, sync: Callable[[], None]) -> Iterator[Callable[[JournalEntry], None]]:
+        """What adds a finished unit to the journal. `sync` brings what units wrote to the disk; it runs beside the work
+        every few seconds, and once more when the block ends.
+
+        Raises StorageError when the disk fails. What may not be on it then is taken back out of the journal.
+        """
+        journal, running = self._open(), list[Future[None]]()
+        since = time.monotonic()
+
+        def make_durable(end: int) -> None:
+            try:
+                sync()
+                journal.sync(end)
+            except StorageError:
+                journal.cut()
+                raise
+
+        def record(entry: JournalEntry) -> None:
+            nonlocal since
+            if running and running[0].done():
+                running.pop().result()
+            journal.append(entry)
+            if not running and time.monotonic() - since > _SYNC_SECONDS:
+                running.append(background.submit(make_durable, journal.end))
+                since = time.monotonic()
+
+        with ThreadPoolExecutor(1, "loftq-sync") as background:
+            yield record
+            for future in running:
+                future.result()
+        make_durable(journal.end)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Remove every file but these: what an earlier run wrote beside them is written again, or is not ours."""
+        kept = set(names)
+        for name in files_in(self.path):
+            if name not in kept:
+                disk.remove(self.path / name)
+
+    def publish(
+        self, tool: Mapping[str, Any], tensors: Mapping[str, Mapping[str, str]], input_sha256: str | None
+    ) -> None:
+        """Make everything durable, write the checksums (with `tool`'s values beside them), and show the result.
+
+        `tensors`: relative name of a weight file -> tensor name -> sha256.
+        """
+        journal, result = self._open(), self.path
+        files = {name: file_sha256(result / name) for name in files_in(result) if name != CHECKSUMS}
+        mark = Checksums(self._fingerprint, input_sha256, files, tensors)
+        text = json.dumps({**tool, **mark.to_json()}, indent=2) + "\n"
+        disk.write_file(result / CHECKSUMS, text.encode())
+        try:
+            _sync_tree(result)
+        except StorageError:
+            journal.cut(to_nothing=True)
+            raise
+        journal.publish()
+        self._place.publish()
+
+    @contextmanager
+    def whole(self, tool: Mapping[str, Any]) -> Iterator[Path]:
+        """The directory to write into, for what is made in one go: published when the block ends, and gone, with its
+        lock, when it raises.
+        """
+        try:
+            yield self.path
+            self.publish(tool, {}, None)
+        except BaseException:
+            self.discard()
+            raise
+        finally:
+            self.close()
+
+    def discard(self) -> None:
+        """Remove what was written; what stood under the output's name stays or comes back."""
+        self._place.recover()
+        self._place.clear()
+
+    def close(self) -> None:
+        """Let go of the lock."""
+        if self._journal is not None:
+            self._journal.close()
+            self._journal = None
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _open(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
+
+    def _open_journal(self, *, restart: bool) -> dict[str, JournalEntry]:
+        place, found = self._place, read_journal(self._place.journal)
+        is_other = found.fingerprint != self._run
+        is_worthless = place.is_published() or not found.entries
+        if is_other and not restart and not is_worthless:
+            raise UsageError(
+                "an unfinished run with another input, other options or another version or device lies beside it",
+                file=self.output,
+                hint="run the same command as before to continue it, or --restart to start over",
+            )
+        if restart or is_other or is_worthless:
+            for path in list(place.root.iterdir()):
+                disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
+            found = JournalContents()
+        disk.make_directory(place.result)
+        self._journal = Journal(place.journal, found)
+        if found.fingerprint is None:
+            self._journal.start(self._run)
+        self._journal.sync(self._journal.end)
+        disk.sync_directory(place.root)
+        disk.sync_directory(place.root.parent)
+        return by_unit(found.entries)
+
+
+def check_output(output: Path, *, overwrite: bool) -> None:
+    """Raises UsageError when something stands under `output` that a result may not replace."""
+    place = Place.of(output)
+    if not place.target.parent.is_dir():
+        hint = f"mkdir -p {place.target.parent}"
+        raise UsageError("its parent directory does not exist", file=output, hint=hint)
+    if not os.path.lexists(output) or place.is_half_published():  # that is undone first
+        return
+    if not output.is_dir():
+        raise UsageError("is not a directory", file=output, hint="choose another output")
+    if not place.contents():
+        return
+    try:
+        mark = read_checksums(place.target)
+    except InputError:
+        mark = None
+    if mark is None:
+        raise UsageError(
+            "is not empty and not a result of this tool",
+            file=output,
+            hint="choose another output, or remove it yourself",
+        )
+    if not overwrite:
+        raise UsageError("exists already", file=output, hint="--overwrite replaces it")
+    known = {*mark.files, CHECKSUMS}
+    added = [name for name in files_in(place.target) if name not in known and not place.is_hidden(name)]
+    if added:
+        more = f" and {len(added) - 3} more files" if len(added) > 3 else ""
+        what = f"holds {', '.join(added[:3])}{more}, which the run that made it did not write"
+        raise UsageError(what, file=output, hint="move what you need out of it, or choose another output")
+
+
+def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksums | None:
+    """The completeness mark of the result under `output`, when it is that of `fingerprint` and every file of it is as
+    it was written. What its run may have left behind after publishing it is removed.
+
+    One that is to be replaced counts only where its run left something behind: then this run continues that one.
+    """
+    if overwrite and not Place.of(output).is_left_over():
+        return None
+    try:
+        mark = read_checksums(output)
+        # In this order: a result of something else is not worth reading through.
+        if mark is None or mark.fingerprint != fingerprint:
+            return None
+        if any(file_sha256(output / name) != expected for name, expected in mark.files.items()):
+            return None
+    except (InputError, StorageError):
+        return None
+    _sweep(output)
+    return mark
+
+
+def check_apart(output: Path, inputs: Iterable[Path]) -> None:
+    """Raises UsageError when `output` is, contains or lies inside one of `inputs`."""
+    target = Path(os.path.realpath(output))
+    for path in inputs:
+        source = Path(os.path.realpath(path))
+        if target == source or target in source.parents or source in target.parents:
+            raise UsageError(
+                f"the output may not be, contain or lie inside the input {path}", file=output, hint="write elsewhere"
+            )
+
+
+def check_space(output: Path, nbytes: int) -> None:
+    """Raises StorageError when the file system of `output` has less than `nbytes` free, beside what an unfinished run
+    has taken of it already.
+    """
+    place = Place.of(output)
+    taken = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
+    free = shutil.disk_usage(place.root.parent).free
+    if free + taken < nbytes:
+        raise StorageError(
+            f"needs {(nbytes - taken) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            file=output,
+            hint="free some space or write elsewhere",
+        )
+
+
+def _locked(place: Place, output: Path) -> int:
+    """A descriptor that holds the lock. It is on the hidden directory itself and goes with the process: there is no
+    stale lock to clean up.
+    """
+    disk.make_directory(place.root)
+    try:
+        descriptor = os.open(place.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise disk.storage_error(error, place.root) from None
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        if not os.path.samestat(os.fstat(descriptor), os.stat(place.root)):
+            raise FileNotFoundError
+        return descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            what, hint = "another loftq process is writing it", "wait for it, or choose another output"
+        elif isinstance(error, FileNotFoundError):
+            what, hint = "another loftq process has just finished it", "run again"
+        else:
+            raise disk.storage_error(error, place.root) from None
+        raise StorageError(what, file=output, hint=hint) from None
+
+
+def _sweep(output: Path) -> None:
+    """Remove what a run left behind that died after publishing."""
+    place = Place.of(output)
+    if not place.is_left_over():
+        return
+    try:
+        lock = _locked(place, output)
+    except StorageError:
+        return
+    try:
+        place.clear()
+    finally:
+        os.close(lock)
+
+
+def _sync_tree(directory: Path) -> None:
+    for name in files_in(directory):
+        descriptor = disk.open_file(directory / name)
+        try:
+            disk.sync(descriptor, directory / name)
+        finally:
+            os.close(descriptor)
+    for folder, _, _ in os.walk(directory, topdown=False):
+        disk.sync_directory(Path(folder))

@@ -1,0 +1,211 @@
+"""Header-first writing of a .safetensors file: the plan knows every name, dtype and shape, so the file is laid out
+first and each tensor is written into its place, in any order. Byte-identical to what safetensors itself writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, unread_tensor
+from loftq_cli.errors import StorageError
+from loftq_cli.output import disk
+from loftq_cli.tensors.headers import ITEMSIZE, OutTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, int], int]:
+    """The header bytes, each tensor's offset in the file, and the size of the file in bytes.
+
+    Wide dtypes come first, then names in order, so that every tensor is aligned and the layout depends on nothing else.
+    `__metadata__` holds one key: with more, safetensors' own writer orders them differently in each process.
+    """
+    rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
+    short_name = {dtype: name for name, dtype in DTYPES.items()}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for tensor in sorted(tensors, key=lambda t: (-rank[t.dtype], t.name.encode())):
+        entries[tensor.name] = {
+            "dtype": short_name[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        offsets[tensor.name] = end
+        end += tensor.nbytes
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    start = 8 + len(header)
+    return (
+        struct.pack("<Q", len(header)) + header,
+        {name: start + offset for name, offset in offsets.items()},
+        start + end,
+    )
+
+
+class SafetensorsWriter:
+    """One output file, open for writing. An existing file of the right size is kept, for a run that is resumed."""
+
+    def __init__(self, path: Path, tensors: Sequence[OutTensor]) -> None:
+        """Lay `path` out for `tensors`. Raises StorageError when that is not possible."""
+        self.path = path
+        self._tensors = {tensor.name: tensor for tensor in tensors}
+        header, self._offsets, size = safetensors_layout(tensors)
+        self._fd = disk.open_file(path)
+        disk.resize(self._fd, size, path)
+        self._write_at(0, header)
+
+    def write(self, name: str, tensor: torch.Tensor) -> str:
+        """Write a whole tensor into its place; returns the sha256 of its bytes.
+
+        Raises ValueError when dtype or shape are not the planned ones.
+        """
+        planned = self._tensors[name]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
+            raise ValueError(f"{name} is {dtype} {tuple(tensor.shape)}, planned were {planned.dtype} {planned.shape}")
+        return self.write_chunks(name, [tensor_bytes(tensor)])
+
+    def write_chunks(self, name: str, chunks: Iterable[memoryview]) -> str:
+        """Write a tensor's bytes, in order, into its place; returns their sha256.
+
+        Raises ValueError when they are not as many as planned.
+        """
+        place = self.place(name)
+        for chunk in chunks:
+            place.append(chunk)
+        return place.close()
+
+    def place(self, name: str) -> TensorPlace:
+        """Where a tensor's bytes go, to be filled from its beginning to its end."""
+        start = self._offsets[name]
+        return TensorPlace(name, start, start + self._tensors[name].nbytes, self._write_at)
+
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of a tensor as they lie in the file now."""
+        planned = self._tensors[name]
+        shape = rows_shape(planned.shape, start, stop)
+        row_nbytes = math.prod(shape[1:]) * ITEMSIZE[planned.dtype]
+        tensor, view = unread_tensor(planned.dtype, shape)
+        position = self._offsets[name] + start * row_nbytes
+        try:
+            while view:
+                count = os.preadv(self._fd, [view], position)
+                if not count:
+                    raise StorageError("the file became shorter while it was written", file=self.path)
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise disk.storage_error(error, self.path) from None
+        return tensor
+
+    def sha256(self, name: str) -> str:
+        """The sha256 of the bytes that lie in the file in the tensor's place now."""
+        digest = hashlib.sha256()
+        position = self._offsets[name]
+        end = position + self._tensors[name].nbytes
+        while position < end:
+            chunk = os.pread(self._fd, min(1 << 22, end - position), position)
+            if not chunk:
+                raise StorageError("the file became shorter while it was written", file=self.path)
+            digest.update(chunk)
+            position += len(chunk)
+        return digest.hexdigest()
+
+    def sync(self) -> None:
+        """Return when what was written is on the disk. Raises StorageError when it is not."""
+        disk.sync(self._fd, self.path)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write_at(self, position: int, data: bytes | memoryview) -> None:
+        disk.write_at(self._fd, position, data, self.path)
+
+
+class TensorPlace:
+    """The place of one tensor in a file that is being written."""
+
+    def __init__(self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None]) -> None:
+        self._name, self._start, self._position, self._end = name, start, start, end
+        self._write_at, self._digest = write_at, hashlib.sha256()
+
+    def append(self, data: bytes | memoryview) -> None:
+        """The next bytes. Raises ValueError when they are more than planned."""
+        if self._position + len(data) > self._end:
+            raise ValueError(f"{self._name} has more bytes than planned")
+        self._write_at(self._position, data)
+        self._digest.update(data)
+        self._position += len(data)
+
+    def close(self) -> str:
+        """The sha256 of all bytes. Raises ValueError when they are fewer than planned."""
+        if self._position != self._end:
+            found, planned = self._position - self._start, self._end - self._start
+            raise ValueError(f"{self._name} has {found} bytes, planned were {planned}")
+        return self._digest.hexdigest()
+
+
+class OutputFiles:
+    """Several output files, open for writing; a tensor finds its file by its name."""
+
+    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]]) -> None:
+        """`files`: relative name -> its tensors. Raises StorageError when one cannot be laid out."""
+        self._files = files
+        self._writers: list[SafetensorsWriter] = []
+        self._writer_of: dict[str, SafetensorsWriter] = {}
+        for name, tensors in files.items():
+            disk.make_directory((directory / name).parent)
+            writer = SafetensorsWriter(directory / name, tensors)
+            self._writers.append(writer)
+            self._writer_of |= {tensor.name: writer for tensor in tensors}
+
+    def __getitem__(self, name: str) -> SafetensorsWriter:
+        return self._writer_of[name]
+
+    def hold(self, sums: Mapping[str, str]) -> bool:
+        """Whether each of these tensors lies in its place with its sha256; what is there is read."""
+        return all(self[name].sha256(name) == sha256 for name, sha256 in sums.items())
+
+    def sums_by_file(self, sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """The sha256 of each tensor by its file's name, from those by its own."""
+        return {file: {tensor.name: sums[tensor.name] for tensor in tensors} for file, tensors in self._files.items()}
+
+    def sync(self) -> None:
+        """Return when what was written to them, and their names, are on the disk. Raises StorageError."""
+        for writer in self._writers:
+            writer.sync()
+        for folder in {writer.path.parent for writer in self._writers}:
+            disk.sync_directory(folder)
+
+    def close(self) -> None:
+        """Close all of them."""
+        for writer in self._writers:
+            writer.close()
+
+    def __enter__(self) -> OutputFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The row-major little-endian bytes of a CPU tensor, without a copy when it is contiguous."""
+    import torch
+
+    flat = tensor.detach().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

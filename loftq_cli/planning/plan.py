@@ -1,0 +1,169 @@
+"""Headers and a recipe become a plan: every job, every output tensor in its file, every size; or one error that names
+the tensor and the option. Needs no torch: `--dry-run` prints what this module returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from loftq_cli import __version__
+from loftq_cli.adapter import config as adapter_config
+from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, common_spec, load_layout
+from loftq_cli.methods.method import METHODS
+from loftq_cli.model.family import Family
+from loftq_cli.model.targets import module_of
+from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
+from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.recipe_files import recipe_json
+from loftq_cli.planning.settings import spec_of
+from loftq_cli.quant.formats import QuantSpec
+from loftq_cli.runtime.kernel_choice import COMPILER_NBYTES, is_worth_compiling
+from loftq_cli.tensors.headers import OutTensor, TensorRef
+from loftq_cli.tensors.specs import AffineSpec
+
+_TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
+_WEIGHTED_NBYTES = (
+    20  # for each entry of the statistics of a layer's inputs: they, their root, and what is made of them
+)
+# What a search for constants, and a round of refinement, takes in passes of plain quantizing over the weights.
+_SEARCH_PASSES, _ROUND_PASSES = 4, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a conversion will do."""
+
+    recipe: Recipe
+    family: Family
+    dtype: str
+    jobs: tuple[LayerJob | CopyJob, ...]
+    shards: tuple[Shard, ...]
+    notes: tuple[str, ...]
+
+    @cached_property
+    def layers(self) -> tuple[LayerJob, ...]:
+        """The jobs that quantize."""
+        return tuple(job for job in self.jobs if isinstance(job, LayerJob))
+
+    @cached_property
+    def copies(self) -> tuple[CopyJob, ...]:
+        """The jobs that copy."""
+        return tuple(job for job in self.jobs if isinstance(job, CopyJob))
+
+    @property
+    def layout(self) -> str:
+        """The container of the base."""
+        return str(self.recipe.layout)
+
+    @property
+    def adapter_dir(self) -> str:
+        """The adapter's folder inside the output."""
+        return METHODS[self.recipe.method].adapter_dir
+
+    @property
+    def adapter_tensors(self) -> tuple[OutTensor, ...]:
+        """All tensors of the adapter file."""
+        return tuple(t for job in self.layers for t in job.adapter_tensors)
+
+    @property
+    def base_nbytes(self) -> int:
+        """Bytes of all tensors of the base."""
+        return sum(t.nbytes for shard in self.shards for t in shard.tensors)
+
+    @property
+    def adapter_nbytes(self) -> int:
+        """Bytes of all tensors of the adapter."""
+        return sum(t.nbytes for t in self.adapter_tensors)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """About how much memory the conversion takes: it depends on the largest matrix, not on their number."""
+        method = METHODS[self.recipe.method]
+        per_weight, per_gram = method.exact_nbytes if self.recipe.svd == "exact" else (0, 0)
+        per_weight += method.nbytes_per_weight
+        per_input = _WEIGHTED_NBYTES if self.recipe.calibration is not None else 0
+        compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
+        return (
+            _TORCH_NBYTES
+            + compiler
+            + max(
+                per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 + per_input * job.matrix.shape[1] ** 2
+                for job in self.layers
+            )
+        )
+
+    @property
+    def work(self) -> int:
+        """Weights times the passes over them."""
+        recipe = self.recipe
+        passes = int(recipe.iterations or 1) if METHODS[recipe.method].iterates else 1
+        passes *= _SEARCH_PASSES if recipe.scales == "search" else 1
+        passes += _ROUND_PASSES * (recipe.rounds or 0)
+        return passes * sum(job.numel for job in self.layers)
+
+    @property
+    def shard_of(self) -> dict[str, str]:
+        """Output tensor name -> file, as a safetensors index has it."""
+        return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+
+    def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """config.json of the output."""
+        names = [module_of(job.name) for job in self.jobs]
+        kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
+        has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
+        spec, others = spec_of(self.recipe, self.dtype), dict[str, QuantSpec]()
+        if isinstance(spec, AffineSpec):  # of a codebook, each weight says its own
+            spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
+        facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others)
+        layout = load_layout(self.layout)
+        # Loaders of quantized weights decode to what the config says; nothing else would name it.
+        named = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.dtype}
+        unnamed = (layout.QUANTIZED_ON_DISK or config) and not ("dtype" in config or "torch_dtype" in config)
+        return layout.model_config(named if unnamed or LAYOUTS[self.layout].one_dtype else config, facts)
+
+    def adapter_config(self, base_model: str) -> dict[str, Any]:
+        """adapter_config.json of the output."""
+        return adapter_config.adapter_config(
+            [adapter_config.AdaptedModule(job.module, job.matrix.shape, job.lora) for job in self.layers],
+            base_model=base_model,
+            task_type=adapter_config.task_type_of(
+                self.family.architectures, is_encoder_decoder=self.family.config.get("is_encoder_decoder") is True
+            ),
+            fan_in_fan_out=any(job.matrix.transposed for job in self.layers),
+        )
+
+    def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str, statistics: str | None = None) -> str:
+        """A hash of all that decides the bytes of the result, other than the numbers in the input; `statistics` is that
+        of a calibration, wherever it lies.
+        """
+        recipe = {name: value for name, value in recipe_json(self.recipe).items() if name != "calibration"}
+        return hashlib.sha256(
+            json.dumps(
+                [
+                    [__version__, version("torch"), recipe, dict(self.family.config), base_model, statistics],
+                    sorted([ref.name, ref.dtype, ref.shape] for ref in tensors.values()),
+                ],
+                sort_keys=True,
+            ).encode()
+        ).hexdigest()
+
+
+def _unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
+    """Modules that a loader might take for linears to quantize: matrices, and the prefixes of experts."""
+    seen = set()
+    for job in copies:
+        module = module_of(job.name)
+        if job.reason == "expert":
+            module = re.split(r"(?<=experts)(?:\.|$)", module, maxsplit=1)[0]
+        elif len(job.output.shape) != 2 or not job.name.endswith(".weight"):
+            continue
+        if module not in seen:
+            seen.add(module)
+            yield module

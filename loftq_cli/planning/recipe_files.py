@@ -1,0 +1,179 @@
+"""Recipes in files: presets, TOML in and out, and how command-line flags override them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import reprlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.layouts.layout import LAYOUTS
+from loftq_cli.planning.recipe import _AFFINE_DEFAULTS, _CODEBOOK_DEFAULTS, _QALORA_DEFAULTS, Override, Recipe
+from loftq_cli.planning.sizes import MAX_INT
+from loftq_cli.quant.formats import FORMATS
+
+
+def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool = False) -> Recipe:
+    """Defaults < `source` (a preset's name or a TOML file) < `flags` (field name -> value; None is not given).
+
+    With `mixes`, defaults are those of a model whose layers have several formats, though no override says so yet. Where
+    a flag names another quant_type or method, what `source` says of the one that it replaces goes with it.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    values = {} if source is None else _read_recipe(source)
+    outdated = _outdated(values, given)
+    values["override"] = tuple(
+        _without(override, outdated | _changed_family(override, given)) for override in values.get("override", ())
+    )
+    merged = {**{name: value for name, value in values.items() if name not in outdated}, **given}
+    recipe = Recipe(**merged)
+    if mixes and "symmetric" not in merged and recipe.symmetric is False:
+        return replace(recipe, symmetric=recipe.method != "qalora" and LAYOUTS[str(recipe.layout)].mixed == "symmetric")
+    return recipe
+
+
+def _without(override: Override, names: set[str]) -> Override:
+    gone = names.intersection(field.name for field in dataclasses.fields(Override))
+    nothing: dict[str, Any] = dict.fromkeys(gone)
+    return replace(override, **nothing)
+
+
+def _changed_family(override: Override, given: Mapping[str, Any]) -> set[str]:
+    """The name of an override's quant_type where `given` names one of the other kind for the model."""
+    model, own = FORMATS.get(given.get("quant_type", "")), FORMATS.get(override.quant_type or "")
+    return {"quant_type"} if model and own and model.is_affine != own.is_affine else set()
+
+
+def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """Names of options that mean nothing any more once `given` has changed the format or the method of `values`."""
+    names: set[str] = set()
+    if (quant_type := given.get("quant_type")) in FORMATS:
+        names |= (_CODEBOOK_DEFAULTS if FORMATS[quant_type].is_affine else _AFFINE_DEFAULTS).keys()
+        layout = LAYOUTS.get(values.get("layout", ""))
+        if layout is not None and quant_type not in layout.quant_types:
+            names.add("layout")
+    if given.get("method", "qalora") != "qalora":
+        names |= _QALORA_DEFAULTS.keys()
+    # How often something is done, and from where, was meant for the fit that was named beside it.
+    changed = {n for n in ("method", "init", "fit", "calibration") if n in given and given[n] != values.get(n)}
+    if changed:
+        names |= {"start", "rounds", "iterations", "scales"}
+    if changed & {"method", "init"}:
+        names.add("fit")
+    return names
+
+
+def preset_directory() -> Path:
+    """Where the packaged presets lie: inside the package, or beside it in a source tree."""
+    package = Path(__file__).parent.parent
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def presets() -> dict[str, str]:
+    """Name of each preset -> the first line of its comment."""
+    return {
+        path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+        for path in sorted(preset_directory().glob("*.toml"))
+    }
+
+
+def recipe_toml(recipe: Recipe) -> str:
+    """The whole recipe as TOML that `--recipe` reads back to an equal one."""
+    lines = []
+    for name, value in _set_fields(recipe).items():
+        if name != "override":
+            lines.append(f"{name} = {_toml_value(value)}")
+    for override in recipe.override:
+        lines.append("\n[[override]]")
+        lines += [f"{name} = {_toml_value(value)}" for name, value in _set_fields(override).items()]
+    return "\n".join(lines) + "\n"
+
+
+def recipe_json(recipe: Recipe) -> dict[str, Any]:
+    """The whole recipe as JSON values; what is None is left out."""
+    values = _set_fields(recipe)
+    values["override"] = [_set_fields(override) for override in recipe.override]
+    return values
+
+
+def _read_recipe(source: str) -> dict[str, Any]:
+    path = preset_directory() / f"{source}.toml" if source in presets() else Path(source)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UsageError(
+            f"no recipe {source!r}", hint=f"a TOML file, or one of the presets {', '.join(presets())}"
+        ) from None
+    except OSError as error:
+        raise StorageError(error.strerror or "cannot be read", file=path) from None
+    try:
+        table = tomllib.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # beside its own, that of a number with thousands of digits
+        raise UsageError(f"not valid TOML: {error}", file=path) from None
+    overrides = table.pop("override", [])
+    if not isinstance(overrides, list) or not all(isinstance(entry, dict) for entry in overrides):
+        raise UsageError("override must be a list of tables", file=path, hint="write [[override]]")
+    values = _typed(Recipe, table, path)
+    values["override"] = tuple(_override(entry, path) for entry in overrides)
+    return values
+
+
+def _override(entry: dict[str, Any], path: Path) -> Override:
+    if "match" not in entry:
+        raise UsageError("an [[override]] has no match", file=path, hint="match = 'regular expression'")
+    return Override(**_typed(Override, entry, path))
+
+
+def _typed(record: type, table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """`table` with its keys and types checked against the fields of `record`."""
+    hints = get_type_hints(record)
+    values = {}
+    for name, value in table.items():
+        key = name.replace("-", "_")
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise UsageError(
+                f"unknown key {name}",
+                file=path,
+                hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(hints)}",
+            )
+        values[key] = _convert(value, hints[key], name, path)
+    return values
+
+
+def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
+    wanted = [kind for kind in get_args(hint) if kind is not type(None)] if type(None) in get_args(hint) else [hint]
+    kind = wanted[0]
+    if kind == tuple[str, ...]:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UsageError(f"{name} must be a list of strings", file=path)
+    if type(value) is int and abs(value) > MAX_INT:
+        raise UsageError(f"{name} is a number of more than 64 bits", file=path)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise UsageError(f"{name} must be {_KIND_NAMES[kind]}, not {reprlib.repr(value)}", file=path)
+    return value
+
+
+_KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _set_fields(record: Recipe | Override) -> dict[str, Any]:
+    values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    # JSON strings, numbers and booleans are TOML too.
+    return json.dumps(value, ensure_ascii=False)

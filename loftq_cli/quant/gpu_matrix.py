@@ -1,0 +1,232 @@
+"""What merge and inspect make of one matrix, with all of it on a GPU: merged with an adapter, quantized again, or
+compared. What is called `..._on` gives None where the processor has to do it: see `SharedDevice.run`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from loftq_cli.errors import NumericError
+from loftq_cli.quant.formats import QuantizedTensor, Quantizer, make_quantizer
+from loftq_cli.runtime.gpu import SharedDevice
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.matrices import CodebookTensor, LoraPair
+from loftq_cli.tensors.metrics import GroupErrors, LayerError, delta_rows, group_errors, is_finite, layer_error
+from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs_of
+
+if TYPE_CHECKING:
+    import torch
+
+WholeMatrix: TypeAlias = QuantizedTensor | TensorRows
+
+# Matrices of at most so many weights, 128 MB in bfloat16, are made side by side: what threads do beside a GPU is to
+# read, to hash and to write, and of that each can do one.
+BESIDE_NUMEL = 1 << 26
+
+_SLAB_NUMEL = 1 << 24  # weights taken at once where a kernel does not take them all
+
+# Bytes of device memory for each weight: a matrix in float64, the same in float32, and codes or a copy of what is made;
+# and for each of those that are taken at once.
+_NBYTES, _SLAB_NBYTES = 16, 48
+
+
+@dataclass(frozen=True, slots=True)
+class MergedMatrix:
+    """W + s·B·A as it is to be written, ||W||² and ||s·B·A||²."""
+
+    tensor: torch.Tensor
+    squared_weight: float
+    squared_delta: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequantizedMatrix:
+    """W + s·B·A quantized; ||W||², ||s·B·A||² and what of the latter survives, None where there is no adapter."""
+
+    quantized: QuantizedTensor
+    squared_weight: float = 0.0
+    squared_delta: float = 0.0
+    retained: float | None = None
+
+
+def merge_on(
+    gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, dtype: str, *, turned: bool
+) -> MergedMatrix | None:
+    """The matrix of `numel` weights that `read` gives, merged in `dtype`; [in, out] if `turned`. What is not finite in
+    it is left to the processor.
+
+    Codes of a codebook with an adapter that is not pooled become merged weights in one pass; integers, pooled adapters
+    and weights in full precision are merged slab by slab, as a processor does it.
+    """
+
+    def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> MergedMatrix:
+        import torch
+
+        made = _merged(*inputs, getattr(torch, dtype))
+        if not (math.isfinite(made.squared_weight) and is_finite(made.tensor)):
+            raise NumericError("is not finite")
+        tensor = made.tensor.T.contiguous() if turned else made.tensor
+        return MergedMatrix(tensor, made.squared_weight, made.squared_delta)
+
+    return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
+
+
+def requantize_on(
+    gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, quantizer: Quantizer
+) -> RequantizedMatrix | None:
+    """`requantize` of the matrix of `numel` weights that `read` gives."""
+
+    def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> RequantizedMatrix:
+        return requantize(_rows(inputs[0]), inputs[1], quantizer)
+
+    return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
+
+
+def requantize(
+    weight: Rows, lora: LoraPair | None, quantizer: Quantizer, workers: Workers = SERIAL
+) -> RequantizedMatrix:
+    """The merged matrix quantized again, where `weight` lies. Peak memory beside that: the quantized matrix.
+
+    Raises NumericError for what cannot be quantized.
+    """
+    from loftq_cli.triton_kernels.backend import has_kernels
+    from loftq_cli.triton_kernels.error_stats.contract import error_stats
+    from loftq_cli.triton_kernels.merging.contract import retention_sums
+
+    delta = None if lora is None else delta_rows(lora)
+
+    def merge_rows(part: slice) -> torch.Tensor:
+        rows = weight.rows(part)
+        return rows if delta is None else rows.float() + delta(part)
+
+    merged = ComputedRows(weight.shape, merge_rows, weight.multiple, weight.device, weight.slab_numel)
+    quantized = quantizer.quantize(merged, workers=workers)
+    if delta is None:
+        return RequantizedMatrix(quantized)
+    stored, added_to = quantizer.decoded(quantized), delta
+
+    def compare(part: slice) -> tuple[float, float, float]:
+        rows, added = weight.rows(part).float(), added_to(part)
+        if has_kernels("merging", rows.device.type):
+            squared_weight, squared_delta, retained = retention_sums(rows, stored.rows(part), added).tolist()
+            return squared_weight, squared_delta, retained
+        sums = error_stats(rows, rows, added)
+        change = stored.rows(part).float() - rows
+        return sums.squared_weight, sums.squared_delta, float((change.double() * added).sum())
+
+    found = list(workers.map(compare, slabs_of(weight, stored.multiple, STREAMED_NUMEL)))
+    return RequantizedMatrix(quantized, *(math.fsum(column) for column in zip(*found, strict=True)))
+
+
+def errors_on(
+    gpu: SharedDevice,
+    read: Callable[[], tuple[TensorRows, WholeMatrix]],
+    numel: int,
+    lora: LoraPair | None,
+    group_size: int | None,
+) -> tuple[LayerError, GroupErrors | None] | None:
+    """The `layer_error` of what `read` gives, a weight and what is stored of it; and of groups of `group_size` columns,
+    where it is given, the `group_errors`. Codes of a codebook are decoded and compared in one pass. What is not finite
+    is left to the processor.
+    """
+
+    def work(
+        inputs: tuple[tuple[TensorRows, WholeMatrix], LoraPair | None],
+    ) -> tuple[LayerError, GroupErrors | None]:
+        (original, stored), pair = inputs
+        weight = _rows(original)
+        error = _error(weight, stored, pair)
+        return error, None if group_size is None else group_errors(weight, _rows(stored), pair, group_size)
+
+    return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
+
+
+def tries_on(
+    gpu: SharedDevice, read: Callable[[], TensorRows], numel: int, quantizers: Mapping[str, Quantizer]
+) -> dict[str, LayerError] | None:
+    """The error that the matrix of `numel` weights that `read` gives has with each of `quantizers`."""
+
+    def work(matrix: TensorRows) -> dict[str, LayerError]:
+        rows = _rows(matrix)
+        return {name: _error(rows, quantizer.quantize(rows), None) for name, quantizer in quantizers.items()}
+
+    return gpu.run(work, read, _nbytes(numel))
+
+
+def _nbytes(numel: int) -> int:
+    return numel * _NBYTES + min(numel, _SLAB_NUMEL) * _SLAB_NBYTES
+
+
+def _rows(matrix: WholeMatrix) -> Rows:
+    """A matrix by rows, where its tensors lie."""
+    if isinstance(matrix, TensorRows):
+        rows: Rows = matrix
+    else:
+        rows = make_quantizer(matrix.spec, matrix.dtype).decoded(matrix)
+    return ComputedRows(rows.shape, rows.rows, rows.multiple, rows.device, _SLAB_NUMEL)
+
+
+def _merged(weight: WholeMatrix, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
+    if isinstance(weight, CodebookTensor) and lora is not None and lora.group_size == 1:
+        return _merged_codes(weight, lora, dtype)
+    return _merged_rows(_rows(weight), lora, dtype)
+
+
+def _merged_codes(weight: CodebookTensor, lora: LoraPair, dtype: torch.dtype) -> MergedMatrix:
+    import torch
+
+    from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
+    from loftq_cli.triton_kernels.merging.contract import merge_codebook
+
+    codes, values = _codes(weight), getattr(torch, weight.dtype)
+    lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
+    # The errors of codes and of an adapter against nothing are their squares.
+    nothing = torch.zeros(weight.shape, dtype=torch.bfloat16, device=lora_A.device)
+    sums = codebook_error_sums(nothing, *codes, values, lora_A, lora_B, lora.scaling).tolist()
+    del nothing
+    tensor = merge_codebook(*codes, weight.shape, values, lora_A, lora_B, lora.scaling, dtype)
+    return MergedMatrix(tensor, squared_weight=sums[1], squared_delta=sums[4])
+
+
+def _merged_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
+    import torch
+
+    from loftq_cli.triton_kernels.error_stats.contract import error_stats
+
+    delta = None if lora is None else delta_rows(lora)
+    tensor, found = torch.empty(weight.shape, dtype=dtype, device=weight.device), []
+    for part in slabs_of(weight, numel=STREAMED_NUMEL):
+        rows = weight.rows(part).float()
+        added = None if delta is None else delta(part)
+        found.append(error_stats(rows, rows, added))
+        tensor[part] = rows if added is None else rows + added
+    squared_weight = math.fsum(sums.squared_weight for sums in found)
+    return MergedMatrix(tensor, squared_weight, math.fsum(sums.squared_delta for sums in found))
+
+
+def _error(weight: Rows, decoded: WholeMatrix, lora: LoraPair | None) -> LayerError:
+    """Raises NumericError where it is not finite."""
+    import torch
+
+    from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
+
+    if isinstance(decoded, CodebookTensor) and (lora is None or lora.group_size == 1):
+        whole, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, decoded.dtype)
+        factors = () if lora is None else (lora.lora_A.float(), lora.lora_B.float(), lora.scaling)
+        error = LayerError(*codebook_error_sums(whole, *_codes(decoded), values, *factors)[:5].tolist())
+    else:
+        error = layer_error(weight, _rows(decoded), lora)
+    if not (math.isfinite(error.squared_weight) and math.isfinite(error.squared_error)):
+        raise NumericError("is not finite")
+    return error
+
+
+def _codes(matrix: CodebookTensor) -> tuple[torch.Tensor, torch.Tensor, str, int]:
+    """Packed codes, decoded constants, and what they are codes of: the first arguments of fused operations."""
+    from loftq_cli.quant.codebook import CodebookQuantizer
+
+    absmax = CodebookQuantizer(matrix.spec, matrix.dtype).decoded(matrix).absmax
+    return matrix.packed, absmax, matrix.spec.codebook, matrix.spec.block_size

@@ -1,0 +1,195 @@
+"""What an error is: of a quantized layer with its adapter, and of a whole model. Plain numbers, no files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from loftq_cli.runtime.workers import SERIAL, Workers
+from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, slabs_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.tensors.matrices import LoraPair
+
+
+@dataclass(frozen=True, slots=True)
+class LayerError:
+    """How far a layer is from its original weight W.
+
+    squared_weight       ||W||², for weighted totals
+    squared_base_error   ||W − dequant(Q)||²
+    squared_error        ||W − dequant(Q) − s·B·A||²: what the loaded model computes
+    max_error            largest |W − dequant(Q) − s·B·A|
+    squared_delta        ||s·B·A||²
+    """
+
+    squared_weight: float
+    squared_base_error: float
+    squared_error: float
+    max_error: float
+    squared_delta: float
+
+    @property
+    def base_error(self) -> float:
+        """Relative Frobenius error without the adapter."""
+        return relative(self.squared_base_error, self.squared_weight)
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error with the adapter."""
+        return relative(self.squared_error, self.squared_weight)
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise in dB, with the adapter."""
+        return sqnr_db(self.error)
+
+    @property
+    def delta_norm(self) -> float:
+        """Frobenius norm of s·B·A."""
+        return math.sqrt(self.squared_delta)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupErrors:
+    """Relative error of each group of an integer format, √(||error||² / ||W||²) over the group.
+
+    worst_row, worst_group   the group whose error is `max_error`; groups of zeros are left out
+    """
+
+    groups: int
+    mean_error: float
+    max_error: float
+    worst_row: int
+    worst_group: int
+
+
+def relative(squared_error: float, squared_weight: float) -> float:
+    """√(squared_error / squared_weight); 0 for an exact copy of a zero matrix, infinite for a wrong one."""
+    if squared_weight == 0.0:
+        return 0.0 if squared_error == 0.0 else math.inf
+    return math.sqrt(squared_error / squared_weight)
+
+
+def sqnr_db(error: float) -> float:
+    """20·log10(1 / error); infinite for an exact copy."""
+    return math.inf if error == 0.0 else -20.0 * math.log10(error)
+
+
+def total_error(layers: Iterable[LayerError]) -> LayerError:
+    """The error of all layers taken as one long vector: sums of squares, the largest of the maxima."""
+    listed = list(layers)
+    return LayerError(
+        squared_weight=math.fsum(e.squared_weight for e in listed),
+        squared_base_error=math.fsum(e.squared_base_error for e in listed),
+        squared_error=math.fsum(e.squared_error for e in listed),
+        max_error=max((e.max_error for e in listed), default=0.0),
+        squared_delta=math.fsum(e.squared_delta for e in listed),
+    )
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether no number of it is NaN or infinite: by its ends, which is 20 times faster than looking at each."""
+    import torch
+
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+
+
+def delta_rows(lora: LoraPair, dtype: torch.dtype | None = None) -> Callable[[slice], torch.Tensor]:
+    """What gives rows of s·B·A, [rows, in] in `dtype`; float32, from the factors as they are stored, when not given."""
+    import torch
+
+    if dtype in (None, torch.float32):
+        lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
+    else:
+        lora_A, lora_B = lora.lora_A.to(dtype), (lora.lora_B.float() * lora.scaling).to(dtype)
+
+    def rows(part: slice) -> torch.Tensor:
+        delta = lora_B[part] @ lora_A
+        if delta.dtype == torch.float32:
+            delta *= lora.scaling  # last, as PEFT does it
+        return delta if lora.group_size == 1 else delta.repeat_interleave(lora.group_size, dim=1)
+
+    return rows
+
+
+def adapter_delta(lora: LoraPair) -> torch.Tensor:
+    """s·B·A in float32 [out, in], from the factors as they are stored."""
+    return delta_rows(lora)(slice(None))
+
+
+def group_delta(lora: LoraPair) -> torch.Tensor:
+    """s·B·A in float64 [out, in / group_size]: what is added to every weight of a group."""
+    return (lora.lora_B.double() @ lora.lora_A.double()).mul_(lora.scaling)
+
+
+def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Workers = SERIAL) -> LayerError:
+    """The error of a layer, whose weight is `decoded` plus what `lora` adds. Peak memory: a few rows a thread."""
+    from loftq_cli.triton_kernels.error_stats.contract import ErrorSums, error_stats
+
+    # What adds nothing yet, as before training, takes no time either.
+    delta = None if lora is None or not bool(lora.lora_B.any()) else delta_rows(lora)
+
+    def sums(part: slice) -> ErrorSums:
+        return error_stats(weight.rows(part), decoded.rows(part), None if delta is None else delta(part))
+
+    parts = slabs_of(weight, decoded.multiple, STREAMED_NUMEL)
+    found = list(workers.map(sums, parts))
+    return LayerError(
+        squared_weight=math.fsum(part.squared_weight for part in found),
+        squared_base_error=math.fsum(part.squared_base_error for part in found),
+        squared_error=math.fsum(part.squared_error for part in found),
+        max_error=_largest(part.max_error for part in found),
+        squared_delta=math.fsum(part.squared_delta for part in found),
+    )
+
+
+def group_errors(
+    weight: Rows, decoded: Rows, lora: LoraPair | None, group_size: int, workers: Workers = SERIAL
+) -> GroupErrors:
+    """The errors of the groups of `group_size` neighbouring columns, of what `layer_error` is about."""
+    import torch
+
+    delta = None if lora is None else delta_rows(lora)
+
+    def errors(part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        rows = weight.rows(part).float()
+        difference = rows - (decoded.rows(part) if delta is None else decoded.rows(part) + delta(part))
+        shape = (len(rows), -1, group_size)
+        # The norms take float64 inside: squares of 1e20, or of 1e-23, are outside float32's range.
+        norms = torch.linalg.vector_norm(rows.view(shape), dim=2, dtype=torch.float64)  # [rows, groups in a row]
+        lost = torch.linalg.vector_norm(difference.view(shape), dim=2, dtype=torch.float64)
+        return (lost / norms).where(norms > 0, 0.0), norms > 0
+
+    groups = counted = worst = 0
+    total, largest = 0.0, 0.0
+    per_row = weight.shape[1] // group_size
+    parts = slabs_of(weight, decoded.multiple, STREAMED_NUMEL)
+    for found, is_counted in workers.map(errors, parts):
+        here = float(found.max()) if found.numel() else 0.0
+        if here > largest or (math.isnan(here) and not math.isnan(largest)):  # NaN is never lost
+            largest, worst = here, groups + int(found.argmax())
+        groups += found.numel()
+        counted += int(is_counted.sum())
+        total += float(found.double().sum())
+    return GroupErrors(
+        groups=groups,
+        mean_error=total / max(counted, 1),
+        max_error=largest,
+        worst_row=worst // max(per_row, 1),
+        worst_group=worst % max(per_row, 1),
+    )
+
+
+def _largest(values: Iterable[float]) -> float:
+    """NaN where there is one."""
+    largest = 0.0
+    for value in values:
+        largest = value if value > largest or math.isnan(value) else largest
+    return largest

@@ -1,0 +1,545 @@
+"""`--target-bpw`, `--target-size` and `--lora-budget`: the solver against brute force, the measured curves against
+float64 decompositions, and that what is chosen keeps its bounds, explains itself and can be made again from its recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import models
+from support.adapters import tensors_of
+from support.conversions import files_of, run_conversion
+
+from loftq_cli.allocation.allocation import Allocation, allocate, exactly
+from loftq_cli.allocation.candidates import Budget
+from loftq_cli.allocation.choice import Choice, select
+from loftq_cli.allocation.error_curves import error_curves
+from loftq_cli.conversion.prepare import Conversion, prepare_conversion, prepare_within_target
+from loftq_cli.conversion.report import bits_per_weight
+from loftq_cli.errors import InputError, UsageError
+from loftq_cli.layouts.layout import LAYOUTS
+from loftq_cli.planning.planner import build_plan
+from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.quant.formats import make_quantizer
+from loftq_cli.tensors.rows import TensorRows
+
+# The solver.
+
+
+def cheapest(items: list[list[Choice]], limits: tuple[int, ...]) -> float | None:
+    """By trying everything."""
+    costs = [
+        math.fsum(choice.cost for choice in combination)
+        for combination in itertools.product(*items)
+        if all(sum(c.takes[k] for c in combination) <= limit for k, limit in enumerate(limits))
+    ]
+    return min(costs, default=None)
+
+
+def random_case(seed: int, resources: int) -> tuple[list[list[Choice]], tuple[int, ...]]:
+    """Up to six items with up to five choices; whole costs, which tie, as often as fractions."""
+    draw = random.Random(seed)
+    items = [
+        [
+            Choice(draw.choice((draw.random(), float(draw.randint(0, 5)))), tuple(draw.choices(range(21), k=resources)))
+            for _ in range(draw.randint(1, 5))
+        ]
+        for _ in range(draw.randint(1, 6))
+    ]
+    return items, tuple(draw.randint(0, 15 * len(items)) for _ in range(resources))
+
+
+@pytest.mark.parametrize("resources", [1, 2])
+def test_small_problems_are_solved_as_well_as_by_trying_everything(resources: int) -> None:
+    solved = 0
+    for seed in range(300):
+        items, limits = random_case(seed, resources)
+        expected, found = cheapest(items, limits), select(items, limits)
+        if expected is None:
+            assert found is None
+            continue
+        assert found is not None
+        picked = [item[pick] for item, pick in zip(items, found.picks, strict=True)]
+        assert all(sum(choice.takes[k] for choice in picked) <= limit for k, limit in enumerate(limits))
+        assert found.cost == pytest.approx(math.fsum(choice.cost for choice in picked))
+        assert found.cost == pytest.approx(expected, abs=1e-9)
+        assert found.bound <= expected + 1e-9
+        solved += 1
+    assert solved > 100
+
+
+def layers_like_a_model(count: int, resources: int) -> list[list[Choice]]:
+    """Formats of 2 to 8 bits in three group sizes, and five ranks where there are two resources."""
+    draw, items = random.Random(0), []
+    for _ in range(count):
+        numel, weight = draw.choice((1 << 20, 1 << 22, 1 << 24)), math.exp(draw.gauss(0.0, 1.0))
+        formats = [
+            (numel * bits // 8 + 2 * numel // size, weight * 4.0**-bits * size**0.3 * (1 + 0.1 * draw.random()))
+            for bits in (2, 3, 4, 8)
+            for size in (32, 64, 128)
+        ]
+        ranks = (4, 8, 16, 32, 64) if resources == 2 else (16,)
+        items.append(
+            [
+                Choice(error * (1 - 0.07 * math.log(rank)), (nbytes, 8 * rank * math.isqrt(numel))[:resources])
+                for nbytes, error in formats
+                for rank in ranks
+            ]
+        )
+    return items
+
+
+@pytest.mark.parametrize("resources", [1, 2])
+def test_a_model_of_many_layers_is_solved_within_a_proven_gap(resources: int) -> None:
+    items = layers_like_a_model(16, resources)
+    limits = []
+    for k in range(resources):
+        least, most = (sum(end(choice.takes[k] for choice in item) for item in items) for end in (min, max))
+        limits.append(least + (most - least) * 3 // 10)
+    found = select(items, limits)
+    assert found is not None
+    for k, limit in enumerate(limits):
+        assert sum(item[pick].takes[k] for item, pick in zip(items, found.picks, strict=True)) <= limit
+    assert found.bound <= found.cost <= 1.01 * found.bound
+
+
+def test_the_solver_knows_one_or_two_limits() -> None:
+    with pytest.raises(ValueError, match="one or two"):
+        select([[Choice(1.0, ())]], ())
+
+
+# The curves.
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.llama(tmp_path_factory.mktemp("source") / "llama", layers=1)
+
+
+def allocation_of(source: Path, target: Budget, threads: int = 1, **recipe: Any) -> tuple[Allocation, Conversion]:
+    values = {"quant_type": "int4", "layout": "compressed-tensors", "symmetric": True, "rank": 8, **recipe}
+    done = prepare_within_target(
+        str(source), source.parent / "never", Recipe(**values), target, threads=threads, observe=lambda *said: None
+    )
+    assert done.allocation is not None
+    return done.allocation, done
+
+
+@pytest.mark.parametrize("method", ["loftq", "qalora"])
+def test_curves_are_what_the_best_adapter_leaves(method: str, source: Path) -> None:
+    layout = "mlx" if method == "qalora" else "compressed-tensors"
+    recipe = Recipe(quant_type="int3", method=method, layout=layout, group_size=32, fit="loftq")
+    prepared = prepare_conversion(str(source), source.parent / "never", recipe)
+    layers, ranks = prepared.plan.layers, (0, 1, 4, 64)
+    curves = error_curves(
+        prepared.checkpoint,
+        recipe,
+        layers,
+        {job.name: [job.matrix] for job in layers},
+        {job.name: ranks for job in layers},
+    )
+    originals = tensors_of(source)
+    for job in layers:
+        weight = originals[job.name]
+        quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype)
+        residual = weight.double() - quantizer.dequantize(quantizer.quantize(TensorRows(weight))).double()
+        size = 32 if method == "qalora" else 1
+        # What is equal within each group of inputs has this decomposition, and the rest is out of reach.
+        means = residual.view(len(residual), -1, size).mean(dim=2)
+        held = size * torch.linalg.svdvals(means).square().cumsum(0)
+        (found,) = curves[job.name].squared_errors.values()
+        assert curves[job.name].squared_weight == pytest.approx(float(weight.double().square().sum()), rel=1e-6)
+        for rank, squared in zip(ranks, found, strict=True):
+            absorbed = 0.0 if rank == 0 else float(held[min(rank, len(held)) - 1])
+            total = float(residual.square().sum())
+            # The difference of two float32 sums, where the adapter holds nearly all.
+            assert squared == pytest.approx(total - absorbed, rel=1e-4, abs=1e-6 * total)
+
+
+def test_large_matrices_are_decomposed_nearly_as_well(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, _ = allocation_of(source, Budget(bits_per_weight=3.3))
+    monkeypatch.setattr("loftq_cli.allocation.error_curves._EXACT_SIDE", 16)
+    nearly, _ = allocation_of(source, Budget(bits_per_weight=3.3))
+    assert nearly.objective == pytest.approx(exact.objective, rel=0.03)
+
+
+def test_statistics_change_what_is_measured(source: Path) -> None:
+    """Of a layer whose inputs have one channel, only the errors of that column count: relative to the column."""
+    prepared = prepare_conversion(str(source), source.parent / "never", Recipe(quant_type="int4", symmetric=True))
+    jobs = prepared.plan.layers
+    name = next(job.name for job in jobs if job.name.endswith("down_proj.weight"))
+    columns = {job.name: job.matrix.shape[1] for job in jobs}
+
+    class OneChannel:
+        names = frozenset({name})
+
+        def load(self, name: str) -> torch.Tensor:
+            diagonal = torch.zeros(columns[name])
+            diagonal[3] = 7.0
+            return diagonal
+
+    matrices, ranks = {job.name: [job.matrix] for job in jobs}, {job.name: (0,) for job in jobs}
+    recipe: Any = prepared.plan.recipe
+    statistics: Any = OneChannel()
+    plain, weighted = (
+        error_curves(prepared.checkpoint, recipe, jobs, matrices, ranks, statistics=s) for s in (None, statistics)
+    )
+    for job in jobs:
+        curve, other = plain[job.name], weighted[job.name]
+        if job.name != name:
+            assert other == curve
+    weight = prepared.checkpoint.load(name).float()
+    squared = float(weight[:, 3].double().square().sum()) * columns[name]
+    # A thousandth of the mean is added to all channels.
+    expected = squared * 1.0 + 1e-3 * float(weight.double().square().sum())
+    assert weighted[name].squared_weight == pytest.approx(expected, rel=1e-4)
+    assert all(
+        error < plain[name].squared_errors[spec][0] * columns[name]
+        for spec, (error,) in weighted[name].squared_errors.items()
+    )
+
+
+def test_a_weight_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
+    from support.adapters import edit_tensors
+
+    source, name = models.llama(tmp_path / "llama", layers=1), "model.layers.0.mlp.up_proj.weight"
+    edit_tensors(source / "model.safetensors", lambda tensors: tensors[name].fill_(math.nan))
+    with pytest.raises(InputError, match="holds NaN") as caught:
+        allocation_of(source, Budget(bits_per_weight=4.0))
+    assert caught.value.tensor == name
+
+
+# What is chosen.
+
+TARGETS = {
+    "bits": Budget(bits_per_weight=3.1),
+    "size": Budget(total_nbytes=330_000),
+    "bits and adapter": Budget(bits_per_weight=3.6, adapter_nbytes=60_000),
+    "size and adapter": Budget(total_nbytes=350_000, adapter_nbytes=60_000),
+    "adapter": Budget(adapter_nbytes=90_000),
+}
+
+
+@pytest.mark.parametrize("method", ["loftq", "qlora"])
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_is_planned_is_what_was_chosen_and_keeps_its_bounds(name: str, method: str, source: Path) -> None:
+    target = TARGETS[name]
+    allocation, conversion = allocation_of(source, target, method=method)
+    plan = conversion.plan
+    assert bits_per_weight(plan) == allocation.bits_per_weight
+    assert (plan.base_nbytes, plan.adapter_nbytes) == (allocation.base_nbytes, allocation.adapter_nbytes)
+    for job, layer in zip(plan.layers, allocation.layers, strict=True):
+        assert (job.matrix.spec, job.lora.rank) == (layer.candidate.spec, layer.candidate.rank)
+        assert job.lora.scaling == 1.0
+    if target.bits_per_weight is not None:
+        assert 0.97 * target.bits_per_weight < bits_per_weight(plan) <= target.bits_per_weight
+    if target.total_nbytes is not None:
+        assert plan.base_nbytes + plan.adapter_nbytes <= target.total_nbytes
+    if target.adapter_nbytes is not None:
+        assert plan.adapter_nbytes <= target.adapter_nbytes
+        assert {job.lora.rank for job in plan.layers} <= {4, 8, 16, 32, 64}
+    else:
+        assert {job.lora.rank for job in plan.layers} == {8}
+    if not target.chooses_formats:
+        assert {job.matrix.spec for job in plan.layers} == {plan.layers[0].matrix.spec}
+    assert allocation.bound <= allocation.objective
+    assert all(allocation.objective <= other.objective + 1e-12 for other in allocation.uniform)
+
+
+FUSED = ({"q_proj", "k_proj", "v_proj"}, {"gate_proj", "up_proj"})  # by vLLM, for which compressed-tensors is
+
+
+def fused_with(module: str, other: str) -> bool:
+    (parent, name), (other_parent, other_name) = (m.rsplit(".", 1) for m in (module, other))
+    return module == other or (parent == other_parent and any({name, other_name} <= names for names in FUSED))
+
+
+def test_no_other_choice_would_have_been_better(source: Path) -> None:
+    # Every exchange of the format of one layer, and of those that need the same one, tried from the measured curves.
+    recipe = Recipe(quant_type="int4", symmetric=True, rank=8, group_size=32)
+    prepared = prepare_conversion(str(source), source.parent / "never", recipe)
+    allocation, _ = allocation_of(source, Budget(bits_per_weight=3.1))
+    left = 3.1 * sum(layer.numel for layer in allocation.layers) / 8
+    left -= sum(layer.candidate.base_nbytes for layer in allocation.layers)
+    pairs = list(zip(prepared.plan.layers, allocation.layers, strict=True))
+    for first in prepared.plan.layers:
+        fused = [(job, layer) for job, layer in pairs if fused_with(job.module, first.module)]
+        for bits, size in itertools.product((2, 3, 4, 8), (32, 64, 128)):
+            if any(job.matrix.shape[1] % size for job, _ in fused):
+                continue
+            cost, more = 0.0, 0
+            for job, layer in fused:
+                spec = dataclasses.replace(job.matrix.spec, bits=bits, group_size=size)
+                matrix = dataclasses.replace(job.matrix, spec=spec)
+                more += sum(t.nbytes for t in convert_layout().planned(matrix)) - layer.candidate.base_nbytes
+                curves = error_curves(prepared.checkpoint, recipe, [job], {job.name: [matrix]}, {job.name: (8,)})
+                relative = curves[job.name].squared_errors[spec][0] / curves[job.name].squared_weight
+                cost += math.sqrt(layer.numel) * (relative - layer.candidate.relative_error)
+            assert more > left or cost >= -1e-9
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_what_vllm_makes_one_matrix_of_has_one_format(name: str, source: Path) -> None:
+    _, conversion = allocation_of(source, TARGETS[name])
+    specs = {job.module: job.matrix.spec for job in conversion.plan.layers}
+    for module, other in itertools.combinations(specs, 2):
+        assert specs[module] == specs[other] or not fused_with(module, other)
+    assert not [note for note in conversion.plan.notes if "vLLM" in note]
+
+
+def test_what_mlx_holds_may_differ(source: Path) -> None:
+    _, conversion = allocation_of(source, Budget(bits_per_weight=3.6), layout="mlx", symmetric=None)
+    specs = {job.module: job.matrix.spec for job in conversion.plan.layers}
+    pairs = itertools.combinations(specs, 2)
+    assert any(specs[module] != specs[other] for module, other in pairs if fused_with(module, other))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [Override(match=r"layers\.\d+\.self_attn\.k_proj", quant_type="int8"), Override(match="k_proj", quantize=False)],
+)
+def test_an_override_that_vllm_cannot_load_is_said(override: Override, source: Path) -> None:
+    recipe = Recipe(quant_type="int4", symmetric=True, rank=8, group_size=32, override=(override,))
+    (note,) = (n for n in prepare_conversion(str(source), source.parent / "never", recipe).plan.notes if "vLLM" in n)
+    assert "q_proj, k_proj, v_proj of model.layers.0.self_attn" in note
+
+
+def convert_layout() -> Any:
+    from loftq_cli.layouts.layout import load_layout
+
+    return load_layout("compressed-tensors")
+
+
+def test_codebooks_choose_their_block_size(source: Path) -> None:
+    allocation, conversion = allocation_of(
+        source, Budget(bits_per_weight=4.8), quant_type="nf4", layout="bitsandbytes", symmetric=None
+    )
+    sizes = {job.matrix.spec.block_size for job in conversion.plan.layers}
+    assert len(sizes) > 1
+    assert bits_per_weight(conversion.plan) <= 4.8
+    assert allocation.recipe.quant_type == "nf4"
+
+
+def test_a_pooled_adapter_keeps_its_group_size(source: Path) -> None:
+    _, conversion = allocation_of(
+        source, Budget(bits_per_weight=4.6), method="qalora", layout="mlx", symmetric=None, group_size=32
+    )
+    specs = {job.matrix.spec for job in conversion.plan.layers}
+    assert {spec.group_size for spec in specs} == {32}
+    assert len({spec.bits for spec in specs}) > 1
+
+
+def test_what_overrides_say_of_a_layer_stays(source: Path) -> None:
+    override = (
+        Override(match="q_proj", quant_type="int8"),
+        Override(match="k_proj", rank=2),
+        Override(match="o_proj", quantize=False),
+    )
+    allocation, conversion = allocation_of(
+        source, Budget(bits_per_weight=4.0, adapter_nbytes=60_000), override=override
+    )
+    jobs = {job.module.rpartition(".")[2]: job for job in conversion.plan.layers}
+    assert (jobs["q_proj"].matrix.spec.bits, jobs["k_proj"].lora.rank) == (8, 2)
+    assert "o_proj" not in jobs
+    assert allocation.recipe.override[:3] == override
+    assert bits_per_weight(conversion.plan) <= 4.0
+
+
+def test_a_given_scaling_is_kept_whatever_the_rank(source: Path) -> None:
+    for values, scaling in (({"alpha": 16.0}, 2.0), ({"rslora": True}, math.sqrt(8))):
+        _, conversion = allocation_of(source, Budget(adapter_nbytes=60_000), **values)
+        assert {round(job.lora.scaling, 9) for job in conversion.plan.layers} == {round(scaling, 9)}
+        assert len({job.lora.rank for job in conversion.plan.layers}) > 1
+
+
+def test_layers_that_only_small_groups_fit_are_quantized_too(source: Path) -> None:
+    # down_proj has 192 columns: no whole groups of 128.
+    _, conversion = allocation_of(source, Budget(bits_per_weight=3.1), group_size=128)
+    assert any(job.module.endswith("down_proj") for job in conversion.plan.layers)
+
+
+def test_threads_do_not_change_the_choice(source: Path) -> None:
+    target = TARGETS["bits and adapter"]
+    assert allocation_of(source, target)[0] == allocation_of(source, target, threads=3)[0]
+
+
+def test_patterns_find_exactly_the_names() -> None:
+    names = [f"model.layers.{i}.mlp.{part}" for i in (0, 3, 11) for part in ("up_proj", "down_proj")] + ["lm.head"]
+    others = [*(f"model.layers.{i}.mlp.up_proj" for i in (1, 30, 111)), "model.layers.0.mlp.gate_proj", "lmxhead"]
+    others += ["x.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.x"]
+    assert [name for name in names + others if re.search(exactly(names), name)] == names
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("target", "recipe", "message"),
+    [
+        ({"bits_per_weight": 2.0}, {}, r"smaller than .* \(the smallest possible is --target-bpw 2\.1\d+\)"),
+        (
+            {"bits_per_weight": 3.0},
+            {"quant_type": "nf4", "layout": "bitsandbytes", "symmetric": None},
+            r"target-bpw 4\.\d+\)",
+        ),
+        ({"total_nbytes": 1000}, {}, r"the smallest possible is --target-size \d{6}\)"),
+        ({"adapter_nbytes": 1000}, {}, r"the smallest possible is --lora-budget \d{5}\)"),
+        (
+            {"bits_per_weight": 2.0, "adapter_nbytes": 1000},
+            {},
+            r"the smallest possible is --target-bpw 2\.1\d+ and --lora-budget \d{5}\)",
+        ),
+        ({"bits_per_weight": 3.0}, {"layout": "dense"}, "layout dense stores decoded values"),
+        ({"total_nbytes": 10**6}, {"layout": "gptq"}, "layout gptq has one quant_type and group size"),
+        ({"bits_per_weight": 3.0}, {"symmetric": False}, "without zero points only"),
+    ],
+)
+def test_a_target_that_nothing_fits_is_refused(
+    target: dict[str, Any], recipe: dict[str, Any], message: str, source: Path
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        allocation_of(source, Budget(**target), **recipe)
+    assert caught.value.exit_code == 2
+
+
+def test_a_target_that_nothing_fits_is_refused_before_anything_is_measured(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loftq_cli.checkpoint.source.Checkpoint.load", None)
+    with pytest.raises(UsageError, match="smallest possible"):
+        allocation_of(source, Budget(bits_per_weight=2.0))
+
+
+def test_the_rank_of_the_recipe_is_no_matter_where_ranks_are_chosen(source: Path) -> None:
+    # k_proj has 64 rows.
+    _, conversion = allocation_of(source, Budget(adapter_nbytes=60_000), rank=1000)
+    assert max(job.lora.rank for job in conversion.plan.layers) <= 64
+
+
+def test_the_smallest_possible_target_is_possible(source: Path) -> None:
+    for bounds, option in (({"bits_per_weight": 2.0}, "--target-bpw"), ({"total_nbytes": 1000}, "--target-size")):
+        with pytest.raises(UsageError) as caught:
+            allocation_of(source, Budget(**bounds))
+        said = re.search(rf"{option} ([\d.]+)", str(caught.value))
+        assert said is not None
+        (name,) = bounds
+        least = float(said[1]) if name == "bits_per_weight" else int(said[1])
+        allocation_of(source, Budget(**{name: least}))
+
+
+@pytest.mark.parametrize("bits", [0.0, -1.0, math.nan, math.inf])
+def test_bits_are_a_positive_number(bits: float) -> None:
+    with pytest.raises(UsageError, match="--target-bpw must be a positive number"):
+        Budget(bits_per_weight=bits)
+
+
+@pytest.mark.parametrize("layout", [name for name, row in LAYOUTS.items() if "int4" in row.quant_types])
+def test_ranks_are_chosen_in_every_layout(layout: str, source: Path) -> None:
+    recipe = {"layout": layout, "symmetric": None}
+    _, conversion = allocation_of(source, Budget(adapter_nbytes=60_000), **recipe)
+    assert conversion.plan.adapter_nbytes <= 60_000
+    build_plan(conversion.checkpoint.tensors, conversion.config, conversion.plan.recipe)
+
+
+# The command line.
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+INT4 = ("--quant-type", "int4", "--rank", 4, "--iterations", 2)
+
+
+def test_the_saved_recipe_makes_the_same_bytes_without_measuring(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    status, _, said = run("quantize", source, "out", *INT4, "--target-bpw", 3.1, "--lora-budget", "60kB")
+    assert status == 0
+    assert "measured [7/7]" in said
+    first = files_of(Path("out"))
+    report = json.loads(first.pop("loftq_report.json"))
+    monkeypatch.chdir(tmp_path / "b")
+    status, _, said = run("quantize", source, "out", "--recipe", tmp_path / "a" / "out" / "loftq_recipe.toml")
+    assert (status, "measured" in said) == (0, False)
+    second = files_of(Path("out"))
+    repeated = json.loads(second.pop("loftq_report.json"))
+    # The list of checksums has the reports', which differ by the account of the choice.
+    differing = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    assert differing <= {"checksums.json"}
+    allocation = report.pop("allocation")
+    assert report == repeated
+    totals = report["totals"]
+    assert allocation["bits_per_weight"] == totals["bits_per_weight"] <= 3.1
+    assert allocation["adapter_nbytes"] == totals["adapter_nbytes"] <= 60_000
+    assert allocation["base_nbytes"] == totals["base_nbytes"]
+    assert allocation["target"] == {"bits_per_weight": 3.1, "adapter_nbytes": 60_000}
+    assert run("inspect", "out", "--verify")[0] == 0
+
+
+def test_the_same_command_again_finds_its_result(run: Run, source: Path) -> None:
+    command = ("quantize", source, "out", *INT4, "--target-bpw", 3.1, "--quiet")
+    assert run(*command)[0] == 0
+    status, _, said = run(*command)
+    assert (status, "already done" in said) == (0, True)
+
+
+def test_a_dry_run_explains_the_choice_and_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
+    command = ("quantize", source, "out", *INT4, "--target-bpw", 3.6, "--dry-run")
+    status, shown, said = run(*command)
+    assert status == 0
+    assert "bits a weight, base" in said
+    assert "the same for all layers: int" in said
+    assert re.search(r"layers\.0\.mlp\.down_proj\.weight +int\d +group +\d+ +4 +0\.\d{4} +[\d.]+ kB", shown)
+    values = json.loads(run(*command, "--json", "--quiet")[1])
+    assert values["allocation"]["bits_per_weight"] == values["bits_per_weight"] <= 3.6
+    assert len(values["allocation"]["layers"]) == len(values["layers"]) == 7
+    best = values["allocation"]["uniform"][0]
+    assert best["objective"] >= values["allocation"]["objective"] >= values["allocation"]["objective_bound"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--target-bpw", 3, "--target-size", "1MB"), "--target-bpw and --target-size both bound the base"),
+        (("--target-bpw", 3, "--asymmetric"), "without zero points only (--symmetric, or --layout mlx)"),
+        (("--lora-budget", "much"), "'much' is not a size"),
+        (("--target-bpw", "nan"), "--target-bpw must be a positive number"),
+    ],
+)
+def test_options_that_make_no_sense_together_are_refused(
+    flags: tuple[object, ...], message: str, run: Run, source: Path
+) -> None:
+    status, _, said = run("quantize", source, "out", *INT4, *flags)
+    assert status == 2
+    assert message in said
+
+
+def test_the_built_in_model_loses_less_at_no_more_bytes(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"quant_type": "int3", "rank": 16, "layout": "mlx"}
+    recipe |= {"fit": "loftq", "iterations": 1, "svd": "exact"}
+    errors = []
+    uniform = prepare_conversion("builtin:tiny-llama", tmp_path / "uniform", Recipe(**recipe))
+    bits = bits_per_weight(uniform.plan)
+    found = allocate(uniform.checkpoint, uniform.plan.recipe, Budget(bits_per_weight=bits))
+    assert found.bits_per_weight <= bits
+    for name, values in (("uniform", Recipe(**recipe)), ("chosen", found.recipe)):
+        fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+        outcome = run_conversion("builtin:tiny-llama", tmp_path / name, **fields)
+        layers = [(math.prod(layer.shape), layer.error.error) for layer in outcome.layers]
+        errors.append(sum(math.sqrt(numel) * error**2 for numel, error in layers))
+    # One exact iteration is what was measured.
+    assert errors[1] == pytest.approx(found.objective, rel=1e-3)
+    assert errors[1] < 0.99 * errors[0]

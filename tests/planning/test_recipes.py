@@ -1,0 +1,141 @@
+"""Defaults < preset or TOML < flags; every mistake in a recipe is named, with its file and the nearest right word."""
+
+from __future__ import annotations
+
+import pytest
+
+from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe_files import presets, recipe_toml, resolve_recipe
+from loftq_cli.planning.sizes import parse_size
+from loftq_cli.quant.formats import FORMATS
+
+
+def recipe_file(tmp_path, text):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
+    source = recipe_file(tmp_path, 'rank = 8\nmethod = "qlora"\nblock_size = 128\n')
+    recipe = resolve_recipe(source, {"rank": 4, "alpha": None})
+    assert (recipe.rank, recipe.method, recipe.block_size, recipe.iterations) == (4, "qlora", 128, 8)
+
+
+def test_what_a_file_says_of_its_fit_goes_with_the_fit(tmp_path):
+    """How often, and from where: what is right for one fit, or without statistics, is not for another, or with them."""
+    paper = resolve_recipe("loftq-nf4", {"fit": "loftq"})
+    assert (paper.start, paper.scales, paper.iterations, paper.rounds) == ("zero", "absmax", 8, None)
+    calibrated = resolve_recipe("loftq-nf4", {"calibration": "STATS"})
+    assert calibrated == Recipe(calibration="STATS")
+    assert resolve_recipe("loftq-paper", {"calibration": "STATS"}).fit == "loftq"
+    assert resolve_recipe("loftq-nf4", {"method": "qlora"}) == Recipe(method="qlora")
+    source = recipe_file(tmp_path, 'fit = "joint"\nrounds = 3\n')
+    assert resolve_recipe(source, {"rank": 4}).rounds == 3
+
+
+def test_the_default_preset_is_the_default():
+    assert resolve_recipe("loftq-nf4", {}) == Recipe()
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_saved_recipe_reads_back_to_an_equal_one(name, tmp_path):
+    recipe = resolve_recipe(name, {"include": (r"mlp\.", 'a"b\\w'), "alpha": 2.5})
+    assert resolve_recipe(recipe_file(tmp_path, recipe_toml(recipe)), {}) == recipe
+
+
+def test_overrides_read_back_too(tmp_path):
+    recipe = Recipe(override=(Override(match=r"mlp\.", rank=4), Override(match="x", quantize=False, alpha=1.5)))
+    assert resolve_recipe(recipe_file(tmp_path, recipe_toml(recipe)), {}) == recipe
+
+
+def test_dashes_are_as_good_as_underscores(tmp_path):
+    assert resolve_recipe(recipe_file(tmp_path, "block-size = 32\n"), {}).block_size == 32
+
+
+def test_a_whole_number_is_a_number(tmp_path):
+    assert resolve_recipe(recipe_file(tmp_path, "alpha = 8\n"), {}).alpha == 8.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ranks = 8", r"recipe.toml: unknown key ranks \(did you mean rank\?\)"),
+        ("rank = '8'", "rank must be a whole number, not '8'"),
+        ("rank = true", "rank must be a whole number, not True"),
+        ("rslora = 1", "rslora must be true or false"),
+        ("rank = 0", "rank must be at least 1"),
+        ("iterations = 0", "iterations must be at least 1"),
+        ("seed = -1", "seed must be at least 0"),
+        ("alpha = 0.0", "alpha must be a positive number"),
+        ("alpha = inf", "alpha must be a positive number"),
+        ("alpha = nan", "alpha must be a positive number"),
+        ("method = 'lofq'", r"method 'lofq' does not exist \(one of loftq, qalora, qlora\)"),
+        ("quant_type = 'int5'", "quant_type 'int5' does not exist"),
+        ("layout = 'gguf'", "layout 'gguf' does not exist"),
+        ("adapter_dtype = 'int8'", "adapter_dtype 'int8' does not exist"),
+        ("svd = 'quick'", "svd 'quick' does not exist"),
+        ("block_size = 48", r"block_size 48 does not exist for nf4 \(one of 32, 64,"),
+        ("include = 'mlp'", "include must be a list of strings"),
+        ("include = ['(']", "is not a regular expression"),
+        ("max_shard_size = '5 parsecs'", "is not a size"),
+        ("max_shard_size = '10KB'", "less than 1 MB"),
+        ("override = 3", "override must be a list of tables"),
+        ("[[override]]\nrank = 3", "has no match"),
+        ("[[override]]\nmatch = 'a'\nrnk = 3", "unknown key rnk"),
+        ("[[override]]\nmatch = '('", "match '\\('"),
+        ("[[override]]\nmatch = 'a'\nblock_size = 7", "block_size 7"),
+        ("[[override]]\nmatch = 'a'\nrank = 0", "rank must be at least 1"),
+        ("rank = ", "not valid TOML"),
+        ("\x00", "not valid TOML"),
+        (f"rank = {'9' * 5000}", "not valid TOML"),
+        (f"seed = {'9' * 30}", "seed is a number of more than 64 bits"),
+        (f"alpha = {'9' * 400}", "alpha is a number of more than 64 bits"),
+        (f"method = 0x{'F' * 5000}", "method is a number of more than 64 bits"),
+        (f"rank = {'[' * 200}{']' * 200}", "rank must be a whole number, not \\[\\[\\["),
+        (f"max_shard_size = '{'9' * 400}GB'", "is larger than any disk"),
+        ("include = ['a{99999999999}']", "is not a regular expression"),
+    ],
+)
+def test_every_mistake_is_named(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        resolve_recipe(recipe_file(tmp_path, text), {})
+
+
+def test_a_flag_that_changes_the_format_takes_along_what_the_file_says_of_the_old_one(tmp_path):
+    override = '[[override]]\nmatch = "mlp"\nrank = 4\nblock_size = 32\n'
+    text = 'rank = 8\nblock_size = 128\ndouble_quant = false\nlayout = "bitsandbytes"\n' + override
+    recipe = resolve_recipe(recipe_file(tmp_path, text), {"quant_type": "int4"})
+    assert recipe.override == (Override(match="mlp", rank=4),)
+    assert (recipe.rank, recipe.block_size, recipe.group_size, recipe.layout) == (8, None, 64, "compressed-tensors")
+    back = resolve_recipe("qalora-int4", {"quant_type": "nf4", "method": "loftq"})
+    assert (back.quant_type, back.group_size, back.pooling, back.layout) == ("nf4", None, None, "bitsandbytes")
+    # Without such a flag, a file that contradicts itself is refused.
+    with pytest.raises(UsageError, match="block_size means nothing with quant_type int4"):
+        resolve_recipe(recipe_file(tmp_path, 'quant_type = "int4"\nblock_size = 128\n'), {})
+
+
+@pytest.mark.parametrize("name", sorted(presets()))
+@pytest.mark.parametrize("quant_type", sorted(FORMATS))
+def test_every_preset_takes_another_format(name, quant_type):
+    recipe = resolve_recipe(name, {"quant_type": quant_type, "method": "loftq"})
+    assert (recipe.quant_type, recipe.rank) == (quant_type, resolve_recipe(name, {}).rank)
+
+
+def test_an_unknown_recipe_lists_the_presets():
+    with pytest.raises(UsageError, match=r"no recipe 'gone' \(a TOML file, or one of the presets .*loftq-nf4"):
+        resolve_recipe("gone", {})
+
+
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(StorageError, match="directory"):
+        resolve_recipe(str(tmp_path), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("5GB", 5 * 10**9), ("500 MB", 5 * 10**8), ("1GiB", 2**30), ("1.5gb", 15 * 10**8), ("1000000", 10**6)],
+)
+def test_sizes_are_read_as_people_write_them(text, nbytes):
+    assert parse_size(text) == nbytes

@@ -1,0 +1,113 @@
+"""Block-wise codebook quantization compiled for the processor; byte for byte what codebook_reference.py computes.
+
+Only whole blocks are compiled: a short last one goes to the reference.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from loftq_cli.triton_kernels.codebook import reference as codebook_reference
+from loftq_cli.triton_kernels.cpu_kernels import bits_of, decode_blocks, quantize_blocks, residual_of_blocks
+
+
+def quantize(
+    weight: torch.Tensor,
+    minus: torch.Tensor | None,
+    table: torch.Tensor,
+    block_size: int,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+) -> None:
+    """See codebook_reference.py."""
+    weight, minus = _readable(weight), None if minus is None else _readable(minus)
+    n_blocks = weight.numel() // block_size
+    whole = n_blocks * block_size
+    thresholds = ((table[:-1] + table[1:]) / 2).numpy()
+    bits = bits_of(weight)
+    quantize_blocks(
+        bits,
+        bits if minus is None else bits_of(minus),
+        minus is not None,
+        thresholds,
+        block_size,
+        packed.numpy(),
+        bits_of(absmax),
+        n_blocks,
+    )
+    if whole < weight.numel():
+        tail = None if minus is None else minus[whole:]
+        codebook_reference.quantize(weight[whole:], tail, table, block_size, packed[whole // 2 :], absmax[n_blocks:])
+
+
+def dequantize(
+    packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, values: torch.Tensor
+) -> None:
+    """See codebook_reference.py."""
+    if values.dtype == torch.float16:  # numba has no half precision
+        wide = torch.empty_like(values, dtype=torch.float32)
+        dequantize(packed, absmax, table, block_size, wide)
+        values.copy_(wide)
+        return
+    n_blocks = values.numel() // block_size
+    whole = n_blocks * block_size
+    decode_blocks(
+        packed[: whole // 2].numpy(),
+        absmax[:n_blocks].numpy(),
+        table.numpy(),
+        _pairs(table),
+        block_size,
+        bits_of(values[:whole]),
+    )
+    if whole < values.numel():
+        codebook_reference.dequantize(packed[whole // 2 :], absmax[n_blocks:], table, block_size, values[whole:])
+
+
+def residual(
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    table: torch.Tensor,
+    block_size: int,
+    dtype: torch.dtype,
+    out: torch.Tensor,
+) -> float:
+    """See codebook_reference.py."""
+    n_blocks = weight.numel() // block_size
+    whole = n_blocks * block_size
+    squares = 0.0
+    if torch.float16 in (weight.dtype, dtype, out.dtype):
+        n_blocks = whole = 0
+    elif n_blocks:
+        squares = residual_of_blocks(
+            bits_of(weight[:whole]),
+            packed[: whole // 2].numpy(),
+            absmax[:n_blocks].numpy(),
+            table.numpy(),
+            _pairs(table),
+            block_size,
+            dtype == torch.bfloat16,
+            bits_of(out[:whole]),
+        )
+    if whole < weight.numel():
+        squares += codebook_reference.residual(
+            weight[whole:], packed[whole // 2 :], absmax[n_blocks:], table, block_size, dtype, out[whole:]
+        )
+    return squares
+
+
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """Numba has no half precision."""
+    return tensor.float() if tensor.dtype == torch.float16 else tensor
+
+
+@lru_cache(maxsize=4)  # by identity: the contract hands the same table in each time
+def _pairs(table: torch.Tensor) -> np.ndarray[Any, Any]:
+    """uint64 [256]: the two float32 values of each byte of codes."""
+    pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
+    values: np.ndarray[Any, Any] = pairs.numpy().view(np.uint64).reshape(-1)
+    return values

@@ -1,0 +1,72 @@
+"""Error of an approximation against a weight: the contract. One pass, float64 sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from loftq_cli.triton_kernels.backend import implementation
+from loftq_cli.triton_kernels.codebook.contract import FLOATS, check_constants, codebook_table
+from loftq_cli.triton_kernels.factors import checked_factors
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorSums:
+    """Over all elements: sum w^2, sum (w - q)^2, sum (w - (q + d))^2, max |w - (q + d)| and sum d^2."""
+
+    squared_weight: float
+    squared_base_error: float
+    squared_error: float
+    max_error: float
+    squared_delta: float
+
+
+def error_stats(weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor | None = None) -> ErrorSums:
+    """The sums for w = weight, q = decoded and d = delta (0 where there is none); q + d is rounded to float32.
+
+    Tensors of one shape, float32 or bfloat16. Raises ValueError when they do not match.
+    """
+    for tensor in (weight, decoded, delta):
+        if tensor is None:
+            continue
+        if tensor.shape != weight.shape:
+            raise ValueError(f"shapes differ: {tuple(weight.shape)} and {tuple(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"{tensor.dtype} is neither float32 nor bfloat16")
+    sums: tuple[float, float, float, float, float] = implementation("error_stats", weight.device.type).sums(
+        weight.reshape(-1), decoded.reshape(-1), None if delta is None else delta.reshape(-1)
+    )
+    return ErrorSums(*sums)
+
+
+def codebook_error_sums(
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    codebook: str,
+    block_size: int,
+    dtype: torch.dtype,
+    lora_A: torch.Tensor | None = None,
+    lora_B: torch.Tensor | None = None,
+    scaling: float = 1.0,
+) -> torch.Tensor:
+    """float64 [7] on the device of `weight` [out, in], which the processor does not wait for: the fields of ErrorSums,
+    then how many weights have the other sign, and how many that are not zero have become zero.
+
+    For w = weight, q = what the codes decode to in `dtype`, d = scaling·lora_B·lora_A in float32 (0 where there is
+    none); q + d is rounded to float32. lora_A [rank, in], lora_B [out, rank].
+    Raises ValueError where the weight is not a contiguous float32, bfloat16 or float16 matrix, or codes, constants (see
+    codebook.py) or factors do not belong to it.
+    """
+    if weight.dim() != 2 or not weight.is_contiguous():
+        raise ValueError("weight must be a contiguous matrix")
+    if weight.dtype not in FLOATS:
+        raise ValueError(f"{weight.dtype} is none of float32, bfloat16 and float16")
+    check_constants(packed, absmax, block_size, weight.numel())
+    factors = checked_factors(lora_A, lora_B, (weight.shape[0], weight.shape[1]))
+    table = codebook_table(codebook, weight.device)
+    sums: torch.Tensor = implementation("error_stats", weight.device.type).codebook_sums(
+        weight, packed.reshape(-1), absmax.reshape(-1), table, block_size, dtype, *factors, scaling
+    )
+    return sums
