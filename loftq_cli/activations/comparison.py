@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.activations import transformers_models
 from loftq_cli.activations.text_windows import read_text, text_windows
-from loftq_cli.adapter.beside import adapter_of
+from loftq_cli.adapter.beside import load_adapter_pairs
 from loftq_cli.errors import InputError, MismatchError, NumericError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
@@ -137,7 +137,7 @@ def compare(
             longest=transformers_models.longest_input(config, tokenizer),
             vocabulary=transformers_models.vocabulary_size(config),
         )
-        pairs = adapter_of(base, names, adapter_dir)
+        pairs = load_adapter_pairs(base, names, adapter_dir)
         whole = _model(original, original.folder, config)
         converted = _model(base, original.folder, config)
     nbytes = sum(p.nbytes for model in (whole, converted) for p in model.parameters())

@@ -2,6 +2,7 @@
 
 config.py   tensor names and adapter_config.json
 targets.py  the modules that a config names
+sorting.py  the place of every tensor of an adapter file
+source.py   the one reader of adapter directories
 beside.py   the adapter inside a converted directory
-source.py   any adapter directory, read with distrust
 """

@@ -1,34 +1,25 @@
-"""A PEFT LoRA adapter as `merge` reads it: every tensor of its file has a place, or is refused by name."""
+"""The one reader of PEFT LoRA adapter directories. The files are distrusted: what does not fit is refused by name."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.adapter.config import CONFIG_NAME, PREFIX, WEIGHTS_NAME, pooling_of, scaling_of, values_of
+from loftq_cli.adapter.config import CONFIG_NAME, WEIGHTS_NAME, AdaptedModule, pooling_of, tensor_names, values_of
+from loftq_cli.adapter.sorting import LoraTensors, sort_tensors, targeted_modules
 from loftq_cli.adapter.targets import TargetModules
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
-from loftq_cli.tensors.headers import WEIGHT_DTYPES
-from loftq_cli.tensors.specs import Pooling
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
 
-_LINEAR = ("lora_A.weight", "lora_B.weight")
-_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
-_BIAS = "lora_B.bias"
-_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS)))})")
+_WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
-# What PEFT puts around a module of the base: LoRA's wrapper, and the trained copy beside the original.
-_WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
-_TRAINED_COPY = ".modules_to_save."
-_ORIGINAL = ".original_module"
-
-# Config values that mean arithmetic other than W + s·B·A on the base as it is stored (peft 0.21).
+# Config values that mean arithmetic other than W + s·B·A on the base as the base is stored (PEFT 0.21).
 _REFUSED = {
     "use_dora": "DoRA scales the merged weight by a magnitude",
     "use_bdlora": "its factors are block-diagonal",
@@ -44,97 +35,142 @@ _MERGED_SWITCHES = {"use_rslora", "use_qalora"}
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base's weights in memory
 
 
-@dataclass(frozen=True, slots=True)
-class LoraTensors:
-    """Tensor names of one adapted module, its alpha and the factor its product is scaled by, and how its input is
-    pooled.
-    """
-
-    module: str
-    lora_A: str
-    lora_B: str
-    lora_bias: str | None
-    alpha: float
-    scaling: float
-    is_embedding: bool
-    pooling: Pooling | None = None
-
-
 @dataclass(frozen=True)
 class AdapterSource:
-    """One adapter; no tensor of its file is in none of the three tables.
+    """One adapter: config, weight file, and the sorted tensors of the file.
 
-    lora     by module name in the loaded model
-    whole    a base tensor's loaded name -> the tensor that takes its place
-    unused   tensors that PEFT writes and does not read, and why
+    path     the adapter's directory
+    lora     module name, as the adapter spells the name -> the tensors of the adapted module
+    whole    name of a tensor of the base in the loaded model -> the adapter's tensor that replaces the base's
+    unused   tensor that PEFT writes and never reads -> the reason
     """
 
     path: Path
     config: Mapping[str, Any]
     weights: WeightsFile
-    lora: dict[str, LoraTensors] = field(default_factory=dict)
-    whole: dict[str, str] = field(default_factory=dict)
-    unused: dict[str, str] = field(default_factory=dict)
+    lora: Mapping[str, LoraTensors]
+    whole: Mapping[str, str]
+    unused: Mapping[str, str]
 
     def names_in(self, base: BaseModel) -> dict[str, str]:
-        """What the adapter calls each tensor of `base`.
+        """Map each tensor of `base` to the tensor's name as the adapter spells the name.
 
         An adapter that was trained through another class of the same model (the "LlamaModel" in a "LlamaForCausalLM")
-        has one leading part more or less in all its names.
+        has one leading part more or less in all names.
         """
         names = base.loaded_names()
-        known, wanted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
-        if not wanted or wanted & known:
+        modules, adapted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
+        if not adapted or adapted & modules:
             return names
-        for prefix in {f"{module.partition('.')[0]}." for module in wanted}:
-            if all(module.removeprefix(prefix) in known for module in wanted):
+        for prefix in {f"{module.partition('.')[0]}." for module in adapted}:
+            if all(module.removeprefix(prefix) in modules for module in adapted):
                 return {name: prefix + loaded for name, loaded in names.items()}
-        for prefix in sorted({f"{module.partition('.')[0]}." for module in known}):
-            if all(prefix + module in known for module in wanted):
+        for prefix in sorted({f"{module.partition('.')[0]}." for module in modules}):
+            if all(prefix + module in modules for module in adapted):
                 return {name: loaded.removeprefix(prefix) for name, loaded in names.items()}
         return names
 
+    def lora_in(self, base: BaseModel) -> dict[str, LoraTensors]:
+        """Map the weights of `base` that the adapter adapts to the tensors of the adapted module."""
+        modules = {name: module_of(loaded) for name, loaded in self.names_in(base).items() if name.endswith(".weight")}
+        return {name: self.lora[module] for name, module in modules.items() if module in self.lora}
+
     def untrained_in(self, base: BaseModel) -> list[str]:
-        """Weights of `base` whose modules the config names as adapted, and of which the adapter holds nothing.
+        """Weights of `base` whose modules the config names as adapted, and for which the adapter holds no tensor.
 
         Raises InputError for a config that names modules in a way that PEFT does not.
         """
         if not isinstance(self.config.get("target_modules"), list):
-            return []  # only a list was written by somebody who meant each of its entries
-        called = {
+            return []  # only a list was written by somebody who meant each entry
+        module_by_name = {
             name: module_of(loaded)
             for name, loaded in self.names_in(base).items()
             if name.endswith(".weight") and len(base.tensors[name].shape) == 2
         }
-        named = _targeted(self.config, sorted(set(called.values())), self.path / CONFIG_NAME)
-        untrained = named - self.lora.keys() - {module_of(loaded) for loaded in self.whole}
-        return [name for name, module in called.items() if module in untrained]
+        targeted = targeted_modules(self.config, sorted(set(module_by_name.values())), self.path / CONFIG_NAME)
+        untrained = targeted - self.lora.keys() - {module_of(loaded) for loaded in self.whole}
+        return [name for name, module in module_by_name.items() if module in untrained]
 
-    def is_same(self, name: str, other: str) -> bool:
+    def fit(self, lora: LoraTensors, shape: tuple[int, int], *, rank: int | None = None) -> Iterator[MismatchError]:
+        """Compare the factors of a linear with a weight of `shape` [out, in]; yield an error for each misfit.
+
+        rank   the rank to expect, as a report says; by default the config's
+        """
+        tensors, (out_features, in_features) = self.weights.tensors, shape
+        rank = lora.rank if rank is None else rank
+        pooling = lora.pooling_for(in_features, tensors[lora.lora_A].shape[1])
+        group_size = pooling.group_size if pooling else 1
+        if in_features % group_size:
+            message = f"pools groups of {group_size}, and its layer has {in_features} inputs"
+            yield MismatchError(message, file=self.weights.path, tensor=lora.lora_A)
+        for name, expected in ((lora.lora_A, (rank, in_features // group_size)), (lora.lora_B, (out_features, rank))):
+            if tensors[name].shape != expected:
+                message = f"is {tensors[name].shape}, and its layer asks for {expected}"
+                yield MismatchError(message, file=self.weights.path, tensor=name)
+
+    def pair(self, module: str, shape: tuple[int, int]) -> LoraPair | None:
+        """Load the factors of the linear called `module`, whose weight is `shape` [out, in]; None without an adapter.
+
+        module   the name as the adapter spells the name, see `names_in`
+
+        The pair's scaling holds the factor of the pooling too. Raises MismatchError naming the factor that does not
+        fit the weight.
+        """
+        lora = self.lora.get(module)
+        if lora is None or lora.is_embedding:
+            return None
+        for error in self.fit(lora, shape):
+            raise error
+        lora_A, lora_B = self.weights.load(lora.lora_A), self.weights.load(lora.lora_B)
+        return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling_for(shape[1], lora_A.shape[1]))
+
+    def is_same(self, name: str, other_name: str) -> bool:
         """Whether two tensors have the same bytes."""
-        return self.weights.sha256(name) == self.weights.sha256(other)
+        return self.weights.sha256(name) == self.weights.sha256(other_name)
 
 
 def open_adapter(path: Path) -> AdapterSource:
-    """Open the adapter directory `path` and sort its tensors. Reads no numbers.
+    """Open the adapter directory `path` and sort the tensors. Reads no numbers.
 
-    Raises InputError for something that is no LoRA adapter, MismatchError for one that merging cannot represent or
-    whose tensors do not fit its config.
+    Raises InputError for a directory that holds no LoRA adapter, MismatchError for an adapter that W + s·B·A does not
+    represent, or whose tensors do not fit the config.
     """
-    if not (path / CONFIG_NAME).is_file():
-        what = f"holds no {CONFIG_NAME}" if path.is_dir() else "is no directory"
-        raise InputError(what, file=path, hint="name a PEFT adapter directory")
-    config = read_json_object(path / CONFIG_NAME)
-    _check_config(config, path / CONFIG_NAME)
-    source = AdapterSource(path, config, open_weights_file(_weights_path(path)))
-    if not source.weights.tensors:
-        raise MismatchError("holds no tensor", file=source.weights.path)
-    _sort_tensors(source)
-    return source
+    config_file = path / CONFIG_NAME
+    if not config_file.is_file():
+        message = f"holds no {CONFIG_NAME}" if path.is_dir() else "is no directory"
+        raise InputError(message, file=path, hint="name a PEFT adapter directory")
+    config = read_json_object(config_file)
+    _check_config(config, config_file)
+    weights = open_weights_file(_weights_path(path))
+    if not weights.tensors:
+        raise MismatchError("holds no tensor", file=weights.path)
+    places = sort_tensors(config, weights, config_file)
+    return AdapterSource(path, config, weights, places.lora, places.whole, places.unused)
+
+
+def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> AdapterSource:
+    """Open the adapter that a conversion is writing to `path`, whose config is not written before the weights are.
+
+    The plan's `modules` take the place of the config. Raises InputError for a damaged weight file.
+    """
+    lora = {
+        adapted.module: LoraTensors(
+            adapted.module,
+            *tensor_names(adapted.module),
+            lora_bias=None,
+            rank=adapted.lora.rank,
+            alpha=adapted.lora.alpha,
+            scaling=adapted.lora.scaling,
+            is_embedding=False,
+            pooling=adapted.lora.pooling,
+        )
+        for adapted in modules
+    }
+    return AdapterSource(path, {}, open_weights_file(path / WEIGHTS_NAME), lora, {}, {})
 
 
 def _weights_path(path: Path) -> Path:
-    for name in (WEIGHTS_NAME, "adapter_model.bin"):
+    for name in _WEIGHTS_NAMES:
         if (path / name).exists():
             return path / name
     raise InputError(f"holds no {WEIGHTS_NAME}", file=path)
@@ -146,9 +182,9 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
         raise MismatchError(f"peft_type {kind!r} is not merged", file=file, hint="merge it with PEFT")
     for name, value in config.items():
         unknown = "is not known to merging" if name.startswith("use_") and name not in _MERGED_SWITCHES else None
-        why = _REFUSED.get(name, unknown)
-        if value and why:
-            raise MismatchError(f"{name}: {why}", file=file, hint="merge it with PEFT")
+        reason = _REFUSED.get(name, unknown)
+        if value and reason:
+            raise MismatchError(f"{name}: {reason}", file=file, hint="merge it with PEFT")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_REBASING):
         raise MismatchError(
@@ -157,103 +193,11 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT",
         )
     try:
-        # Without modules: what is no number at all is said before any tensor is looked at.
+        # Without modules: a default that is no number at all is refused before any tensor is looked at.
         values_of(config, "r", ()), values_of(config, "lora_alpha", ())
         TargetModules.of(config), pooling_of(config)
     except ValueError as error:
         raise InputError(str(error), file=file) from None
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+    trained_copies = config.get("modules_to_save") or []
+    if not isinstance(trained_copies, list) or not all(isinstance(name, str) for name in trained_copies):
         raise InputError("modules_to_save is not a list of names", file=file)
-
-
-def _sort_tensors(source: AdapterSource) -> None:
-    """Fill the tables of `source`. Raises MismatchError for a tensor that has no place, or whose place is taken."""
-    factors: dict[str, dict[str, str]] = {}
-    originals: list[str] = []
-    file = source.weights.path
-    for name, ref in source.weights.tensors.items():
-        key = name.removeprefix(PREFIX)
-        if ref.dtype not in WEIGHT_DTYPES:
-            raise MismatchError(f"is {ref.dtype}, not floating point", file=file, tensor=name)
-        if match := _LORA.fullmatch(key):
-            other = factors.setdefault(match[1], {}).setdefault(match[2], name)
-            if other != name:
-                raise MismatchError(f"has the same place as {other}", file=file, tensor=name)
-        elif re.search(r"(?:^|\.)lora_", key):
-            raise MismatchError("is of a kind that merging does not know", file=file, tensor=name)
-        elif f"{_ORIGINAL}." in key:
-            originals.append(name)
-        else:
-            _place_whole(source, name, key)
-    _check_targeted(source, factors)
-    ranks, alphas = (_values_of(source, key, list(factors)) for key in ("r", "lora_alpha"))
-    for module, parts in factors.items():
-        source.lora[module] = _lora_tensors(module, parts, source, int(ranks[module]), alphas[module])
-    for name in originals:  # with bias="all" PEFT saves these too
-        if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in source.whole:
-            raise MismatchError("is left over: no trained copy is beside it", file=file, tensor=name)
-        source.unused[name] = "the untrained original beside its trained copy"
-
-
-def _place_whole(source: AdapterSource, name: str, key: str) -> None:
-    target = _WRAPPERS.sub("", key)
-    other = source.whole.setdefault(target, name)
-    if other == name:
-        return
-    # With bias="all" PEFT saves the bias of a trained copy under both names, and reads the plain one.
-    written_twice = [n for n in (name, other) if _TRAINED_COPY in n]
-    if len(written_twice) != 1:
-        raise MismatchError(f"has the same place as {other}", file=source.weights.path, tensor=name)
-    source.whole[target] = other if written_twice == [name] else name
-    source.unused[written_twice[0]] = f"PEFT reads {source.whole[target]} instead"
-
-
-def _values_of(source: AdapterSource, key: str, modules: Sequence[str]) -> dict[str, int | float]:
-    try:
-        return values_of(source.config, key, modules)
-    except ValueError as error:
-        raise InputError(str(error), file=source.path / CONFIG_NAME) from None
-
-
-def _targeted(config: Mapping[str, Any], modules: Sequence[str], file: Path) -> set[str]:
-    try:
-        return TargetModules.of(config).named(modules)
-    except ValueError as error:
-        raise InputError(str(error), file=file) from None
-
-
-def _check_targeted(source: AdapterSource, factors: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises MismatchError for a tensor that PEFT would drop: its module is none of those that the config names."""
-    named = _targeted(source.config, list(factors), source.path / CONFIG_NAME)
-    for module, parts in factors.items():
-        if module not in named:
-            what = f"its module is none of those that {CONFIG_NAME} adapts (target_modules), and PEFT would drop it"
-            raise MismatchError(what, file=source.weights.path, tensor=next(iter(parts.values())))
-
-
-def _lora_tensors(module: str, parts: Mapping[str, str], source: AdapterSource, rank: int, alpha: float) -> LoraTensors:
-    file, any_name = source.weights.path, next(iter(parts.values()))
-    is_embedding = any(part in parts for part in _EMBEDDING)
-    part_A, part_B = _EMBEDDING if is_embedding else _LINEAR
-    for part in (part_A, part_B):
-        if part not in parts:
-            raise MismatchError(f"has no {part.removesuffix('.weight')} beside it", file=file, tensor=any_name)
-    if is_embedding and len(parts) > len(_EMBEDDING):
-        extra = next(name for part, name in parts.items() if part not in _EMBEDDING)
-        raise MismatchError("belongs to a linear layer, and its module is an embedding", file=file, tensor=extra)
-    tensors, name_A, name_B = source.weights.tensors, parts[part_A], parts[part_B]
-    shape_A, shape_B = tensors[name_A].shape, tensors[name_B].shape
-    for name, shape in ((name_A, shape_A), (name_B, shape_B)):
-        if len(shape) != 2:
-            raise MismatchError(f"is {shape}, not a matrix", file=file, tensor=name)
-    if shape_A[0] != shape_B[1]:
-        raise MismatchError(f"is {shape_B} and lora_A is {shape_A}: their ranks differ", file=file, tensor=name_B)
-    if shape_A[0] != rank:
-        raise MismatchError(f"has rank {shape_A[0]}, and {CONFIG_NAME} says {rank}", file=file, tensor=name_A)
-    bias = parts.get(_BIAS)
-    if bias is not None and tensors[bias].shape != shape_B[:1]:
-        raise MismatchError(f"is {tensors[bias].shape} and lora_B is {shape_B}", file=file, tensor=bias)
-    pooling = None if is_embedding else pooling_of(source.config)
-    scaling = scaling_of(source.config, alpha, rank)
-    return LoraTensors(module, name_A, name_B, bias, alpha, scaling, is_embedding, pooling)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
@@ -14,10 +15,11 @@ from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.model.builtin import resolve_model
-from loftq_cli.output.checksums import CHECKSUMS, fingerprint_of
+from loftq_cli.output.checksums import CHECKSUMS
 from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
-from loftq_cli.output.side_files import are_copied, side_file_copies
-from loftq_cli.output.staging import check_apart, check_output, finished_mark
+from loftq_cli.output.side_files import side_file_copies
+from loftq_cli.output.staged_run import PlannedResult, is_result_complete
+from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import Recipe
@@ -49,6 +51,19 @@ class Conversion:
         """See `Plan.fingerprint`."""
         statistics = None if self.statistics is None else self.statistics.sha256
         return self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
+
+    @property
+    def result(self) -> PlannedResult:
+        """The output directory that this conversion is going to write, for `run_staged`."""
+        plan = self.plan
+        files = {shard.file: shard.tensors for shard in plan.shards}
+        return PlannedResult(
+            output=self.output,
+            fingerprint=self.fingerprint,
+            units=tuple(job.name for job in plan.jobs),
+            files={**files, f"{plan.adapter_dir}/{WEIGHTS_NAME}": plan.adapter_tensors},
+            side_files=self.side_files,
+        )
 
 
 def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
@@ -121,16 +136,8 @@ def _statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
 
 
 def is_conversion_done(conversion: Conversion, *, overwrite: bool) -> bool:
-    """Whether the output is the complete, undamaged result of this very conversion, and nobody wants it replaced.
+    """Whether the output is the complete, undamaged result of this very conversion, and nobody wants a replacement.
 
-    Raises UsageError when something else stands there.
+    Raises UsageError when something else stands under the output's name.
     """
-    mark = finished_mark(conversion.output, conversion.fingerprint, overwrite=overwrite)
-    # The fingerprint covers headers and options; whether the weights are the same, only their bytes can tell.
-    if mark is not None:
-        names = [job.name for job in conversion.plan.jobs]
-        inputs = fingerprint_of({name: conversion.checkpoint.sha256(name) for name in names})
-        if mark.input_sha256 == inputs and are_copied(conversion.side_files, mark.files):
-            return True
-    check_output(conversion.output, overwrite=overwrite)
-    return False
+    return is_result_complete(conversion.result, conversion.checkpoint.sha256, overwrite=overwrite)

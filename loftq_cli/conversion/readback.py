@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from loftq_cli.adapter import config as adapter_config
-from loftq_cli.checkpoint.source import open_weights_file
+from loftq_cli.adapter.config import AdaptedModule
+from loftq_cli.adapter.source import open_planned_adapter
 from loftq_cli.conversion.jobs import is_streamed
 from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.report import LayerResult
@@ -25,20 +25,19 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
     Raises StorageError naming the first tensor for which they differ.
     """
     from loftq_cli.model.stored import BaseModel
-    from loftq_cli.tensors.matrices import lora_pair
     from loftq_cli.tensors.metrics import layer_error
 
     plan = conversion.plan
     checkpoint = conversion.checkpoint
-    adapter = open_weights_file(directory / plan.adapter_dir / adapter_config.WEIGHTS_NAME)
+    modules = [AdaptedModule(job.module, job.matrix.shape, job.lora) for job in plan.layers]
+    adapter = open_planned_adapter(directory / plan.adapter_dir, modules)
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
             if is_streamed(plan.recipe, job):  # its error is that of what was read back already
                 continue
             weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
-            name_A, name_B = adapter_config.tensor_names(job.module)
-            pair = lora_pair(adapter.load(name_A), adapter.load(name_B), job.lora.scaling, job.lora.pooling)
+            pair = adapter.pair(job.module, job.matrix.shape)
             on_disk = layer_error(weight, base.rows(job.name), pair, workers).error
             if not abs(on_disk - result.error.error) <= _VERIFY_TOLERANCE * max(1.0, on_disk):
                 raise StorageError(

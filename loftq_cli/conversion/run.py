@@ -1,12 +1,12 @@
-"""The conversion: the jobs of a plan, in order, then proof and publication. Knows the order of things; the
-numbers, the containers and the files are other modules'.
+"""The conversion: the jobs of a plan, in order, then proof and publication.
+
+Numbers, containers and the order of changes to the disk belong to other modules.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -17,21 +17,21 @@ from loftq_cli.conversion.model_card import model_card
 from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.readback import verify_bytes, verify_layers
 from loftq_cli.conversion.report import LayerResult, provenance_json, report_json
+from loftq_cli.errors import LoftqError
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.copies import NOT_FINITE, not_finite_note
-from loftq_cli.output.journal import JournalEntry, outputs_of
+from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.records import (
     PROVENANCE_NAME,
     RECIPE_NAME,
     REPORT_NAME,
-    TOOL,
     dump_json,
     index_json,
     source_name,
     write_texts,
 )
-from loftq_cli.output.side_files import copy_side_files, nbytes_of
-from loftq_cli.output.staging import Staging, check_space
+from loftq_cli.output.side_files import copy_side_files
+from loftq_cli.output.staged_run import Entries, run_staged
 from loftq_cli.output.writer import OutputFiles
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.plan import Plan
@@ -39,7 +39,7 @@ from loftq_cli.planning.recipe_files import recipe_toml
 from loftq_cli.runtime.gpu import Device, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import Steps, in_order
-from loftq_cli.runtime.workers import Workers, started
+from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.metrics import LayerError, relative, total_error
 
 
@@ -82,127 +82,125 @@ def convert_checkpoint(
     device: str = "cpu",
     max_memory: int | None = None,
 ) -> Outcome:
-    """Convert, verify, publish. Continues an interrupted run of the same conversion; the bytes are the same, with any
-    number of threads. A GPU, see `open_device`, takes sums in another order: its adapters differ in their last digits.
+    """Convert, verify, publish. An interrupted run of the same conversion is continued.
 
-    Raises LoftqError; what is under the output's name then is what was there before.
+    observer     is told of phases and layers
+    overwrite    whether an earlier result under the output's name is replaced
+    restart      whether an interrupted run is discarded
+    verify       whether everything that was written is read back and compared before the result is published
+    threads      number of threads; the bytes are the same with any number
+    device       see `open_device`; a GPU takes sums in another order, so adapters differ in the last digits
+    max_memory   bytes of GPU memory to use at most
+
+    Raises LoftqError; under the output's name then stands what stood there before.
     """
     plan, output = conversion.plan, conversion.output
     gpu = open_device(device, plan.work, max_memory)
-    missing = choose_kernels(plan.work) if gpu is None else None
-    for said in (missing, None if gpu is None else f"computing on {gpu}"):
-        if said is not None:
-            observer.phase(said)
-    check_space(output, plan.base_nbytes + plan.adapter_nbytes + nbytes_of(conversion.side_files))
+    message = choose_kernels(plan.work) if gpu is None else f"computing on {gpu}"
+    if message is not None:
+        observer.phase(message)
+    work = ConversionWork(conversion, observer, gpu, verify=verify)
     kind = "cpu" if gpu is None else gpu.device.type
-    staging = Staging(output, fingerprint=conversion.fingerprint, overwrite=overwrite, restart=restart, device=kind)
-    try:
-        if staging.entries:
-            observer.phase(f"continuing: {len(staging.entries)} of {len(plan.jobs)} tensors are finished; hashing them")
-        with started(threads) as workers, _output_files(plan, staging.path) as files:
-            results, entries, resumed = _run_jobs(conversion, staging, files, observer, workers, gpu)
-            if verify:
-                observer.phase("verifying what was written")
-                if gpu is None:
-                    verify_layers(conversion, staging.path, results, workers)
-                else:
-                    verify_bytes(files, entries, staging.path, workers)
-            sums = files.sums_by_file(outputs_of(entries.values()))
-        observer.phase("publishing")
-        staging.keep_only(sums)
-        _write_side_files(conversion, staging.path, results, entries)
-        conversion.checkpoint.check_unchanged()
-        inputs = {name: entry.input_sha256 for name, entry in entries.items()}
-        staging.publish(TOOL, sums, fingerprint_of(inputs))
-    finally:
-        staging.close()
-    total = total_error(result.error for result in results)
-    return Outcome(output, output / plan.adapter_dir, tuple(results), total, resumed, verify)
+    run_staged(conversion.result, work, overwrite=overwrite, restart=restart, threads=threads, device=kind)
+    layers = tuple(work.layers)
+    total = total_error(layer.error for layer in layers)
+    return Outcome(output, output / plan.adapter_dir, layers, total, work.resumed_layers, verify)
 
 
-def _output_files(plan: Plan, directory: Path) -> OutputFiles:
-    adapter = {f"{plan.adapter_dir}/{adapter_config.WEIGHTS_NAME}": plan.adapter_tensors}
-    return OutputFiles(directory, {shard.file: shard.tensors for shard in plan.shards} | adapter)
+class ConversionWork:
+    """What is particular to a conversion, for `run_staged`. `layers` are the results so far."""
 
+    def __init__(
+        self, conversion: Conversion, observer: ConversionObserver, gpu: Device | None, *, verify: bool
+    ) -> None:
+        self.layers: list[LayerResult] = []
+        self.resumed_layers = 0
+        self._conversion, self._observer, self._gpu, self._verify = conversion, observer, gpu, verify
+        self._layer_names = {job.name for job in conversion.plan.layers}
 
-def _run_jobs(
-    conversion: Conversion,
-    staging: Staging,
-    files: OutputFiles,
-    observer: ConversionObserver,
-    workers: Workers,
-    gpu: Device | None,
-) -> tuple[list[LayerResult], dict[str, JournalEntry], int]:
-    """Every job of the plan; returns the layers' results, all journal entries, and how many layers were kept."""
-    plan = conversion.plan
-    results: list[LayerResult] = []
-    entries: dict[str, JournalEntry] = {}
-    resumed = 0
-    runner = JobRunner(conversion.checkpoint, plan.recipe, files, staging.entries, conversion.statistics)
+    def announce(self, text: str) -> None:
+        """Tell the observer about a phase of the run."""
+        self._observer.phase(text)
 
-    def announce(job: LayerJob | CopyJob) -> None:
-        if isinstance(job, LayerJob):
-            observer.layer_started(job.name)
-
-    def finished() -> Generator[tuple[JournalEntry, bool]]:
-        if gpu is None:
+    def run_units(
+        self, files: OutputFiles, finished: Entries, workers: Workers
+    ) -> Generator[tuple[JournalEntry, bool]]:
+        """The jobs of the plan, each with the journal entry and whether `finished` held the entry."""
+        conversion, plan = self._conversion, self._conversion.plan
+        runner = JobRunner(conversion.checkpoint, plan.recipe, files, finished, conversion.statistics)
+        if self._gpu is None:
             steps = Steps(runner.load, runner.compute, runner.write)
-            return in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)
+            return in_order(plan.jobs, steps, lambda job: job.numel, workers, self._announce_layer)
         from loftq_cli.conversion.gpu_jobs import DeviceRunner, run_on_device
 
-        return run_on_device(DeviceRunner(runner, gpu, plan.recipe), plan.jobs, workers.threads, announce)
+        device_runner = DeviceRunner(runner, self._gpu, plan.recipe)
+        return run_on_device(device_runner, plan.jobs, workers.threads, self._announce_layer)
 
-    # The jobs end before the recording does: by then nothing is being written any more.
-    with staging.recording(files.sync) as record, closing(finished()) as done:
-        for job, (entry, kept) in zip(plan.jobs, done, strict=True):
-            if not kept:
-                record(entry)
-            entries[job.name] = entry
-            if isinstance(job, LayerJob):
-                results.append(LayerResult.from_json(entry.result))
-                resumed += kept
-                observer.layer_done(results[-1], resumed=kept)
-            elif NOT_FINITE in entry.result:
-                observer.phase(f"note: {not_finite_note(job.name)}")
-    return results, entries, resumed
+    def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
+        """Collect the result of a layer; tell of a copied tensor that is not finite."""
+        if entry.unit in self._layer_names:
+            self.layers.append(LayerResult.from_json(entry.result))
+            self.resumed_layers += is_resumed
+            self._observer.layer_done(self.layers[-1], resumed=is_resumed)
+        elif NOT_FINITE in entry.result:
+            self._observer.phase(f"note: {not_finite_note(entry.unit)}")
+
+    def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
+        """Read back what was written, unless the user wants no proof. Raises StorageError naming a tensor."""
+        if self._verify:
+            self._observer.phase("verifying what was written")
+            if self._gpu is None:
+                verify_layers(self._conversion, directory, self.layers, workers)
+            else:
+                verify_bytes(files, entries, directory, workers)
+
+    def write_side_files(self, directory: Path, entries: Entries) -> None:
+        """Config, index, report, recipe, model card, the adapter's config and provenance, and the source's own."""
+        self._observer.phase("publishing")
+        copy_side_files(self._conversion.side_files, directory)
+        write_texts(directory, _texts(self._conversion, self.layers, entries))
+
+    def check_inputs_unchanged(self) -> None:
+        """Raises StorageError for a weight file that changed since the plan was made."""
+        self._conversion.checkpoint.check_unchanged()
+
+    def keeps_unfinished(self, error: LoftqError) -> bool:
+        """Whatever stops a conversion, the finished layers are right and can be kept."""
+        return True
+
+    def _announce_layer(self, job: LayerJob | CopyJob) -> None:
+        if isinstance(job, LayerJob):
+            self._observer.layer_started(job.name)
 
 
-def _base_fingerprint(plan: Plan, entries: Mapping[str, JournalEntry]) -> str:
-    """One hash for all quantized weights of the base: what an adapter of it belongs to."""
+def _base_fingerprint(plan: Plan, entries: Entries) -> str:
+    """One hash for all quantized weights of the base: an adapter belongs to the base with this hash."""
     tensors = ((job.name, tensor.name) for job in plan.layers for tensor in job.base_tensors)
     return fingerprint_of({tensor: entries[name].outputs[tensor] for name, tensor in tensors})
 
 
-def _write_side_files(
-    conversion: Conversion, directory: Path, results: Sequence[LayerResult], entries: Mapping[str, JournalEntry]
-) -> None:
+def _texts(conversion: Conversion, layers: Sequence[LayerResult], entries: Entries) -> dict[str, str]:
+    """The small files of the result by relative name, in the order in which the files are written."""
     plan, base_model = conversion.plan, conversion.base_model
     source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
-    notes = [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result]
-    copy_side_files(conversion.side_files, directory)
-    allocation = None if conversion.allocation is None else conversion.allocation.to_json()
+    provenance = provenance_json(plan, base_model=base_model, base_fingerprint=base_fingerprint)
+    report = report_json(
+        plan,
+        layers,
+        [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result],
+        source=source,
+        base_model=base_model,
+        base_fingerprint=base_fingerprint,
+        allocation=None if conversion.allocation is None else conversion.allocation.to_json(),
+    )
     texts = {
         f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
-        f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(
-            provenance_json(plan, base_model=base_model, base_fingerprint=base_fingerprint)
-        ),
-        "README.md": model_card(plan, results, source=source, base_model=base_model),
+        f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(provenance),
+        "README.md": model_card(plan, layers, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
-        REPORT_NAME: dump_json(
-            report_json(
-                plan,
-                results,
-                notes,
-                source=source,
-                base_model=base_model,
-                base_fingerprint=base_fingerprint,
-                allocation=allocation,
-            )
-        ),
+        REPORT_NAME: dump_json(report),
     }
     if len(plan.shards) > 1:
         texts["model.safetensors.index.json"] = index_json(plan.shard_of, plan.base_nbytes)
     config = plan.model_config(conversion.config)
-    if config:
-        texts["config.json"] = dump_json(config)
-    write_texts(directory, texts)
+    return texts | ({"config.json": dump_json(config)} if config else {})

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.adapter.beside import adapter_folders
 from loftq_cli.adapter.config import CONFIG_NAME, WEIGHTS_NAME, is_adapter_directory
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.json_files import read_json_object
@@ -21,10 +22,8 @@ from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, LoftqError, MismatchError
 from loftq_cli.inspecting.findings import Findings
-from loftq_cli.merging.report import MERGE_REPORT_NAME
-from loftq_cli.methods.method import METHODS
 from loftq_cli.model.stored import BaseModel, faults
-from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
+from loftq_cli.output.records import MERGE_REPORT_NAME, PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.planner import possible_jobs
 from loftq_cli.planning.recipe import Recipe
@@ -132,8 +131,7 @@ def _adapters(
     if listed:
         names = [name.removesuffix(f"/{CONFIG_NAME}") for name in listed if name.endswith(f"/{CONFIG_NAME}")]
     else:
-        reported = [] if report is None else [Path(str(report[0]["adapter_dir"])).name]
-        names = sorted({*(entry.adapter_dir for entry in METHODS.values()), *reported} - {"", ".."})
+        names = sorted(adapter_folders(None if report is None else str(report[0]["adapter_dir"])))
     return [
         name
         for name in names
@@ -208,22 +206,17 @@ def _check_adapter_of_report(
         found.problem(f"{what}, says {REPORT_NAME}", file)
     for module in sorted(modules.keys() & source.lora.keys()):
         layer = modules[module]
-        if layer.name in base.tensors and len(base.matrix_shape(layer.name)) == 2:
-            _check_factors(found, file, source, layer, base.matrix_shape(layer.name))
+        shape = base.matrix_shape(layer.name) if layer.name in base.tensors else ()
+        if len(shape) == 2:
+            _check_factors(found, file, source, layer, (shape[0], shape[1]))
 
 
 def _check_factors(
-    found: Findings, file: str, source: AdapterSource, layer: LayerResult, layer_shape: tuple[int, ...]
+    found: Findings, file: str, source: AdapterSource, layer: LayerResult, shape: tuple[int, int]
 ) -> None:
-    lora, tensors = source.lora[layer.module], source.weights.tensors
-    group_size = lora.pooling.group_size if lora.pooling else 1
-    rows, columns = layer_shape
-    for name, shape in (
-        (lora.lora_A, (layer.rank, columns // group_size)),
-        (lora.lora_B, (rows, layer.rank)),
-    ):
-        if tensors[name].shape != shape:
-            found.problem(f"is {tensors[name].shape}, and its layer asks for {shape}", file, name)
+    lora = source.lora[layer.module]
+    for error in source.fit(lora, shape, rank=layer.rank):
+        found.problem(error.message, file, error.tensor)
     is_number = type(layer.scaling) in (int, float)
     if not is_number or not math.isclose(lora.scaling, layer.scaling, rel_tol=1e-6):
         folder = file.removesuffix(WEIGHTS_NAME)

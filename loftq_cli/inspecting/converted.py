@@ -5,16 +5,17 @@ conversion would make of it. Reads only; works without transformers, PEFT or bit
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from loftq_cli.adapter.beside import AdapterBeside, matrix_shape_of
+from loftq_cli.adapter.beside import matrix_shape_of, open_adapter_beside
+from loftq_cli.adapter.sorting import LoraTensors
+from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
 from loftq_cli.inspecting.devices import chosen_device, loaded_rows, small_numel
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.model.targets import module_of
 from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.quant.gpu_matrix import errors_on
@@ -22,7 +23,8 @@ from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.schedule import in_turn
 from loftq_cli.runtime.workers import Workers, started
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
-from loftq_cli.tensors.metrics import GroupErrors, LayerError, total_error
+from loftq_cli.tensors.matrices import LoraPair
+from loftq_cli.tensors.metrics import GroupErrors, LayerError, group_errors, layer_error, total_error
 from loftq_cli.tensors.specs import AffineSpec
 
 SORT_KEYS = ("name", "error", "base_error", "numel")
@@ -69,17 +71,17 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     for name in known:
         if name not in base.tensors:
             raise InputError(f"is in {REPORT_NAME} and not in the files", file=base.path, tensor=name)
-    adapter = AdapterBeside.beside(base, report[0]["adapter_dir"] if report else None)
-    modules = {name: module_of(loaded) for name, loaded in base.loaded_names().items()}
+    adapter = open_adapter_beside(base, report[0]["adapter_dir"] if report else None)
+    lora = {} if adapter is None else adapter.lora_in(base)
     names = [name for name in base.tensors if name in base.quantized or name in known]
-    rows = [_layer_row(base, name, modules[name], known.get(name), adapter) for name in names]
+    rows = [_layer_row(base, name, known.get(name), lora.get(name)) for name in names]
     if against is not None:
         with BaseModel.open(against) as original:
-            name_of = _names_in(original, base)
             gpu = chosen_device(device, sum(row.numel for row in rows))
+            beside = _Original(original, _names_in(original, base), base, adapter, lora)
 
             def recompute(row: LayerRow, sharing: Workers) -> LayerRow:
-                return _recomputed(base, row, modules[row.name], adapter, (original, name_of), sharing, gpu)
+                return beside.recompute(row, sharing, gpu)
 
             with started(threads) as workers:
                 rows = list(in_turn(rows, recompute, lambda row: row.numel, workers, small_numel(gpu)))
@@ -110,10 +112,8 @@ def check_sort_key(key: str) -> None:
         raise UsageError(f"--sort {key!r} does not exist", hint=f"one of {', '.join(SORT_KEYS)}")
 
 
-def _layer_row(
-    base: BaseModel, name: str, module: str, known: LayerResult | None, adapter: AdapterBeside | None
-) -> LayerRow:
-    rank, scaling = (adapter.rank(module), adapter.scaling(module)) if adapter else (None, None)
+def _layer_row(base: BaseModel, name: str, known: LayerResult | None, lora: LoraTensors | None) -> LayerRow:
+    rank, scaling = (None, None) if lora is None else (lora.rank, lora.scaling)
     error = known.error if known else None
     nbytes = sum(part.nbytes for part in base.parts(name))
     if name in base.quantized:
@@ -133,41 +133,58 @@ def _names_in(original: BaseModel, base: BaseModel) -> dict[str, str]:
     }
 
 
-def _recomputed(
-    base: BaseModel,
-    row: LayerRow,
-    module: str,
-    adapter: AdapterBeside | None,
-    against: tuple[BaseModel, dict[str, str]],
-    workers: Workers,
-    gpu: SharedDevice | None,
-) -> LayerRow:
-    from loftq_cli.tensors.metrics import group_errors, layer_error
+@dataclass(frozen=True)
+class _Original:
+    """The full-precision checkpoint that a converted one is compared with.
 
-    original, name_of = against
-    name = name_of[row.name]
-    if name not in original.tensors:
-        raise MismatchError("is not in the original", file=original.path, tensor=row.name)
-    if name in original.quantized or original.tensors[name].dtype not in WEIGHT_DTYPES:
-        hint = "--against the full-precision checkpoint"
-        raise MismatchError("is not in full precision there", file=original.path, tensor=name, hint=hint)
-    if original.matrix_shape(name) != row.shape:
-        shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
-        raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
-    pair = adapter.pair(module, row.shape) if adapter else None
-    group_size = row.spec.group_size if isinstance(row.spec, AffineSpec) else None
-    if gpu is not None:
-        found = errors_on(gpu, lambda: (loaded_rows(original, name), base.whole(row.name)), row.numel, pair, group_size)
-        if found is not None:
-            return replace(row, error=found[0], groups=found[1])
-    weight, decoded = original.rows(name), base.rows(row.name)
-    try:
-        error = layer_error(weight, decoded, pair, workers)
-    except NumericError as what:
-        raise what.at(file=original.path, tensor=name) from None
-    for model, amount in ((original, error.squared_weight), (base, error.squared_error)):
-        if not math.isfinite(amount):
-            raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)
-    if group_size is None:
-        return replace(row, error=error)
-    return replace(row, error=error, groups=group_errors(weight, decoded, pair, group_size, workers))
+    names     name of each tensor of `base` -> the tensor's name in `model`
+    adapter   the adapter inside the converted directory, and `lora` the modules that it adapts, by weight
+    """
+
+    model: BaseModel
+    names: dict[str, str]
+    base: BaseModel
+    adapter: AdapterSource | None
+    lora: Mapping[str, LoraTensors]
+
+    def find_weight(self, row: LayerRow) -> str:
+        """The name of the layer's weight in the original. Raises MismatchError for a weight that cannot be compared."""
+        model, name = self.model, self.names[row.name]
+        if name not in model.tensors:
+            raise MismatchError("is not in the original", file=model.path, tensor=row.name)
+        if name in model.quantized or model.tensors[name].dtype not in WEIGHT_DTYPES:
+            hint = "--against the full-precision checkpoint"
+            raise MismatchError("is not in full precision there", file=model.path, tensor=name, hint=hint)
+        if model.matrix_shape(name) != row.shape:
+            shapes = f"{model.matrix_shape(name)} in the original and {row.shape} here"
+            raise MismatchError(f"is {shapes}", file=model.path, tensor=row.name)
+        return name
+
+    def load_pair(self, row: LayerRow) -> LoraPair | None:
+        """The layer's adapter. Raises MismatchError for factors that do not fit the layer."""
+        if self.adapter is None or row.name not in self.lora:
+            return None
+        return self.adapter.pair(self.lora[row.name].module, row.shape)
+
+    def recompute(self, row: LayerRow, workers: Workers, gpu: SharedDevice | None) -> LayerRow:
+        """`row` with the error of what the files hold, of groups too where the layer's format has groups."""
+        base, name = self.base, self.find_weight(row)
+        pair = self.load_pair(row)
+        group_size = row.spec.group_size if isinstance(row.spec, AffineSpec) else None
+        if gpu is not None:
+            errors = errors_on(
+                gpu, lambda: (loaded_rows(self.model, name), base.whole(row.name)), row.numel, pair, group_size
+            )
+            if errors is not None:
+                return replace(row, error=errors[0], groups=errors[1])
+        weight, decoded = self.model.rows(name), base.rows(row.name)
+        try:
+            error = layer_error(weight, decoded, pair, workers)
+        except NumericError as numeric:
+            raise numeric.at(file=self.model.path, tensor=name) from None
+        for model, amount in ((self.model, error.squared_weight), (base, error.squared_error)):
+            if not math.isfinite(amount):
+                raise InputError("holds NaN or infinite values", file=model.path, tensor=row.name)
+        if group_size is None:
+            return replace(row, error=error)
+        return replace(row, error=error, groups=group_errors(weight, decoded, pair, group_size, workers))

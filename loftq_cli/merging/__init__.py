@@ -2,8 +2,10 @@
 
 form.py        the container and number format of the result
 provenance.py  whether an adapter belongs to a base
-plan.py        a job for every tensor of base and adapter
+planner.py     a job for every tensor of base and adapter
+plan.py        jobs, files and config of a merge
 report.py      what merging did, as records and files
+inputs.py      the sha256 of what jobs read
 jobs.py        one tensor
 run.py         all jobs in order, then publication
 """

@@ -8,29 +8,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.merging.plan import Merge
-from loftq_cli.output.checksums import CHECKSUMS
 from loftq_cli.output.records import (
-    PROVENANCE_NAME,
-    RECIPE_NAME,
-    REPORT_NAME,
+    MERGE_REPORT_NAME,
     TOOL,
     dump_json,
     index_json,
     source_name,
     write_texts,
 )
-from loftq_cli.output.side_files import copy_side_files, side_file_copies
+from loftq_cli.output.side_files import copy_side_files
 from loftq_cli.tensors.metrics import relative
 
 if TYPE_CHECKING:
     from loftq_cli.quant.affine import OffsetDifference
-
-MERGE_REPORT_NAME = "loftq_merge_report.json"
-
-# What is true of the base only. An adapter_config.json would make transformers look for an adapter in a merged model.
-_NOT_COPIED = {REPORT_NAME, RECIPE_NAME, PROVENANCE_NAME, MERGE_REPORT_NAME, CHECKSUMS, CONFIG_NAME}
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,16 +131,10 @@ def finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
-def side_files(merge: Merge) -> dict[str, Path]:
-    """The small files of the base that are copied, by the names of their copies."""
-    card = {"README.md"} if (merge.base.folder / REPORT_NAME).is_file() else set()
-    return side_file_copies(merge.base.checkpoint.directory, leave=_NOT_COPIED | card)
-
-
 def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> None:
     """Tokenizer and the like, config, index, report and card. Raises StorageError."""
     base = merge.base
-    copy_side_files(side_files(merge), directory)
+    copy_side_files(merge.side_files, directory)
     texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
     if len(merge.shards) > 1:
         shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}

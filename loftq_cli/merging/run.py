@@ -1,42 +1,38 @@
-"""Base plus adapter to a deployment checkpoint: dequant(Q) + s·B·A in float32, one tensor at a time; or, of a pooled
-adapter, into the offsets of the base's groups. Every adapter tensor is merged, copied or refused; nothing is dropped.
+"""Base plus adapter to a deployment checkpoint: dequant(Q) + s·B·A in float32, one tensor at a time; a pooled adapter
+goes into the offsets of the base's groups. Every adapter tensor is merged, copied or refused; nothing is dropped.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 from loftq_cli.adapter.config import pooling_of
 from loftq_cli.errors import LoftqError, QualityError, StorageError
-from loftq_cli.merging.jobs import EXACT, is_for_gpu, is_recast, numel_of, run_job
-from loftq_cli.merging.plan import Merge, MergeJob
+from loftq_cli.merging.inputs import InputSums
+from loftq_cli.merging.jobs import EXACT, MergeJobRunner, is_for_gpu, is_recast
+from loftq_cli.merging.plan import Merge
+from loftq_cli.merging.planner import MergeJob
 from loftq_cli.merging.provenance import check_contents
 from loftq_cli.merging.report import (
     MergedLayer,
     MergeOutcome,
     largest_difference,
-    side_files,
     total_lost,
     total_retention,
     write_side_files,
 )
-from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.copies import NOT_FINITE, not_finite_note
-from loftq_cli.output.journal import JournalEntry, outputs_of
-from loftq_cli.output.records import TOOL
-from loftq_cli.output.side_files import are_copied, nbytes_of
-from loftq_cli.output.staging import Staging, check_output, check_space, finished_mark
+from loftq_cli.output.journal import JournalEntry
+from loftq_cli.output.staged_run import Entries, is_result_complete, run_staged
 from loftq_cli.output.writer import OutputFiles
 from loftq_cli.quant.gpu_matrix import BESIDE_NUMEL
 from loftq_cli.runtime.gpu import SharedDevice, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import SMALL_NUMEL, in_turn
-from loftq_cli.runtime.workers import Workers, started
-from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.runtime.workers import Workers
 
 LEAST_RETENTION = 0.5  # below this, most of what was trained would be gone from the deployed model
 
@@ -50,188 +46,153 @@ class MergeObserver(Protocol):
 
 
 def is_merge_done(merge: Merge, *, overwrite: bool) -> bool:
-    """Whether the output is the complete, undamaged result of this very merge, and nobody wants it replaced.
+    """Whether the output is the complete, undamaged result of this very merge, and nobody wants a replacement.
 
-    Raises UsageError when something else stands there.
+    Raises UsageError when something else stands under the output's name.
     """
-    mark = finished_mark(merge.output, merge.fingerprint, overwrite=overwrite)
-    if mark is not None and mark.input_sha256 == _InputSums(merge).all() and are_copied(side_files(merge), mark.files):
-        return True
-    check_output(merge.output, overwrite=overwrite)
-    return False
+    return is_result_complete(merge.result, InputSums(merge).hash_job, overwrite=overwrite)
 
 
 def merge_adapter(
     merge: Merge, observer: MergeObserver, *, overwrite: bool, restart: bool, threads: int = 1, device: str = "cpu"
 ) -> MergeOutcome:
-    """Merge, check, publish. Continues an interrupted run of the same merge; the bytes are the same, with any number of
-    threads.
+    """Merge, check, publish. An interrupted run of the same merge is continued.
 
-    On a GPU, see `open_device`, matrices are merged with their adapters and quantized again, those that fit it; its
-    sums are taken in another order, so that a weight may be rounded to its neighbour. Vectors, copies and adapters that
-    go into the offsets of groups stay on the processor.
+    observer    is told of notes and layers
+    overwrite   whether an earlier result under the output's name is replaced
+    restart     whether an interrupted run is discarded
+    threads     number of threads; the bytes are the same with any number
+    device      see `open_device`. A GPU merges matrices and quantizes them again. The GPU takes sums in another order,
+                so a weight may be rounded to the neighbour. Vectors, copies, and adapters that go into the offsets of
+                groups stay on the processor.
 
     Raises UsageError for a GPU that is not there, QualityError when quantizing again, or rounding zero points, erases
-    more than half of the adapter, unless forced. What is refused leaves nothing behind; what the disk or the user
-    stopped can be continued.
+    more than half of the adapter, unless forced. A refused merge leaves nothing behind; a merge that the disk or the
+    user stopped can be continued.
     """
-    for_gpu = [job for job in merge.jobs if is_for_gpu(merge, job)]
-    found_gpu = open_device(device, sum(numel_of(job) for job in for_gpu))
-    gpu = SharedDevice(found_gpu) if found_gpu and for_gpu else None
-    sums = _InputSums(merge)
-    contents = check_contents(merge.base, merge.provenance, sums.base, force=merge.options.force)
-    found = [contents] if contents else []
-    notes = (*merge.provenance.notes, *found, *merge.notes, *_unused_notes(merge), *_other_notes(merge))
-    rest = [job for job in merge.jobs if gpu is None or not is_for_gpu(merge, job)]
-    missing = choose_kernels(sum(numel_of(job) for job in rest if job.is_touched or job.matrix is not None))
-    used = (
-        f"computing on {gpu}" if gpu else f"nothing here is for a GPU, and {found_gpu} not used" if found_gpu else None
-    )
-    for note in (*notes, missing, used):
+    gpu, device_note = _open_gpu(merge, device)
+    sums = InputSums(merge)
+    contents = check_contents(merge.base, merge.provenance, sums.hash_base_tensor, force=merge.options.force)
+    on_processor = [job for job in merge.jobs if gpu is None or not is_for_gpu(merge, job)]
+    kernel_note = choose_kernels(sum(job.numel for job in on_processor if job.is_touched or job.matrix is not None))
+    notes = _notes(merge, contents)
+    for note in (*notes, kernel_note, device_note):
         if note is not None:
             observer.note(note)
-    check_space(merge.output, merge.nbytes + nbytes_of(side_files(merge)))
-    staging = Staging(merge.output, fingerprint=merge.fingerprint, overwrite=overwrite, restart=restart)
-    try:
-        if staging.entries:
-            observer.note(f"continuing: {len(staging.entries)} of {len(merge.jobs)} tensors are finished; hashing them")
-        with started(threads) as workers, OutputFiles(staging.path, _files(merge)) as files:
-            layers, entries = _run_jobs(_Runner(merge, files, sums, staging.entries, gpu), staging, observer, workers)
-        _check_retention(merge, layers)
-        outcome = MergeOutcome(layers, (*notes, *_not_finite_notes(entries)))
-        written = files.sums_by_file(outputs_of(entries))
-        staging.keep_only(written)
-        write_side_files(merge, staging.path, outcome)
-        merge.base.checkpoint.check_unchanged()
-        merge.adapter.weights.check_unchanged()
-        staging.publish(TOOL, written, sums.all())
-    except LoftqError as error:
-        if not isinstance(error, StorageError):
-            staging.discard()
-        raise
-    finally:
-        staging.close()
-    return outcome
+    work = MergeWork(merge, observer, sums, gpu, notes)
+    run_staged(merge.result, work, overwrite=overwrite, restart=restart, threads=threads)
+    return work.outcome
 
 
-def _unused_notes(merge: Merge) -> list[str]:
-    return [f"adapter tensor {name} is not needed: {why}" for name, why in merge.adapter.unused.items()]
+def _open_gpu(merge: Merge, device: str) -> tuple[SharedDevice | None, str | None]:
+    """The GPU for the jobs that compute with matrices, and a note about the GPU; None without either."""
+    jobs = [job for job in merge.jobs if is_for_gpu(merge, job)]
+    gpu = open_device(device, sum(job.numel for job in jobs))
+    if gpu is None:
+        return None, None
+    if not jobs:
+        return None, f"nothing here is for a GPU, and {gpu} not used"
+    shared = SharedDevice(gpu)
+    return shared, f"computing on {shared}"
 
 
-def _other_notes(merge: Merge) -> list[str]:
-    notes = [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
-    named, asked = pooling_of(merge.adapter.config), merge.options.pooling
-    if named is not None and asked not in (None, named.convention):
-        notes.append(f"merged as pooled by {asked}, and the adapter's config says {named.convention}")
-    return notes
+def _notes(merge: Merge, contents: str | None) -> tuple[str, ...]:
+    """Remarks on a merge that are known before the first job; `contents` is what hashing the base's weights showed."""
+    unused = [f"adapter tensor {name} is not needed: {reason}" for name, reason in merge.unused.items()]
+    dense = [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
+    notes = [*merge.provenance.notes, *([contents] if contents else []), *merge.notes, *unused, *dense]
+    pooling, convention = pooling_of(merge.adapter.config), merge.options.pooling
+    if pooling is not None and convention not in (None, pooling.convention):
+        notes.append(f"merged as pooled by {convention}, and the adapter's config says {pooling.convention}")
+    return tuple(notes)
 
 
-def _not_finite_notes(entries: Sequence[JournalEntry]) -> list[str]:
-    return [not_finite_note(entry.unit) for entry in entries if NOT_FINITE in entry.result]
+class MergeWork:
+    """What is particular to a merge, for `run_staged`."""
 
+    def __init__(
+        self,
+        merge: Merge,
+        observer: MergeObserver,
+        sums: InputSums,
+        gpu: SharedDevice | None,
+        notes: tuple[str, ...],
+    ) -> None:
+        self._merge, self._observer, self._sums, self._gpu, self._notes = merge, observer, sums, gpu, notes
+        self._layers: list[MergedLayer] = []
+        self._not_finite: list[str] = []
 
-def _files(merge: Merge) -> dict[str, Sequence[OutTensor]]:
-    return {shard.file: shard.tensors for shard in merge.shards}
+    @property
+    def outcome(self) -> MergeOutcome:
+        """The report of the jobs so far."""
+        return MergeOutcome(tuple(self._layers), (*self._notes, *self._not_finite))
 
+    def announce(self, text: str) -> None:
+        """Tell the observer about the state of the run."""
+        self._observer.note(text)
 
-@dataclass
-class _InputSums:
-    """The sha256 of the tensors of base and adapter, each hashed once."""
+    def run_units(
+        self, files: OutputFiles, finished: Entries, workers: Workers
+    ) -> Generator[tuple[JournalEntry, bool]]:
+        """The jobs of the merge, each with the journal entry and whether `finished` held the entry."""
+        runner = MergeJobRunner(self._merge, files, self._gpu)
 
-    merge: Merge
-    _known: dict[tuple[str, str], str] = field(default_factory=dict)
+        def run(job: MergeJob, sharing: Workers) -> tuple[JournalEntry, bool]:
+            entry = finished.get(job.name)
+            if entry is not None and entry.input_sha256 == self._sums.hash_job(job.name) and files.hold(entry.outputs):
+                return entry, True
+            written = runner.run(job, sharing)
+            if job.is_copied and not is_recast(self._merge, job):
+                for name, sha256 in written.sums.items():
+                    self._sums.remember(name, sha256)
+            return JournalEntry(job.name, self._sums.hash_job(job.name), written.sums, written.result), False
 
-    def base(self, name: str) -> str:
-        """Of a stored tensor of the base."""
-        return self._of("base", self.merge.base.checkpoint.sha256, name)
+        small_numel = SMALL_NUMEL if self._gpu is None else BESIDE_NUMEL
+        return in_turn(self._merge.jobs, run, lambda job: job.numel, workers, small_numel)
 
-    def of(self, job: MergeJob) -> str:
-        """Of everything that a job reads."""
-        base, adapter = self.merge.base, self.merge.adapter.weights
-        parts = base.parts(job.name) if job.name in base.tensors else []
-        factors = [] if job.lora is None else [job.lora.lora_A, job.lora.lora_B]
-        bias = None if job.lora_bias is None else job.lora_bias.lora_bias
-        read = [name for name in (*factors, bias, job.replacement) if name is not None]
-        sums = {f"base {part.name}": self.base(part.name) for part in parts}
-        return fingerprint_of(sums | {f"adapter {name}": self._of("adapter", adapter.sha256, name) for name in read})
+    def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
+        """Collect a merged layer; tell of a copied tensor that is not finite."""
+        if NOT_FINITE in entry.result:
+            self._not_finite.append(not_finite_note(entry.unit))
+            self._observer.note(self._not_finite[-1])
+        elif entry.result:
+            self._layers.append(MergedLayer.from_json(entry.result))
+            self._observer.layer_merged(self._layers[-1])
 
-    def all(self) -> str:
-        """Of everything that the merge reads."""
-        return fingerprint_of({job.name: self.of(job) for job in self.merge.jobs})
+    def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
+        """Raises QualityError for a result that lost most of the adapter, unless the user forces the merge."""
+        if not self._merge.options.force:
+            _check_retention(self._merge, self._layers)
 
-    def remember(self, name: str, sha256: str) -> None:
-        """What is known of a tensor of the base that was copied byte by byte."""
-        self._known["base", name] = sha256
+    def write_side_files(self, directory: Path, entries: Entries) -> None:
+        """Tokenizer and the like, config, index, report and card. Raises StorageError."""
+        write_side_files(self._merge, directory, self.outcome)
 
-    def _of(self, side: str, sha256: Callable[[str], str], name: str) -> str:
-        if (side, name) not in self._known:
-            self._known[side, name] = sha256(name)
-        return self._known[side, name]
+    def check_inputs_unchanged(self) -> None:
+        """Raises StorageError for a weight file of base or adapter that changed since the plan was made."""
+        self._merge.base.checkpoint.check_unchanged()
+        self._merge.adapter.weights.check_unchanged()
 
-
-@dataclass(frozen=True)
-class _Runner:
-    """Does the jobs of a merge, or keeps what a journal says of them once input and output have been hashed."""
-
-    merge: Merge
-    files: OutputFiles
-    sums: _InputSums
-    entries: Mapping[str, JournalEntry]
-    gpu: SharedDevice | None = None
-
-    def run(self, job: MergeJob, workers: Workers) -> tuple[JournalEntry, bool]:
-        """What the journal is to say of a job, and whether it said so before."""
-        entry = self.entries.get(job.name)
-        if entry is not None and entry.input_sha256 == self.sums.of(job) and self.files.hold(entry.outputs):
-            return entry, True
-        written, result = run_job(self.merge, job, self.files, workers, self.gpu)
-        if job.is_copied and not is_recast(self.merge, job):
-            for name, sha256 in written.items():
-                self.sums.remember(name, sha256)
-        return JournalEntry(job.name, self.sums.of(job), written, result), False
-
-
-def _run_jobs(
-    runner: _Runner, staging: Staging, observer: MergeObserver, workers: Workers
-) -> tuple[tuple[MergedLayer, ...], list[JournalEntry]]:
-    layers: list[MergedLayer] = []
-    entries: list[JournalEntry] = []
-    small_numel = SMALL_NUMEL if runner.gpu is None else BESIDE_NUMEL
-    # The jobs end before the recording does: by then nothing is being written any more.
-    with (
-        staging.recording(runner.files.sync) as record,
-        closing(in_turn(runner.merge.jobs, runner.run, numel_of, workers, small_numel)) as done,
-    ):
-        for entry, kept in done:
-            if not kept:
-                record(entry)
-            entries.append(entry)
-            if NOT_FINITE in entry.result:
-                observer.note(not_finite_note(entry.unit))
-            elif entry.result:
-                layers.append(MergedLayer.from_json(entry.result))
-                observer.layer_merged(layers[-1])
-    return tuple(layers), entries
+    def keeps_unfinished(self, error: LoftqError) -> bool:
+        """A merge that the disk stopped can be continued; one that was refused would be refused again."""
+        return isinstance(error, StorageError)
 
 
 def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
-    retained, lost = total_retention(layers), total_lost(layers)
-    if merge.options.force:
-        return
+    retained, lost, difference = total_retention(layers), total_lost(layers), largest_difference(layers)
     if retained is not None and retained < LEAST_RETENTION:
         raise QualityError(
             f"quantized again to {merge.options.requantize}, {retained:.1%} of the adapter would survive",
             file=merge.base.path,
             hint="merge without --requantize, which keeps all of it; or keep base and adapter apart; or --force",
         )
-    difference = largest_difference(layers)
     # What float32 itself cannot hold of a tiny update is no loss that other options would spare.
     if lost is None or difference is None or difference[1] <= EXACT or lost <= 1 - LEAST_RETENTION:
         return
-    rounded = "with rounded zero points" if merge.options.round_zeros else "with such offsets"
-    what = f"{lost:.1%} of the update would be lost"
+    offsets = "with rounded zero points" if merge.options.round_zeros else "with such offsets"
+    message = f"{lost:.1%} of the update would be lost"
     if math.isinf(lost):
-        what = f"the base itself would change, by up to {difference[1]:.1e} of its largest weight"
-    instead = "leave out --round-zeros" if merge.options.round_zeros else "leave out --scale-dtype"
-    hint = f"float32 offsets keep all of it: {instead}; or --force"
-    raise QualityError(f"{rounded}, {what}", file=merge.base.path, hint=hint)
+        message = f"the base itself would change, by up to {difference[1]:.1e} of its largest weight"
+    remedy = "leave out --round-zeros" if merge.options.round_zeros else "leave out --scale-dtype"
+    hint = f"float32 offsets keep all of it: {remedy}; or --force"
+    raise QualityError(f"{offsets}, {message}", file=merge.base.path, hint=hint)

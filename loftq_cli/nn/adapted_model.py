@@ -14,12 +14,12 @@ from typing import TypeVar, cast
 import torch
 from torch import nn
 
-from loftq_cli.adapter import config as adapter_config
-from loftq_cli.adapter.source import AdapterSource, LoraTensors, open_adapter
+from loftq_cli.adapter.beside import find_adapter
+from loftq_cli.adapter.sorting import LoraTensors
+from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.merging.provenance import check_provenance
-from loftq_cli.methods.method import METHODS
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
 from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, Origin, QALoRALinear, QLoRALinear
@@ -205,8 +205,8 @@ def _linear(
 def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     """The adapter to load. Raises MismatchError for one of another base, or with parts that are not trained here."""
     if path is None:
-        places = (base.folder / entry.adapter_dir for entry in METHODS.values())
-        path = next((place for place in places if adapter_config.is_adapter_directory(place)), None)
+        report = read_report(base.folder)
+        path = find_adapter(base.folder, None if report is None else report[0]["adapter_dir"])
         if path is None:
             return None
     source = open_adapter(path)
@@ -236,25 +236,22 @@ def _check_finite(file: Path, name: str, tensors: Iterable[torch.Tensor]) -> Non
 
 def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
     """The adapter of each base weight. Raises MismatchError for one whose weight is not in the base."""
-    called = source.names_in(base)
-    weights = [name for name in base.tensors if name.endswith(".weight")]
-    found = {name: source.lora[module_of(called[name])] for name in weights if module_of(called[name]) in source.lora}
-    taken = {lora.module for lora in found.values()}
+    lora_by_name = source.lora_in(base)
+    adapted = {lora.module for lora in lora_by_name.values()}
     for lora in source.lora.values():
-        if lora.module not in taken:
+        if lora.module not in adapted:
             raise MismatchError("its module is not in the base", file=source.weights.path, tensor=lora.lora_A)
-    return found
+    return lora_by_name
 
 
 def _lora_spec(source: AdapterSource, lora: LoraTensors, shape: tuple[int, ...]) -> LoraSpec:
-    """The adapter's own account of itself. Raises MismatchError where it does not fit a weight of `shape`."""
-    ref, out_features = source.weights.tensors[lora.lora_A], source.weights.tensors[lora.lora_B].shape[0]
-    rank, inputs = ref.shape
-    # PEFT pools only on GPTQ layers, and trains an ordinary adapter on every other one.
-    pooling = None if inputs == shape[1] else lora.pooling
-    if (out_features, inputs * (pooling.group_size if pooling else 1)) != shape:
-        raise MismatchError(f"does not fit a layer of {shape}", file=source.weights.path, tensor=lora.lora_A)
-    return LoraSpec(rank, lora.alpha, bool(source.config.get("use_rslora")), ref.dtype, pooling)
+    """What the adapter's files say of the layer's adapter. Raises MismatchError for a misfit with `shape` [out, in]."""
+    out_features, in_features = shape
+    for error in source.fit(lora, (out_features, in_features)):
+        raise error
+    lora_A = source.weights.tensors[lora.lora_A]
+    pooling = lora.pooling_for(in_features, lora_A.shape[1])
+    return LoraSpec(lora.rank, lora.alpha, bool(source.config.get("use_rslora")), lora_A.dtype, pooling)
 
 
 def _is_ignored(model: nn.Module, name: str) -> bool:

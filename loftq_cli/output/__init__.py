@@ -9,4 +9,5 @@ writer.py      one .safetensors file, written header first
 copies.py      tensors that are copied, as they are or in another dtype
 place.py       where a result is made, and how the result becomes visible
 staging.py     the output directory: locked, and hidden until complete
+staged_run.py  the one way from a plan to a published result
 """

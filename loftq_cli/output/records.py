@@ -14,6 +14,7 @@ from loftq_cli.output import disk
 REPORT_NAME = "loftq_report.json"
 RECIPE_NAME = "loftq_recipe.toml"
 PROVENANCE_NAME = "loftq_provenance.json"
+MERGE_REPORT_NAME = "loftq_merge_report.json"
 TOOL = {"tool": "loftq-cli", "version": __version__}
 
 

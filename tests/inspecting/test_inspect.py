@@ -406,7 +406,15 @@ def test_nan_in_a_tried_tensor_is_named(original, tmp_path, capsys):
             lambda d: edit_tensors(
                 d / "adapter_model.safetensors", lambda t: t.pop(f"{PREFIX}{Q0.removesuffix('.weight')}.lora_B.weight")
             ),
-            "does not fit a layer of (128, 128)",
+            "lora_A.weight: has no lora_B beside it",
+            4,
+        ),
+        (
+            lambda d: edit_tensors(
+                d / "adapter_model.safetensors",
+                lambda t: t.update({f"{PREFIX}{Q0.removesuffix('.weight')}.lora_B.weight": torch.zeros(7, 4)}),
+            ),
+            "lora_B.weight: is (7, 4), and its layer asks for (128, 4)",
             4,
         ),
     ],

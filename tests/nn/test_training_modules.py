@@ -1068,7 +1068,8 @@ def test_adapters_that_cannot_be_trained_here_are_refused(converted, checkpoints
 
     q_proj = "model.layers.0.self_attn.q_proj"
     factors = {f"{q_proj}.lora_A.weight": torch.zeros(4, 64), f"{q_proj}.lora_B.weight": torch.zeros(128, 4)}
-    assert "does not fit a layer of (128, 128)" in str(refusal(write_adapter(tmp_path / "narrow", factors)))
+    narrow = str(refusal(write_adapter(tmp_path / "narrow", factors)))
+    assert "lora_A.weight: is (4, 64), and its layer asks for (4, 128)" in narrow
 
     factors[f"{q_proj}.lora_A.weight"] = torch.zeros(4, 128)
     biased = write_adapter(tmp_path / "biased", {**factors, f"{q_proj}.lora_B.bias": torch.zeros(128)})

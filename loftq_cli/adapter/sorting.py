@@ -1,0 +1,201 @@
+"""The tensors of an adapter file, sorted: each tensor gets a place, or an error refuses the tensor by name.
+
+Tensor names are those that PEFT 0.21 writes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.adapter.config import CONFIG_NAME, PREFIX, pooling_of, scaling_of, values_of
+from loftq_cli.adapter.targets import TargetModules
+from loftq_cli.checkpoint.source import WeightsFile
+from loftq_cli.errors import InputError, MismatchError
+from loftq_cli.tensors.headers import WEIGHT_DTYPES
+from loftq_cli.tensors.specs import Pooling
+
+_LINEAR = ("lora_A.weight", "lora_B.weight")
+_EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
+_BIAS = "lora_B.bias"
+_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS)))})")
+
+# PEFT wraps a module of the base: LoRA adds ".base_layer", and a trained copy lies beside the original.
+_WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_TRAINED_COPY = ".modules_to_save."
+_ORIGINAL = ".original_module"
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTensors:
+    """One adapted module: the names of the module's tensors, and how the factors are applied.
+
+    module        the module's name, as the adapter spells the name
+    lora_A        name of the first factor, [rank, in / group_size]; of an embedding, [rank, vocabulary]
+    lora_B        name of the second factor, [out, rank]; of an embedding, [width, rank]
+    lora_bias     name of the trained bias [out] of lora_B; None where there is none
+    rank, alpha   as the config says
+    scaling       factor of the product B·A, without the factor of a pooling
+    is_embedding  whether the module is an embedding
+    pooling       how lora_A pools inputs, as the config says; None where lora_A reads each input
+    """
+
+    module: str
+    lora_A: str
+    lora_B: str
+    lora_bias: str | None
+    rank: int
+    alpha: float
+    scaling: float
+    is_embedding: bool
+    pooling: Pooling | None = None
+
+    def pooling_for(self, in_features: int, inputs: int) -> Pooling | None:
+        """The pooling over a weight of `in_features` columns, where lora_A has `inputs` columns.
+
+        PEFT pools on GPTQ layers only. On every other layer PEFT trains an ordinary adapter under the same config, and
+        the width of lora_A tells the two apart.
+        """
+        return None if inputs == in_features else self.pooling
+
+
+@dataclass(frozen=True, slots=True)
+class SortedTensors:
+    """The three tables of an adapter file; each tensor of the file is in exactly one table.
+
+    lora     module name -> the tensors of the adapted module
+    whole    name of a tensor of the base in the loaded model -> the adapter's tensor that replaces the base's
+    unused   tensor that PEFT writes and never reads -> the reason
+    """
+
+    lora: dict[str, LoraTensors]
+    whole: dict[str, str]
+    unused: dict[str, str]
+
+
+def sort_tensors(config: Mapping[str, Any], weights: WeightsFile, config_file: Path) -> SortedTensors:
+    """Sort the tensors of `weights` into tables, from headers alone.
+
+    Raises MismatchError naming a tensor that has no place, whose place is taken, or whose shape contradicts `config`;
+    InputError naming `config_file` for a config whose values have other types than PEFT's.
+    """
+    return _Sorter(config, weights, config_file).sort()
+
+
+class _Sorter:
+    """Fills the tables of one adapter file."""
+
+    def __init__(self, config: Mapping[str, Any], weights: WeightsFile, config_file: Path) -> None:
+        self._config, self._weights, self._config_file = config, weights, config_file
+        self._factors: dict[str, dict[str, str]] = {}  # module -> part -> tensor
+        self._originals: list[str] = []
+        self._whole: dict[str, str] = {}
+        self._unused: dict[str, str] = {}
+
+    def sort(self) -> SortedTensors:
+        for name in self._weights.tensors:
+            self._place(name)
+        self._check_targeted()
+        ranks, alphas = self._values_of("r"), self._values_of("lora_alpha")
+        lora = {
+            module: self._lora_tensors(module, parts, int(ranks[module]), alphas[module])
+            for module, parts in self._factors.items()
+        }
+        self._set_aside_originals()
+        return SortedTensors(lora, self._whole, self._unused)
+
+    def _place(self, name: str) -> None:
+        key, dtype = name.removeprefix(PREFIX), self._weights.tensors[name].dtype
+        if dtype not in WEIGHT_DTYPES:
+            raise self._mismatch(f"is {dtype}, not floating point", name)
+        if match := _LORA.fullmatch(key):
+            earlier = self._factors.setdefault(match[1], {}).setdefault(match[2], name)
+            if earlier != name:
+                raise self._mismatch(f"has the same place as {earlier}", name)
+        elif re.search(r"(?:^|\.)lora_", key):
+            raise self._mismatch("is of a kind that merging does not know", name)
+        elif f"{_ORIGINAL}." in key:
+            self._originals.append(name)
+        else:
+            self._place_whole(name, key)
+
+    def _place_whole(self, name: str, key: str) -> None:
+        target = _WRAPPERS.sub("", key)
+        earlier = self._whole.setdefault(target, name)
+        if earlier == name:
+            return
+        # With bias="all" PEFT saves the bias of a trained copy under both names, and reads the plain one.
+        copies = [tensor for tensor in (name, earlier) if _TRAINED_COPY in tensor]
+        if len(copies) != 1:
+            raise self._mismatch(f"has the same place as {earlier}", name)
+        self._whole[target] = earlier if copies == [name] else name
+        self._unused[copies[0]] = f"PEFT reads {self._whole[target]} instead"
+
+    def _set_aside_originals(self) -> None:
+        """List the originals beside trained copies as unused: with bias="all" PEFT saves both."""
+        for name in self._originals:
+            if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in self._whole:
+                raise self._mismatch("is left over: no trained copy is beside it", name)
+            self._unused[name] = "the untrained original beside its trained copy"
+
+    def _check_targeted(self) -> None:
+        """Raises MismatchError for a tensor that PEFT would drop, since the config does not name the module."""
+        targeted = targeted_modules(self._config, list(self._factors), self._config_file)
+        for module, parts in self._factors.items():
+            if module not in targeted:
+                message = (
+                    f"its module is none of those that {CONFIG_NAME} adapts (target_modules), and PEFT would drop it"
+                )
+                raise self._mismatch(message, next(iter(parts.values())))
+
+    def _values_of(self, key: str) -> dict[str, int | float]:
+        try:
+            return values_of(self._config, key, list(self._factors))
+        except ValueError as error:
+            raise InputError(str(error), file=self._config_file) from None
+
+    def _lora_tensors(self, module: str, parts: Mapping[str, str], rank: int, alpha: float) -> LoraTensors:
+        is_embedding = any(part in parts for part in _EMBEDDING)
+        part_A, part_B = _EMBEDDING if is_embedding else _LINEAR
+        for part in (part_A, part_B):
+            if part not in parts:
+                message = f"has no {part.removesuffix('.weight')} beside it"
+                raise self._mismatch(message, next(iter(parts.values())))
+        if is_embedding and len(parts) > len(_EMBEDDING):
+            extra = next(name for part, name in parts.items() if part not in _EMBEDDING)
+            raise self._mismatch("belongs to a linear layer, and its module is an embedding", extra)
+        name_A, name_B, bias = parts[part_A], parts[part_B], parts.get(_BIAS)
+        self._check_shapes(name_A, name_B, bias, rank)
+        pooling = None if is_embedding else pooling_of(self._config)
+        scaling = scaling_of(self._config, alpha, rank)
+        return LoraTensors(module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling)
+
+    def _check_shapes(self, name_A: str, name_B: str, bias: str | None, rank: int) -> None:
+        tensors = self._weights.tensors
+        shape_A, shape_B = tensors[name_A].shape, tensors[name_B].shape
+        for name, shape in ((name_A, shape_A), (name_B, shape_B)):
+            if len(shape) != 2:
+                raise self._mismatch(f"is {shape}, not a matrix", name)
+        if shape_A[0] != shape_B[1]:
+            raise self._mismatch(f"is {shape_B} and lora_A is {shape_A}: their ranks differ", name_B)
+        if shape_A[0] != rank:
+            raise self._mismatch(f"has rank {shape_A[0]}, and {CONFIG_NAME} says {rank}", name_A)
+        if bias is not None and tensors[bias].shape != shape_B[:1]:
+            raise self._mismatch(f"is {tensors[bias].shape} and lora_B is {shape_B}", bias)
+
+    def _mismatch(self, message: str, tensor: str) -> MismatchError:
+        return MismatchError(message, file=self._weights.path, tensor=tensor)
+
+
+def targeted_modules(config: Mapping[str, Any], modules: Sequence[str], config_file: Path) -> set[str]:
+    """The modules of `modules` on which PEFT puts an adapter, by the config's target_modules and exclude_modules.
+
+    Raises InputError naming `config_file` for an entry that PEFT does not understand.
+    """
+    try:
+        return TargetModules.of(config).named(modules)
+    except ValueError as error:
+        raise InputError(str(error), file=config_file) from None

@@ -1,0 +1,47 @@
+"""The sha256 of the tensors that a merge reads, each tensor hashed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from loftq_cli.merging.plan import Merge
+from loftq_cli.merging.planner import MergeJob
+from loftq_cli.output.checksums import fingerprint_of
+
+
+class InputSums:
+    """The sha256 of the tensors of base and adapter; a sum is kept once a tensor has been hashed."""
+
+    def __init__(self, merge: Merge) -> None:
+        self._base, self._adapter = merge.base, merge.adapter
+        self._jobs = {job.name: job for job in merge.jobs}
+        self._sums: dict[tuple[str, str], str] = {}
+
+    def hash_base_tensor(self, name: str) -> str:
+        """The sha256 of a stored tensor of the base."""
+        return self._hash("base", self._base.checkpoint.sha256, name)
+
+    def hash_job(self, name: str) -> str:
+        """One hash of everything that the job called `name` reads."""
+        job = self._jobs[name]
+        parts = self._base.parts(name) if name in self._base.tensors else []
+        sums = {f"base {part.name}": self.hash_base_tensor(part.name) for part in parts}
+        sha256 = self._adapter.weights.sha256
+        sums |= {f"adapter {tensor}": self._hash("adapter", sha256, tensor) for tensor in _adapter_tensors(job)}
+        return fingerprint_of(sums)
+
+    def remember(self, name: str, sha256: str) -> None:
+        """Take over the sha256 of a tensor of the base that was copied byte by byte."""
+        self._sums["base", name] = sha256
+
+    def _hash(self, side: str, sha256: Callable[[str], str], name: str) -> str:
+        if (side, name) not in self._sums:
+            self._sums[side, name] = sha256(name)
+        return self._sums[side, name]
+
+
+def _adapter_tensors(job: MergeJob) -> list[str]:
+    """Names of the tensors that a job reads from the adapter."""
+    factors = [] if job.lora is None else [job.lora.lora_A, job.lora.lora_B]
+    bias = None if job.lora_bias is None else job.lora_bias.lora_bias
+    return [name for name in (*factors, bias, job.replacement) if name is not None]

@@ -1,0 +1,285 @@
+"""A job for every tensor of base and adapter, from headers alone. What does not fit is refused by name, before a number
+is read.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from loftq_cli.adapter.config import CONFIG_NAME
+from loftq_cli.adapter.sorting import LoraTensors
+from loftq_cli.adapter.source import AdapterSource
+from loftq_cli.errors import MismatchError, UsageError
+from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, load_layout
+from loftq_cli.merging.form import MergeForm, MergeOptions
+from loftq_cli.model.stored import BaseModel
+from loftq_cli.model.targets import kind_of, module_of
+from loftq_cli.planning.settings import decoded_dtype
+from loftq_cli.quant.formats import QuantSpec
+from loftq_cli.tensors.headers import WEIGHT_DTYPES, OutTensor
+from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, Pooling
+
+# The output layer over the vocabulary, and classes that have none: only the former can share the embedding's weight.
+_VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
+_HEADLESS_CLASS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$|(?<!Head)(?<!Heads)Model$")
+_TIED = "belongs to a weight that embedding and head share"
+
+
+@dataclass(frozen=True, slots=True)
+class MergeJob:
+    """One tensor of the base, or a new tensor that the adapter brings, and what is written for the tensor.
+
+    name          of the base's tensor; a weight that is stored quantized is one job, with all stored parts
+    lora          the adapter to add; None where no adapter is on the weight
+    lora_bias     the adapter whose bias is added to this bias, or None
+    replacement   the adapter's tensor that takes the place of the base's first, or None
+    matrix        how the result is stored quantized; None for a dense result
+    keeps_codes   whether the base's codes are written, with other offsets
+    outputs       the tensors to write
+    note          why the weight is not quantized, although --requantize asked for that
+    is_copied     whether the base's bytes are written, or the base's numbers in another dtype
+    """
+
+    name: str
+    lora: LoraTensors | None = None
+    lora_bias: LoraTensors | None = None
+    replacement: str | None = None
+    matrix: StoredMatrix | None = None
+    keeps_codes: bool = False
+    outputs: tuple[OutTensor, ...] = ()
+    is_copied: bool = False
+    note: str | None = None
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether the adapter changes the tensor."""
+        return self.lora is not None or self.lora_bias is not None or self.replacement is not None
+
+    @property
+    def numel(self) -> int:
+        """Elements of the merged tensor."""
+        return math.prod(self.matrix.shape if self.matrix else self.outputs[0].shape)
+
+
+class MergePlanner:
+    """Gives every tensor of the adapter a place. `unused` maps adapter tensors without a job to the reason."""
+
+    def __init__(
+        self, base: BaseModel, adapter: AdapterSource, options: MergeOptions, form: MergeForm, dtype: str
+    ) -> None:
+        """Raises UsageError for a quantized `form` of a model that transformers cannot load from quantized tensors."""
+        self.unused = dict(adapter.unused)
+        self._base, self._adapter, self._options, self._form, self._dtype = base, adapter, options, form, dtype
+        self._file = adapter.weights.path
+        self._loaded_names = adapter.names_in(base)
+        # Tensors of the adapter that have no place yet.
+        self._lora, self._whole = dict(adapter.lora), dict(adapter.whole)
+        self._biases = {f"{module}.bias": lora for module, lora in self._lora.items() if lora.lora_bias}
+        self._unfit: dict[str, str] = {}
+        if form.is_quantized and not base.family.loads_in_4_bit():
+            message = f"transformers cannot load {base.family.model_type} from quantized tensors"
+            raise UsageError(message, hint="--layout dense")
+
+    def plan_jobs(self) -> Iterator[MergeJob]:
+        """Yield a job for every base tensor, in order, then for every new tensor.
+
+        Raises MismatchError naming an adapter tensor that does not fit, or that is left over.
+        """
+        self._check_tied()
+        for name, ref in self._base.tensors.items():
+            is_tied = ref.alias_of is not None and self._base.family.ties_embeddings()
+            if not (is_tied and self._loaded_names[name] not in self._whole):
+                yield self._plan_job(name)
+        self._check_leftovers()
+        yield from (self._plan_new_tensor(loaded, name) for loaded, name in self._whole.items())
+
+    def _check_leftovers(self) -> None:
+        for lora in self._lora.values():
+            example = next((name for name in self._loaded_names.values() if name.endswith(".weight")), "none")
+            hint = f"the base's modules are called like {module_of(example)}"
+            raise self._mismatch("its module is not in the base", lora.lora_A, hint)
+        for lora in self._biases.values():
+            raise self._mismatch("its module has no bias in the base", str(lora.lora_bias))
+
+    def _plan_job(self, name: str) -> MergeJob:
+        loaded = self._loaded_names[name]
+        lora = self._lora.pop(module_of(loaded), None) if name.endswith(".weight") else None
+        lora_bias, replacement = self._biases.pop(loaded, None), self._whole.pop(loaded, None)
+        if lora is not None:
+            lora = self._fit_lora(name, lora)
+        if replacement is not None:
+            hint = "resize the base's embeddings first"
+            self._check_shape(replacement, name, self._file_shape(name), hint=hint)
+        if lora_bias is not None and lora_bias.lora_bias is not None:
+            self._check_shape(lora_bias.lora_bias, name, self._base.tensors[name].shape)
+        job = MergeJob(name, lora, lora_bias, replacement)
+        return self._store_quantized(job) or replace(self._store_dense(job), note=self._unfit.get(name))
+
+    def _plan_new_tensor(self, loaded: str, name: str) -> MergeJob:
+        ref, trained_copies = self._adapter.weights.tensors[name], self._adapter.config.get("modules_to_save") or []
+        is_untied = self._base.family.ties_embeddings() and is_vocabulary_head(module_of(loaded))
+        is_trained_copy = any(f".{module}." in f".{loaded}" for module in trained_copies)
+        if loaded in self._base.tensors or not (is_untied or is_trained_copy):
+            raise self._mismatch("is left over: the base has no such tensor", name)
+        return MergeJob(loaded, replacement=name, outputs=(OutTensor(loaded, self._dtype, ref.shape),))
+
+    def _store_dense(self, job: MergeJob) -> MergeJob:
+        """The job that stores the tensor in full precision, in the orientation that the model's files have."""
+        ref = self._base.tensors[job.name]
+        if job.name in self._base.quantized:
+            return replace(job, outputs=(OutTensor(job.name, self._dtype, self._file_shape(job.name)),))
+        has_one_dtype = self._options.dtype is not None or LAYOUTS[self._form.layout].one_dtype
+        is_recast = ref.dtype in WEIGHT_DTYPES and (job.is_touched or has_one_dtype)
+        output = OutTensor(job.name, self._dtype if is_recast else ref.dtype, ref.shape)
+        return replace(job, outputs=(output,), is_copied=not job.is_touched)
+
+    def _file_shape(self, name: str) -> tuple[int, ...]:
+        shape = self._base.matrix_shape(name)
+        return shape[::-1] if self._base.family.is_transposed(module_of(name)) else shape
+
+    def _store_quantized(self, job: MergeJob) -> MergeJob | None:
+        """The job that stores the weight quantized; None for a weight that stays dense, or that no loader would
+        read.
+        """
+        stored, form = self._base.quantized.get(job.name), self._form
+        if form.keeps_codes:
+            # A replaced weight has no codes to keep.
+            return self._move_offsets(job, stored) if stored is not None and job.replacement is None else None
+        return None if form.spec is None else self._quantize_again(job, stored, form.spec)
+
+    def _quantize_again(self, job: MergeJob, stored: StoredMatrix | None, spec: QuantSpec) -> MergeJob | None:
+        if stored is not None:
+            if isinstance(spec, CodebookSpec) and isinstance(stored.spec, CodebookSpec):
+                spec = replace(stored.spec, codebook=spec.codebook)
+            shape, transposed = stored.shape, stored.transposed
+        elif job.lora is None or kind_of(self._base.tensors[job.name], self._base.family) not in ("linear", "head"):
+            return None
+        else:
+            out_features, in_features = self._base.matrix_shape(job.name)
+            shape, transposed = (out_features, in_features), self._base.family.is_transposed(module_of(job.name))
+        layout = load_layout(self._form.layout)
+        fit = layout.fit(spec, shape, transposed=transposed)
+        if fit.spec is None:
+            self._unfit[job.name] = fit.reason or "does not fit the container"
+            return None
+        matrix = self._stored_matrix(job.name, shape, fit.spec, transposed=transposed)
+        if not job.is_touched and matrix == stored and self._base.layout == self._form.layout:
+            # The values lie on the grid already, and encoding them again would move some.
+            outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in self._base.parts(job.name))
+            return replace(job, matrix=matrix, outputs=outputs, is_copied=True)
+        return replace(job, matrix=matrix, outputs=layout.planned(matrix))
+
+    def _move_offsets(self, job: MergeJob, stored: StoredMatrix) -> MergeJob:
+        """The job that moves the offsets of a quantized weight. Raises MismatchError for groups that do not fit."""
+        assert isinstance(stored.spec, AffineSpec)
+        if job.lora is not None:
+            pooling, group_size = job.lora.pooling, stored.spec.group_size
+            message = None
+            if pooling is None:
+                message = f"has no pooled input, so no zero point of {job.name} can hold it"
+            elif pooling.group_size % group_size:
+                message = (
+                    f"pools groups of {pooling.group_size}, which are not unions of the groups of {group_size} of "
+                    f"{job.name}"
+                )
+            if message is not None:
+                raise self._mismatch(message, job.lora.lora_A, "--layout dense")
+        layout, spec = load_layout(self._form.layout), self._form.spec_for(stored.spec)
+        fit = layout.fit(spec, stored.shape, transposed=stored.transposed)
+        if fit.spec is None:
+            raise UsageError(f"--layout {self._form.layout}: {fit.reason}", tensor=job.name, hint=fit.hint)
+        matrix = self._stored_matrix(job.name, stored.shape, spec, transposed=False)
+        return replace(job, matrix=matrix, keeps_codes=True, outputs=layout.planned(matrix))
+
+    def _stored_matrix(self, name: str, shape: tuple[int, int], spec: QuantSpec, *, transposed: bool) -> StoredMatrix:
+        return StoredMatrix(name, shape, spec, decoded_dtype(self._form.layout, spec, self._dtype), transposed)
+
+    def _fit_lora(self, name: str, lora: LoraTensors) -> LoraTensors:
+        """`lora` with the pooling that shape, config and options settle. Raises MismatchError for an adapter that does
+        not fit the weight called `name`.
+        """
+        ref, tensors = self._base.tensors[name], self._adapter.weights.tensors
+        is_dense = name not in self._base.quantized
+        if is_dense and ref.dtype not in WEIGHT_DTYPES:
+            raise self._mismatch(f"adapts {name}, which is {ref.dtype}", lora.lora_B)
+        transposed = self._base.family.is_transposed(module_of(name))
+        if self._adapter.config.get("fan_in_fan_out") and is_dense and not transposed and not lora.is_embedding:
+            raise MismatchError(
+                f"fan_in_fan_out: weights are stored [in, out], and by the base's config {name} is [out, in]",
+                file=self._adapter.path / CONFIG_NAME,
+                hint="is config.json beside the base's weights?",
+            )
+        shape = ref.shape[::-1] if lora.is_embedding else self._base.matrix_shape(name)
+        inputs = tensors[lora.lora_A].shape[1]
+        lora = self._settle_pooling(name, lora, inputs, shape[-1])
+        in_features = inputs * (lora.pooling.group_size if lora.pooling else 1)
+        hint = None
+        if lora.pooling is None and inputs and shape[-1] % inputs == 0 and not lora.is_embedding:
+            hint = "a QA-LoRA adapter whose config does not say so? --pooling peft, paper or repo"
+        self._check_shape(lora.lora_B, name, shape, (tensors[lora.lora_B].shape[0], in_features), hint=hint)
+        return lora
+
+    def _settle_pooling(self, name: str, lora: LoraTensors, inputs: int, in_features: int) -> LoraTensors:
+        """`lora` with the pooling of a lora_A of `inputs` columns over a weight of `in_features` columns; --pooling
+        wins over the config.
+        """
+        pooling = lora.pooling_for(in_features, inputs)
+        if inputs == in_features or lora.is_embedding or self._options.pooling is None:
+            return replace(lora, pooling=pooling)
+        group_size = pooling.group_size if pooling else in_features // max(inputs, 1)
+        if inputs * group_size != in_features:
+            message = f"reads {inputs} inputs, which are no equal groups of the {in_features} of {name}"
+            raise self._mismatch(message, lora.lora_A)
+        return replace(lora, pooling=Pooling(self._options.pooling, group_size))
+
+    def _check_shape(
+        self,
+        tensor: str,
+        name: str,
+        expected: tuple[int, ...],
+        actual: tuple[int, ...] | None = None,
+        *,
+        hint: str | None = None,
+    ) -> None:
+        actual = self._adapter.weights.tensors[tensor].shape if actual is None else actual
+        if actual != expected:
+            raise self._mismatch(f"is for {actual}, and {name} of the base is {expected}", tensor, hint)
+
+    def _check_tied(self) -> None:
+        """Refuse an adapter that would reach the head through the embedding's weight, or the embedding through the
+        head's.
+        """
+        family = self._base.family
+        if not family.ties_embeddings() or any(map(_HEADLESS_CLASS.search, family.architectures[:1])):
+            return
+        shared = {
+            self._loaded_names[name]
+            for name, ref in self._base.tensors.items()
+            if kind_of(ref, family) == "embedding" and ref.shape[0] == self._base.config.get("vocab_size", ref.shape[0])
+        }
+        heads = [name for loaded, name in self._whole.items() if is_vocabulary_head(module_of(loaded))]
+        adapted = {f"{module}.weight": lora.lora_B for module, lora in self._lora.items()}
+        for loaded, name in (self._whole | adapted).items():
+            if loaded in adapted and is_vocabulary_head(module_of(loaded)):
+                raise self._mismatch(f"{_TIED}: merged, it would change the embedding too", name)
+            if loaded in shared and not heads:
+                raise self._mismatch(f"{_TIED}: merged, it would change the head too", name)
+            if loaded in shared and all(self._adapter.is_same(name, head) for head in heads):
+                # PEFT saves both where PEFT saves one; untied, the file would hold the same numbers twice.
+                self._whole = {key: tensor for key, tensor in self._whole.items() if tensor not in heads}
+                self.unused.update(dict.fromkeys(heads, f"it equals {name}, whose weight the head shares"))
+
+    def _mismatch(self, message: str, tensor: str, hint: str | None = None) -> MismatchError:
+        return MismatchError(message, file=self._file, tensor=tensor, hint=hint)
+
+
+def is_vocabulary_head(module: str) -> bool:
+    """Whether a module's name is that of the output layer over the vocabulary.
+
+    >>> is_vocabulary_head("model.lm_head"), is_vocabulary_head("score")
+    (True, False)
+    """
+    return bool(_VOCABULARY_HEAD.search(module))
