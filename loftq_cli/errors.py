@@ -1,6 +1,6 @@
-"""What a user can put right: one exception family, each class with the exit status it ends the program with.
+"""Errors that a user can fix: a family of exceptions, each class with an exit status.
 
-Anything raised outside this family is a bug and shows a traceback.
+Any exception outside the family is a bug and shows a traceback.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ EXIT_QUALITY = 5
 EXIT_MEMORY = 6
 EXIT_INTERRUPTED = 130
 
-_NAME_LIMIT = 160  # a name longer than two terminal lines hides the message around it
+_NAME_LIMIT = 160  # a name longer than two terminal lines hides the message
 
 
 def printable(text: object, limit: int = _NAME_LIMIT) -> str:
-    """`text` on one line, with control and other unprintable characters escaped, cut at `limit` characters."""
-    shown = str(text)[: limit + 1]  # escaping makes nothing shorter, and a hostile text may be as long as its file
+    """`text` on a single line, unprintable characters escaped, cut at `limit` characters.
+
+    >>> printable("a\\nb")
+    'a\\\\nb'
+    """
+    shown = str(text)[: limit + 1]  # escaping never shortens, and a hostile text may be as long as a file
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in shown)
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
@@ -28,8 +32,8 @@ def printable(text: object, limit: int = _NAME_LIMIT) -> str:
 class LoftqError(Exception):
     """A failure with a remedy.
 
-    `message` says what is wrong (lower case, no full stop), `hint` what to do next; `file` and `tensor` say where.
-    Names are escaped here, so they may come from an untrusted checkpoint.
+    `message` names the fault (lower case, no full stop), `hint` the remedy, `file` and `tensor` the place. Names are
+    escaped here, so names may come from an untrusted checkpoint.
     """
 
     exit_code = EXIT_INPUT
@@ -49,7 +53,7 @@ class LoftqError(Exception):
         super().__init__(str(self))
 
     def at(self, *, file: str | os.PathLike[str], tensor: str) -> LoftqError:
-        """The same error, with the place where it happened."""
+        """A copy of the error with file and tensor."""
         return type(self)(self.message, file=file, tensor=tensor, hint=self.hint)
 
     def __str__(self) -> str:
@@ -59,50 +63,48 @@ class LoftqError(Exception):
 
 
 class UsageError(LoftqError):
-    """An option, a recipe or a path that cannot mean anything here."""
+    """An option, a recipe or a path without meaning for the command."""
 
 
 class InputError(LoftqError):
-    """A checkpoint, an adapter or a config that is damaged, hostile or not of a kind we read."""
+    """A checkpoint, an adapter or a config that is damaged, hostile or of an unsupported kind."""
 
 
 class NumericError(InputError):
-    """Numbers that cannot be quantized or stored: not finite, or too large for a dtype. Raised without a place."""
+    """Numbers that cannot be quantized or stored: not finite, or too large for a dtype. Callers add the place."""
 
 
 class StorageError(LoftqError):
-    """Reading or writing failed: disk full, permission, a file that changed while it was read."""
+    """Reading or writing failed: disk full, permission, a file that changed during a run."""
 
     exit_code = EXIT_STORAGE
 
 
 class MismatchError(LoftqError):
-    """An adapter and a base that do not belong together, or tensors that would be left over."""
+    """An adapter and a base that do not belong together, or tensors without a place."""
 
     exit_code = EXIT_MISMATCH
 
 
 class QualityError(LoftqError):
-    """A quality gate the user asked for, or that protects the result, was not met."""
+    """A result misses a quality gate, set by the user or by the command."""
 
     exit_code = EXIT_QUALITY
 
 
 class MemoryShortage(LoftqError):
-    """There is not enough memory for the matrix at hand."""
+    """Memory is too small for the matrix at hand."""
 
     exit_code = EXIT_MEMORY
 
 
 def is_memory_shortage(error: BaseException) -> bool:
-    """Whether Python, numpy or torch could not get memory; torch says so by a RuntimeError, of which only the text
-    tells.
-    """
+    """Whether Python, numpy or torch ran out of memory. torch raises a RuntimeError; the text tells the reason."""
     if isinstance(error, RuntimeError):
         return "can't allocate memory" in str(error) or "out of memory" in str(error)
     return isinstance(error, MemoryError)
 
 
 def memory_shortage() -> MemoryShortage:
-    """What is said about it."""
+    """The error raised when memory runs out."""
     return MemoryShortage("not enough memory", hint="--threads 1 takes less; --dry-run says how much is needed")

@@ -1,8 +1,8 @@
-"""The loops of the `*_cpu.py` modules, compiled by numba to machine code that is kept on disk and runs without Python's
-global lock. They know arrays only.
+"""Loops over arrays for the `cpu.py` module of each operation. numba compiles every loop to machine code, caches the
+code on disk and runs the code without Python's global lock.
 
-All in one file, because that cache takes a kernel for unchanged as long as its own file is. float32 and bfloat16 come
-as unsigned integers, which numba has both of.
+All loops share one file: numba's cache takes a kernel for unchanged while the kernel's own file is unchanged. float32
+and bfloat16 arrive as unsigned integers, because numba has no bfloat16.
 """
 
 from __future__ import annotations
@@ -20,19 +20,21 @@ from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-# Elements that a kernel widens, computes on and narrows at once: 4 KB each, so a few such buffers stay in the
-# processor's first cache.
+# Elements of a buffer that a kernel widens, computes and narrows in one go: 4 KB, so a few buffers fit the first cache
+# of a processor.
 BUFFER_NUMEL = 1024
 
-# bitsandbytes' floor under the divisor; see codebook_reference.py.
+# bitsandbytes' floor under the divisor; see codebook/reference.py.
 SMALLEST_ABSMAX = np.float32(1e-38)
 
 
 def kernel(
     *, reassociates: bool = False, contracts: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compiles a function at its first call. Arithmetic is IEEE, without fused multiply-adds unless it `contracts`;
-    `reassociates` lets a sum be taken in any order, so that it can use vectors.
+    """A decorator that compiles a function at the first call.
+
+    Arithmetic is IEEE. `contracts` allows fused multiply-adds; `reassociates` allows sums in any order, so that sums
+    use vectors.
     """
     relaxed = {name for name, allowed in (("reassoc", reassociates), ("contract", contracts)) if allowed}
     options: dict[str, Any] = {
@@ -44,7 +46,7 @@ def kernel(
     def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             made: Any = numba.njit(cache=True, **options)(function)
-        except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        except RuntimeError:  # neither the folder of the package nor the cache of the user is writable
             return numba.njit(**options)(function)  # type: ignore[no-any-return]
         _forgive(getattr(made, "_cache", None))
         return made  # type: ignore[no-any-return]
@@ -53,7 +55,7 @@ def kernel(
 
 
 def _forgive(cache: Any) -> None:
-    """A kernel that cannot be kept, on a full disk say, is compiled again another time; numba would end the run."""
+    """Ignore a failed write to numba's cache, as on a full disk: the next run compiles again. numba would raise."""
     save: Any = getattr(cache, "save_overload", None)
 
     def try_to_save(*arguments: Any) -> None:
@@ -65,18 +67,18 @@ def _forgive(cache: Any) -> None:
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """A flat float32 or bfloat16 tensor as uint32 or uint16, over the same memory."""
+    """View a flat float32 or bfloat16 tensor as a uint32 or uint16 array in shared memory."""
     bits: np.ndarray[Any, Any] = tensor.view(torch.uint32 if tensor.dtype == torch.float32 else torch.uint16).numpy()
     return bits
 
 
-# Loops run over whole arrays, and a part of one is passed as a slice: an index that could be negative to numba, as one
-# with an offset could, keeps a loop from using vectors.
+# Loops run over whole arrays, and callers pass a part as a slice: numba cannot prove that an index plus an offset is
+# positive, and a loop with a possibly negative index uses no vectors.
 
 
 @kernel()
 def widen(source: Any, bits: Any) -> None:
-    """The bits of the floats of `source`, as those of float32, into as many of `bits`."""
+    """Write the floats of `source` into `bits` as bit patterns of float32."""
     shift = np.uint32(32 - 8 * source.itemsize)
     for i in range(source.size):
         bits[i] = np.uint32(source[i]) << shift
@@ -91,7 +93,7 @@ def round_bfloat16(bits: Any) -> None:
 
 @kernel()
 def _rounded(bits: Any) -> Any:
-    """The bits of a float32, of which the upper half is the bfloat16 next to it."""
+    """Bits of a float32 whose upper half is the nearest bfloat16."""
     if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000):
         return np.uint32(0x7FC00000)
     return bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
@@ -99,7 +101,7 @@ def _rounded(bits: Any) -> Any:
 
 @kernel()
 def narrow(bits: Any, target: Any) -> None:
-    """The inverse of `widen`, for as many as `target` has; what goes into bfloat16 is rounded half to even."""
+    """The inverse of `widen`: fill `target` from `bits`, rounding half to even for bfloat16."""
     if target.itemsize == 2:
         for i in range(target.size):
             target[i] = _rounded(bits[i]) >> np.uint32(16)
@@ -135,8 +137,8 @@ def quantize_blocks(
 
 @kernel()
 def _largest_magnitudes(bits: Any, largest: Any) -> None:
-    """Of each row, the bits of its largest magnitude. Those compare like the numbers and put NaN above infinity: it is
-    never lost.
+    """Bits of the largest magnitude of each row. Bit patterns of magnitudes sort like the numbers, with NaN above
+    infinity, so a NaN always wins.
     """
     for row in range(bits.shape[0]):
         found = np.uint32(0)
@@ -147,11 +149,11 @@ def _largest_magnitudes(bits: Any, largest: Any) -> None:
 
 @kernel()
 def _encode(x: Any, t: Any, codes: Any) -> None:
-    """How many of the 15 thresholds lie below each element."""
+    """Count the thresholds (of 15) below each element."""
     t0, t1, t2, t3, t4, t5, t6, t7 = t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7]
     t8, t9, t10, t11, t12, t13, t14 = t[8], t[9], t[10], t[11], t[12], t[13], t[14]
     for i in range(x.size):
-        # All comparisons of every element, so that they run in vectors: a search would read or choose thresholds.
+        # Every element meets every threshold, so the comparisons run in vectors; a search would gather thresholds.
         y = x[i]
         low = np.uint8(y > t0) + np.uint8(y > t1) + np.uint8(y > t2) + np.uint8(y > t3) + np.uint8(y > t4)
         middle = np.uint8(y > t5) + np.uint8(y > t6) + np.uint8(y > t7) + np.uint8(y > t8) + np.uint8(y > t9)
@@ -167,8 +169,8 @@ def _pack(codes: Any, packed: Any) -> None:
 
 @intrinsic
 def _decode_16(typing: Any, packed: Any, start: Any, table: Any, scale: Any, values: Any, at: Any) -> Any:
-    """values[at : at + 16] = table[codes] * scale for the codes of packed[start : start + 8]: one permutation of the
-    table, which LLVM makes of no loop.
+    """values[at : at + 16] = table[codes] * scale for the codes of packed[start : start + 8], by one permutation of the
+    table. LLVM turns no loop into a permutation.
     """
     signature = types.void(packed, start, table, scale, values, at)
 
@@ -213,7 +215,7 @@ def _decode_by_permuting(packed: Any, absmax: Any, table: Any, pairs: Any, block
 
 @kernel()
 def _decode_by_pairs(packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, values: Any) -> None:
-    """`pairs` holds the two values of each byte, as one number."""
+    """Decode with `pairs`, the two values of each byte as a single 64-bit number."""
     two = values.view(np.uint64)
     for i in range(packed.size):
         two[i] = pairs[packed[i]]
@@ -221,18 +223,18 @@ def _decode_by_pairs(packed: Any, absmax: Any, table: Any, pairs: Any, block_siz
 
 
 def _has_permutations() -> bool:
-    """Whether machine code is made for this very processor, and it has AVX-512."""
+    """Whether numba compiles for the processor at hand and the processor has AVX-512."""
     is_native = not getattr(config, "CPU_NAME", None) and not getattr(config, "CPU_FEATURES", None)
     return is_native and bool(get_host_cpu_features().get("avx512f"))
 
 
-# The values of whole blocks.
+# Values of whole blocks.
 _decode = _decode_by_permuting if _has_permutations() else _decode_by_pairs
 
 
 @kernel()
 def _scale(values: Any, scales: Any) -> None:
-    """Each row by its scale."""
+    """Multiply each row by the scale of the row."""
     for row in range(values.shape[0]):
         scale = scales[row]
         for i in range(values.shape[1]):
@@ -241,7 +243,7 @@ def _scale(values: Any, scales: Any) -> None:
 
 @kernel()
 def decode_blocks(packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, out: Any) -> None:
-    """Whole blocks into `out`."""
+    """Decode whole blocks into `out`."""
     per_pass = max(4 * BUFFER_NUMEL // block_size, 1)  # blocks
     bits = np.empty(per_pass * block_size, np.uint32)
     for first in range(0, absmax.size, per_pass):
@@ -267,7 +269,7 @@ def _sum_of_squares(values: Any) -> float:
 def residual_of_blocks(
     weight: Any, packed: Any, absmax: Any, table: Any, pairs: Any, block_size: int, rounds: bool, out: Any
 ) -> float:
-    """What whole blocks lose into `out`, and the sum of its squares."""
+    """Write weight minus decoded value of whole blocks into `out`; return the sum of squares."""
     per_pass, squares = max(BUFFER_NUMEL // block_size, 1), 0.0
     bits, decoded_bits = np.empty(per_pass * block_size, np.uint32), np.empty(per_pass * block_size, np.uint32)
     w, decoded = bits.view(np.float32), decoded_bits.view(np.float32)
@@ -298,7 +300,7 @@ def _add_squares(values: Any, differences: Any, totals: Any, first: int, second:
 
 @kernel()
 def _largest_difference(magnitudes: Any, largest: Any) -> Any:
-    """Of float64 numbers by their bits, which compare like them and put NaN above infinity: it is never lost."""
+    """The largest difference of float64 numbers, compared by bits: NaN sorts above infinity, so a NaN always wins."""
     for i in range(magnitudes.size):
         largest = max(largest, magnitudes[i] & np.uint64(0x7FFFFFFFFFFFFFFF))
     return largest
@@ -350,7 +352,7 @@ def sum_errors_with_delta(weight: Any, decoded: Any, delta: Any, totals: Any) ->
 def encode_constants(
     absmax: Any, offset: Any, nearest: Any, nested_block_size: int, codes: Any, nested_absmax: Any
 ) -> None:
-    """See double_quant_reference.py; `nearest` is the code of each point of its grid."""
+    """See double_quant/reference.py; `nearest` holds the code of each point of the grid."""
     centred = np.empty(nested_block_size, np.float32)
     zero, half, one = np.float32(0.0), np.float32(0.5), np.float32(1.0)
     grid, centre = np.float32(nearest.size - 1), offset.reshape(1)[0]
@@ -376,7 +378,7 @@ def encode_constants(
 def decode_constants(
     codes: Any, nested_absmax: Any, code_map: Any, offset: Any, nested_block_size: int, absmax: Any
 ) -> None:
-    """See double_quant_reference.py."""
+    """See double_quant/reference.py."""
     centre = offset.reshape(1)[0]
     for block in range(nested_absmax.size):
         part = slice(block * nested_block_size, (block + 1) * nested_block_size)
@@ -394,7 +396,7 @@ def min_max(groups: Any, ends: Any) -> None:
 
 @kernel()
 def _least(group: Any) -> Any:
-    """NaN where there is one."""
+    """NaN where an argument is NaN."""
     least, has_nan = group[0], False
     for i in range(group.size):
         least = group[i] if group[i] < least else least
@@ -404,7 +406,7 @@ def _least(group: Any) -> Any:
 
 @kernel()
 def _greatest(group: Any) -> Any:
-    """NaN where there is one."""
+    """NaN where an argument is NaN."""
     greatest, has_nan = group[0], False
     for i in range(group.size):
         greatest = group[i] if group[i] > greatest else greatest
@@ -420,7 +422,7 @@ def encode_groups(groups: Any, scales: Any, offsets: Any, is_float: bool, top: i
         if is_float:
             for i in range(group.size):
                 x = np.rint((group[i] - offset) / scale)
-                x = x if abs(x) < np.float32(np.inf) else zero  # NaN is not less either
+                x = x if abs(x) < np.float32(np.inf) else zero  # NaN fails the comparison too
                 target[i] = np.uint8(np.int32(min(max(x, zero), last)))
         else:
             for i in range(group.size):
@@ -429,13 +431,13 @@ def encode_groups(groups: Any, scales: Any, offsets: Any, is_float: bool, top: i
                 target[i] = np.uint8(np.int32(min(max(x, zero), last)))
 
 
-# Refinement, see refinement_reference.py. What differs from it is the order of sums, and fused multiply-adds.
-# `table` and `thresholds` are None for integers: a kernel is compiled for each.
+# Refinement, see refinement/reference.py. The order of sums and fused multiply-adds differ from the reference.
+# `table` and `thresholds` are None for integers: numba compiles a kernel for each case.
 
-# Rows side by side in the inner loops of a tile, where their columns depend on each other.
+# Rows side by side in the inner loops of a tile; columns of a row depend on each other.
 LANES = 64
 
-# Columns whose steps are followed one by one: what they change further on in a block is made up for all at once.
+# Columns whose steps update the products at once; columns further on in the block are updated after the whole group.
 STRIP = 16
 
 _TINY = np.float32(1e-38)
@@ -443,14 +445,14 @@ _TINY = np.float32(1e-38)
 
 @kernel()
 def _stored(number: Any, dtype: int) -> Any:
-    """A float32 rounded to float32 (0), bfloat16 (1) or float16 (2)."""
+    """Round a float32 to float32 (0), bfloat16 (1) or float16 (2)."""
     if dtype == 0 or not abs(number) < np.float32(np.inf):
         return number
     bits = np.float32(number).view(np.uint32)
     if dtype == 1:
         return np.uint32(_rounded(bits) & np.uint32(0xFFFF0000)).view(np.float32)
     if abs(number) < np.float32(2.0**-14):
-        return (number + np.float32(0.75)) - np.float32(0.75)  # its steps are those of float32 next to 0.75
+        return (number + np.float32(0.75)) - np.float32(0.75)  # subnormal float16 steps equal float32 steps near 0.75
     carried = bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))
     half = np.uint32(carried & np.uint32(0xFFFFE000)).view(np.float32)
     return half if abs(half) <= np.float32(65504.0) else np.copysign(np.float32(np.inf), number)
@@ -463,9 +465,9 @@ def _inverse(number: Any) -> Any:
 
 @intrinsic
 def _nearest_16(typing: Any, x: Any, at: Any, factor: Any, thresholds: Any, table: Any, levels: Any, codes: Any) -> Any:
-    """levels[at : at + 16] and codes of x[at : at + 16] * factor by bisection: each of its steps, and the table, is one
-    permutation of 16 numbers, which LLVM makes of no loop. 5 times faster than 15 comparisons and a gather, measured;
-    but not on numbers that were just stored as smaller vectors, for which the processor has to wait.
+    """levels[at : at + 16] and codes of x[at : at + 16] * factor by bisection. Each step, and the table look-up, is a
+    permutation of 16 numbers; LLVM turns no loop into a permutation. Measured 5 times faster than 15 comparisons and a
+    gather, except on numbers that were just stored as smaller vectors: the processor waits for such stores.
     """
     signature = types.void(x, at, factor, thresholds, table, levels, codes)
 
@@ -520,14 +522,14 @@ def _nearest_by_comparing(blocks: Any, factors: Any, thresholds: Any, table: Any
             level[i] = table[code[i]]
 
 
-# The nearest levels to blocks [n, block_size] * factors [n] in a table of 16, and their codes; `thresholds` has 16
-# entries, of which the last means nothing.
+# Nearest levels, and codes, of blocks [n, block_size] * factors [n] in a table of 16. `thresholds` has 16 entries; the
+# last entry is unused.
 _nearest = _nearest_by_permuting if _has_permutations() else _nearest_by_comparing
 
 
 @kernel(reassociates=True, contracts=True)
 def _table_sums(blocks: Any, levels: Any, units: Any, scales: Any, sums: Any) -> None:
-    """Of each block the error, and the products of its weights and levels and of levels."""
+    """Per block: the squared error, the sum of weight * level, the sum of level * level."""
     for row in range(units.size):
         x, level, unit, scale = blocks[row], levels[row], units[row], scales[row]
         error = mixed = square = np.float32(0.0)
@@ -543,7 +545,7 @@ def _table_sums(blocks: Any, levels: Any, units: Any, scales: Any, sums: Any) ->
 def _weighted_table_sums(
     blocks: Any, importance: Any, place: int, levels: Any, units: Any, scales: Any, sums: Any
 ) -> None:
-    """The same where columns count differently; `place`: which of the blocks of a row the first is."""
+    """`_table_sums` with a weight for each column; `place` is the index of the first block in a row."""
     for row in range(units.size):
         x, level, unit, scale = blocks[row], levels[row], units[row], scales[row]
         d = importance[(place + row) % importance.shape[0]]
@@ -559,7 +561,7 @@ def _weighted_table_sums(
 
 @kernel(reassociates=True, contracts=True)
 def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias: Any, top: Any, sums: Any) -> None:
-    """The same of integers, whose levels are steps from the zero point; and the sums of weights and levels."""
+    """`_table_sums` for integers, whose levels are steps from the zero point; also the sums of weights and levels."""
     error = mixed = square = total = steps = np.float32(0.0)
     for i in range(x.size):
         level = np.rint((x[i] - bias) * inverse) + zero
@@ -577,7 +579,7 @@ def _sums_of_steps(x: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias:
 def _weighted_sums_of_steps(
     x: Any, d: Any, inverse: Any, unit: Any, scale: Any, zero: Any, bias: Any, top: Any, sums: Any
 ) -> None:
-    """The same where columns count differently."""
+    """`_sums_of_steps` with a weight for each column."""
     error = mixed = square = total = steps = np.float32(0.0)
     for i in range(x.size):
         level = np.rint((x[i] - bias) * inverse) + zero
@@ -606,8 +608,8 @@ def search_table(
     codes: Any,
     scales: Any,
 ) -> None:
-    """`importance` [blocks of a row, block_size], or without rows if all columns count the same."""
-    # Calls cost as much as a block: the passes go over many.
+    """Search scales of blocks in a table. `importance` [blocks of a row, block_size]; no rows mean equal columns."""
+    # A call costs as much as a block, so each pass covers many blocks.
     per_pass, size = max(4 * BUFFER_NUMEL // blocks.shape[1], 1), blocks.shape[1]
     levels, zero, infinity = np.empty((per_pass, size), np.float32), np.float32(0.0), np.float32(np.inf)
     numbers = np.empty((6, per_pass), np.float32)
@@ -660,7 +662,7 @@ def search_table(
 
 @kernel()
 def _largest(x: Any) -> Any:
-    """The largest magnitude; NaN where there is one, or infinity."""
+    """The largest magnitude; NaN where a number is NaN or infinite."""
     bits, found = x.view(np.uint32), np.uint32(0)
     for i in range(bits.size):
         found = max(found, bits[i] & np.uint32(0x7FFFFFFF))
@@ -683,7 +685,9 @@ def search_steps(
     zeros: Any,
     biases: Any,
 ) -> None:
-    """`importance` as above; `offset`: none (0), int (1) or float (2)."""
+    """Search the constants of integer blocks. `importance` as in `search_table`; `offset` is none (0), int (1), float
+    (2).
+    """
     sums, best_sums, nothing, highest = (
         np.empty(5, np.float32),
         np.empty(5, np.float32),
@@ -741,8 +745,8 @@ def search_steps(
 
 @kernel()
 def _line(sums: Any, zero: Any, offset: int, moves_zero: bool, n: Any, top: Any) -> Any:
-    """The slope of the line through weights over their levels, the zero point, and what is left at it: the bias. `n`:
-    how many there are, each as often as it counts.
+    """Least squares line of weights over levels: the slope, the level where the line is 0 (the zero point), and the
+    value at level 0 (the bias). `n` is the sum of the importance.
     """
     mixed, square, total, steps = sums[1], sums[2], sums[3], sums[4]
     nothing = np.float32(0.0)
@@ -789,8 +793,8 @@ def refine_rows(
     projections: Any,
     out: Any,
 ) -> None:
-    """`vectors` [in, r] with r a multiple of 4; `fits` 0, 1 (scales) or 2 (biases too); `limits`: LEAST_WEIGHT and
-    2 * WORTHWHILE; `out` has no rows if it is not wanted.
+    """Refine rows under an adapter. `vectors` [in, r], r a multiple of 4; `fits` is 0 (codes), 1 (and scales) or 2 (and
+    biases); `limits` holds LEAST_WEIGHT and 2 * WORTHWHILE; an `out` without rows receives nothing.
     """
     rows, columns = weight.shape
     n_blocks, rank = scales.shape[1], vectors.shape[1]
@@ -904,7 +908,7 @@ def _decode_block(codes: Any, scale: Any, zero: Any, bias: Any, table: Any, valu
 def residual_of_rows(
     weight: Any, codes: Any, scales: Any, zeros: Any, biases: Any, table: Any, out: Any, squares: Any
 ) -> None:
-    """What blocks lose into `out`, and of each row the sum of its squares."""
+    """Write weight minus decoded value into `out`, and the sum of squares of each row."""
     size = weight.shape[1] // scales.shape[1]
     values = np.empty(size, np.float32)
     for row in range(weight.shape[0]):
@@ -982,9 +986,11 @@ def _sweep_block(
     chosen: Any,
     limits: Any,
 ) -> None:
-    """One block: the codes of its columns, one after another. H is diag(importance) − vectors·vectorsᵀ, and `m` follows
-    the steps; or it is `hessian`, and `g`, which is right only for columns that are still to come. One of the two is
-    None, with what belongs to it: a kernel is compiled for each.
+    """Move the codes of a block, column after column.
+
+    H is diag(importance) − vectors·vectorsᵀ, and `m` follows the steps; or H is `hessian`, and `g` follows the steps
+    for the columns still to come. `vectors` and `m`, or `hessian` and `g`, are None: numba compiles a kernel for each
+    case.
     """
     scale, zero, bias = constants[0], constants[1], constants[2]
     delta, dot, y, inverse, found = work[0], work[1], work[2], work[3], work[4]
@@ -1058,7 +1064,7 @@ def _fit_tile(
     dtype: int,
     least: Any,
 ) -> None:
-    """One block: its scale, and its bias."""
+    """Fit the scale and the bias of a block."""
     bias = constants[2]
     linear, right, square, right_bias, mixed = work[0], work[1], work[2], work[3], work[4]
     factors, shifts, norm = work[5], work[6], work[7]
@@ -1102,7 +1108,7 @@ def _fit_tile(
 def _solve(
     work: Any, square_bias: Any, constants: Any, fits_bias: bool, is_signed: bool, dtype: int, least: Any
 ) -> None:
-    """The scale of a block, and its bias, of least error: from the products in `work`, and the changes into it."""
+    """Scale and bias of least error from the products in `work`; the changes go into `work`."""
     scale, bias = constants[0], constants[2]
     right, square, right_bias, mixed = work[1], work[2], work[3], work[4]
     factors, shifts, norm = work[5], work[6], work[7]
@@ -1147,8 +1153,8 @@ def refine_columns(
     error: Any,
     is_changed: Any,
 ) -> None:
-    """The whole blocks that `hessian` [columns, columns] is of, from column `start` on; `products` [rows, columns] are
-    those of the errors of whole rows and H. `error` is of whole rows, too.
+    """Refine the whole blocks of a tile of columns from `start` on. `hessian` [columns, columns] belongs to the tile;
+    `products` [rows, columns] are the errors of whole rows times H; `error` covers whole rows.
     """
     rows, columns, size = products.shape[0], products.shape[1], weight.shape[1] // scales.shape[1]
     q, g, moved = (
@@ -1225,7 +1231,7 @@ def refine_columns(
 
 @kernel()
 def _replace_error(weight: Any, values: Any, error: Any) -> bool:
-    """Whether that has changed it."""
+    """Store an error; return whether the stored error changed."""
     is_changed = False
     for i in range(values.size):
         difference = weight[i] - values[i]
@@ -1266,7 +1272,7 @@ def _fit_columns(
     dtype: int,
     least: Any,
 ) -> None:
-    """One block: its scale, and its bias."""
+    """Fit the scale and the bias of a block."""
     bias = constants[2]
     right, square, right_bias, mixed = work[1], work[2], work[3], work[4]
     factors, shifts, norm = work[5], work[6], work[7]
@@ -1302,7 +1308,7 @@ def _fit_columns(
 
 @kernel(reassociates=True, contracts=True)
 def add_inner_products(products: Any, error: Any, start: int, factor: float, totals: Any) -> None:
-    """Of each row, `factor` times the product of `products` and of as many columns of `error` from `start` on."""
+    """Add to each row: `factor` times the inner product of `products` and the columns of `error` from `start` on."""
     for row in range(totals.size):
         one, other, total = products[row], error[row, start : start + products.shape[1]], 0.0
         for i in range(one.size):

@@ -1,4 +1,4 @@
-"""The factors of an adapter as the fused operations take them."""
+"""The factors of an adapter, as fused operations take them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def checked_factors(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """lora_A [rank, in] and lora_B [out, rank] in contiguous memory, or None for both.
 
-    Raises ValueError where there is only one, or where they are not float32, bfloat16 or float16 of these shapes.
+    Raises ValueError when one factor is missing, or when dtype (float32, bfloat16, float16) or shape do not fit.
     """
     if lora_A is None and lora_B is None:
         return None, None

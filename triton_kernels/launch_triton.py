@@ -1,5 +1,7 @@
-"""How every kernel is launched: on its tensors' device, and compiled without fused multiply-adds, which would change
-the last bit of what a code is decided by. The default of Triton differs between versions.
+"""The launch of every Triton kernel: on the device of the tensors, and compiled without fused multiply-adds.
+
+A fused multiply-add changes the last bit of a number that decides a code. Triton's default differs between versions, so
+each launch names the choice.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import triton
 def launch(
     kernel: triton.JITFunction[Any], grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, **constants: Any
 ) -> None:
-    """`kernel` over a grid of programs. The first argument is a tensor: it runs where that is.
+    """Run `kernel` over a grid of programs, on the device of the first argument (a tensor).
 
-    `constants` are the kernel's compile-time ones. Nothing is validated here: the contract has done it.
+    `constants` are compile-time constants of the kernel. The contract of the operation has validated all arguments.
     """
     if 0 in grid:
         return
@@ -24,5 +26,5 @@ def launch(
 
 
 def cdiv(numerator: int, denominator: int) -> int:
-    """The quotient, rounded up."""
+    """The quotient, rounded up: `cdiv(5, 2) == 3`."""
     return -(-numerator // denominator)

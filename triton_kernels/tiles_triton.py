@@ -1,6 +1,4 @@
-"""Tiles of matrices that are never written to memory: what codes decode to, and the product of two factors. For the
-kernels that fuse.
-"""
+"""Tiles of matrices that never reach memory: decoded codes, and products of two factors, for fused kernels."""
 
 from __future__ import annotations
 
@@ -24,9 +22,9 @@ def decode_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """float32 [ROWS, COLUMNS]: what the codes of a [rows, columns] matrix decode to in DECODED; zero outside of it.
+    """float32 [ROWS, COLUMNS]: decoded codes of a [rows, columns] matrix, rounded to DECODED; zero outside the matrix.
 
-    `columns` and `first_column` are even, so that no byte has codes of two rows. Blocks may cross rows.
+    `columns` and `first_column` are even, so no byte holds codes of two rows. Blocks may cross rows.
     """
     row = tl.arange(0, ROWS).to(tl.int64)[:, None] + first_row
     pair = tl.arange(0, COLUMNS // 2)[None, :] + first_column // 2
@@ -49,8 +47,8 @@ def product_tile(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """float32 [ROWS, COLUMNS] of left [rows, rank] @ right [rank, columns], both row-major, multiplied and added up in
-    float32. 16 of the rank at a time: the least that tl.dot takes.
+    """float32 [ROWS, COLUMNS] of left [rows, rank] @ right [rank, columns], both row-major, in float32 arithmetic. A
+    step covers 16 of the rank, the smallest size that tl.dot takes.
     """
     row = tl.arange(0, ROWS).to(tl.int64)[:, None] + first_row
     column = tl.arange(0, COLUMNS)[None, :] + first_column

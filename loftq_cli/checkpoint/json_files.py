@@ -1,6 +1,7 @@
-"""Configs, indexes and headers as JSON, read strictly: a regular file of bounded size, UTF-8, an object,
-no key twice (RFC 8259 section 4 leaves that open, so readers disagree), only finite numbers, only Unicode text,
-no deeper and no denser than such files are. Knows nothing of what they mean.
+"""Strict JSON for configs, indexes and headers.
+
+A file is regular, of bounded size and UTF-8; the value is an object without repeated keys (RFC 8259 section 4 permits
+repeated keys, so readers disagree), with finite numbers and Unicode text, no deeper and no denser than real files.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any, NoReturn
 from loftq_cli.checkpoint.watched_file import open_regular_file, refuse_placeholder
 from loftq_cli.errors import InputError, StorageError, printable
 
-MAX_JSON_NBYTES = 100_000_000  # what safetensors allows a header; the largest published index is a fifth of it
-_MAX_DEPTH = 100  # configs nest less than ten levels; what walks the values later may recurse
-# An entry of a safetensors header has at least 51 bytes for its three containers and four keys. Above this size, what
-# is denser is refused before Python spends 60 bytes on each "[]" and 300 on each key.
+MAX_JSON_NBYTES = 100_000_000  # safetensors' limit for a header; the largest published index has a fifth
+_MAX_DEPTH = 100  # configs nest less than ten levels; later readers of the values may recurse
+# An entry of a safetensors header has at least 51 bytes for three containers and four keys. Denser text above the size
+# limit is refused before Python spends 60 bytes on each "[]" and 300 on each key.
 _DENSE_NBYTES = 1_000_000
 _NBYTES_PER_CONTAINER = 16
 _NBYTES_PER_KEY = 12
@@ -30,10 +31,10 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def read_json_object(path: Path, *, max_nbytes: int = MAX_JSON_NBYTES) -> dict[str, Any]:
-    """The object in the JSON file `path`.
+    """Read the object in the JSON file `path`.
 
-    Raises InputError when it is missing, not a regular file, larger than `max_nbytes` or not a strict JSON object.
-    Raises StorageError when it cannot be read.
+    Raises InputError when the file is missing, not regular, larger than `max_nbytes` or not a strict JSON object.
+    Raises StorageError when reading fails.
     """
     descriptor = open_regular_file(path)
     with os.fdopen(descriptor, "rb") as stream:
@@ -48,10 +49,13 @@ def read_json_object(path: Path, *, max_nbytes: int = MAX_JSON_NBYTES) -> dict[s
 
 
 def parse_json_object(data: bytes | bytearray, *, file: Path, what: str = "the file") -> dict[str, Any]:
-    """The JSON object in `data`, which comes from `file`; `what` names it in messages ("the header").
+    """Parse the JSON object in `data` from `file`; `what` names the object in messages ("the header").
 
-    Raises InputError when it is not UTF-8, not JSON, not an object, holds a key twice, NaN, Infinity or a number
-    that is not finite as a float, is nested too deeply, or would take many times its size in memory.
+    Raises InputError for data that is not UTF-8, not JSON or not an object, for a repeated key, NaN, Infinity or a
+    number beyond float range, for deep nesting, and for text that would take many times its size in memory.
+
+    >>> parse_json_object(b'{"rank": 16}', file=Path("config.json"))
+    {'rank': 16}
     """
     _refuse_density(data, file, what)
     try:
@@ -81,7 +85,7 @@ def _refuse_density(data: bytes | bytearray, file: Path, what: str) -> None:
     max_containers, max_keys = len(data) // _NBYTES_PER_CONTAINER, len(data) // _NBYTES_PER_KEY
     if data.count(b"[") + data.count(b"{") <= max_containers and data.count(b":") <= max_keys:
         return
-    containers = keys = 0  # without those in texts, which take time to leave out
+    containers = keys = 0  # brackets inside texts are counted too: skipping texts takes time
     for found in _STRING_OR_OPENING.finditer(data):
         keys += found[0] == b":"
         containers += found[0] in (b"[", b"{")
@@ -102,7 +106,7 @@ def _refuse_depth(value: dict[str, Any], data: bytes | bytearray, file: Path, wh
 
 
 def _refuse_surrogates(value: dict[str, Any], data: bytes | bytearray, file: Path, what: str) -> None:
-    """Half a character can be escaped in JSON, and written to no file."""
+    """Refuse lone surrogates: JSON can escape half a character, and no file can hold half a character."""
     if not _SURROGATE.search(data):
         return
     try:

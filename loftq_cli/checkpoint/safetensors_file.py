@@ -1,6 +1,7 @@
-"""Reading .safetensors without trusting it: every rule of the format is checked on the header before any number is
-read, also those that the reference reader leaves open (a key twice, unknown keys).
-Format: https://github.com/huggingface/safetensors#format. Headers are read without torch.
+"""Reading .safetensors files with distrust: the header is checked against every rule of the format before any number is
+read, including rules that the reference reader skips (repeated keys, unknown keys).
+
+Format: https://github.com/huggingface/safetensors#format. Reading a header needs no torch.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from loftq_cli.tensors.headers import ITEMSIZE, TensorRef
 if TYPE_CHECKING:
     import torch
 
-# Short name -> torch dtype name, in the order by which safetensors' own writer sorts a file (the last ones first).
+# Short name -> torch dtype name, in the sorting order of safetensors' writer (last dtypes first).
 DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -40,23 +41,23 @@ DTYPES = {
     "U64": "uint64",
 }
 
-_MAX_HEADER_NBYTES = 100_000_000  # the format's own limit
-_MAX_NDIM = 64  # torch's own limit
+_MAX_HEADER_NBYTES = 100_000_000  # limit of the format
+_MAX_NDIM = 64  # limit of torch
 _MAX_DIM = 1 << 48
-_MAX_NBYTES = 1 << 62  # above it torch overflows while it computes sizes, even for a tensor without elements
+_MAX_NBYTES = 1 << 62  # torch overflows computing larger sizes, even for a tensor without elements
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _DAMAGED = "the file is damaged or of another kind; download it again"
 
 
 class SafetensorsFile:
-    """One .safetensors file.
+    """A .safetensors file.
 
     tensors  : name -> TensorRef, in the order of their data
-    metadata : the file's `__metadata__`, empty when there is none
+    metadata : `__metadata__` of the file; empty without metadata
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError naming the file, and the tensor, of any rule that the header breaks."""
+        """Read and check the header. Raises InputError naming file and tensor when the header breaks a rule."""
         self.path = path
         self._file = WatchedFile.open(path)
         header, data_begin = _read_header(self._file)
@@ -70,8 +71,9 @@ class SafetensorsFile:
         self._offsets = {entry.ref.name: data_begin + entry.begin for entry in entries}
 
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """The tensor, contiguous on the CPU, in memory of its own, which a GPU copies from while it computes if it is
-        `pinned`. Raises StorageError when the file changed.
+        """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
+
+        Raises StorageError when the file changed.
         """
         ref = self.tensors[name]
         tensor, memory = unread_tensor(ref.dtype, ref.shape, pinned=pinned)
@@ -79,7 +81,7 @@ class SafetensorsFile:
         return tensor
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the first dimension, [stop - start, ...]; only they are read."""
+        """Load rows [start, stop) of the first dimension, [stop - start, ...]; no other rows are read."""
         ref = self.tensors[name]
         shape = rows_shape(ref.shape, start, stop)
         row_nbytes = math.prod(shape[1:]) * ITEMSIZE[ref.dtype]
@@ -88,20 +90,20 @@ class SafetensorsFile:
         return tensor
 
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
-        """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
+        """Yield the bytes of a tensor, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
         return self._file.chunks(self._offsets[name], self.tensors[name].nbytes, chunk_nbytes)
 
     def sha256(self, name: str) -> str:
-        """The sha256 of the bytes that `chunks` gives."""
+        """sha256 of the bytes of a tensor, as `chunks` yields the bytes."""
         return self._file.sha256(self._offsets[name], self.tensors[name].nbytes)
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when the file was replaced or rewritten since it was opened."""
+        """Raises StorageError when the file was replaced or rewritten since opening."""
         self._file.check_unchanged()
 
 
 def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor over `buffer`, which must be exactly its size; the memory is shared."""
+    """View `buffer`, of exactly the right size, as a tensor; the memory is shared."""
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -111,7 +113,7 @@ def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.
 
 
 def unread_tensor(dtype: str, shape: tuple[int, ...], *, pinned: bool = False) -> tuple[torch.Tensor, memoryview]:
-    """A tensor of any numbers, and its memory to read them into."""
+    """Allocate an uninitialized tensor; return the tensor and a view of its memory."""
     import torch
 
     flat = torch.empty(math.prod(shape) * ITEMSIZE[dtype], dtype=torch.uint8, pin_memory=pinned)
@@ -119,14 +121,14 @@ def unread_tensor(dtype: str, shape: tuple[int, ...], *, pinned: bool = False) -
 
 
 def rows_shape(shape: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:
-    """The shape of rows [start, stop). Raises ValueError when there are no such rows."""
+    """The shape of rows [start, stop). Raises ValueError for rows outside the tensor."""
     if not shape or not 0 <= start <= stop <= shape[0]:
         raise ValueError(f"no rows {start}:{stop} in a tensor of shape {list(shape)}")
     return (stop - start, *shape[1:])
 
 
 def checked_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
-    """`shape` as a tuple of sizes that torch can compute with. Raises ValueError saying why it is not one."""
+    """Check a shape: a tuple of sizes that torch can compute with. Raises ValueError with the reason otherwise."""
     if not isinstance(shape, (list, tuple)) or len(shape) > _MAX_NDIM:
         raise ValueError(f"its shape is not a list of at most {_MAX_NDIM} sizes")
     if not all(type(size) is int and 0 <= size <= _MAX_DIM for size in shape):
@@ -137,7 +139,7 @@ def checked_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
 
 
 def is_tensor_name(name: object) -> bool:
-    """Whether `name` is text, not empty, and can be written as UTF-8 (a lone surrogate cannot)."""
+    """Whether `name` is non-empty text that UTF-8 can encode (a lone surrogate has no encoding)."""
     try:
         return isinstance(name, str) and len(name.encode()) > 0
     except UnicodeEncodeError:
@@ -152,7 +154,7 @@ class _Entry:
 
 
 def _read_header(file: WatchedFile) -> tuple[dict[str, Any], int]:
-    """The header's object and where the data begins."""
+    """The header object, and the offset of the data."""
     if file.nbytes < 8:
         raise InputError("is too short for a safetensors file", file=file.path, hint=_DAMAGED)
     header_nbytes = int.from_bytes(file.read(0, 8), "little")
@@ -208,7 +210,7 @@ def _checked_offsets(offsets: Any) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[_Entry], data_nbytes: int, path: Path) -> None:
-    """The tensors must fill the data from its first byte to its last, side by side."""
+    """Check that tensors fill the data from the first byte to the last, side by side."""
     covered = 0
     for entry in entries:
         if entry.begin != covered:

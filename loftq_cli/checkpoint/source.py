@@ -1,6 +1,6 @@
-"""The checkpoint a conversion reads: which files of a folder hold the weights, and their tensors in one ordered dict.
+"""A checkpoint: the weight files of a folder, and all tensors in a single ordered dict.
 
-All headers and the index are checked when it is opened; numbers are read when they are asked for.
+Opening checks all headers and the index. Numbers are read later, on request.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _TORCH_FILE = "loftq_cli.checkpoint.torch_file:TorchFile"
 
-# How a weight file's name ends -> the class that reads it, imported on use.
+# Ending of the name of a weight file -> reader class, imported on use.
 READERS = {
     ".safetensors": "loftq_cli.checkpoint.safetensors_file:SafetensorsFile",
     ".bin": _TORCH_FILE,
@@ -34,7 +34,7 @@ READERS = {
     ".pth": _TORCH_FILE,
 }
 
-# In the order in which a model folder is searched; an index names the files to read.
+# Names in the order of the search in a model folder; an index names the files to read.
 MODEL_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -44,13 +44,13 @@ MODEL_FILES = (
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _OTHER_KINDS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax"}
-_MAX_NAMES = 10  # more hide the sentence around them
+_MAX_NAMES = 10  # more names hide the sentence around the names
 _LOOKED_FOR = f"looked for {', '.join(MODEL_FILES)} or one other .safetensors file"
 _DOWNLOAD = "download the missing files again"
 
 
 class WeightsFile(Protocol):
-    """What a reader offers. See SafetensorsFile for what each part promises."""
+    """The protocol of a reader of a weight file. SafetensorsFile documents each method."""
 
     path: Path
     tensors: dict[str, TensorRef]
@@ -64,12 +64,12 @@ class WeightsFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One checkpoint, of one file or of many. No file stays open between reads.
+    """A checkpoint of a single file or of many. No file stays open between reads.
 
-    path       : what the user gave
-    directory  : the model's folder (where config.json is), None when a lone weight file was given
+    path       : the path that the user typed
+    directory  : the model folder (with config.json); None for a lone weight file
     files      : the weight files, in the order of `tensors`
-    index_file : the index that named them, if any
+    index_file : the index that names the weight files, if any
     tensors    : name -> TensorRef, by file name, then in the order of each file
     """
 
@@ -83,39 +83,37 @@ class Checkpoint:
     _config: WatchedFile | None = field(repr=False)
 
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """The tensor, contiguous on the CPU, in memory of its own, which a GPU copies from while it computes if it is
-        `pinned`.
+        """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
 
-        Raises KeyError for an unknown name, StorageError when its file changed or cannot be read.
+        Raises KeyError for an unknown name, StorageError when the file changed or reading fails.
         """
         return self._reader(name).load(name, pinned=pinned)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the first dimension, [stop - start, ...]. Raises ValueError when there are none."""
+        """Load rows [start, stop) of the first dimension, [stop - start, ...]. Raises ValueError outside the tensor."""
         return self._reader(name).load_rows(name, start, stop)
 
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
-        """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
+        """Yield the bytes of a tensor, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
         return self._reader(name).chunks(name, chunk_nbytes)
 
     def raw(self, name: str) -> bytes:
-        """All bytes of a small tensor; needs no torch."""
+        """Read all bytes of a small tensor, without torch."""
         return b"".join(self.chunks(name))
 
     def sha256(self, name: str) -> str:
-        """The sha256 of the bytes that `chunks` gives."""
+        """sha256 of the bytes of a tensor, as `chunks` yields the bytes."""
         return self._reader(name).sha256(name)
 
     def config(self) -> dict[str, Any]:
-        """config.json beside the weights; empty where there is none. Raises InputError for a damaged one,
-        StorageError for one that changed since the checkpoint was opened.
+        """Read config.json beside the weights; an empty dict without a config.json.
+
+        Raises InputError for a damaged file, StorageError for a file that changed since opening.
         """
         return {} if self._config is None else _json_in(self._config)
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when a weight file, the index or config.json was replaced or rewritten since the
-        checkpoint was opened.
-        """
+        """Raises StorageError when a weight file, the index or config.json was replaced or rewritten since opening."""
         for reader in self._readers.values():
             reader.check_unchanged()
         for file in (self._index, self._config):
@@ -123,7 +121,7 @@ class Checkpoint:
                 file.check_unchanged()
 
     def close(self) -> None:
-        """Ends the use. There is nothing to free: each read opens its file and closes it."""
+        """End the use. Nothing is left to free: each read opens and closes a file."""
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -138,9 +136,9 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a model folder or one weight file.
+    """Open the checkpoint at `path`: a model folder or a single weight file.
 
-    Raises InputError when there is none, it is of a kind that is not read, or any header or its index is wrong.
+    Raises InputError when `path` holds no checkpoint, an unsupported kind, a wrong header or a wrong index.
     Raises StorageError when a file or the folder cannot be read.
     """
     if stat.S_ISDIR(_mode_of(path)):
@@ -152,7 +150,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
-    """Everything that `open_checkpoint` refuses `path` for, where that stops at the first; nothing where it opens."""
+    """Yield every error for which `open_checkpoint` refuses `path`; `open_checkpoint` stops at the first."""
     try:
         weights = _weights_in(path) if stat.S_ISDIR(_mode_of(path)) else path
         if weights == path or not weights.name.endswith(".index.json"):
@@ -170,14 +168,14 @@ def faults(path: Path) -> Iterator[LoftqError]:
 
 
 def open_files(directory: Path, names: Sequence[str]) -> Checkpoint:
-    """The checkpoint of exactly the weight files called `names`, in a directory that may not be complete yet."""
+    """Open exactly the weight files called `names`; the directory may be incomplete."""
     readers = {directory / name: open_weights_file(directory / name) for name in names}
     tensors = {name: ref for reader in readers.values() for name, ref in reader.tensors.items()}
     return Checkpoint(directory, directory, tuple(readers), None, tensors, readers, None, None)
 
 
 def open_weights_file(path: Path) -> WeightsFile:
-    """The reader of one weight file, chosen by how its name ends. Raises InputError when that says nothing to us."""
+    """Open a weight file with the reader for the ending of the name. Raises InputError for an unknown ending."""
     if path.suffix not in READERS:
         what = "is an index" if path.name.endswith(".index.json") else "is not a weight file that is read here"
         kind = _OTHER_KINDS.get(path.suffix)
@@ -224,13 +222,13 @@ def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
 
 
 def _read_index(index_file: Path) -> tuple[WatchedFile, dict[str, str]]:
-    """The index, and the name of the file that each tensor is in."""
+    """The index file, and tensor name -> file name."""
     index = WatchedFile.open(index_file)
     return index, _checked_weight_map(_json_in(index).get("weight_map"), index_file)
 
 
 def _checked_weight_map(weight_map: object, index_file: Path) -> dict[str, str]:
-    """Tensor name -> file name. The file names may not lead out of the folder."""
+    """Check tensor name -> file name. A file name must not lead out of the folder."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("has no weight_map", file=index_file, hint=_DOWNLOAD)
     suffix = Path(index_file.name.removesuffix(".index.json")).suffix
@@ -248,7 +246,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _check_agrees(reader: WeightsFile, file_of: dict[str, str], index_file: Path) -> None:
-    """The index and a weight file must name the same tensors."""
+    """Check that the index and a weight file name equal tensors."""
     here = reader.path.name
     missing = [name for name, file in file_of.items() if file == here and name not in reader.tensors]
     if missing:
@@ -265,7 +263,7 @@ def _check_agrees(reader: WeightsFile, file_of: dict[str, str], index_file: Path
 
 
 def _weights_in(directory: Path) -> Path:
-    """The file that says where the weights of a model folder are: an index or the one weight file."""
+    """The index of a model folder, or the only weight file."""
     names = _names_in(directory)
     for name in MODEL_FILES:
         if name in names:

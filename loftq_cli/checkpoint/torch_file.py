@@ -1,7 +1,7 @@
-"""Reading .bin, .pt and .pth checkpoints (the zip files that torch.save writes) without running anything in them.
+"""Reading .bin, .pt and .pth checkpoints (zip files of torch.save) without running any code in the file.
 
-Tensors are read from the zip's uncompressed members in place, as the pickle inside (torch_pickle.py) describes them;
-torch.load, pickle and zlib are never called.
+Tensors are read in place from uncompressed members of the zip file, as described by the pickle inside
+(torch_pickle.py); torch.load, pickle and zlib are never called.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from loftq_cli.tensors.headers import ITEMSIZE, TensorRef
 if TYPE_CHECKING:
     import torch
 
-_MAX_PICKLE_NBYTES = 100_000_000  # as much as a safetensors header may have
-_MAX_DIRECTORY_NBYTES = 1 << 24  # 120,000 members at the 130 bytes that torch.save spends on each
-_MAX_VIEWS = 4  # times a storage's own size that different views of it may add up to; tied weights need 2
+_MAX_PICKLE_NBYTES = 100_000_000  # the limit of a safetensors header
+_MAX_DIRECTORY_NBYTES = 1 << 24  # 120,000 members at 130 bytes each, as torch.save writes
+_MAX_VIEWS = 4  # most bytes of views over a storage, in sizes of the storage; tied weights need 2
 
 _CONVERT = "convert it to .safetensors on a machine where you trust it"
 
 
 class TorchFile:
-    """One torch zip checkpoint: a flat dict of names to tensors, or one such dict under "state_dict" or "model".
+    """A torch zip checkpoint: a flat dict of names to tensors, or a flat dict under "state_dict" or "model".
 
-    Beside that inner dict only plain numbers and texts may stand (an epoch, a version); they are not tensors and
-    are left out. Anything else that is not a tensor is refused by name.
+    Plain numbers and texts (an epoch, a version) may stand beside the inner dict and are left out. Any other object
+    that is no tensor is refused by name.
 
-    tensors : name -> TensorRef, in the order of the dict; a tied tensor names the first one in `alias_of`
+    tensors : name -> TensorRef, in the order of the dict; a tied tensor names the first owner in `alias_of`
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises InputError naming the file, and the tensor, of anything that is not plainly a tensor in it."""
+        """Read directory and pickle. Raises InputError naming the file and any entry that is no plain tensor."""
         self.path = path
         self._file = WatchedFile.open(path)
         members = _read_members(self._file)
@@ -55,17 +55,16 @@ class TorchFile:
         self._collect(tensors, members, f"{root}data/")
 
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """The tensor, contiguous on the CPU, in memory of its own, which a GPU copies from while it computes if it is
-        `pinned`. Raises StorageError when the file changed.
+        """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
 
-        A tensor that is not contiguous in the file costs twice its memory for a moment.
+        Raises StorageError when the file changed. Peak memory of a tensor not contiguous in the file: twice its size.
         """
         view = self._views[name]
         tensor = tensor_from(self._read(view), view.dtype, view.shape)
         return tensor.pin_memory() if pinned else tensor
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of the first dimension, [stop - start, ...]."""
+        """Load rows [start, stop) of the first dimension, [stop - start, ...]."""
         view = self._views[name]
         shape = rows_shape(view.shape, start, stop)
         offset = view.offset + start * view.stride[0] * ITEMSIZE[view.dtype]
@@ -73,9 +72,9 @@ class TorchFile:
         return tensor_from(self._read(rows), rows.dtype, rows.shape)
 
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
-        """The tensor's bytes, little-endian and row-major, in pieces of at most `chunk_nbytes`.
+        """Yield the bytes of a tensor, little-endian and row-major, in pieces of at most `chunk_nbytes`.
 
-        A tensor that is not contiguous in the file is loaded whole first.
+        A tensor not contiguous in the file is loaded whole first.
         """
         if chunk_nbytes < 1:
             raise ValueError("chunk_nbytes is at least 1")
@@ -86,19 +85,19 @@ class TorchFile:
         return (data[begin : begin + chunk_nbytes] for begin in range(0, len(data), chunk_nbytes))
 
     def sha256(self, name: str) -> str:
-        """The sha256 of the bytes that `chunks` gives."""
+        """sha256 of the bytes of a tensor, as `chunks` yields the bytes."""
         view = self._views[name]
         if view.is_contiguous:
             return self._file.sha256(view.offset, self.tensors[name].nbytes)
         return hashlib.sha256(self._read(view)).hexdigest()
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when the file was replaced or rewritten since it was opened."""
+        """Raises StorageError when the file was replaced or rewritten since opening."""
         self._file.check_unchanged()
 
     def _collect(self, tensors: dict[str, PickledTensor], members: dict[str, _Member], prefix: str) -> None:
         first: dict[PickledTensor, str] = {}
-        viewed: dict[str, int] = {}  # storage key -> bytes of its different views
+        viewed: dict[str, int] = {}  # storage key -> bytes of all views
         for name, tensor in tensors.items():
             try:
                 view = _placed(tensor, members.get(prefix + tensor.storage.key))
@@ -112,7 +111,7 @@ class TorchFile:
             self._views[name] = view
 
     def _read(self, view: _View) -> bytearray:
-        """The view's elements in row-major order."""
+        """Read the elements of a view in row-major order."""
         nbytes = math.prod(view.shape) * ITEMSIZE[view.dtype]
         if view.is_contiguous:
             return self._file.read(view.offset, nbytes)
@@ -125,7 +124,7 @@ class TorchFile:
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """Where a tensor's elements lie: `offset` in bytes from the start of the file, `stride` in elements."""
+    """The elements of a tensor: `offset` in bytes from the start of the file, `stride` in elements."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -134,7 +133,7 @@ class _View:
 
     @property
     def span(self) -> int:
-        """Elements from the first to the last, both included; 0 when there are none."""
+        """Elements from the first to the last, both included; 0 for an empty tensor."""
         if 0 in self.shape:
             return 0
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
@@ -151,14 +150,14 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A member of the zip file: where its bytes are in the file."""
+    """A member of the zip file: offset and size of the bytes."""
 
     offset: int
     nbytes: int
 
 
 class _BoundedInput(io.FileIO):
-    """A file whose zip directory cannot be larger than we allow: zipfile reads it whole."""
+    """A file that limits the zip directory, because zipfile reads the directory whole."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_DIRECTORY_NBYTES:
@@ -173,7 +172,7 @@ class _BoundedInput(io.FileIO):
 
 
 def _read_members(file: WatchedFile) -> dict[str, _Member]:
-    """The members of the zip file. Raises InputError when it is not a plain zip file of uncompressed members."""
+    """The members of the zip file. Raises InputError unless the file is a plain zip file of uncompressed members."""
     head = bytes(file.read(0, min(file.nbytes, 512)))
     if not head.startswith(b"PK\x03\x04"):
         raise InputError(_other_format(head), file=file.path, hint=_CONVERT)
@@ -219,7 +218,7 @@ def _checked_members(descriptor: int, infos: list[zipfile.ZipInfo], end: int) ->
 
 
 def _data_offset(descriptor: int, info: zipfile.ZipInfo) -> int:
-    """Where the member's bytes begin: behind its local header, which must agree with the directory.
+    """Offset of the bytes of a member: after the local header, which must agree with the directory.
     Source: APPNOTE.TXT 4.3.7.
     """
     fixed = os.pread(descriptor, 30, info.header_offset)
@@ -233,7 +232,7 @@ def _data_offset(descriptor: int, info: zipfile.ZipInfo) -> int:
 
 
 def _archive_root(members: dict[str, _Member], path: Path) -> str:
-    """What stands before "data.pkl" in the member names, with its slash."""
+    """The prefix of "data.pkl" in the member names, slash included."""
     pickles = [name for name in members if name.endswith("/data.pkl")]
     if not pickles:
         raise InputError("holds no folder/data.pkl, where torch.save puts its pickle", file=path, hint=_CONVERT)
@@ -258,7 +257,7 @@ def _read_state_dict(file: WatchedFile, member: _Member) -> dict[str, PickledTen
 
 
 def _placed(tensor: PickledTensor, member: _Member | None) -> _View:
-    """Where the tensor lies in the file. Raises ValueError when it is not all inside its storage."""
+    """Place a tensor in the file. Raises ValueError for a tensor that leaves its storage."""
     storage, itemsize = tensor.storage, ITEMSIZE[tensor.dtype]
     nbytes = storage.numel * (1 if storage.dtype is None else itemsize)
     if member is None or member.nbytes != nbytes:

@@ -26,7 +26,7 @@ _STORAGE_DTYPES: dict[str, str | None] = {
     "torch.LongStorage": "int64",
     "torch.DoubleStorage": "float64",
     "torch.ComplexFloatStorage": "complex64",
-    "torch.storage.UntypedStorage": None,  # what dtypes without a storage class of their own (float8, uint16) use
+    "torch.storage.UntypedStorage": None,  # for dtypes without a storage class (float8, uint16)
 }
 _DTYPES = {f"torch.{name}": name for name in ITEMSIZE}
 _ORDERED_DICT = "collections.OrderedDict"
@@ -42,7 +42,7 @@ _MARK: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A global that the pickle mentions, as text."""
+    """A global that the pickle names, as text."""
 
     text: str
 
@@ -64,13 +64,13 @@ class PickledTensor:
 
 
 def read_state_dict(data: bytearray) -> dict[str, PickledTensor]:
-    """Name -> tensor of what torch.save pickled. Raises ValueError that says what else is in there."""
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # pickletools on odd backslashes
+    """Name -> tensor of a dict pickled by torch.save. Raises ValueError naming any other content."""
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # from pickletools, on odd backslashes
         return _state_dict(_Interpreter(len(data)).run(data))
 
 
 def _state_dict(value: Any) -> dict[str, PickledTensor]:
-    """The dict of tensors in what the pickle holds. Raises ValueError naming what is not a tensor."""
+    """The dict of tensors in the pickled value. Raises ValueError naming an entry that is no tensor."""
     inner = [key for key in ("state_dict", "model") if isinstance(value, dict) and isinstance(value.get(key), dict)]
     plain = (int, float, str, type(None))
     if inner:
@@ -96,16 +96,16 @@ def _described(key: Any, holder: dict[Any, Any]) -> str:
 
 
 class _Interpreter:
-    """A pickle machine that knows only data. `run` returns dicts, lists, tuples, numbers, texts, _Name, PickledStorage
-    and PickledTensor; it raises ValueError, and names the opcode or global, for anything else.
+    """A pickle machine for data alone. `run` returns dicts, lists, tuples, numbers, texts, _Name, PickledStorage and
+    PickledTensor; any other opcode or global raises ValueError with its name.
 
-    Memory stays below 25 times the pickle's size: 23 was the most that hostile pickles of 4 to 8 MB reached.
+    Memory stays below 25 times the size of the pickle: hostile pickles of 4 to 8 MB reached 23 times.
     """
 
     def __init__(self, nbytes: int) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._weight = 0  # of the containers made: a dict or list takes more memory than the rest
+        self._weight = 0  # of containers: dicts and lists take most memory
         self._max_weight = 1000 + nbytes // 8  # torch.save spends over 10 bytes on each unit
         self._max_memo = 1000 + nbytes // 5  # LONG_BINPUT, which every slot above 255 needs, has 5 bytes
 
@@ -234,7 +234,7 @@ def _storage(persistent_id: Any) -> PickledStorage:
 
 
 def _rebuilt(function: Any, args: Any) -> Any:
-    """What torch's own rebuilders would make, as data. Hooks must be absent, as torch.save leaves them."""
+    """The result of a rebuilder of torch, as data. Hooks must be absent, as torch.save writes none."""
     name = function.text if isinstance(function, _Name) else None
     args = args if type(args) is tuple else (None,)
     if name == _ORDERED_DICT and not args:
@@ -251,7 +251,7 @@ def _rebuilt(function: Any, args: Any) -> Any:
         dtype = storage.dtype
         if name == _TENSOR_WITH_DTYPE and dtype is None and rest and isinstance(rest[0], _Name):
             dtype = _DTYPES.get(rest.pop(0).text)
-        if dtype is not None and not rest:  # more arguments would be conjugate or negative bits
+        if dtype is not None and not rest:  # further arguments would be conjugate or negative bits
             return _tensor(storage, dtype, offset, shape, stride)
     raise ValueError(f"calls {printable(name)} in a way that torch.save does not for plain tensors")
 

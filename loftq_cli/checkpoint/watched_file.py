@@ -1,6 +1,6 @@
-"""A file that must not change while it is read, and how a file is opened at all: regular files only, never waited for.
+"""A file that must not change during a run. Only regular files are opened, and opening never waits.
 
-Knows nothing of what is in the file.
+The contents of the file are left to other modules.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from pathlib import Path
 
 from loftq_cli.errors import InputError, StorageError
 
-CHUNK_NBYTES = 1 << 20  # as fast as larger ones, whose fresh memory costs more than reading into it
+CHUNK_NBYTES = 1 << 20  # bytes; larger chunks are no faster, because fresh memory costs more than reading
 
 
 @dataclass(frozen=True, slots=True)
 class WatchedFile:
-    """A regular file that is read by position. No descriptor stays open between reads;
-    each read makes sure that the file is still the one that was seen first.
+    """A regular file, read by position. No descriptor stays open between reads; each read checks that the file is still
+    the file that was opened first.
     """
 
     path: Path
@@ -29,8 +29,10 @@ class WatchedFile:
 
     @classmethod
     def open(cls, path: Path, *, may_be_empty: bool = False) -> WatchedFile:
-        """Raises InputError when there is no such regular file, it is empty or a git-LFS pointer. A file that
-        `may_be_empty` is taken whatever is in it.
+        """Remember the identity of the file.
+
+        Raises InputError when `path` names no regular file, or an empty file, or a git-LFS pointer. `may_be_empty`
+        accepts any contents.
         """
         descriptor = open_regular_file(path)
         try:
@@ -47,10 +49,10 @@ class WatchedFile:
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor for the length of the block. Raises StorageError when the file changed or the system fails."""
+        """Yield a descriptor during the block. Raises StorageError when the file changed or the system fails."""
         try:
             descriptor = open_regular_file(self.path)
-        except InputError as exc:  # it was a regular file before
+        except InputError as exc:  # the path named a regular file at first
             raise _changed(self.path) from exc
         try:
             if _identity(os.fstat(descriptor)) != self.identity:
@@ -62,13 +64,13 @@ class WatchedFile:
             os.close(descriptor)
 
     def read(self, offset: int, nbytes: int) -> bytearray:
-        """`nbytes` bytes from `offset` on. Raises StorageError when the file ends earlier or changed."""
+        """Read `nbytes` bytes from `offset` on. Raises StorageError when the file ends earlier or changed."""
         buffer = bytearray(nbytes)
         self.read_into(offset, memoryview(buffer))
         return buffer
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """The same into memory that is there: clearing it first takes as long as reading."""
+        """Read into existing memory: clearing fresh memory takes as long as reading."""
         with self.opened() as descriptor:
             _read_exactly(descriptor, offset, buffer, self.path)
 
@@ -83,7 +85,7 @@ class WatchedFile:
         return digest.hexdigest()
 
     def chunks(self, offset: int, nbytes: int, chunk_nbytes: int) -> Iterator[memoryview]:
-        """The same bytes in pieces of at most `chunk_nbytes`, each in a buffer of its own."""
+        """Yield `nbytes` bytes from `offset` on in pieces of at most `chunk_nbytes`, each in a fresh buffer."""
         if chunk_nbytes < 1:
             raise ValueError("chunk_nbytes is at least 1")
         with self.opened() as descriptor:
@@ -93,7 +95,7 @@ class WatchedFile:
                 yield chunk
 
     def check_unchanged(self) -> None:
-        """Raises StorageError when the path holds another file than was opened, or one written to since."""
+        """Raises StorageError when the file was replaced or written since opening."""
         try:
             identity = _identity(os.stat(self.path))
         except OSError as exc:
@@ -103,10 +105,10 @@ class WatchedFile:
 
 
 def open_regular_file(path: Path) -> int:
-    """A descriptor of `path`, open for reading; a link to a regular file is fine. The caller closes it.
+    """Open `path` for reading and return a descriptor, which the caller closes. A link to a regular file is fine.
 
-    A FIFO or a device is refused and never waited for.
-    Raises InputError when there is no such regular file, StorageError when it may not be opened.
+    A FIFO or a device is refused without waiting.
+    Raises InputError when `path` names no regular file, StorageError when opening is not permitted.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
@@ -124,7 +126,7 @@ def open_regular_file(path: Path) -> int:
 
 
 def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:
-    """Raises InputError when `head`, the first bytes of `path`, shows that the file itself was never downloaded."""
+    """Raises InputError when `head`, the first bytes of `path`, is a placeholder for a file never downloaded."""
     if not head:
         raise InputError("is empty", file=path, hint="download it again, or take it from its source")
     if head.startswith(b"version https://git-lfs"):
@@ -133,7 +135,7 @@ def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:
 
 def _read_exactly(descriptor: int, offset: int, buffer: memoryview, path: Path) -> None:
     done = 0
-    while done < len(buffer):  # one call reads at most 2 GB on Linux, and less on some network file systems
+    while done < len(buffer):  # a call reads at most 2 GB on Linux, less on some network file systems
         count = os.preadv(descriptor, [buffer[done:]], offset + done)
         if count == 0:
             message = f"changed while it was being read: it ends {len(buffer) - done} bytes early"

@@ -1,6 +1,6 @@
 """checksums.json, the completeness mark of a result: the sha256 of every other file, and of every tensor.
 
-Reads and makes it; what a mismatch means is the caller's.
+Callers decide how to react to a mismatch.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class Checksums:
-    """What a result says about itself.
+    """The completeness mark of a result.
 
-    fingerprint    of the input's headers and of every option that affects bytes
-    input_sha256   of the input's numbers; None where it was not recorded
+    fingerprint    hash of the input headers and of every option that affects bytes
+    input_sha256   hash of the input numbers; None if not recorded
     files          relative name -> sha256 of the file
-    tensors        relative name of a weight file -> tensor name -> sha256 of the tensor's bytes
+    tensors        relative name of a weight file -> tensor name -> sha256 of the bytes
     """
 
     fingerprint: str
@@ -38,15 +38,15 @@ class Checksums:
     tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The values of checksums.json beside the tool's own."""
+        """The values of checksums.json, without tool and version."""
         inputs = {} if self.input_sha256 is None else {"input_sha256": self.input_sha256}
         return {**inputs, "fingerprint": self.fingerprint, "files": dict(self.files), "tensors": dict(self.tensors)}
 
 
 def read_checksums(directory: Path) -> Checksums | None:
-    """The completeness mark in `directory`; None where there is none.
+    """Read the completeness mark in `directory`; None without a mark.
 
-    Raises InputError for one that this tool did not write, and for a name in it that leads out of the directory.
+    Raises InputError for a mark that loftq-cli did not write, and for a name that leads out of the directory.
     """
     path = directory / CHECKSUMS
     if not os.path.lexists(path):
@@ -70,13 +70,13 @@ def read_checksums(directory: Path) -> Checksums | None:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a regular file's bytes. Raises InputError when there is none, StorageError when it cannot be read."""
+    """sha256 of a regular file. Raises InputError for a missing file, StorageError when reading fails."""
     file = WatchedFile.open(path, may_be_empty=True)
     return file.sha256(0, file.nbytes)
 
 
 def files_in(directory: Path) -> list[str]:
-    """Relative names of everything below `directory` that is not a folder, in order."""
+    """Relative names of all files below `directory`, sorted."""
     names = []
     for root, _, found in os.walk(directory):
         names += [(Path(root) / name).relative_to(directory).as_posix() for name in found]
@@ -88,11 +88,15 @@ def _are_sums(sums: object) -> bool:
 
 
 def _is_relative(name: str) -> bool:
-    """Whether `name` stays inside the directory, and is spelled in one way only."""
+    """Whether `name` is a normalized relative path inside the directory."""
     parts = name.split("/")
     return "\0" not in name and all(part not in ("", ".", "..") for part in parts)
 
 
 def fingerprint_of(sums: Mapping[str, str]) -> str:
-    """One hash for a set of tensors, from the sha256 of each by name."""
+    """A single hash for a set of tensors, from tensor name -> sha256.
+
+    >>> fingerprint_of({"b": "2", "a": "1"}) == fingerprint_of({"a": "1", "b": "2"})
+    True
+    """
     return hashlib.sha256("".join(f"{sums[name]} {name}\n" for name in sorted(sums)).encode()).hexdigest()

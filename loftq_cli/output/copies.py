@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     pass
 
 
-NOT_FINITE = "not_finite"  # in the result of a copied tensor: it holds NaN or infinite values
+NOT_FINITE = "not_finite"  # key in the result of a copied tensor with NaN or infinite values
 _SLAB_NUMEL = 1 << 22  # elements converted at once when a copy changes dtype: 16 MB of float32
 
 
 def not_finite_note(name: str) -> str:
-    """What is said of such a tensor."""
+    """The note about a copied tensor with NaN or infinite values."""
     return f"{name} holds NaN or infinite values, and is copied as it is"
 
 
 class WatchedChunks:
-    """The bytes of a tensor as they pass by; `are_finite` says whether none of the numbers was NaN or infinite."""
+    """Pass the bytes of a tensor on; `are_finite` tells whether every number so far was finite."""
 
     def __init__(self, chunks: Iterable[memoryview], dtype: str) -> None:
         self._chunks, self._dtype = chunks, dtype
@@ -42,7 +42,7 @@ class WatchedChunks:
 
 
 def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) -> Iterator[memoryview]:
-    """The bytes of a floating-point tensor in another dtype, a slab of rows at a time.
+    """Yield the bytes of a floating-point tensor in another dtype, a slab of rows at a time.
 
     Raises InputError when a finite number becomes infinite.
     """
@@ -61,7 +61,7 @@ def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) ->
 
 
 def is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: OutputFiles) -> bool:
-    """Whether a finished unit can be kept: its input and its output are re-hashed, existence proves nothing."""
+    """Whether a finished unit can be kept: input and output are hashed again, because existence proves nothing."""
     if checkpoint.sha256(entry.unit) != entry.input_sha256:
         return False
     return files.hold(entry.outputs)

@@ -1,5 +1,5 @@
-"""Every change that this program makes to a disk, one small operation each, so that what a crash or a full disk does to
-a run can be tried at each of them. Knows no format; an OSError becomes a StorageError that names the file.
+"""Every change that loftq-cli makes to a disk, as small operations: tests crash the program, or fill the disk, at each
+operation. An OSError becomes a StorageError that names the file.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ _REMEDIES = {
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory unless it is there."""
+    """Make a directory unless the directory exists."""
     with _reported(path):
         path.mkdir(exist_ok=True)
 
 
 def open_file(path: Path) -> int:
-    """A descriptor for reading and writing; the file is made, with normal permissions, unless it is there."""
+    """Open a file for reading and writing; a missing file is made with normal permissions."""
     with _reported(path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def resize(descriptor: int, nbytes: int, path: Path) -> None:
-    """Cut the file, or let it grow by a hole."""
+    """Cut the file, or extend the file by a hole."""
     with _reported(path):
         os.ftruncate(descriptor, nbytes)
 
 
 def write_at(descriptor: int, position: int, data: bytes | memoryview, path: Path) -> None:
-    """Write all of `data`: one call of the system writes at most 2 GB, and less where a disk is nearly full."""
+    """Write all of `data`: a system call writes at most 2 GB, and less on a nearly full disk."""
     view = memoryview(data)
     with _reported(path):
         while view:
@@ -52,8 +52,8 @@ def write_at(descriptor: int, position: int, data: bytes | memoryview, path: Pat
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Return when everything written to the file is on the disk. After an error the file cannot be trusted: the system
-    may have dropped what it could not write.
+    """Return when all written bytes are on the disk. After an error the file cannot be trusted: the system may have
+    dropped bytes.
     """
     with _reported(path):
         os.fsync(descriptor)
@@ -64,45 +64,45 @@ def sync_directory(path: Path) -> None:
     with _reported(path):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except PermissionError:  # a directory that may be written and not be read
+        except PermissionError:  # a directory that can be written but not read
             return
         try:
             os.fsync(descriptor)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems have no such thing
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot sync a directory
                 raise
         finally:
             os.close(descriptor)
 
 
 def rename(old: Path, new: Path) -> None:
-    """Give a file or a directory another name on the same file system, at once."""
+    """Rename a file or a directory within a file system, atomically."""
     with _reported(new):
         os.rename(old, new)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, if it is there."""
+    """Remove a file; a missing file is fine."""
     with _reported(path):
         path.unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory and everything in it, if it is there. A link in it is removed, and never followed."""
+    """Remove a directory with all contents; a missing directory is fine. Links are removed, never followed."""
     with _reported(path):
         if os.path.lexists(path):
             shutil.rmtree(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """The whole content of a small file, in place of what was in it."""
+    """Replace the contents of a small file."""
     with written_file(path) as descriptor:
         write_at(descriptor, 0, data, path)
 
 
 @contextmanager
 def written_file(path: Path) -> Iterator[int]:
-    """A descriptor of an empty file for the length of the block."""
+    """Yield a descriptor of an empty file during the block."""
     descriptor = open_file(path)
     try:
         resize(descriptor, 0, path)
@@ -112,7 +112,7 @@ def written_file(path: Path) -> Iterator[int]:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """An OSError as one line for the user."""
+    """Turn an OSError into a single line for the user."""
     what = (error.strerror or "input/output error").lower()
     free = f", {_free(path)} are free" if error.errno == errno.ENOSPC else ""
     return StorageError(what + free, file=path, hint=_REMEDIES.get(error.errno or 0))

@@ -1,5 +1,7 @@
-"""The journal of a run: one line for every finished unit of work, with a checksum, so that a torn or foreign line ends
-the reading. What is in it proves nothing: whoever continues a run hashes the unit's input and output again.
+"""The journal of a run: a line with a checksum for every finished unit of work. A torn or foreign line ends the
+reading.
+
+A line proves nothing: a resumed run hashes input and output of each unit again.
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError
 from loftq_cli.output import disk
 
-_PUBLISHING = "#publishing"  # no name of a unit: units are entries of four values
+_PUBLISHING = "#publishing"  # never the name of a unit: a unit has four values
 
 
 @dataclass(frozen=True, slots=True)
 class JournalEntry:
-    """One finished unit of work: what went in, what came out (tensor name -> sha256), and what was measured."""
+    """A finished unit of work: sha256 of the input, of each output tensor, and the measured result."""
 
     unit: str
     input_sha256: str
@@ -32,12 +34,12 @@ class JournalEntry:
 
 @dataclass(frozen=True, slots=True)
 class JournalContents:
-    """What the whole lines of a journal say.
+    """The whole lines of a journal.
 
-    fingerprint     of the run; None for a journal that says nothing
-    entries         by unit
-    is_publishing   whether the result was complete, and its publication had begun
-    nbytes          how far the whole lines of units reach
+    fingerprint     fingerprint of the run; None for an empty journal
+    entries         unit -> entry
+    is_publishing   whether the result was complete and publication had begun
+    nbytes          end of the whole lines of units, in bytes
     """
 
     fingerprint: str | None = None
@@ -47,9 +49,9 @@ class JournalContents:
 
 
 def read_journal(path: Path) -> JournalContents:
-    """The journal at `path`, up to the first line that is torn, foreign or out of place; nothing where there is none.
+    """Read the journal at `path` up to the first line that is torn, foreign or out of place; empty without a file.
 
-    Raises StorageError when it cannot be read.
+    Raises StorageError when reading fails.
     """
     try:
         file = WatchedFile.open(path, may_be_empty=True)
@@ -59,10 +61,10 @@ def read_journal(path: Path) -> JournalContents:
 
 
 def parse_journal(data: bytes) -> JournalContents:
-    """What the whole lines of `data` say. Raises nothing."""
+    """Parse the whole lines of `data`. Raises nothing."""
     fingerprint, is_publishing, nbytes = None, False, 0
     entries: list[JournalEntry] = []
-    for line in data.split(b"\n")[:-1]:  # what follows the last line's end is torn
+    for line in data.split(b"\n")[:-1]:  # bytes after the last line end are torn
         value = _value(line)
         if isinstance(value, str) and fingerprint is None:
             fingerprint = value
@@ -80,44 +82,44 @@ def parse_journal(data: bytes) -> JournalContents:
 
 
 class Journal:
-    """A journal that is written. Lines reach the disk by `sync`, or when the system likes."""
+    """A journal open for writing. Lines reach the disk by `sync`, or earlier."""
 
     def __init__(self, path: Path, contents: JournalContents) -> None:
-        """Continue the journal at `path` after the units that it was read as. Raises StorageError."""
+        """Continue the journal at `path` after the whole lines in `contents`. Raises StorageError."""
         self._path = path
         self._descriptor = disk.open_file(path)
         self._end, self._durable = (
             contents.nbytes,
             0,
-        )  # what an earlier process wrote, this one has not brought to the disk
+        )  # lines of an earlier process may not be on the disk
         self._lock = threading.Lock()
         disk.resize(self._descriptor, self._end, path)
 
     @property
     def end(self) -> int:
-        """How far the lines reach."""
+        """End of the lines, in bytes."""
         return self._end
 
     def start(self, fingerprint: str) -> None:
-        """Say which run it is, in the first line."""
+        """Write the first line: the fingerprint of the run."""
         self._append(fingerprint)
 
     def append(self, entry: JournalEntry) -> None:
-        """Add a finished unit."""
+        """Append a finished unit."""
         self._append([entry.unit, entry.input_sha256, entry.outputs, entry.result])
 
     def publish(self) -> None:
-        """Say, on the disk, that the result is complete and its publication begins."""
+        """Record, on the disk, that the result is complete and publication begins."""
         self._append(_PUBLISHING)
         self.sync(self._end)
 
     def sync(self, end: int) -> None:
-        """Bring the lines up to `end` to the disk, and perhaps more. Raises StorageError."""
+        """Bring at least the lines up to `end` to the disk. Raises StorageError."""
         disk.sync(self._descriptor, self._path)
         self._durable = max(self._durable, end)
 
     def cut(self, *, to_nothing: bool = False) -> None:
-        """Take back the lines that are not known to be on the disk, or all: what they speak of may not be there."""
+        """Cut off lines not known to be on the disk, or all lines: the tensors of such lines may be missing."""
         with self._lock:
             self._durable = 0 if to_nothing else self._durable
             disk.resize(self._descriptor, self._durable, self._path)
@@ -138,7 +140,7 @@ class Journal:
 
 
 def _value(line: bytes) -> Any:
-    """The value of a line; None for a line that is not ours."""
+    """The value of a line; None for a foreign line."""
     checksum, _, text = line.partition(b" ")
     if checksum.decode("latin-1") != _line_hash(text):
         return None
@@ -165,10 +167,10 @@ def _line_hash(text: bytes) -> str:
 
 
 def by_unit(entries: Iterable[JournalEntry]) -> dict[str, JournalEntry]:
-    """The entries by their units; of a unit that was made again, the last one."""
+    """Unit -> entry; the last entry of a unit wins."""
     return {entry.unit: entry for entry in entries}
 
 
 def outputs_of(entries: Iterable[JournalEntry]) -> dict[str, str]:
-    """The sha256 of every tensor that units wrote."""
+    """Tensor name -> sha256 over all units."""
     return {name: sha256 for entry in entries for name, sha256 in entry.outputs.items()}

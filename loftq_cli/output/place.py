@@ -1,7 +1,8 @@
-"""Where a result is made, and how it becomes visible: beside the output, and by one rename.
+"""Where a result is made, and how the result becomes visible: beside the output, by a single rename.
 
-Where the output is a mount point, or its parent may not be written, that cannot be: there it is made in `.partial`
-inside, and publication moves file by file, the config and then the checksums last. Looks into no file of a result.
+A mount point, or a parent without write permission, rules a rename out. The result is then made in `.partial` inside
+the output, and publication moves file by file, config.json and then the checksums last. No file of a result is read
+here.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from loftq_cli.output.journal import read_journal
 _JOURNAL, _RESULT, _REPLACED = ".journal", "result", "replaced"
 HIDDEN_INSIDE = ".partial"
 _HIDDEN = re.compile(r"\.(.+\.)?partial")
-_NO_CONTENT = {HIDDEN_INSIDE, "lost+found"}  # in a directory that is a mount point
+_NO_CONTENT = {HIDDEN_INSIDE, "lost+found"}  # names that leave a mount point empty
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a result is made.
+    """The directories of a result in the making.
 
-    target   the directory that it becomes, links resolved
-    root     the hidden directory, which is locked; what is written is in its `result`
+    target   the directory that the result becomes, links resolved
+    root     the hidden, locked directory; its folder `result` holds the written files
     moves    whether publication moves file by file
     """
 
@@ -38,7 +39,7 @@ class Place:
 
     @classmethod
     def of(cls, output: Path) -> Place:
-        """That of what a user calls `output`."""
+        """The place for the path `output` as typed by a user."""
         target = Path(os.path.realpath(output))
         moves = target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
         hidden = target / HIDDEN_INSIDE if moves else target.parent / f".{target.name}.partial"
@@ -46,51 +47,49 @@ class Place:
 
     @property
     def result(self) -> Path:
-        """What is written."""
+        """The folder of the written files."""
         return self.root / _RESULT
 
     @property
     def replaced(self) -> Path:
-        """What stood under the output's name, until the result stands there."""
+        """The folder that keeps the previous contents of the output until the result is visible."""
         return self.root / _REPLACED
 
     @property
     def journal(self) -> Path:
-        """What is finished."""
+        """The journal of finished units."""
         return self.root / _JOURNAL
 
     def is_published(self) -> bool:
-        """Whether the hidden directory is what a run left behind that died after its publication."""
+        """Whether the hidden directory was left by a run that died after publication."""
         return self._is_result_gone() and read_journal(self.journal).is_publishing
 
     def is_half_published(self) -> bool:
-        """Whether a run died while it published: what stands under the output's name may be a part of its result."""
+        """Whether a run died during publication, so the output may hold a part of a result."""
         return not self._is_result_gone() and read_journal(self.journal).is_publishing
 
     def is_left_over(self) -> bool:
-        """Whether there is a hidden directory, and nothing of use in it."""
+        """Whether the hidden directory exists and holds nothing of use."""
         if not self.root.is_dir():
             return False
         found = read_journal(self.journal)
         return found.fingerprint is None or (found.is_publishing and self._is_result_gone())
 
     def _is_result_gone(self) -> bool:
-        """Whether nothing is left to publish: the result itself is moved, or, file by file, its mark as the last."""
+        """Whether nothing is left to publish: the result, or its last file (the mark), has moved."""
         return not (self.result / CHECKSUMS if self.moves else self.result).exists()
 
     def contents(self) -> list[str]:
-        """Names of what stands under the output's name."""
+        """Names of the files in the output."""
         ignored = _NO_CONTENT if self.moves else set()
         return [name for name in os.listdir(self.target) if name not in ignored]
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a file with this relative name below `target` belongs to an unfinished result."""
+        """Whether a relative name below `target` belongs to an unfinished result."""
         return self.moves and name.startswith(f"{HIDDEN_INSIDE}/")
 
     def publish(self) -> None:
-        """Show the result, which is complete and on the disk, as the journal is to say; then remove the hidden
-        directory.
-        """
+        """Make the complete result visible; the journal records the start. Then remove the hidden directory."""
         if self.moves:
             _move_in(self)
         else:
@@ -98,7 +97,7 @@ class Place:
         self.clear()
 
     def recover(self) -> None:
-        """Undo a publication that was interrupted: what stood there before stands there again."""
+        """Undo an interrupted publication: restore the previous contents of the output."""
         if self.is_published():
             return
         if self.moves:
@@ -114,13 +113,13 @@ class Place:
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether `directory` is a hidden one, or the result in it."""
+    """Whether `directory` is a hidden directory or the result inside."""
     whole = Path(os.path.abspath(directory))
     return any(map(_HIDDEN.fullmatch, (whole.name, whole.parent.name))) or os.path.lexists(directory / _JOURNAL)
 
 
 def _is_mount(path: Path) -> bool:
-    """Whether another file system, or another part of the same one, is mounted there."""
+    """Whether `path` is a mount point, bind mounts included."""
     if os.path.ismount(path):
         return True
     try:
@@ -128,7 +127,7 @@ def _is_mount(path: Path) -> bool:
     except OSError:
         return False
     points = (re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]) for line in lines)
-    return os.fsencode(path) in points  # of the same file system, ismount sees none
+    return os.fsencode(path) in points  # ismount misses bind mounts within a file system
 
 
 def _rename_in(place: Place) -> None:
@@ -138,7 +137,7 @@ def _rename_in(place: Place) -> None:
         disk.rename(place.target, place.replaced)
         disk.sync_directory(place.root)
     try:
-        disk.rename(place.result, place.target)  # an empty directory gives way
+        disk.rename(place.result, place.target)  # rename replaces an empty directory
     except BaseException:
         place.recover()
         raise
@@ -164,18 +163,18 @@ def _move_back(place: Place) -> None:
 
 
 def _top_names(mark: Checksums) -> list[str]:
-    """What a result has in its folder."""
+    """Top-level names of a result."""
     return [CHECKSUMS, *{name.partition("/")[0] for name in mark.files}]
 
 
 def _take_out(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move a result's files, the mark and the config first: nothing loads a folder without its config."""
+    """Move files of a result out, mark and config first: no loader takes a folder without a config."""
     for kind in (2, 1, 0):
         _move([name for name in names if _rank(name) == kind], source, target)
 
 
 def _bring_in(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move a result's files, the config and the mark last."""
+    """Move files of a result in, config and mark last."""
     for kind in (0, 1, 2):
         _move([name for name in names if _rank(name) == kind], source, target)
 
@@ -185,7 +184,7 @@ def _rank(name: str) -> int:
 
 
 def _move(names: Iterable[str], source: Path, target: Path) -> None:
-    """Move files, and return when that is on the disk."""
+    """Move files, and return when the moves are on the disk."""
     for name in sorted(names):
         disk.rename(source / name, target / name)
     disk.sync_directory(target)

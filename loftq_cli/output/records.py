@@ -19,21 +19,25 @@ TOOL = {"tool": "loftq-cli", "version": __version__}
 
 
 def write_texts(directory: Path, texts: Mapping[str, str]) -> None:
-    """Write small files by relative name. Raises StorageError."""
+    """Write small files, relative name -> text. Raises StorageError."""
     for name, text in texts.items():
         disk.write_file(directory / name, text.encode())
 
 
 def index_json(shard_of: Mapping[str, str], total_nbytes: int) -> str:
-    """model.safetensors.index.json."""
+    """The text of model.safetensors.index.json."""
     return dump_json({"metadata": {"total_size": total_nbytes}, "weight_map": dict(sorted(shard_of.items()))})
 
 
 def source_name(path: Path) -> str:
-    """How a checkpoint is called in reports: its last path component, without what is no text."""
+    """The name of a checkpoint in reports: the last path component, unprintable characters escaped."""
     return printable(path.name or path.resolve().name)
 
 
 def dump_json(values: Mapping[str, Any]) -> str:
-    """How every JSON file of ours is written."""
+    """JSON text, as in every JSON file of a result.
+
+    >>> dump_json({"rank": 16})
+    '{\\n  "rank": 16\\n}\\n'
+    """
     return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,4 +1,4 @@
-"""The small files that travel with a model: tokenizer, generation settings, custom code. Copied, never read."""
+"""Small files that travel with a model: tokenizer, generation settings, custom code. Files are copied, never read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
 from loftq_cli.output import disk
 from loftq_cli.output.checksums import file_sha256
 
-# Other forms of the same weights, and what belongs to a training run or a repository: none describes our output.
+# Weights in other formats, and files of a training run or a repository: such files do not describe the result.
 _WEIGHT_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz"),
     *(".h5", ".msgpack", ".ot", ".tflite", ".pb", ".mlmodel", ".onnx", ".onnx_data", ".xml"),
@@ -19,14 +19,14 @@ _WEIGHT_SUFFIXES = {
 }
 _SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
 SOURCE_CARD = "SOURCE_README.md"
-MAX_NBYTES = 200_000_000  # the largest tokenizers have tens of MB; more is not a side file
+MAX_NBYTES = 200_000_000  # bytes; the largest tokenizers have tens of MB
 
 
 def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
-    """(copied, left): relative paths of the files beside the weights, at most one folder deep, in order.
+    """(copied, left): relative paths of the files beside the weights, at most one folder deep, sorted.
 
-    Left are files in other weight formats, oversized ones, and those whose name is no UTF-8, which no JSON can list.
-    Hidden files and `config.json`, which we write ourselves, and folders that hold an adapter are in neither.
+    Left are weights in other formats, oversized files, and names outside UTF-8, which no JSON can list. Neither list
+    has hidden files, `config.json` (the result has a fresh config.json) and folders with an adapter.
     """
     copied: list[Path] = []
     left: list[Path] = []
@@ -49,9 +49,9 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
 
 
 def side_file_copies(source: Path | None, *, leave: Collection[str] = ()) -> dict[str, Path]:
-    """Name of each copy in the result -> the file that is copied, but for the names in `leave`.
+    """Name of each copy in the result -> source file, without the names in `leave`.
 
-    The source's README.md becomes SOURCE_README.md: a result has a card of its own.
+    README.md of the source becomes SOURCE_README.md: a result has a fresh README.md.
     """
     found = [] if source is None else find_side_files(source)[0]
     named = {SOURCE_CARD if path == Path("README.md") else path.as_posix(): path for path in found}
@@ -59,7 +59,7 @@ def side_file_copies(source: Path | None, *, leave: Collection[str] = ()) -> dic
 
 
 def copy_side_files(copies: Mapping[str, Path], target: Path) -> None:
-    """Make `copies` in `target`, with fresh normal permissions. Raises StorageError."""
+    """Copy `copies` into `target`, with normal permissions. Raises StorageError."""
     for name, source in copies.items():
         copy = target / name
         disk.make_directory(copy.parent)
@@ -71,10 +71,10 @@ def copy_side_files(copies: Mapping[str, Path], target: Path) -> None:
 
 
 def are_copied(copies: Mapping[str, Path], sums: Mapping[str, str]) -> bool:
-    """Whether the files are still those whose sha256 a result lists by the names of the copies."""
+    """Whether the source files still have the sha256 that a result lists for the copies."""
     return all(sums.get(name) == file_sha256(source) for name, source in copies.items())
 
 
 def nbytes_of(copies: Mapping[str, Path]) -> int:
-    """Bytes that they take."""
+    """Total size of the copies in bytes."""
     return sum(source.stat().st_size for source in copies.values())

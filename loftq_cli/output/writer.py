@@ -1,5 +1,5 @@
-"""Header-first writing of a .safetensors file: the plan knows every name, dtype and shape, so the file is laid out
-first and each tensor is written into its place, in any order. Byte-identical to what safetensors itself writes.
+"""Header-first writing of a .safetensors file: the plan knows every name, dtype and shape, so the layout comes first
+and tensors follow in any order. Bytes equal a file written by safetensors.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, int], int]:
-    """The header bytes, each tensor's offset in the file, and the size of the file in bytes.
+    """Lay out a file: the header bytes, the offset of each tensor, and the size of the file in bytes.
 
-    Wide dtypes come first, then names in order, so that every tensor is aligned and the layout depends on nothing else.
-    `__metadata__` holds one key: with more, safetensors' own writer orders them differently in each process.
+    Wide dtypes come first, then names in order, so every tensor is aligned and the layout depends on nothing else.
+    `__metadata__` holds a single key: with more keys, the order in safetensors' writer varies between processes.
     """
     rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
     short_name = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,10 +53,10 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
 
 
 class SafetensorsWriter:
-    """One output file, open for writing. An existing file of the right size is kept, for a run that is resumed."""
+    """An output file, open for writing. An existing file of the right size is kept, for a resumed run."""
 
     def __init__(self, path: Path, tensors: Sequence[OutTensor]) -> None:
-        """Lay `path` out for `tensors`. Raises StorageError when that is not possible."""
+        """Lay out `path` for `tensors`. Raises StorageError when the disk refuses."""
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in tensors}
         header, self._offsets, size = safetensors_layout(tensors)
@@ -65,9 +65,9 @@ class SafetensorsWriter:
         self._write_at(0, header)
 
     def write(self, name: str, tensor: torch.Tensor) -> str:
-        """Write a whole tensor into its place; returns the sha256 of its bytes.
+        """Write a whole tensor; return the sha256 of the bytes.
 
-        Raises ValueError when dtype or shape are not the planned ones.
+        Raises ValueError when dtype or shape differ from the plan.
         """
         planned = self._tensors[name]
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -76,9 +76,9 @@ class SafetensorsWriter:
         return self.write_chunks(name, [tensor_bytes(tensor)])
 
     def write_chunks(self, name: str, chunks: Iterable[memoryview]) -> str:
-        """Write a tensor's bytes, in order, into its place; returns their sha256.
+        """Write the bytes of a tensor, in order; return the sha256 of the bytes.
 
-        Raises ValueError when they are not as many as planned.
+        Raises ValueError when the number of bytes differs from the plan.
         """
         place = self.place(name)
         for chunk in chunks:
@@ -86,12 +86,12 @@ class SafetensorsWriter:
         return place.close()
 
     def place(self, name: str) -> TensorPlace:
-        """Where a tensor's bytes go, to be filled from its beginning to its end."""
+        """The place of a tensor, to be filled from the beginning to the end."""
         start = self._offsets[name]
         return TensorPlace(name, start, start + self._tensors[name].nbytes, self._write_at)
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of a tensor as they lie in the file now."""
+        """Read back rows [start, stop) of a tensor from the file."""
         planned = self._tensors[name]
         shape = rows_shape(planned.shape, start, stop)
         row_nbytes = math.prod(shape[1:]) * ITEMSIZE[planned.dtype]
@@ -108,7 +108,7 @@ class SafetensorsWriter:
         return tensor
 
     def sha256(self, name: str) -> str:
-        """The sha256 of the bytes that lie in the file in the tensor's place now."""
+        """sha256 of the bytes at the place of a tensor, read back from the file."""
         digest = hashlib.sha256()
         position = self._offsets[name]
         end = position + self._tensors[name].nbytes
@@ -121,7 +121,7 @@ class SafetensorsWriter:
         return digest.hexdigest()
 
     def sync(self) -> None:
-        """Return when what was written is on the disk. Raises StorageError when it is not."""
+        """Return when all written bytes are on the disk. Raises StorageError otherwise."""
         disk.sync(self._fd, self.path)
 
     def close(self) -> None:
@@ -135,14 +135,14 @@ class SafetensorsWriter:
 
 
 class TensorPlace:
-    """The place of one tensor in a file that is being written."""
+    """The place of a tensor in a file open for writing."""
 
     def __init__(self, name: str, start: int, end: int, write_at: Callable[[int, bytes | memoryview], None]) -> None:
         self._name, self._start, self._position, self._end = name, start, start, end
         self._write_at, self._digest = write_at, hashlib.sha256()
 
     def append(self, data: bytes | memoryview) -> None:
-        """The next bytes. Raises ValueError when they are more than planned."""
+        """Write the next bytes. Raises ValueError for more bytes than planned."""
         if self._position + len(data) > self._end:
             raise ValueError(f"{self._name} has more bytes than planned")
         self._write_at(self._position, data)
@@ -150,7 +150,7 @@ class TensorPlace:
         self._position += len(data)
 
     def close(self) -> str:
-        """The sha256 of all bytes. Raises ValueError when they are fewer than planned."""
+        """Return the sha256 of all bytes. Raises ValueError for fewer bytes than planned."""
         if self._position != self._end:
             found, planned = self._position - self._start, self._end - self._start
             raise ValueError(f"{self._name} has {found} bytes, planned were {planned}")
@@ -158,10 +158,10 @@ class TensorPlace:
 
 
 class OutputFiles:
-    """Several output files, open for writing; a tensor finds its file by its name."""
+    """Output files, open for writing, and the writer of each tensor by tensor name."""
 
     def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]]) -> None:
-        """`files`: relative name -> its tensors. Raises StorageError when one cannot be laid out."""
+        """Lay out `files`, relative name -> tensors. Raises StorageError when the disk refuses."""
         self._files = files
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
@@ -175,22 +175,22 @@ class OutputFiles:
         return self._writer_of[name]
 
     def hold(self, sums: Mapping[str, str]) -> bool:
-        """Whether each of these tensors lies in its place with its sha256; what is there is read."""
+        """Whether the files hold each tensor with the given sha256; the files are read back."""
         return all(self[name].sha256(name) == sha256 for name, sha256 in sums.items())
 
     def sums_by_file(self, sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
-        """The sha256 of each tensor by its file's name, from those by its own."""
+        """Regroup sha256 by tensor name: file name -> tensor name -> sha256."""
         return {file: {tensor.name: sums[tensor.name] for tensor in tensors} for file, tensors in self._files.items()}
 
     def sync(self) -> None:
-        """Return when what was written to them, and their names, are on the disk. Raises StorageError."""
+        """Return when all written bytes and file names are on the disk. Raises StorageError."""
         for writer in self._writers:
             writer.sync()
         for folder in {writer.path.parent for writer in self._writers}:
             disk.sync_directory(folder)
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all files."""
         for writer in self._writers:
             writer.close()
 
@@ -204,7 +204,7 @@ class OutputFiles:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The row-major little-endian bytes of a CPU tensor, without a copy when it is contiguous."""
+    """The row-major little-endian bytes of a CPU tensor; no copy for a contiguous tensor."""
     import torch
 
     flat = tensor.detach().contiguous().view(-1)

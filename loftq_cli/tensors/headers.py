@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# torch's own dtype names -> bytes per element. safetensors' short names ("BF16") stay inside checkpoint/.
+# Dtype names of torch -> bytes per element. Short names of safetensors ("BF16") stay inside checkpoint/ and output/.
 ITEMSIZE = {
     "bool": 1,
     "uint8": 1,
@@ -27,17 +27,17 @@ ITEMSIZE = {
     "float64": 8,
     "complex64": 8,
 }
-# What a weight may be stored in to be quantized. float8 needs scales that live in other tensors: not a plain weight.
+# Dtypes of a weight that can be quantized. A float8 weight has scales in other tensors, so float8 is no plain weight.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
-# What a model may compute in, and what a merged or copied tensor may be cast to.
+# Dtypes in which a model computes, and to which merged or copied tensors are cast.
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """One tensor of a checkpoint, as its header describes it: nothing is read until it is asked for.
+    """A tensor of a checkpoint, as described by a header; no number is read.
 
-    `alias_of` names an earlier tensor that is the same memory (tied weights in a torch file).
+    `alias_of` names an earlier tensor in shared memory (tied weights in a torch file).
     """
 
     name: str
@@ -56,14 +56,14 @@ class TensorRef:
 
 
 def config_file_beside(refs: Iterable[TensorRef]) -> Path | None:
-    """Where the config.json of a model with these tensors lies: in the folder of its weights."""
+    """The path of config.json in the folder of the tensors; None without tensors."""
     ref = next(iter(refs), None)
     return None if ref is None else ref.file.parent / "config.json"
 
 
 @dataclass(frozen=True, slots=True)
 class OutTensor:
-    """One tensor that will be written: known from the plan, before any number is."""
+    """A tensor of the output, known from the plan before any number is read."""
 
     name: str
     dtype: str

@@ -1,4 +1,4 @@
-"""What an error is: of a quantized layer with its adapter, and of a whole model. Plain numbers, no files."""
+"""Errors of a quantized layer with an adapter, and of a whole model. Plain numbers, no files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerError:
-    """How far a layer is from its original weight W.
+    """The error of a layer against the original weight W.
 
     squared_weight       ||W||², for weighted totals
     squared_base_error   ||W − dequant(Q)||²
-    squared_error        ||W − dequant(Q) − s·B·A||²: what the loaded model computes
+    squared_error        ||W − dequant(Q) − s·B·A||², the error of the loaded model
     max_error            largest |W − dequant(Q) − s·B·A|
     squared_delta        ||s·B·A||²
     """
@@ -58,7 +58,7 @@ class LayerError:
 class GroupErrors:
     """Relative error of each group of an integer format, √(||error||² / ||W||²) over the group.
 
-    worst_row, worst_group   the group whose error is `max_error`; groups of zeros are left out
+    worst_row, worst_group   the group with error `max_error`; groups of zeros are left out
     """
 
     groups: int
@@ -81,7 +81,7 @@ def sqnr_db(error: float) -> float:
 
 
 def total_error(layers: Iterable[LayerError]) -> LayerError:
-    """The error of all layers taken as one long vector: sums of squares, the largest of the maxima."""
+    """The error of all layers as a single long vector: sums of squares, the largest of the maxima."""
     listed = list(layers)
     return LayerError(
         squared_weight=math.fsum(e.squared_weight for e in listed),
@@ -93,7 +93,7 @@ def total_error(layers: Iterable[LayerError]) -> LayerError:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Whether no number of it is NaN or infinite: by its ends, which is 20 times faster than looking at each."""
+    """Whether every number is finite, judged by minimum and maximum: 20 times faster than a look at each number."""
     import torch
 
     if not tensor.is_floating_point() or not tensor.numel():
@@ -102,7 +102,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def delta_rows(lora: LoraPair, dtype: torch.dtype | None = None) -> Callable[[slice], torch.Tensor]:
-    """What gives rows of s·B·A, [rows, in] in `dtype`; float32, from the factors as they are stored, when not given."""
+    """A function from a slice of rows to rows of s·B·A, [rows, in] in `dtype` (float32 by default)."""
     import torch
 
     if dtype in (None, torch.float32):
@@ -113,27 +113,27 @@ def delta_rows(lora: LoraPair, dtype: torch.dtype | None = None) -> Callable[[sl
     def rows(part: slice) -> torch.Tensor:
         delta = lora_B[part] @ lora_A
         if delta.dtype == torch.float32:
-            delta *= lora.scaling  # last, as PEFT does it
+            delta *= lora.scaling  # last, as in PEFT
         return delta if lora.group_size == 1 else delta.repeat_interleave(lora.group_size, dim=1)
 
     return rows
 
 
 def adapter_delta(lora: LoraPair) -> torch.Tensor:
-    """s·B·A in float32 [out, in], from the factors as they are stored."""
+    """s·B·A in float32 [out, in], from the stored factors."""
     return delta_rows(lora)(slice(None))
 
 
 def group_delta(lora: LoraPair) -> torch.Tensor:
-    """s·B·A in float64 [out, in / group_size]: what is added to every weight of a group."""
+    """s·B·A in float64 [out, in / group_size]: the number added to every weight of a group."""
     return (lora.lora_B.double() @ lora.lora_A.double()).mul_(lora.scaling)
 
 
 def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Workers = SERIAL) -> LayerError:
-    """The error of a layer, whose weight is `decoded` plus what `lora` adds. Peak memory: a few rows a thread."""
+    """The error of `decoded` plus the adapter `lora` against `weight`. Peak memory: a few rows a thread."""
     from loftq_cli.triton_kernels.error_stats.contract import ErrorSums, error_stats
 
-    # What adds nothing yet, as before training, takes no time either.
+    # lora_B is all zero before training: skip the product.
     delta = None if lora is None or not bool(lora.lora_B.any()) else delta_rows(lora)
 
     def sums(part: slice) -> ErrorSums:
@@ -153,7 +153,7 @@ def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Wor
 def group_errors(
     weight: Rows, decoded: Rows, lora: LoraPair | None, group_size: int, workers: Workers = SERIAL
 ) -> GroupErrors:
-    """The errors of the groups of `group_size` neighbouring columns, of what `layer_error` is about."""
+    """Errors of groups of `group_size` neighbouring columns; arguments as in `layer_error`."""
     import torch
 
     delta = None if lora is None else delta_rows(lora)
@@ -162,7 +162,7 @@ def group_errors(
         rows = weight.rows(part).float()
         difference = rows - (decoded.rows(part) if delta is None else decoded.rows(part) + delta(part))
         shape = (len(rows), -1, group_size)
-        # The norms take float64 inside: squares of 1e20, or of 1e-23, are outside float32's range.
+        # Norms accumulate in float64: squares of 1e20 or of 1e-23 leave the range of float32.
         norms = torch.linalg.vector_norm(rows.view(shape), dim=2, dtype=torch.float64)  # [rows, groups in a row]
         lost = torch.linalg.vector_norm(difference.view(shape), dim=2, dtype=torch.float64)
         return (lost / norms).where(norms > 0, 0.0), norms > 0
@@ -173,7 +173,7 @@ def group_errors(
     parts = slabs_of(weight, decoded.multiple, STREAMED_NUMEL)
     for found, is_counted in workers.map(errors, parts):
         here = float(found.max()) if found.numel() else 0.0
-        if here > largest or (math.isnan(here) and not math.isnan(largest)):  # NaN is never lost
+        if here > largest or (math.isnan(here) and not math.isnan(largest)):  # a NaN always wins
             largest, worst = here, groups + int(found.argmax())
         groups += found.numel()
         counted += int(is_counted.sum())
@@ -188,7 +188,7 @@ def group_errors(
 
 
 def _largest(values: Iterable[float]) -> float:
-    """NaN where there is one."""
+    """The largest value; NaN if any value is NaN."""
     largest = 0.0
     for value in values:
         largest = value if value > largest or math.isnan(value) else largest

@@ -1,4 +1,4 @@
-"""A matrix that is read a few rows at a time: in memory, on a GPU, or wherever its rows come from. No formats here."""
+"""A matrix read a few rows at a time: in memory, on a GPU, or from a file. Number formats are left to quant/."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from loftq_cli.errors import NumericError
 if TYPE_CHECKING:
     import torch
 
-SLAB_NUMEL = 1 << 21  # weights taken at once: large enough for matrix products at full speed, 8 MB in float32
-STREAMED_NUMEL = 1 << 19  # weights of a matrix that is not in memory: 2 MB in float32, a few times for each thread
+SLAB_NUMEL = 1 << 21  # weights of a slab: enough for matrix products at full speed, 8 MB in float32
+STREAMED_NUMEL = 1 << 19  # weights of a slab of a matrix outside memory: 2 MB in float32, a few slabs a thread
 
 
 class Rows(Protocol):
-    """A matrix of `shape` [out, in], read in parts that are multiples of `multiple` rows, up to the last."""
+    """A matrix of `shape` [out, in], read in parts of a multiple of `multiple` rows (the last part may be shorter)."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -27,16 +27,16 @@ class Rows(Protocol):
 
     @property
     def device(self) -> torch.device | str:
-        """Where its rows come to lie; everything that is computed from them lies there too."""
+        """The device of the rows, and of all results computed from the rows."""
         ...
 
     @property
     def slab_numel(self) -> int:
-        """How many weights at least are best taken at once; 0 where a processor's caches decide it."""
+        """The least number of weights of a slab; 0 leaves the size to the caches of a processor."""
         ...
 
     def rows(self, part: slice) -> torch.Tensor:
-        """Rows [part.start, part.stop), contiguous, in a dtype that `plain` leaves alone."""
+        """Rows [part.start, part.stop), contiguous, float32 or bfloat16."""
         ...
 
 
@@ -64,7 +64,7 @@ class TensorRows:
 
 @dataclass(frozen=True, slots=True)
 class UploadedRows:
-    """Rows of a matrix in the processor's memory, on a device that does not hold all of it."""
+    """Rows of a matrix in host memory, copied to a device too small for the whole matrix."""
 
     matrix: TensorRows
     device: torch.device
@@ -84,7 +84,7 @@ class UploadedRows:
 
 @dataclass(frozen=True, slots=True)
 class ComputedRows:
-    """A matrix whose rows a function gives."""
+    """A matrix whose rows a function computes."""
 
     shape: tuple[int, int]
     compute: Callable[[slice], torch.Tensor]
@@ -97,14 +97,14 @@ class ComputedRows:
 
 
 def stored_rows(load_rows: Callable[[str, int, int], torch.Tensor], name: str, shape: tuple[int, int]) -> Rows:
-    """A matrix whose rows are read when they are asked for; `load_rows` gives some of the tensor called `name`."""
+    """A matrix read from a file on request; `load_rows(name, start, stop)` reads rows of the tensor `name`."""
     return ComputedRows(shape, lambda part: plain(load_rows(name, part.start, part.stop)))
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` as contiguous float32 or bfloat16, which is what kernels read.
+    """Convert to contiguous float32 or bfloat16, the dtypes that kernels read.
 
-    Raises NumericError for float64 numbers that only become infinite here.
+    Raises NumericError for float64 numbers beyond the range of float32.
     """
     import torch
 
@@ -117,7 +117,9 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def not_finite(weight: Rows) -> NumericError:
-    """The error of a matrix, or of it minus something, that was found not to be finite: which of the two it is."""
+    """The error for a matrix, or a matrix minus an update, that is not finite: either the matrix or the update is at
+    fault.
+    """
     for part in slabs_of(weight, numel=STREAMED_NUMEL):
         if not bool(weight.rows(part).isfinite().all()):
             return NumericError("holds NaN or infinite values")
@@ -127,9 +129,12 @@ def not_finite(weight: Rows) -> NumericError:
 
 
 def slabs(shape: tuple[int, int], multiple: int = 1, numel: int = SLAB_NUMEL) -> list[slice]:
-    """The rows of a matrix in parts of about `numel` weights, each but the last a multiple of `multiple` rows.
+    """Split the rows of a matrix into parts of about `numel` weights, each but the last a multiple of `multiple` rows.
 
-    They depend on nothing else, so that sums over them are the same on every machine.
+    The split depends on the arguments alone, so sums over parts are equal on every machine.
+
+    >>> slabs((5, 10), multiple=2, numel=20)
+    [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
     """
     rows, columns = shape
     step = max(numel // max(columns, 1) // multiple, 1) * multiple
@@ -137,10 +142,14 @@ def slabs(shape: tuple[int, int], multiple: int = 1, numel: int = SLAB_NUMEL) ->
 
 
 def slabs_of(weight: Rows, multiple: int = 1, numel: int = SLAB_NUMEL) -> list[slice]:
-    """`slabs` of a matrix, of which as much is taken at once as suits the device that it is on."""
+    """`slabs` of a matrix, in a size that suits the device of the matrix."""
     return slabs(weight.shape, math.lcm(weight.multiple, multiple), max(numel, weight.slab_numel))
 
 
 def row_multiple(columns: int, block_size: int) -> int:
-    """The fewest rows that are whole blocks of `block_size` weights of the flattened matrix."""
+    """The fewest rows that hold whole blocks of `block_size` weights of the flattened matrix.
+
+    >>> row_multiple(columns=96, block_size=64)
+    2
+    """
     return block_size // math.gcd(block_size, max(columns, 1))

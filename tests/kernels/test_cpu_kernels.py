@@ -719,7 +719,7 @@ def test_double_quantization_of_constants_is_that_of_the_reference(name, nested_
 FULL_DISK = """
 import resource, signal, torch
 from loftq_cli.triton_kernels import backend
-from loftq_cli.triton_kernels.codebook import quantize_codebook
+from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
 assert backend.use_compiled_kernels() is None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

@@ -171,7 +171,8 @@ def test_space_that_an_unfinished_run_has_taken_is_not_asked_for_again(source, o
 def test_a_second_process_is_refused_at_once_and_the_first_one_is_not_disturbed(source, out, expected):
     options = ("--rank", "4", "--iterations", "1", "--fit", "loftq")
     hold = (
-        "import sys, loftq_cli.convert as c; c._write_side_files = lambda *a, w=c._write_side_files: (input(), w(*a))"
+        "import sys, loftq_cli.conversion.run as c; "
+        "c._write_side_files = lambda *a, w=c._write_side_files: (input(), w(*a))"
     )
     program = f"{hold}; from loftq_cli.cli.main import main; main()"
     command = [sys.executable, "-c", program, "quantize", str(source), "out", *options, "-q"]

@@ -1,9 +1,9 @@
-"""Group-wise integer quantization: the contract. A group is `group_size` neighbouring columns of one row; its value is
-(code - zero_point) * scale with unsigned codes, the form that compressed-tensors and GPTQ checkpoints store, or
-code * scale + bias, the form of MLX.
+"""Group-wise integer quantization: the contract.
 
-The range of a group is that of its weights; refinement.py searches for one that loses less. Ranges with integer zero
-points follow the observer of compressed-tensors (`calculate_qparams`).
+A group is `group_size` neighbouring columns of a row. A value is (code - zero_point) * scale with unsigned codes, as
+compressed-tensors and GPTQ store, or code * scale + bias, as MLX stores. The range of a group is the range of the
+weights; refinement/ searches for a range with less error. Ranges with integer zero points follow the observer of
+compressed-tensors (`calculate_qparams`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ ZERO_POINTS = ("int", "float")
 
 @dataclass(frozen=True, slots=True)
 class AffineGroups:
-    """A quantized matrix: codes uint8 [out, in], and one scale and at most one offset a group, [out, in / group_size].
+    """A quantized matrix: codes uint8 [out, in], and for each group a scale and at most an offset [out, in /
+    group_size].
 
-    Scales and biases have the scale dtype, zero points are uint8. Neither offset: the zero point is 2^(bits - 1).
+    Scales and biases have the scale dtype, zero points are uint8. Without an offset the zero point is 2^(bits - 1).
     """
 
     codes: torch.Tensor
@@ -47,19 +48,19 @@ def quantize_affine(
 ) -> AffineGroups:
     """Codes, scales and offsets of a float32 [out, in]. All arithmetic is float32 and rounds half to even.
 
-    The range [low, high] of a group goes from its least to its greatest weight, and holds 0 unless the zero point is
-    "float". It becomes a scale and an offset, each rounded to its dtype before it is used:
+    The range [low, high] of a group spans the weights of the group, and 0 unless the zero point is "float". Scale and
+    offset of the range are rounded to the stored dtype before use:
     - symmetric: scale = max(-low, high) / ((2^bits - 1) / 2); no offset is returned.
     - zero_point "int": scale = (high - low) / (2^bits - 1); zero point round(-low / scale), clamped.
-    - zero_point "float": the same scale; bias = low.
+    - zero_point "float": scale = (high - low) / (2^bits - 1); bias = low.
     A code is round(w / scale) + zero point, or round((w - bias) / scale), clamped. A scale that rounds to 0 becomes 1:
-    its group decodes to 0, and with a bias to the bias or whole steps from it.
+    the group decodes to 0, and with a bias to the bias plus whole steps.
 
-    A scale is NaN or Inf where its group holds one, and Inf where it (or high - low) overflows. A bias can overflow
-    too. Every code there is the zero point, with biases 0, and the caller decides. A finite scale can decode to Inf
-    too, where a product overflows its dtype (65504 in float16).
-    Raises ValueError unless `weight` is contiguous float32 with two dimensions and groups divide its rows, for unknown
-    choices, and for a symmetric float zero point.
+    A scale is NaN or Inf where the group holds NaN or Inf, and Inf where the scale (or high - low) overflows. A bias
+    can overflow too. Codes of such a group are the zero point (0 with biases), and the caller decides how to react. A
+    finite scale can decode to Inf where a product overflows the scale dtype (65504 in float16). Raises ValueError
+    unless `weight` is contiguous float32 with two dimensions and groups divide its rows, for unknown choices, and for a
+    symmetric float zero point.
     """
     if weight.dtype != torch.float32 or weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError("weight must be contiguous float32 with two dimensions")
@@ -87,10 +88,11 @@ def dequantize_affine(
     *,
     biases: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """float32 [out, in]: (code - zero point) * scale, each step rounded to the dtype of the scales as loaders do; with
-    biases code * scale + bias, each step float32, as MLX and the "metal" loader of transformers do.
+    """Decode to float32 [out, in].
 
-    Codes uint8 [out, in]; scales and offsets [out, in / group_size]. Zero points are integers of any kind, or None for
+    Zero points: (code - zero point) * scale, each step rounded to the dtype of the scales, as loaders round. Biases:
+    code * scale + bias, each step in float32, as MLX and the "metal" loader of transformers compute. Codes are uint8
+    [out, in]; scales and offsets [out, in / group_size]. Zero points have any integer dtype, or are None for
     2^(bits - 1); biases have any dtype of scales.
     Raises ValueError when shapes or dtypes do not fit, and for zero points beside biases.
     """

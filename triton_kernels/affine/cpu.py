@@ -1,7 +1,6 @@
-"""Group-wise integer quantization compiled for the processor; byte for byte what affine_reference.py computes.
+"""Group-wise integer quantization compiled for a processor; bytes equal affine/reference.py.
 
-The scales and offsets themselves, one or two numbers a group, are the reference's, and so is decoding, which torch does
-as fast as the memory.
+The reference computes scales and offsets, a number or two a group, and decodes: torch decodes at the speed of memory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ dequantize = affine_reference.dequantize
 def quantize(
     groups: torch.Tensor, bits: int, offset: str, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See affine_reference.py."""
+    """See affine/reference.py."""
     return affine_reference.quantize_as(_CompiledForm(bits, offset, scale_dtype), groups)
 
 

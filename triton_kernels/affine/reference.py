@@ -1,6 +1,6 @@
 """The definition of group-wise integer quantization in plain torch.
 
-Works in pieces that stay in the processor's cache, so its scratch does not grow with the tensor.
+The work is split into pieces that stay in the cache of a processor, so scratch memory does not grow with the tensor.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-PIECE_NUMEL = 1 << 17  # elements a pass, as in codebook_reference.py
+PIECE_NUMEL = 1 << 17  # elements a pass, as in codebook/reference.py
 
 
 def quantize(
     groups: torch.Tensor, bits: int, offset: str, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Codes uint8 [n, group_size], scales [n] and offsets [n] of float32 [n, group_size]. See affine.py.
+    """Codes uint8 [n, group_size], scales [n] and offsets [n] of float32 [n, group_size]. See affine/contract.py.
 
     `offset` is "none" (symmetric: no offsets are returned), "int" (uint8 zero points) or "float" (biases).
     """
@@ -23,7 +23,7 @@ def quantize(
 
 
 def quantize_as(form: Form, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The same for codes that mean what `form` says."""
+    """`quantize` for the meaning of codes that `form` defines."""
     n, group_size = groups.shape
     offset, scale_dtype = form.offset, form.scale_dtype
     codes = torch.empty(groups.shape, dtype=torch.uint8, device=groups.device)
@@ -45,7 +45,7 @@ def quantize_as(form: Form, groups: torch.Tensor) -> tuple[torch.Tensor, torch.T
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, biases: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """float32 [n, group_size]. See affine.py."""
+    """float32 [n, group_size]. See affine/contract.py."""
     n, group_size = codes.shape
     values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     offsets = zero_points if biases is None else biases
@@ -68,25 +68,25 @@ def _decode(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, is_b
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What the codes of a piece [groups, group_size] mean. What a group has once is [groups, 1]."""
+    """The meaning of codes of a piece [groups, group_size]. Constants of a group are [groups, 1]."""
 
     bits: int
     offset: str
     scale_dtype: torch.dtype
 
     def extremes(self, piece: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The least and the greatest of each group; NaN where it holds one."""
+        """Least and greatest weight of each group; NaN where the group holds NaN."""
         lowest, highest = torch.aminmax(piece, dim=1, keepdim=True)
         return lowest, highest
 
     def fit(self, lowest: torch.Tensor, highest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale in its dtype, and the offset: a bias in the same dtype or a zero point in float32."""
+        """The scale in the scale dtype, and the offset: a bias in the scale dtype or a zero point in float32."""
         top = 2**self.bits - 1
         if self.offset != "float":
             lowest, highest = lowest.clamp(max=0.0), highest.clamp(min=0.0)
         is_symmetric = self.offset == "none"
         span, steps = (torch.maximum(-lowest, highest), top / 2) if is_symmetric else (highest - lowest, top)
-        # By a tensor, not a number: on CUDA torch multiplies by the reciprocal of a number, which is not the quotient.
+        # Divide by a tensor: given a number, torch on CUDA multiplies by the reciprocal, and the quotient differs.
         scale = (span / span.new_full((), steps)).to(self.scale_dtype)
         scale.masked_fill_(scale == 0, 1.0)
         if self.offset == "float":
@@ -96,7 +96,7 @@ class Form:
         return scale, (-lowest / scale.float()).round_().nan_to_num_(0.0).clamp_(0, top)
 
     def encode(self, piece: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """Codes as float32. What is not finite, because the scale or bias is not, counts as 0 steps."""
+        """Codes as float32. A quotient that is not finite, from such a scale or bias, counts as 0 steps."""
         if self.offset == "float":
             codes = ((piece - offset.float()) / scale.float()).round_().nan_to_num_(0.0, 0.0, 0.0)
         else:

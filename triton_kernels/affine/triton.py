@@ -1,6 +1,6 @@
-"""Group-wise integer quantization on a GPU; bit for bit what affine_reference.py computes.
+"""Group-wise integer quantization on a GPU; bits equal affine/reference.py.
 
-A program holds its groups in registers. Groups that no program can hold go to the reference.
+A program holds groups in registers. Groups too wide for a program go to the reference.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from loftq_cli.triton_kernels.affine import reference as affine_reference
 from loftq_cli.triton_kernels.codebook.triton import TRITON_DTYPES, largest_magnitude
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 
-# Weights a thread: so many that what a group needs once weighs little, and all stays in the registers of every target.
-# Where groups do not split into loads of 16 bytes a thread has a part of many of them: fewer weights.
+# Weights a thread: enough that work done once a group weighs little, and few enough for the registers of every target.
+# Groups that do not split into loads of 16 bytes spread over threads, so a thread takes fewer weights.
 THREAD_NUMEL = 64
 ODD_THREAD_NUMEL = 8
 DECODED_NUMEL = 4096  # weights a program of `dequantize`
-WIDEST = 16384  # of the groups that fit a program, with 16 warps
+WIDEST = 16384  # widest group of a program, with 16 warps
 
 
 def quantize(
     groups: torch.Tensor, bits: int, offset: str, scale_dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """See affine_reference.py."""
+    """See affine/reference.py."""
     n, group_size = groups.shape
     if group_size > WIDEST:
         return affine_reference.quantize(groups, bits, offset, scale_dtype)
@@ -55,7 +55,7 @@ def quantize(
 def dequantize(
     codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, biases: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
-    """See affine_reference.py."""
+    """See affine/reference.py."""
     n, group_size = codes.shape
     values = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     offset = "none" if zero_points is None else "int"
@@ -83,7 +83,7 @@ def dequantize(
 
 
 def _tile(group_size: int) -> tuple[int, int, int]:
-    """The power of two that holds a group, how many groups a program takes, and its warps."""
+    """The power of two that holds a group, the groups of a program, and the warps of a program."""
     warp_numel = 32 * (ODD_THREAD_NUMEL if group_size % 16 else THREAD_NUMEL)
     width = 1 << (group_size - 1).bit_length()
     num_warps = min(max(width // warp_numel, 4), 16)
@@ -92,8 +92,8 @@ def _tile(group_size: int) -> tuple[int, int, int]:
 
 @triton.jit
 def ends(values, is_column, OFFSET: tl.constexpr):
-    """The ends of the min-max range of each row, one of them NaN where the row holds one: as integers, numbers of one
-    sign are in the order of their bits, and NaN is beyond all.
+    """Ends of the min-max range of each row; an end is NaN where the row holds NaN. Compared as integers, numbers of
+    equal sign keep the order of their bits, and NaN lies beyond all numbers.
     """
     bits = values.to(tl.int32, bitcast=True)
     if OFFSET == "none":
@@ -114,7 +114,7 @@ def ends(values, is_column, OFFSET: tl.constexpr):
 
 @triton.jit
 def _fit(lowest, highest, TOP: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.constexpr):
-    """Scale and offset of each row, float32 numbers that their dtypes hold. Without offsets that is 2^(bits - 1)."""
+    """Scale and offset of each row as float32, already rounded to the stored dtype; 2^(bits - 1) without offsets."""
     if OFFSET == "none":
         scale = tl.div_rn(highest, tl.full(highest.shape, TOP / 2, tl.float32))
     else:
@@ -124,7 +124,7 @@ def _fit(lowest, highest, TOP: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.con
     if OFFSET == "float":
         offset = lowest.to(SCALE).to(tl.float32)
     elif OFFSET == "int":
-        # NaN, from a scale that is not finite, becomes 0: a maximum drops it.
+        # NaN, from a scale that is not finite, becomes 0: a maximum drops NaN.
         offset = tl.minimum(tl.maximum(tl.div_rn(-lowest, scale), 0.0), TOP)
         offset = (offset + 12582912.0) - 12582912.0
     else:
@@ -134,10 +134,10 @@ def _fit(lowest, highest, TOP: tl.constexpr, OFFSET: tl.constexpr, SCALE: tl.con
 
 @triton.jit
 def _encode(values, scale, offset, TOP: tl.constexpr, OFFSET: tl.constexpr):
-    """Codes as uint8. What is not finite counts as 0 steps.
+    """Codes as uint8. A quotient that is not finite counts as 0 steps.
 
-    To clamp before steps are rounded is the same, the bounds being whole. Then adding 1.5 * 2^23 rounds half to even,
-    and the last bits of the sum are the steps.
+    Clamping before rounding gives equal codes, because the bounds are whole. Adding 1.5 * 2^23 then rounds half to
+    even, and the last bits of the sum are the steps.
     """
     if OFFSET == "float":
         steps = tl.div_rn(values - offset[:, None], scale[:, None])
@@ -210,7 +210,7 @@ def _dequantize_groups(
         if OFFSET == "float":
             values = codes * scale + offset
         else:
-            # In the dtype of the scale, as in the reference; only wide zero points can lose something in it.
+            # Subtract in the dtype of the scale, as in the reference; only wide zero points lose digits there.
             steps = (codes - offset.to(stored.dtype).to(tl.float32)).to(stored.dtype).to(tl.float32)
             values = (steps * scale).to(stored.dtype)
     tl.store(values_ptr + offsets, values.to(tl.float32), mask=is_value)

@@ -1,8 +1,9 @@
-"""Block-wise codebook quantization: the contract. Blocks run over the flattened row-major tensor, so they cross rows;
-the last one may be short. Two 4-bit codes a byte, the first element in the high nibble.
+"""Block-wise codebook quantization: the contract.
 
-Tables ascend, and a code is a place in its table: containers that number the values otherwise renumber what they store.
-NF4 is the table of QLoRA (arXiv 2305.14314, appendix E); FP4 has a sign, two bits of exponent and one of mantissa.
+Blocks run over the flattened row-major tensor and may cross rows; the last block may be short. A byte holds two 4-bit
+codes, the first element in the high nibble. A table ascends, and a code is a place in the table; a container with other
+numbers renumbers codes while packing. NF4 is the table of QLoRA (arXiv 2305.14314, appendix E); FP4 has a sign, two
+bits of exponent and a bit of mantissa.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ CODEBOOKS: dict[str, tuple[float, ...]] = {
         0.7229568362236023,
         1.0,
     ),
-    # Zero twice, as there is one for each sign.
+    # Zero stands twice: FP4 has +0 and -0.
     "fp4": tuple(v / 12 for v in (-12, -8, -6, -4, -3, -2, -0.0625, 0.0, 0.0, 0.0625, 2, 3, 4, 6, 8, 12)),
 }
 
 
-# What kernels read weights, and the factors of an adapter, in.
+# Dtypes in which kernels read weights and the factors of an adapter.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,12 +58,16 @@ def quantize_codebook(
     minus: torch.Tensor | None = None,
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes uint8 [ceil(numel / 2)] and absmax float32 [ceil(numel / block_size)] of a tensor, or of
-    weight - minus taken in float32; `out` is where to put them.
+    """Quantize a tensor, or weight - minus in float32: packed codes uint8 [ceil(numel / 2)] and absmax float32
+    [ceil(numel / block_size)], written into `out` if given.
 
-    The code of w is the number of midpoints of neighbouring table entries strictly below w / absmax; a zero block
-    takes the code of 0.0. absmax is NaN or Inf exactly where its block holds one: the caller decides what that means.
+    The code of w is the number of midpoints of neighbouring table entries strictly below w / absmax; a zero block takes
+    the code of 0.0. absmax is NaN or Inf exactly where the block holds NaN or Inf: the caller decides how to react.
     Raises ValueError unless the tensors are contiguous float32, bfloat16 or float16 and `block_size` even and positive.
+
+    >>> packed, absmax = quantize_codebook(torch.tensor([0.0, 2.0, -2.0, 1.0]), "nf4", 4)
+    >>> dequantize_codebook(packed, absmax, "nf4", 4, 4).tolist()[:3]
+    [0.0, 2.0, -2.0]
     """
     numel = weight.numel()
     _check_floats("weight", weight, numel)
@@ -88,7 +93,8 @@ def dequantize_codebook(
     numel: int,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """`dtype` [numel]: table[code] * absmax of its block in float32, then rounded; the inverse of `quantize_codebook`.
+    """Decode to `dtype` [numel]: table[code] * absmax of the block in float32, then rounded. The inverse of
+    `quantize_codebook`, whose docstring has an example.
 
     Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
     """
@@ -110,10 +116,12 @@ def codebook_residual(
     dtype: torch.dtype,
     out: torch.Tensor,
 ) -> float:
-    """weight - (what `packed` and `absmax` decode to in `dtype`), taken in float32, into `out`; the sum of its squares
-    before `out`'s dtype rounds them.
+    """Write weight - decoded into `out` and return the sum of squares before the dtype of `out` rounds the differences.
 
-    Raises ValueError unless both tensors are contiguous float32, bfloat16 or float16 of one size and the constants fit.
+    `packed` and `absmax` are decoded in `dtype`; the difference is float32.
+
+    Raises ValueError unless both tensors are contiguous float32, bfloat16 or float16 of equal size and the constants
+    fit.
     """
     numel = weight.numel()
     _check_floats("weight", weight, numel)

@@ -1,6 +1,6 @@
-"""Block-wise codebook quantization compiled for the processor; byte for byte what codebook_reference.py computes.
+"""Block-wise codebook quantization compiled for a processor; bytes equal codebook/reference.py.
 
-Only whole blocks are compiled: a short last one goes to the reference.
+Compiled loops cover whole blocks; a short last block goes to the reference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def quantize(
     packed: torch.Tensor,
     absmax: torch.Tensor,
 ) -> None:
-    """See codebook_reference.py."""
+    """See codebook/reference.py."""
     weight, minus = _readable(weight), None if minus is None else _readable(minus)
     n_blocks = weight.numel() // block_size
     whole = n_blocks * block_size
@@ -47,7 +47,7 @@ def quantize(
 def dequantize(
     packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, values: torch.Tensor
 ) -> None:
-    """See codebook_reference.py."""
+    """See codebook/reference.py."""
     if values.dtype == torch.float16:  # numba has no half precision
         wide = torch.empty_like(values, dtype=torch.float32)
         dequantize(packed, absmax, table, block_size, wide)
@@ -76,7 +76,7 @@ def residual(
     dtype: torch.dtype,
     out: torch.Tensor,
 ) -> float:
-    """See codebook_reference.py."""
+    """See codebook/reference.py."""
     n_blocks = weight.numel() // block_size
     whole = n_blocks * block_size
     squares = 0.0
@@ -101,13 +101,13 @@ def residual(
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
-    """Numba has no half precision."""
+    """Widen float16 to float32: numba has no half precision."""
     return tensor.float() if tensor.dtype == torch.float16 else tensor
 
 
-@lru_cache(maxsize=4)  # by identity: the contract hands the same table in each time
+@lru_cache(maxsize=4)  # keyed by identity: the contract passes a cached table
 def _pairs(table: torch.Tensor) -> np.ndarray[Any, Any]:
-    """uint64 [256]: the two float32 values of each byte of codes."""
+    """uint64 [256]: both float32 values of each byte of codes."""
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)
     values: np.ndarray[Any, Any] = pairs.numpy().view(np.uint64).reshape(-1)
     return values

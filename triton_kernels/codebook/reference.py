@@ -1,6 +1,6 @@
-"""The definition of block-wise codebook quantization in plain torch; byte for byte what bitsandbytes computes on a CPU.
+"""The definition of block-wise codebook quantization in plain torch; bytes equal bitsandbytes on a CPU.
 
-Works in pieces that stay in the processor's cache, so its scratch does not grow with the tensor.
+The work is split into pieces that stay in the cache of a processor, so scratch memory does not grow with the tensor.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 PIECE_NUMEL = 1 << 17  # elements a pass: 512 KB of float32 runs 3 to 6 times faster than a whole large tensor
 
-# bitsandbytes' floor under the divisor: it leaves blocks of normal numbers alone, and keeps 0 / 0 out of a zero one.
+# bitsandbytes' floor under the divisor: normal blocks stay as they are, and a zero block never divides 0 by 0.
 SMALLEST_ABSMAX = 1e-38
 
 
@@ -21,7 +21,7 @@ def quantize(
     packed: torch.Tensor,
     absmax: torch.Tensor,
 ) -> None:
-    """weight - minus [n] into uint8 [ceil(n / 2)] and float32 [ceil(n / block_size)]. See codebook.py."""
+    """weight - minus [n] into uint8 [ceil(n / 2)] and float32 [ceil(n / block_size)]. See codebook/contract.py."""
     numel = weight.numel()
     thresholds = ((table[:-1] + table[1:]) / 2).tolist()
     whole = numel - numel % block_size
@@ -37,14 +37,14 @@ def quantize(
         tail = _difference(weight, minus, whole, numel)
         largest = tail.abs().max().clamp(min=SMALLEST_ABSMAX)
         absmax[-1] = largest
-        # bitsandbytes divides here, where it multiplies by the reciprocal elsewhere: the last bit can differ.
+        # bitsandbytes divides in the short block and multiplies by the reciprocal elsewhere: the last bit can differ.
         packed[whole // 2 :] = _pack(_encode(tail / largest, thresholds))
 
 
 def dequantize(
     packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, values: torch.Tensor
 ) -> None:
-    """table[code] * absmax of its block into `values` [n], in the dtype that it has. See codebook.py."""
+    """Write table[code] * absmax into `values` [n], in the dtype of `values`. See codebook/contract.py."""
     numel = values.numel()
     pairs = torch.stack((table.repeat_interleave(16), table.repeat(16)), dim=1)  # [256, 2]: a byte holds two values
     piece = max(PIECE_NUMEL // block_size, 1) * block_size
@@ -64,7 +64,7 @@ def residual(
     dtype: torch.dtype,
     out: torch.Tensor,
 ) -> float:
-    """weight minus what decodes to `dtype` into `out` [n], and the sum of its squares. See codebook.py."""
+    """Write weight - decoded into `out` [n]; return the sum of squares. See codebook/contract.py."""
     numel, squares = weight.numel(), 0.0
     piece = max(PIECE_NUMEL // block_size, 1) * block_size
     for start in range(0, numel, piece):
@@ -84,8 +84,8 @@ def _difference(weight: torch.Tensor, minus: torch.Tensor | None, start: int, st
 
 
 def _encode(scaled: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
-    """uint8 [n]: how many thresholds lie strictly below each element. Compares into float32: measured 4 times
-    faster on a CPU than a binary search.
+    """uint8 [n]: the count of thresholds strictly below each element. Comparisons into float32 measured 4 times faster
+    on a CPU than a binary search.
     """
     codes = torch.zeros_like(scaled)
     above = torch.empty_like(scaled)
@@ -95,7 +95,7 @@ def _encode(scaled: torch.Tensor, thresholds: list[float]) -> torch.Tensor:
 
 
 def _pack(codes: torch.Tensor) -> torch.Tensor:
-    """Two codes a byte; an odd end is filled with the code of 0.0, as bitsandbytes does."""
+    """Pack two codes a byte; the code of 0.0 fills an odd end, as in bitsandbytes."""
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), 7)])
     return (codes[0::2] << 4) | codes[1::2]

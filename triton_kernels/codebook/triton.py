@@ -1,6 +1,6 @@
-"""Block-wise codebook quantization on a GPU; bit for bit what codebook_reference.py computes.
+"""Block-wise codebook quantization on a GPU; bits equal codebook/reference.py.
 
-Only whole blocks have kernels: a short last one goes to the reference, which divides where the others multiply.
+Kernels cover whole blocks. A short last block goes to the reference, which divides there instead of multiplying.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from loftq_cli.triton_kernels.codebook import reference as codebook_reference
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 
 # Weights a program: 64 a thread with 4 warps. Compiled for sm_90 that is 20 instructions a weight in 96 registers; with
-# half of them 23, because what a block needs once weighs more.
+# 32 a thread 23 instructions, because work done once a block weighs more.
 PROGRAM_NUMEL = 8192
 
 _CELL_SHIFT = 21
-CELLS = 2048  # of the table that finds a code: one for each sign, exponent and upper two bits of a mantissa
+CELLS = 2048  # cells of the encoder table: one for each sign, exponent and upper two bits of a mantissa
 
 
 def quantize(
@@ -32,7 +32,7 @@ def quantize(
     packed: torch.Tensor,
     absmax: torch.Tensor,
 ) -> None:
-    """See codebook_reference.py."""
+    """See codebook/reference.py."""
     n_blocks = weight.numel() // block_size
     whole = n_blocks * block_size
     cells = encoder_cells(table)
@@ -60,7 +60,7 @@ def quantize(
 def dequantize(
     packed: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, block_size: int, values: torch.Tensor
 ) -> None:
-    """See codebook_reference.py."""
+    """See codebook/reference.py."""
     numel = values.numel()
     launch(
         _dequantize,
@@ -84,7 +84,7 @@ def residual(
     dtype: torch.dtype,
     out: torch.Tensor,
 ) -> float:
-    """See codebook_reference.py. The sums of a program's squares are float32, their sum is float64."""
+    """See codebook/reference.py. Each program sums squares in float32; the sum over programs is float64."""
     numel = weight.numel()
     programs = cdiv(numel, PROGRAM_NUMEL)
     squares = torch.empty(programs, dtype=torch.float32, device=weight.device)
@@ -108,22 +108,22 @@ def residual(
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-@lru_cache(maxsize=16)  # by identity: the contract hands the same table in each time
+@lru_cache(maxsize=16)  # keyed by identity: the contract passes a cached table
 def encoder_cells(table: torch.Tensor) -> torch.Tensor:
-    """float32 [(1 + depth) * CELLS]: for each cell how many midpoints of `table` lie below all of it, then `depth`
-    times a midpoint inside it, infinite where there is none.
+    """The encoder of a table: float32 [(1 + depth) * CELLS].
 
-    A code is the count of midpoints below a number, so it is the first entry plus a comparison with each of the others:
-    one of them for NF4 and FP4, where fifteen comparisons without this table would take three times the instructions. A
-    cell is what numbers of the same upper 11 bits have in common, and a shift finds it. Those near zero are as fine as
-    FP4's values there.
+    A cell covers all numbers with equal upper 11 bits, so a shift finds the cell of a number. The first CELLS entries
+    count the midpoints of `table` below the whole cell; each of the next `depth` parts holds a midpoint inside the
+    cell, or infinity. A code is the count plus a comparison with each midpoint. NF4 and FP4 need depth 1; fifteen
+    comparisons without the encoder take three times the instructions. Cells near zero are as fine as the values of FP4.
     """
     midpoints = ((table[:-1] + table[1:]) / 2).double().tolist()
     edges = (torch.arange(CELLS // 2 + 1) << _CELL_SHIFT).int().view(torch.float32).double().tolist()
     cells = [(low, high, 1.0) for low, high in pairwise(edges)] + [(low, high, -1.0) for low, high in pairwise(edges)]
     below, inside = [], []
     for low, high, sign in cells:
-        # Numbers [low, high) or (-high, -low], to which a midpoint at an end is the same as one beyond it or not.
+        # A cell holds [low, high) or (-high, -low]; a midpoint on an excluded end counts like a midpoint beyond the
+        # cell.
         first, last = (low, high) if sign > 0 else (math.nextafter(-high, 0.0), -low)
         below.append(float(sum(m < first for m in midpoints)))
         inside.append([m for m in midpoints if first <= m < last])
@@ -133,16 +133,14 @@ def encoder_cells(table: torch.Tensor) -> torch.Tensor:
 
 
 def _tile(block_size: int) -> tuple[int, int]:
-    """How many blocks a program takes, and the power of two that holds one."""
+    """Blocks of a program, and the power of two that holds a block."""
     width = 1 << (block_size - 1).bit_length()
     return max(PROGRAM_NUMEL // width, 1), width
 
 
 @triton.jit
 def encode(scaled, cells_ptr, DEPTH: tl.constexpr):
-    """Codes, as whole float32 numbers, of any numbers: see `encoder_cells`. What is not one has a cell too, but no
-    meaning.
-    """
+    """Codes, as whole float32 numbers: see `encoder_cells`. The code of NaN is arbitrary but valid."""
     entry = cells_ptr + (scaled.to(tl.uint32, bitcast=True) >> 21).to(tl.int32)
     code = tl.load(entry)
     for i in tl.static_range(DEPTH):
@@ -152,9 +150,9 @@ def encode(scaled, cells_ptr, DEPTH: tl.constexpr):
 
 @triton.jit
 def pack_pairs(code, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """uint8 [ROWS, BYTES] of codes [ROWS, 2 * BYTES] as `encode` gives them, the first of two in the high half.
+    """uint8 [ROWS, BYTES] from codes [ROWS, 2 * BYTES] of `encode`; the first code of a pair takes the high half.
 
-    By adding 2^23, whose last bits are then the byte: conversions run at a quarter of the speed.
+    Adding 2^23 leaves the byte in the last bits; a conversion instruction runs at a quarter of the speed.
     """
     high, low = tl.split(tl.reshape(code, [ROWS, BYTES, 2]))
     return tl.fma(high, 16.0, low + 8388608.0).to(tl.int32, bitcast=True).to(tl.uint8)
@@ -162,15 +160,15 @@ def pack_pairs(code, ROWS: tl.constexpr, BYTES: tl.constexpr):
 
 @triton.jit
 def largest_magnitude(values):
-    """Of each row of float32 [rows, columns]. As integers, magnitudes are in the order of their bits, and NaN is the
-    greatest: it is never lost.
+    """The largest magnitude of each row of float32 [rows, columns]. Compared as integers, magnitudes keep their order
+    and NaN is the greatest, so a NaN always wins.
     """
     return tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def reciprocal(largest, BLOCKS: tl.constexpr):
-    """1 / absmax as the reference takes it: exactly rounded, and with its floor under the divisor."""
+    """1 / absmax as in the reference: exactly rounded, with a floor under the divisor."""
     floored = tl.where(largest < 1e-38, 1e-38, largest)
     return tl.div_rn(tl.full([BLOCKS], 1.0, tl.float32), floored)
 
@@ -207,7 +205,7 @@ def _quantize_blocks(
 
 @triton.jit
 def decode_pairs(byte, table_ptr, absmax):
-    """The two float32 values of each byte of codes, whose block has `absmax`."""
+    """Both float32 values of each byte of codes in a block with `absmax`."""
     pair = byte.to(tl.int32)
     return tl.load(table_ptr + (pair >> 4)) * absmax, tl.load(table_ptr + (pair & 15)) * absmax
 

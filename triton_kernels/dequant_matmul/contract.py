@@ -1,4 +1,4 @@
-"""Products with a codebook matrix that is decoded on the way, and with an adapter beside it: the contract."""
+"""Products with a codebook matrix that is decoded on the way, plus an adapter: the contract."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def dequant_matmul(
     lora_B: torch.Tensor | None = None,
     scaling: float = 1.0,
 ) -> torch.Tensor:
-    """[tokens, out] of x [tokens, in], in its dtype: x·Qᵀ + scaling·(x·lora_Aᵀ)·lora_Bᵀ, where Q [out, in] is what the
-    codes of a matrix of this shape decode to in `dtype`, rounded to that of x. lora_A [rank, in], lora_B [out, rank].
+    """x·Qᵀ + scaling·(x·lora_Aᵀ)·lora_Bᵀ, [tokens, out] in the dtype of x [tokens, in].
 
-    Products are added up in float32. x is float32, bfloat16 or float16; nothing is differentiated.
-    Raises ValueError where x, codes, constants (see codebook.py) or factors do not belong to `shape`.
+    Q [out, in] holds the codes decoded in `dtype` and rounded to the dtype of x. lora_A [rank, in], lora_B [out, rank].
+    Sums are float32. x is float32, bfloat16 or float16; no gradient is recorded.
+    Raises ValueError when x, codes, constants (see codebook/contract.py) or factors do not fit `shape`.
     """
     table, factors = _checked(x, shape[1], packed, absmax, codebook, block_size, shape, lora_A, lora_B)
     output: torch.Tensor = implementation("dequant_matmul", x.device.type).product(
@@ -46,8 +46,8 @@ def dequant_matmul_input_gradient(
     lora_B: torch.Tensor | None = None,
     scaling: float = 1.0,
 ) -> torch.Tensor:
-    """[tokens, in] of the gradient [tokens, out] of what `dequant_matmul` returns, in its dtype:
-    gradient·Q + scaling·(gradient·lora_B)·lora_A. Otherwise as there.
+    """The gradient of `dequant_matmul` by x: gradient·Q + scaling·(gradient·lora_B)·lora_A, [tokens, in] in the dtype
+    of `gradient` [tokens, out]. Raises as `dequant_matmul` does.
     """
     table, factors = _checked(gradient, shape[0], packed, absmax, codebook, block_size, shape, lora_A, lora_B)
     for_input: torch.Tensor = implementation("dequant_matmul", gradient.device.type).input_gradient(
@@ -75,7 +75,7 @@ def _checked(
     lora_A: torch.Tensor | None,
     lora_B: torch.Tensor | None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
-    """The table and the factors."""
+    """The table of the codebook and the factors of the adapter, checked."""
     if tokens.dim() != 2 or tokens.shape[1] != width:
         raise ValueError(f"{tuple(tokens.shape)} is not [tokens, {width}]")
     if tokens.dtype not in FLOATS:

@@ -19,7 +19,7 @@ def product(
     lora_B: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """x·Qᵀ + scaling·(x·lora_Aᵀ)·lora_Bᵀ [tokens, out]. See dequant_matmul.py."""
+    """x·Qᵀ + scaling·(x·lora_Aᵀ)·lora_Bᵀ [tokens, out]. See dequant_matmul/contract.py."""
     wide = x.float()
     output = wide @ _decoded(packed, absmax, table, block_size, shape, dtype, x.dtype).float().T
     if lora_A is not None and lora_B is not None:
@@ -39,7 +39,7 @@ def input_gradient(
     lora_B: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """gradient·Q + scaling·(gradient·lora_B)·lora_A [tokens, in]. See dequant_matmul.py."""
+    """gradient·Q + scaling·(gradient·lora_B)·lora_A [tokens, in]. See dequant_matmul/contract.py."""
     wide = gradient.float()
     for_input = wide @ _decoded(packed, absmax, table, block_size, shape, dtype, gradient.dtype).float()
     if lora_A is not None and lora_B is not None:

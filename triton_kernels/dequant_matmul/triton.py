@@ -1,5 +1,5 @@
-"""Products with a codebook matrix on a GPU. For few tokens, codes are decoded where they are multiplied and the matrix
-is never written; for many, it is decoded once, in the dtype of the tokens.
+"""Products with a codebook matrix on a GPU. Few tokens: a kernel decodes codes while multiplying, and no matrix is
+written. Many tokens: the matrix is decoded once, in the dtype of the tokens.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from loftq_cli.triton_kernels.dequant_matmul import reference as dequant_matmul_
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 from loftq_cli.triton_kernels.tiles_triton import decode_tile, product_tile
 
-# The most tokens that one program multiplies. With more of them, programs would decode the same codes again, about ten
-# instructions a weight, where a decoded matrix costs one pass of writing and reading 2 bytes a weight. Derived, and not
-# measured.
+# The most tokens of a program. More tokens mean more programs that decode equal codes, about ten instructions a weight;
+# a decoded matrix costs a write and a read of 2 bytes a weight. Derived, not measured.
 FUSED_TOKENS = 64
 
 
@@ -32,8 +31,8 @@ def product(
     lora_B: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """See dequant_matmul_reference.py."""
-    if shape[1] % 2:  # a byte has codes of two rows
+    """See dequant_matmul/reference.py."""
+    if shape[1] % 2:  # a byte holds codes of two rows
         return dequant_matmul_reference.product(
             x, packed, absmax, table, block_size, shape, dtype, lora_A, lora_B, scaling
         )
@@ -57,7 +56,7 @@ def input_gradient(
     lora_B: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """See dequant_matmul_reference.py."""
+    """See dequant_matmul/reference.py."""
     if shape[1] % 2:
         return dequant_matmul_reference.input_gradient(
             gradient, packed, absmax, table, block_size, shape, dtype, lora_A, lora_B, scaling
@@ -82,7 +81,7 @@ def fused(
     *,
     is_gradient: bool,
 ) -> torch.Tensor:
-    """x·Qᵀ, or x·Q for a gradient, plus the product of `low_rank`: float32 [tokens, rank] and [rank, what is given]."""
+    """x·Qᵀ, or x·Q for a gradient, plus the product of `low_rank`: float32 [tokens, rank] and [rank, out or in]."""
     gives = shape[1] if is_gradient else shape[0]
     out = torch.empty((len(x), gives), dtype=x.dtype, device=x.device)
     tile = _tile(len(x), x.dtype)
@@ -110,8 +109,8 @@ def fused(
 
 
 def _tile(tokens: int, dtype: torch.dtype) -> dict[str, int]:
-    """What a program gives, for 16 tokens, the least that tl.dot takes, or up to 64, and how many inputs it reads at a
-    time. float32 has no tensor cores: its operands lie in registers, of which there are enough for 16 inputs.
+    """Tile of a program: 16 (the least of tl.dot) to 64 tokens, and the inputs of a step. float32 has no tensor cores:
+    operands lie in registers, which suffice for 16 inputs.
     """
     sizes = {"TOKENS": 16, "GIVEN": 32} if tokens <= 16 else {"TOKENS": FUSED_TOKENS, "GIVEN": 64}
     if dtype == torch.float32:
@@ -135,7 +134,7 @@ def _decoded(
 
 
 def _plus(product: torch.Tensor, low_rank: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """The sum in the dtype of `product`, which has been rounded to it once already."""
+    """The sum in the dtype of `product`; `product` was rounded once before."""
     if low_rank is None:
         return product
     left, right = (factor.to(product.dtype) for factor in low_rank)

@@ -15,7 +15,7 @@ from loftq_cli.triton_kernels.backend import implementation
 
 @cache
 def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
-    """The signed 8-bit dynamic map, float32 [256], ascending. Treat it as read-only.
+    """The signed 8-bit dynamic map, float32 [256], ascending; read-only.
 
     Seven decades 10^-6 .. 10^0; decade i has 2^i values, the means of neighbouring points of an even grid on
     [0.1, 1], with both signs; then 0 and 1.
@@ -30,12 +30,12 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
 
 
 def double_quantize(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)] and offset float32 [] of float32 [n]; or of
-    a stack [m, n] all of these with a first dimension m.
+    """Quantize constants float32 [n]: codes uint8 [n], nested absmax float32 [ceil(n / nested_block_size)], offset
+    float32 []. A stack [m, n] gives the results with a first dimension m.
 
-    The offset is infinite where the mean, or its sum in float32 on a CPU, overflows float32: the caller decides what
-    that means. On a GPU the mean is exact before it is rounded, and its last bits can differ from a CPU's.
-    Raises ValueError unless `absmax` is contiguous float32 with one or two dimensions.
+    The offset is infinite where the mean overflows float32 (on a CPU, where the float32 sum does): the caller decides
+    how to react. On a GPU the mean is exact before rounding, so the last bits can differ from a CPU. Raises ValueError
+    unless `absmax` is contiguous float32 with one or two dimensions.
     """
     if absmax.dtype != torch.float32 or absmax.dim() not in (1, 2) or not absmax.is_contiguous():
         raise ValueError("absmax must be contiguous float32 with one or two dimensions")
@@ -55,8 +55,8 @@ def double_dequantize(
     offset: torch.Tensor,
     nested_block_size: int,
 ) -> torch.Tensor:
-    """float32 [n]: the absmax that a loader computes from the stored constants (any 256-entry `code_map`); or [m, n] of
-    those of a stack.
+    """float32 [n], or [m, n] for a stack: the absmax that a loader computes from stored constants. `code_map` has 256
+    entries.
     """
     if codes.dtype != torch.uint8 or code_map.numel() != 256:
         raise ValueError("codes must be uint8 and code_map must have 256 entries")

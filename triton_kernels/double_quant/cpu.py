@@ -1,4 +1,4 @@
-"""Double quantization compiled for the processor; byte for byte what double_quant_reference.py computes."""
+"""Double quantization compiled for a processor; bytes equal double_quant/reference.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TAKES_STACKS = False  # a stack goes matrix by matrix
 def quantize(
     absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See double_quant_reference.py."""
+    """See double_quant/reference.py."""
     offset = double_quant_reference.mean(absmax)
     codes = torch.empty(absmax.shape, dtype=torch.uint8)
     nested_absmax = torch.empty(-(-absmax.numel() // nested_block_size), dtype=torch.float32)
@@ -31,7 +31,7 @@ def dequantize(
     offset: torch.Tensor,
     nested_block_size: int,
 ) -> torch.Tensor:
-    """See double_quant_reference.py."""
+    """See double_quant/reference.py."""
     absmax = torch.empty(codes.shape, dtype=torch.float32)
     decode_constants(
         codes.numpy(), nested_absmax.numpy(), code_map.numpy(), offset.numpy(), nested_block_size, absmax.numpy()

@@ -1,4 +1,4 @@
-"""The definition of double quantization in plain torch; byte for byte what bitsandbytes computes on a CPU."""
+"""The definition of double quantization in plain torch; bytes equal bitsandbytes on a CPU."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from functools import lru_cache
 import torch
 
 TAKES_STACKS = False  # a stack goes matrix by matrix
-GRID = 65535  # bitsandbytes' CPU code rounds to this many steps on [-1, 1] and looks the nearest map entry up
+GRID = 65535  # steps on [-1, 1] to which bitsandbytes rounds on a CPU before the look-up of the nearest map entry
 
 
 def quantize(
     absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """uint8 [n], float32 [ceil(n / nested_block_size)], float32 []. See double_quant.py."""
+    """uint8 [n], float32 [ceil(n / nested_block_size)], float32 []. See double_quant/contract.py."""
     return quantize_around(mean(absmax), absmax, code_map, nested_block_size)
 
 
 def quantize_around(
     offset: torch.Tensor, absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same with the offset that is given."""
+    """`quantize` around a given offset."""
     numel = absmax.numel()
     centred = absmax - offset
     n_nested = -(-numel // nested_block_size)
@@ -28,9 +28,9 @@ def quantize_around(
     padded[:numel] = centred
     padded = padded.view(n_nested, nested_block_size)
     nested_absmax = padded.abs().amax(dim=1)
-    # A block of equal constants has nothing left to store: its scale is 0 and any code decodes to the offset.
+    # Equal constants leave nothing to store: the scale is 0, and any code decodes to the offset.
     reciprocal = torch.where(nested_absmax > 0, 1.0 / nested_absmax, torch.zeros_like(nested_absmax))
-    # Where the mean overflows float32 nothing can be scaled; the offset says so, and the codes must still be indices.
+    # A mean beyond float32 leaves nothing to scale. The infinite offset tells; codes still have to be valid indices.
     scaled = (padded * reciprocal[:, None]).clamp_(-1.0, 1.0).nan_to_num_(0.0)
     cell = ((scaled + 1.0) * 0.5 * GRID + 0.5).to(torch.int64)
     codes = nearest_entry(code_map)[cell]
@@ -45,23 +45,23 @@ def dequantize(
     offset: torch.Tensor,
     nested_block_size: int,
 ) -> torch.Tensor:
-    """float32 [n]. See double_quant.py."""
+    """float32 [n]. See double_quant/contract.py."""
     scales = nested_absmax.repeat_interleave(nested_block_size)[: codes.numel()]
     return code_map[codes.int()] * scales + offset
 
 
-@lru_cache(maxsize=4)  # by identity: the contract hands the same map in each time
+@lru_cache(maxsize=4)  # keyed by identity: the contract passes a cached map
 def nearest_entry(code_map: torch.Tensor) -> torch.Tensor:
     """uint8 [GRID + 1]: the index of the map entry nearest to each grid point."""
-    # On the CPU for all devices: on CUDA torch multiplies by the reciprocal of a number, which is not the quotient.
+    # Computed on the CPU for all devices: torch on CUDA multiplies by the reciprocal, and the quotient differs.
     points = torch.arange(GRID + 1, dtype=torch.float32) / GRID * 2.0 - 1.0
     midpoints = (code_map[:-1] + code_map[1:]).cpu() / 2
     return torch.bucketize(points, midpoints).to(torch.uint8).to(code_map.device)
 
 
 def mean(absmax: torch.Tensor) -> torch.Tensor:
-    """The float32 mean as one thread computes it: with more, torch's summation order depends on their number, and
-    the same checkpoint would get other bytes on another machine.
+    """The float32 mean in the order of a single thread. torch's order of summation depends on the number of threads, so
+    bytes would differ between machines.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

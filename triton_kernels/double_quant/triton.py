@@ -1,5 +1,7 @@
-"""Double quantization on a GPU, without waiting for it. The offset is the float64 mean, rounded once, where the
-reference adds in float32; of the same offset the rest is bit for bit what double_quant_reference.py computes.
+"""Double quantization on a GPU, without waiting for the GPU.
+
+The offset is the float64 mean rounded once; the reference adds in float32. Given equal offsets, bits equal
+double_quant/reference.py.
 """
 
 from __future__ import annotations
@@ -13,20 +15,20 @@ from loftq_cli.triton_kernels.double_quant.reference import nearest_entry
 from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 
 TAKES_STACKS = True
-PROGRAM_NUMEL = 1024  # constants a program: 8 a thread, since there are few of them and each is a gather
+PROGRAM_NUMEL = 1024  # constants a program: 8 a thread, because constants are few and each needs a gather
 
 
 def quantize(
     absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See double_quant_reference.py."""
+    """See double_quant/reference.py."""
     return quantize_around(absmax.mean(dim=-1, dtype=torch.float64).float(), absmax, code_map, nested_block_size)
 
 
 def quantize_around(
     offset: torch.Tensor, absmax: torch.Tensor, code_map: torch.Tensor, nested_block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See double_quant_reference.py."""
+    """See double_quant/reference.py."""
     n = absmax.shape[-1]
     n_nested = cdiv(n, nested_block_size)
     codes = torch.empty(absmax.shape, dtype=torch.uint8, device=absmax.device)
@@ -55,7 +57,7 @@ def dequantize(
     offset: torch.Tensor,
     nested_block_size: int,
 ) -> torch.Tensor:
-    """See double_quant_reference.py."""
+    """See double_quant/reference.py."""
     n = codes.shape[-1]
     absmax = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
     width, blocks = _tile(nested_block_size)
@@ -76,7 +78,7 @@ def dequantize(
 
 
 def _tile(block_size: int) -> tuple[int, int]:
-    """The power of two that holds a nested block, and how many of them a program takes."""
+    """The power of two that holds a nested block, and the nested blocks of a program."""
     width = 1 << (block_size - 1).bit_length()
     return width, max(PROGRAM_NUMEL // width, 1)
 

@@ -1,4 +1,4 @@
-"""Error of an approximation against a weight: the contract. One pass, float64 sums."""
+"""The error of an approximation against a weight: the contract. A single pass, float64 sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from loftq_cli.triton_kernels.factors import checked_factors
 
 @dataclass(frozen=True, slots=True)
 class ErrorSums:
-    """Over all elements: sum w^2, sum (w - q)^2, sum (w - (q + d))^2, max |w - (q + d)| and sum d^2."""
+    """Sums over all elements: w^2, (w - q)^2, (w - (q + d))^2, d^2, and the largest |w - (q + d)|."""
 
     squared_weight: float
     squared_base_error: float
@@ -23,9 +23,12 @@ class ErrorSums:
 
 
 def error_stats(weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor | None = None) -> ErrorSums:
-    """The sums for w = weight, q = decoded and d = delta (0 where there is none); q + d is rounded to float32.
+    """The sums for w = weight, q = decoded and d = delta (0 without a delta); q + d is rounded to float32.
 
-    Tensors of one shape, float32 or bfloat16. Raises ValueError when they do not match.
+    All tensors have equal shapes and are float32 or bfloat16. Raises ValueError when shapes or dtypes do not match.
+
+    >>> error_stats(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 2.0])).squared_base_error
+    4.0
     """
     for tensor in (weight, decoded, delta):
         if tensor is None:
@@ -51,13 +54,13 @@ def codebook_error_sums(
     lora_B: torch.Tensor | None = None,
     scaling: float = 1.0,
 ) -> torch.Tensor:
-    """float64 [7] on the device of `weight` [out, in], which the processor does not wait for: the fields of ErrorSums,
-    then how many weights have the other sign, and how many that are not zero have become zero.
+    """float64 [7] on the device of `weight` [out, in], without waiting for the device: the fields of ErrorSums, the
+    count of weights whose sign flipped, and the count of nonzero weights that became zero.
 
-    For w = weight, q = what the codes decode to in `dtype`, d = scaling·lora_B·lora_A in float32 (0 where there is
-    none); q + d is rounded to float32. lora_A [rank, in], lora_B [out, rank].
-    Raises ValueError where the weight is not a contiguous float32, bfloat16 or float16 matrix, or codes, constants (see
-    codebook.py) or factors do not belong to it.
+    w = weight, q = codes decoded in `dtype`, d = scaling·lora_B·lora_A in float32 (0 without an adapter); q + d is
+    rounded to float32. lora_A [rank, in], lora_B [out, rank].
+    Raises ValueError unless the weight is a contiguous float32, bfloat16 or float16 matrix, and codes, constants (see
+    codebook/contract.py) and factors fit the weight.
     """
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError("weight must be a contiguous matrix")

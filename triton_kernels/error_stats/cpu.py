@@ -1,4 +1,4 @@
-"""The error sums compiled for the processor: those of error_stats_reference.py up to the order of float64 additions."""
+"""The error sums compiled for a processor; only the order of float64 sums differs from error_stats/reference.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["codebook_sums", "sums"]
 def sums(
     weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor | None
 ) -> tuple[float, float, float, float, float]:
-    """The fields of ErrorSums for flat tensors. See error_stats.py."""
+    """The fields of ErrorSums for flat tensors. See error_stats/contract.py."""
     totals, w, q = np.zeros(5, np.float64), bits_of(weight), bits_of(decoded)
     if delta is None:
         sum_errors(w, q, totals)

@@ -14,7 +14,7 @@ PIECE_NUMEL = 1 << 18  # 2 MB of float64
 def sums(
     weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor | None
 ) -> tuple[float, float, float, float, float]:
-    """The fields of ErrorSums for flat tensors. See error_stats.py."""
+    """The fields of ErrorSums for flat tensors. See error_stats/contract.py."""
     squared_weight = squared_base = squared_error = max_error = squared_delta = 0.0
     for start in range(0, weight.numel(), PIECE_NUMEL):
         part = slice(start, start + PIECE_NUMEL)
@@ -28,7 +28,7 @@ def sums(
             difference = w - (q.float() + delta[part].float())
             squared_error += float(torch.dot(difference, difference))
         largest = float(difference.abs().max())
-        max_error = largest if largest > max_error or math.isnan(largest) else max_error  # NaN is never lost
+        max_error = largest if largest > max_error or math.isnan(largest) else max_error  # a NaN always wins
     return squared_weight, squared_base, squared_base if delta is None else squared_error, max_error, squared_delta
 
 
@@ -43,7 +43,9 @@ def codebook_sums(
     lora_B: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """float64 [7] for a matrix. See error_stats.py. Peak memory: the decoded matrix in `dtype`, and a few rows."""
+    """float64 [7] for a matrix. See error_stats/contract.py. Peak memory: the decoded matrix in `dtype`, and a few
+    rows.
+    """
     decoded = torch.empty(weight.numel(), dtype=dtype, device=weight.device)
     codebook_reference.dequantize(packed, absmax, table, block_size, decoded)
     totals, rows = weight.new_zeros(7, dtype=torch.float64), max(PIECE_NUMEL // max(weight.shape[1], 1), 1)
@@ -55,7 +57,7 @@ def codebook_sums(
             d = (lora_B[part].float() @ lora_A.float()) * scaling
         both = q + d
         squares = [x.double().square().sum() for x in (w, w.double() - q, w.double() - both, d)]
-        largest = torch.maximum(totals[3], (w.double() - both).abs().amax())  # NaN is never lost
+        largest = torch.maximum(totals[3], (w.double() - both).abs().amax())  # a NaN always wins
         counts = [(w.sign() * both.sign() < 0).sum(), ((w != 0) & (both == 0)).sum()]
         totals += torch.stack((*squares[:3], torch.zeros_like(largest), squares[3], *counts))
         totals[3] = largest

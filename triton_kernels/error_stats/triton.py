@@ -1,4 +1,4 @@
-"""The error sums on a GPU: float64 sums of each program, added up in float64. Nothing depends on scheduling."""
+"""The error sums on a GPU: each program sums in float64, and so does the sum over programs, in a fixed order."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from loftq_cli.triton_kernels.tiles_triton import decode_tile, product_tile
 
 PROGRAM_NUMEL = 2048
 
-# A tile of the fused sums: a product of float32 factors keeps 32 sums a thread, and as many weights and codes.
+# Tile of the fused sums: a product of float32 factors holds 32 sums, 32 weights and 32 codes a thread.
 TILE_ROWS, TILE_COLUMNS = 64, 64
 
 
 def sums(
     weight: torch.Tensor, decoded: torch.Tensor, delta: torch.Tensor | None
 ) -> tuple[float, float, float, float, float]:
-    """See error_stats_reference.py."""
+    """See error_stats/reference.py."""
     numel = weight.numel()
     programs = max(cdiv(numel, PROGRAM_NUMEL), 1)
     partial = torch.empty((5, programs), dtype=torch.float64, device=weight.device)
@@ -50,7 +50,7 @@ def codebook_sums(
     lora_B: torch.Tensor | None,
     scaling: float,
 ) -> torch.Tensor:
-    """See error_stats_reference.py, which does it where a byte has codes of two rows."""
+    """See error_stats/reference.py, which also serves matrices where a byte holds codes of two rows."""
     rows, columns = weight.shape
     if columns % 2:
         return error_stats_reference.codebook_sums(
@@ -83,7 +83,7 @@ def codebook_sums(
 
 
 def _totals(partial: torch.Tensor) -> torch.Tensor:
-    """float64 [fields] of [fields, programs]: sums, and the largest of the fourth, NaN where there is one."""
+    """float64 [fields] from [fields, programs]: sums, but the maximum of the fourth field, NaN if any is NaN."""
     totals = partial.sum(dim=1)
     totals[3] = partial[3].amax()
     return totals
@@ -91,10 +91,10 @@ def _totals(partial: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _error_sums(weight, decoded, both, delta):
-    """The fields of ErrorSums, float64, of float32 tiles that are zero where there is nothing.
+    """The fields of ErrorSums, float64, from float32 tiles that are zero outside the matrix.
 
-    Squares are float64: those of 1e20, or of 1e-23, are outside float32's range. As integers, magnitudes are in the
-    order of their bits, and NaN is the greatest: it is never lost.
+    Squares are float64: squares of 1e20 or of 1e-23 leave the range of float32. Compared as integers, magnitudes keep
+    their order and NaN is the greatest, so a NaN always wins.
     """
     w, d = weight.to(tl.float64), delta.to(tl.float64)
     base_error, error = w - decoded.to(tl.float64), w - both.to(tl.float64)
@@ -144,7 +144,7 @@ def _codebook_sums(
     delta = tl.zeros([ROWS, COLUMNS], tl.float32)
     if HAS_DELTA:
         product = product_tile(lora_B_ptr, lora_A_ptr, first_row, first_column, rows, columns, rank, ROWS, COLUMNS)
-        # A factor that is not finite makes something even of the zeros outside.
+        # A factor that is not finite turns zeros outside the matrix into NaN.
         delta = tl.where(is_weight, product * scaling, 0.0)
     decoded = decode_tile(
         packed_ptr, absmax_ptr, table_ptr, first_row, first_column, rows, columns, DECODED, BLOCK_SIZE, ROWS, COLUMNS

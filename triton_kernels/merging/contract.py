@@ -1,7 +1,8 @@
-"""A codebook matrix and an adapter made one weight, and what of a change survives quantizing again: the contract.
+"""A codebook matrix and an adapter become a single weight, and the share of a change that survives quantizing again:
+the contract.
 
-Affine codes need no kernel of their own: torch adds the product to what they decode to, which is one more pass over the
-merged weight. Neither do pooled adapters, whose product is repeated over the columns of a group first.
+Affine codes need no kernel: torch adds the product to the decoded matrix, a single extra pass. Pooled adapters need
+none either: their product is repeated over the columns of a group first.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ def merge_codebook(
     scaling: float,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`out_dtype` [out, in]: what the codes of a matrix of this shape decode to in `dtype`, plus scaling·lora_B·lora_A,
-    added in float32 and rounded once. lora_A [rank, in], lora_B [out, rank].
+    """Merge to `out_dtype` [out, in]: codes decoded in `dtype`, plus scaling·lora_B·lora_A, added in float32 and
+    rounded once. lora_A [rank, in], lora_B [out, rank].
 
-    Raises ValueError where codes, constants (see codebook.py) or factors do not belong to `shape`.
+    Raises ValueError when codes, constants (see codebook/contract.py) or factors do not fit `shape`.
     """
     check_constants(packed, absmax, block_size, shape[0] * shape[1])
     left, right = checked_factors(lora_A, lora_B, shape)
@@ -41,10 +42,11 @@ def merge_codebook(
 
 
 def retention_sums(base: torch.Tensor, requantized: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """float64 [3] on the device of the tensors: sum base², sum delta² and <requantized − base, delta>, where `delta`
-    was added to `base` before it was quantized again: the third is the part of the second that survives.
+    """float64 [3] on the device of the tensors: sum base², sum delta² and <requantized − base, delta>.
 
-    Tensors of one shape, float32, bfloat16 or float16. Raises ValueError when they do not match.
+    `requantized` is base + delta after quantizing again; the third sum is the part of the second that survives. All
+    tensors have equal shapes and are float32, bfloat16 or float16. Raises ValueError when shapes or dtypes do not
+    match.
     """
     for tensor in (base, requantized, delta):
         if tensor.shape != base.shape:

@@ -1,4 +1,4 @@
-"""Merging on a GPU: one pass over the codes; and the sums of retention, float64 in each program and over all."""
+"""Merging on a GPU in a single pass over the codes, and the sums of retention, float64 throughout."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from loftq_cli.triton_kernels.merging import reference as merging_reference
 from loftq_cli.triton_kernels.tiles_triton import decode_tile, product_tile
 
 PROGRAM_NUMEL = 2048
-TILE_ROWS, TILE_COLUMNS = 64, 64  # as many
+TILE_ROWS, TILE_COLUMNS = 64, 64  # 32 weights a thread
 
 
 def merge(
@@ -26,7 +26,7 @@ def merge(
     scaling: float,
     out: torch.Tensor,
 ) -> None:
-    """See merging_reference.py, which does it where a byte has codes of two rows."""
+    """See merging/reference.py, which also serves matrices where a byte holds codes of two rows."""
     rows, columns = out.shape
     if columns % 2:
         merging_reference.merge(packed, absmax, table, block_size, dtype, lora_A, lora_B, scaling, out)
@@ -52,7 +52,7 @@ def merge(
 
 
 def retention(base: torch.Tensor, requantized: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """See merging_reference.py."""
+    """See merging/reference.py."""
     numel = base.numel()
     programs = cdiv(numel, PROGRAM_NUMEL)
     partial = torch.empty((3, programs), dtype=torch.float64, device=base.device)
@@ -93,7 +93,7 @@ def _retention(base_ptr, requantized_ptr, delta_ptr, partial_ptr, numel, NUMEL: 
     program, programs = tl.program_id(0), tl.num_programs(0)
     offsets = program.to(tl.int64) * NUMEL + tl.arange(0, NUMEL)
     is_weight = offsets < numel
-    # To float32 first: it is what the interpreter converts exactly, and on a GPU the same.
+    # Convert to float32 first: the interpreter converts float32 exactly, and a GPU gives equal bits.
     base = tl.load(base_ptr + offsets, mask=is_weight, other=0.0).to(tl.float32).to(tl.float64)
     delta = tl.load(delta_ptr + offsets, mask=is_weight, other=0.0).to(tl.float32).to(tl.float64)
     requantized = tl.load(requantized_ptr + offsets, mask=is_weight, other=0.0).to(tl.float32).to(tl.float64)

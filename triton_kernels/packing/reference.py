@@ -1,7 +1,7 @@
 """The definition of the bit stream in plain torch: 8 codes are `bits` bytes, 32 codes are `bits` words.
 
-Works on a few rows at a time, so its scratch does not grow with the tensor. The words are little-endian like those in
-a safetensors file; so must the machine be.
+A pass covers a few rows, so scratch memory does not grow with the tensor. Words are little-endian, as in a safetensors
+file, and the machine must be little-endian too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ PIECE_NUMEL = 1 << 18  # codes a pass, or one row: 256 KB
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [rows, ceil(n * bits / 32)] of uint8 [rows, n]. See packing.py."""
+    """int32 [rows, ceil(n * bits / 32)] of uint8 [rows, n]. See packing/contract.py."""
     rows, n = codes.shape
     n_words = -(-n * bits // 32)
     packed = torch.empty((rows, n_words), dtype=torch.int32, device=codes.device)
@@ -34,7 +34,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """uint8 [rows, n] of int32 [rows, ceil(n * bits / 32)]. See packing.py."""
+    """uint8 [rows, n] of int32 [rows, ceil(n * bits / 32)]. See packing/contract.py."""
     rows, n_words = packed.shape
     codes = torch.empty((rows, n), dtype=torch.uint8, device=packed.device)
     padded_words = -(-n // 32) * bits

@@ -1,6 +1,6 @@
-"""The bit stream on a GPU; bit for bit what packing_reference.py computes.
+"""The bit stream on a GPU; bits equal packing/reference.py.
 
-Four codes are worked on at a time: what they are together, 4 to 32 bits, lies in one word or in two neighbours.
+A step covers four codes: together 4 to 32 bits, so the bits lie in a word or in two neighbouring words.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ PROGRAM_NUMEL = 4096  # codes a program: 32 a thread with 4 warps, two loads of 
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """See packing_reference.py."""
+    """See packing/reference.py."""
     rows, n = codes.shape
     n_words = cdiv(n * bits, 32)
     packed = torch.empty((rows, n_words), dtype=torch.int32, device=codes.device)
     words = bits // gcd(bits, 32)
     codes = codes if n < 2 or codes.stride(1) == 1 else codes.contiguous()
     if codes.is_contiguous() and n * bits % 32 == 0:
-        rows, n, n_words = 1, rows * n, rows * n_words  # no word belongs to two rows
+        rows, n, n_words = 1, rows * n, rows * n_words  # whole words end each row
     parts = cdiv(n, PROGRAM_NUMEL)
     launch(
         _pack,
@@ -44,7 +44,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(packed: torch.Tensor, bits: int, n: int) -> torch.Tensor:
-    """See packing_reference.py."""
+    """See packing/reference.py."""
     rows, n_words = packed.shape
     codes = torch.empty((rows, n), dtype=torch.uint8, device=packed.device)
     packed = packed if n_words < 2 or packed.stride(1) == 1 else packed.contiguous()
@@ -79,7 +79,7 @@ def _pack(
     UNIT_CODES: tl.constexpr,
     UNITS: tl.constexpr,
 ):
-    """A unit is the fewest codes that fill whole words."""
+    """Pack units; a unit is the fewest codes that fill whole words."""
     row = (tl.program_id(0) // parts).to(tl.int64)
     first = (tl.program_id(0) % parts).to(tl.int64) * UNITS
     i = first * UNIT_CODES + tl.arange(0, UNITS * UNIT_CODES)

@@ -1,10 +1,11 @@
-"""Codes and block constants chosen for the least error: the contract. First for each block by itself, then under what
-an adapter absorbs: of an error E [rows, in] the adapter with orthonormal right vectors V takes E·V·Vᵀ, and what is left
-is E·H·Eᵀ with H = I − V·Vᵀ. Where columns count differently, H has their importance d instead of ones and vectors √d·V;
-where they depend on each other it is any matrix. Blocks are `block_size` neighbouring columns of one row, and rows are
-independent.
+"""Codes and block constants of least error: the contract.
 
-A value is level * scale + bias in float32, before a loader rounds it: see `Levels`.
+A search treats each block alone. Refinement then counts only the error that an adapter leaves: an adapter with
+orthonormal right vectors V absorbs E·V·Vᵀ of an error E [rows, in] and leaves the cost E·H·Eᵀ with H = I − V·Vᵀ.
+Columns of unequal importance d give H = diag(d) − v·vᵀ with v = √d·V; correlated columns give any H. A block is
+`block_size` neighbouring columns of a row, and rows are independent. README.md in this folder has the derivation.
+
+A value is level * scale + bias in float32, before a loader rounds the value: see `Levels`.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from loftq_cli.triton_kernels.backend import implementation
 
 OFFSETS = ("none", "int", "float")
 
-# Factors of a block's range that are tried first, and how often least squares then goes on from the best. Measured on
+# Factors of the range of a block that a search tries, and the least squares refits of the best factor. Measured on
 # MiniLM: with half of both, int4 loses 0.8 % more at once, and 0.3 % more after the alternations of a joint fit.
 FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 REFITS = 6
-WARM_REFITS = 1  # a second one changes nothing there that shows in three digits
+WARM_REFITS = 1  # a second refit changes nothing in three digits
 
-# Of the importance of a column what H leaves of it, 1 − |v|² where all are 1: what has less is the adapter's, and
-# float32 could not tell what it costs.
+# Least share of the importance of a column that H must leave (1 − |v|² for equal columns). A column with less belongs
+# to the adapter, and float32 cannot resolve the cost of a step.
 LEAST_WEIGHT = 1e-3
 
-# Of a step that neither raises nor lowers the error, what a step may be at most: float32 does not decide closer ones.
+# Largest step, relative to a step that leaves the error unchanged: float32 does not decide closer calls.
 WORTHWHILE = 1.0 - 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """What codes mean: value = level * scale + bias.
+    """The meaning of codes: value = level * scale + bias.
 
     table        float32 [16], ascending: level = table[code]; None: level = code - zero point
-    bits         of a code
-    offset       "none": the zero point is 2^(bits - 1), unless there is a table; "int": uint8 zero points; "float":
+    bits         bits of a code
+    offset       "none": the zero point is 2^(bits - 1), unless a table is given; "int": uint8 zero points; "float":
                  biases in the dtype of the scales, and zero points of 0
-    scale_dtype  what constants are rounded to, before their error is judged
+    scale_dtype  dtype of stored constants; constants are rounded before an error is judged
     is_signed    whether a scale may be negative: a table that is not symmetric then has two forms
     """
 
@@ -53,7 +54,7 @@ class Levels:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """A quantized matrix: codes uint8 [rows, in], scales [rows, in / block_size], and offsets of that shape or None."""
+    """A quantized matrix: codes uint8 [rows, in], scales [rows, in / block_size], offsets like scales or None."""
 
     codes: torch.Tensor
     scales: torch.Tensor
@@ -62,7 +63,7 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """Of each row the squared error under H, before and after, float64 [rows]; and E·V float32 [rows, r], after."""
+    """Squared error of each row under H, before and after, float64 [rows]; and E·V float32 [rows, r], after."""
 
     before: torch.Tensor
     after: torch.Tensor
@@ -71,19 +72,19 @@ class Refined:
 
 @dataclass(frozen=True, slots=True)
 class RowErrors:
-    """Of each row the squared error under H, before and after, float64 [rows]."""
+    """Squared error of each row under H, before and after, float64 [rows]."""
 
     before: torch.Tensor
     after: torch.Tensor
 
 
 def codebook_levels(table: torch.Tensor) -> Levels:
-    """Those of a codebook format: float32 constants of either sign."""
+    """Levels of a codebook format: float32 constants of either sign."""
     return Levels(table, 4, "none", torch.float32, is_signed=True)
 
 
 def factors_of(levels: Levels, start: Blocks | None) -> tuple[float, ...]:
-    """The factors of a block's range that a search tries."""
+    """Factors of the range of a block that a search tries."""
     if start is not None:
         return FACTORS[:1]
     has_signs = levels.is_signed and levels.offset == "none"
@@ -91,8 +92,8 @@ def factors_of(levels: Levels, start: Blocks | None) -> tuple[float, ...]:
 
 
 def block_importance(importance: torch.Tensor, block_size: int) -> torch.Tensor:
-    """float32 [blocks of a row, block_size]: of each column the importance relative to the largest of its block; ones
-    where all are 0.
+    """float32 [blocks of a row, block_size]: importance of each column relative to the largest in the block; ones where
+    the whole block is 0.
     """
     blocks = importance.view(-1, block_size)
     largest = blocks.amax(dim=1, keepdim=True)
@@ -106,19 +107,19 @@ def search_scales(
     start: Blocks | None = None,
     importance: torch.Tensor | None = None,
 ) -> Blocks:
-    """The codes and constants of float32 [rows, in] with little squared error, each block by itself. `importance`
-    float32 [in], finite and not negative, is what the squared error of each column counts; None: all the same.
+    """Search codes and constants of little squared error for float32 [rows, in], each block alone.
 
-    The range of a block times each of FACTORS, for signed scales with both signs; the best of them is refitted by
-    least squares to its codes, and the codes to that, for as long as it helps, at most REFITS times. Constants are
-    rounded before they are judged. Multiples by powers of two have the same codes. With a `start`, its constants are
-    tried instead, beside the whole range for integers and where they are 0, and refitted WARM_REFITS times: several
-    times faster, for weights that hardly differ from those that it is of.
-    What counts is the importance within a block: one where it is 0 everywhere is searched as if it were 1.
-    A block of zeros has scale 0, or 1 for integers, and decodes to zeros. A scale is not finite exactly where a weight
-    of its block is not, or the scale overflows its dtype; codes there mean nothing.
-    Raises ValueError unless `weight` is contiguous float32 [rows, in] and blocks divide its rows, and where other
-    shapes or dtypes do not fit.
+    `importance` float32 [in], finite and not negative, weighs the squared error of each column; None weighs all columns
+    equally. Only ratios within a block matter; a block with importance 0 everywhere is searched with importance 1.
+
+    The search tries the range of a block times each of FACTORS (signed scales: both signs) and refits the best
+    candidate by least squares to the codes, and the codes to the constants, while the error falls, at most REFITS
+    times. Constants are rounded before an error is judged. A `start` replaces the factors by the constants of `start`
+    (integers, and constants of 0, try the whole range too) and refits WARM_REFITS times: several times faster for
+    weights near the weights of `start`. A block of zeros has scale 0, or 1 for integers, and decodes to zeros. A scale
+    is not finite exactly where a weight of the block is not finite or the scale overflows the scale dtype; codes of
+    such a block are meaningless. Raises ValueError unless `weight` is contiguous float32 [rows, in], blocks divide the
+    rows, and all shapes and dtypes fit.
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
@@ -131,9 +132,9 @@ def search_scales(
 
 
 def residual(weight: torch.Tensor, blocks: Blocks, block_size: int, levels: Levels, out: torch.Tensor) -> torch.Tensor:
-    """float64 [rows]: of each row of float32 [rows, in] the squared error; the error itself goes into `out`, float32.
+    """Squared error float64 [rows] of each row of float32 [rows, in]; the error goes into `out`, float32.
 
-    Raises ValueError where shapes or dtypes do not fit.
+    Raises ValueError when shapes or dtypes do not fit.
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
@@ -155,19 +156,18 @@ def refine(
     fits_scales: bool,
     out: torch.Tensor | None = None,
 ) -> Refined:
-    """What the error under H = D − vectors·vectorsᵀ becomes by `sweeps` passes over `blocks`, which change in place;
-    the error itself goes into `out` float32 [rows, in]. D is the diagonal matrix of `importance` float32 [in], finite
-    and not negative; None: of ones. `vectors` float32 [in, r] are √D·V, where V has orthonormal columns or zeros.
+    """Lower the error under H = D − vectors·vectorsᵀ by `sweeps` passes over `blocks`, which change in place.
 
-    A pass goes through the blocks of a row in order. If it `fits_scales`, it moves the scale of a block, and its bias,
-    to the least error for its codes, if that is less after rounding. (Zero points stay.) Then it moves the code of one
-    column after another to the least error for all others. No step raises the error: one whose gain float32 cannot see
-    is not made. A column that the adapter has almost by itself or whose importance is 0 keeps its code, and a
-    block with scale 0 all of them.
-    Rows do not depend on each other, however they are ordered or divided; compiled, not even in their last bits. What
-    becomes of a row with NaN, infinity or numbers whose squares are not inside float32's range means nothing: its
-    errors are not finite then, and other rows do not notice.
-    Raises ValueError where shapes or dtypes do not fit.
+    D is the diagonal matrix of `importance` float32 [in], finite and not negative; None means ones. `vectors` float32
+    [in, r] are √D·V, where columns of V are orthonormal or zero. The error goes into `out` float32 [rows, in].
+
+    A pass goes through the blocks of a row in order. With `fits_scales` a pass first moves scale and bias of a block to
+    the least error for the codes, if rounded constants lower the error. (Zero points stay.) Then each code in turn
+    moves to the least error given all other codes. No step raises the error: a step whose gain float32 cannot resolve
+    is left out. A column almost wholly absorbed by the adapter, or of importance 0, keeps its code; a block with scale
+    0 keeps all codes. Rows are independent of order and division; compiled, to the last bit. Results of a row with NaN,
+    infinity or numbers whose squares leave the range of float32 are meaningless: the errors of the row are not finite,
+    and other rows are unaffected. Raises ValueError when shapes or dtypes do not fit.
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
@@ -194,12 +194,11 @@ def refine_dense(
     fits_scales: bool,
     out: torch.Tensor | None = None,
 ) -> RowErrors:
-    """The same as `refine` under any H: `hessian` float32 [in, in], symmetric and positive semidefinite. Each pass
-    costs a product of [rows, in] and H.
+    """`refine` under any H: `hessian` float32 [in, in], symmetric and positive semidefinite. A pass costs a product of
+    [rows, in] and H.
 
-    A column whose diagonal element is not positive keeps its code. Errors are told in the digits that float32 products
-    have; of a row that did not change, before and after are equal.
-    Raises ValueError where shapes or dtypes do not fit.
+    A column whose diagonal element is not positive keeps its code. Errors have the precision of float32 products; for
+    an unchanged row, before equals after. Raises ValueError when shapes or dtypes do not fit.
     """
     _check_levels(levels)
     _check_weight(weight, block_size)

@@ -1,5 +1,5 @@
-"""The search for block constants and their refinement compiled for the processor: what refinement_reference.py defines,
-but for the order of sums, which shows where float32 cannot tell two candidates apart.
+"""The search for block constants, and refinement, compiled for a processor. The order of sums differs from
+refinement/reference.py, so results can differ where float32 cannot tell two candidates apart.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from loftq_cli.triton_kernels.refinement.contract import (
 )
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_UNROLLED = 4  # columns of V that a loop takes at once
+_UNROLLED = 4  # columns of V in a step of a loop
 
-# Columns that share one product of errors and H: what moves in them is followed in a processor's first cache.
+# Columns that share a product of errors and H: steps inside the tile are followed in the first cache of a processor.
 _TILE = 64
 
 
 def search_scales(
     weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None, importance: torch.Tensor | None
 ) -> Blocks:
-    """See refinement_reference.py."""
+    """See refinement/reference.py."""
     counted = torch.empty(0, block_size) if importance is None else block_importance(importance, block_size)
     shape = (weight.shape[0], weight.shape[1] // block_size)
     blocks, codes = weight.view(-1, block_size).numpy(), np.empty((weight.numel() // block_size, block_size), np.uint8)
@@ -66,7 +66,7 @@ def search_scales(
 
 
 def residual(weight: torch.Tensor, blocks: Blocks, levels: Levels, out: torch.Tensor) -> torch.Tensor:
-    """See refinement_reference.py."""
+    """See refinement/reference.py."""
     squares = np.empty(len(weight))
     codes, constants, table = blocks.codes.numpy(), _constants(blocks, levels), _table(levels)[0]
     residual_of_rows(weight.numpy(), codes, *constants, table, out.numpy(), squares)
@@ -84,7 +84,7 @@ def refine(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> Refined:
-    """See refinement_reference.py."""
+    """See refinement/reference.py."""
     rows, rank = weight.shape[0], vectors.shape[1]
     scales, zeros, biases = _constants(blocks, levels)
     padded = torch.nn.functional.pad(vectors, (0, -rank % _UNROLLED)).contiguous()
@@ -123,9 +123,11 @@ def refine_dense(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> RowErrors:
-    """See refinement_reference.py. Of a tile of columns the products with all errors are taken when it comes to them,
-    in two parts, with errors that have moved and with others: together with those inside of tiles, which are few, the
-    latter of the first pass add up to the error before, the former of the last one to the error after.
+    """See refinement/reference.py.
+
+    The products of a tile of columns with all errors are computed when the pass reaches the tile, in two parts: with
+    errors that have moved, and with errors that have not. With the few products inside tiles, the second parts of the
+    first pass sum to the error before, and the first parts of the last pass sum to the error after.
     """
     rows, columns = weight.shape
     error = torch.empty_like(weight) if out is None else out
@@ -166,21 +168,21 @@ def refine_dense(
 
 
 def _moves(levels: Levels, fits_scales: bool) -> tuple[Any, ...]:
-    """What a step may be, for the kernels that refine."""
+    """Limits of a step, as arguments of the kernels that refine."""
     limits = np.array([LEAST_WEIGHT, 2.0 * WORTHWHILE], np.float32)
     fits = int(fits_scales) * (2 if levels.offset == "float" else 1)
     return fits, levels.is_signed, _DTYPES[levels.scale_dtype], limits
 
 
 def _store(blocks: Blocks, levels: Levels, scales: Any, biases: Any) -> None:
-    """Constants that have moved, into `blocks`."""
+    """Store moved constants in `blocks`."""
     blocks.scales.copy_(torch.from_numpy(scales))
     if levels.offset == "float" and blocks.offsets is not None:
         blocks.offsets.copy_(torch.from_numpy(biases))
 
 
 def _table(levels: Levels) -> tuple[Any, Any]:
-    """The levels and 16 thresholds, the last of them infinite; of integers None twice."""
+    """Levels and 16 thresholds, the last infinite; None twice for integers."""
     if levels.table is None:
         return None, None
     thresholds = torch.cat([(levels.table[:-1] + levels.table[1:]) / 2, levels.table.new_full((1,), torch.inf)])
@@ -188,7 +190,7 @@ def _table(levels: Levels) -> tuple[Any, Any]:
 
 
 def _constants(blocks: Blocks, levels: Levels) -> tuple[Any, Any, Any]:
-    """Scales, zero points and biases as float32, in memory of their own."""
+    """Copies of scales, zero points and biases as float32."""
     scales = blocks.scales.to(torch.float32, copy=True).numpy()
     zeros, biases = np.zeros_like(scales), np.zeros_like(scales)
     if blocks.offsets is not None:

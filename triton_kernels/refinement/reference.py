@@ -1,5 +1,5 @@
-"""The definition of the search for block constants and of their refinement, in plain torch: all rows at once, and one
-column after another.
+"""The definition of the search for block constants, and of refinement, in plain torch: all rows at once, column after
+column.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from loftq_cli.triton_kernels.refinement.contract import (
     factors_of,
 )
 
-_TINY = 1e-38  # what is smaller has lost its digits already, and its reciprocal may overflow
+_TINY = 1e-38  # smaller numbers have lost digits already, and a reciprocal may overflow
 
 
 @dataclass(frozen=True, slots=True)
 class Constants:
-    """Of blocks [n, 1], in float32 but as they are stored; zero points are 0 where levels have none."""
+    """Constants of blocks [n, 1] in float32, rounded as stored; zero points are 0 where levels have none."""
 
     scale: torch.Tensor
     zero: torch.Tensor
     bias: torch.Tensor
 
     def where(self, chosen: torch.Tensor, other: Constants) -> Constants:
-        """These where `chosen`, and others elsewhere."""
+        """These constants where `chosen` is true, `other` elsewhere."""
         pairs = ((self.scale, other.scale), (self.zero, other.zero), (self.bias, other.bias))
         return Constants(*(torch.where(chosen, own, others) for own, others in pairs))
 
     def flattened(self) -> Constants:
-        """One block a row."""
+        """Constants with a block a row."""
         return Constants(self.scale.reshape(-1, 1), self.zero.reshape(-1, 1), self.bias.reshape(-1, 1))
 
 
 def search_scales(
     weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None, importance: torch.Tensor | None
 ) -> Blocks:
-    """See refinement.py."""
+    """See refinement/contract.py."""
     blocks = weight.reshape(-1, block_size)
     if importance is not None:
-        importance = block_importance(importance, block_size).repeat(len(weight), 1)  # of every block
+        importance = block_importance(importance, block_size).repeat(len(weight), 1)  # [n, block_size]
     ranges = list(_ranges(blocks, levels, factors_of(levels, start)))
     begun = [] if start is None else [_stored(start, levels).flattened()]
     best, error = ranges[0], torch.tensor(torch.inf)
@@ -73,7 +73,7 @@ def search_scales(
 
 
 def _ranges(blocks: torch.Tensor, levels: Levels, factors: tuple[float, ...]) -> Iterator[Constants]:
-    """The constants that a search begins with, those of the whole range first."""
+    """Candidate constants of a search, the whole range first."""
     top, lowest, highest = 2**levels.bits - 1, blocks.amin(dim=1, keepdim=True), blocks.amax(dim=1, keepdim=True)
     largest, nothing = torch.maximum(-lowest, highest), torch.zeros_like(lowest)
     if levels.offset == "int":
@@ -119,7 +119,7 @@ def _mean(numbers: torch.Tensor, importance: torch.Tensor | None) -> torch.Tenso
 def _refitted(
     blocks: torch.Tensor, constants: Constants, levels: Levels, importance: torch.Tensor | None, *, moves_zero: bool
 ) -> Constants:
-    """The constants of least squared error for the codes that `constants` give; the same where there are none."""
+    """Constants of least squared error for the codes under `constants`; unchanged where no better constants exist."""
     codes = encode(blocks, constants, levels)
     level = codes - constants.zero if levels.table is None else levels.table[codes.int()]
     largest = blocks.abs().amax(dim=1, keepdim=True)
@@ -129,7 +129,7 @@ def _refitted(
     if levels.offset != "none" and (levels.offset == "float" or moves_zero):
         mean, unit_mean = _mean(level, importance), _mean(unit, importance)
         slope = _inner(counted, level - mean) / _inner(_weighted(level - mean, importance), level - mean)
-        start = unit_mean - slope * mean  # of the line through the weights, at level 0
+        start = unit_mean - slope * mean  # value at level 0 of the line through the weights
         bias = _rounded(start * largest, levels)
         if levels.offset == "int":
             moved = (zero - start / slope).round_().clamp_(0, 2**levels.bits - 1)
@@ -151,7 +151,7 @@ def _inverse(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def residual(weight: torch.Tensor, blocks: Blocks, levels: Levels, out: torch.Tensor) -> torch.Tensor:
-    """See refinement.py."""
+    """See refinement/contract.py."""
     values = decode(blocks.codes.view(*blocks.scales.shape, -1), _stored(blocks, levels), levels)
     out[:] = weight - values.view(weight.shape)
     return out.double().square().sum(dim=1)
@@ -168,7 +168,7 @@ def refine(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> Refined:
-    """See refinement.py."""
+    """See refinement/contract.py."""
     shape = (*blocks.scales.shape, block_size)
     if importance is None:
         importance = torch.ones_like(weight[0])
@@ -202,7 +202,7 @@ def refine_dense(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> RowErrors:
-    """See refinement.py."""
+    """See refinement/contract.py."""
     shape = (*blocks.scales.shape, block_size)
     values = decode(blocks.codes.view(shape), _stored(blocks, levels), levels).view(weight.shape)
     error = weight - values
@@ -232,8 +232,8 @@ def _descend(
     slope: torch.Tensor,
     h: torch.Tensor,
 ) -> torch.Tensor:
-    """Moves the codes of one column [rows, 1] and the values to where the error is least, if that lowers it, and gives
-    the steps of the values. `slope` [rows, 1] is half of what the error falls by with them, `h` their weight.
+    """Move codes and values of a column [rows, 1] to the least error, where the error falls; return the steps of the
+    values. `slope` [rows, 1] is half of the derivative of the error by a step, negated; `h` is the weight of a step.
     """
     found = encode(value + slope / h, constants, levels)
     step = decode(found, constants, levels) - value
@@ -247,8 +247,8 @@ def _descend(
 
 @dataclass(frozen=True, slots=True)
 class Products:
-    """Under H, of the values of each row's block without their bias (linear) and of ones, [rows, 1]: with the error,
-    with each other, and with themselves; and what linear has with itself under the diagonal that H is less than.
+    """Inner products under H for the block of each row, [rows, 1]: of `linear` (values without bias) and of ones with
+    the error, with each other and with themselves; and of `linear` with itself under the diagonal D above H.
     """
 
     linear_error: torch.Tensor
@@ -269,7 +269,7 @@ def _fit(
     importance: torch.Tensor,
     m: torch.Tensor,
 ) -> None:
-    """Fits the constants of each row's block [rows, block_size]; `m` follows."""
+    """Fit the constants of the block of each row [rows, block_size]; `m` follows."""
     linear = values - _stored(blocks, levels, block).bias
     error, counted = (weight - values) * importance, linear * importance
     projected, ones = linear @ vectors, vectors.sum(dim=0)  # [rows, r], [r]
@@ -290,7 +290,7 @@ def _fit(
 def fit_dense(
     error: torch.Tensor, values: torch.Tensor, blocks: Blocks, block: int, levels: Levels, hessian: torch.Tensor
 ) -> None:
-    """The same, of errors [rows, in], with the rows of `hessian` that belong to the block."""
+    """`_fit` for errors [rows, in], with the rows of `hessian` that belong to the block."""
     linear = values - _stored(blocks, levels, block).bias
     within = hessian[:, block * values.shape[1] :][:, : values.shape[1]]
     weighted, slopes = linear @ within, error @ hessian.T
@@ -307,8 +307,8 @@ def fit_dense(
 
 
 def _fitted(blocks: Blocks, block: int, levels: Levels, products: Products) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves the scale of each row's block, and its bias, to where the error is least for these codes, if that lowers
-    it: the values become bias' + (values − bias)·scale' / scale. Gives what is added, of linear and of ones.
+    """Move scale and bias of the block of each row to the least error for the codes, where the error falls: values
+    become bias' + (values − bias)·scale' / scale. Return the added multiples of `linear` and of ones.
     """
     old, right, square = _stored(blocks, levels, block), products.linear_error, products.linear_linear
     right_bias, mixed, square_bias = products.ones_error, products.linear_ones, products.ones_ones
@@ -337,8 +337,8 @@ def _fitted(blocks: Blocks, block: int, levels: Levels, products: Products) -> t
 
 
 def encode(values: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
-    """Codes of the nearest values of [n, columns], as float32: of two as near, the lower level of a table, the even
-    step of integers.
+    """Codes of the nearest values to [n, columns], as float32. Ties take the lower level of a table, the even step of
+    integers.
     """
     steps = (values - constants.bias) * _inverse(constants.scale)
     if levels.table is None:
@@ -351,13 +351,13 @@ def encode(values: torch.Tensor, constants: Constants, levels: Levels) -> torch.
 
 
 def decode(codes: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
-    """float32 values of codes [n, columns], before a loader rounds them."""
+    """float32 values of codes [n, columns], before the rounding of a loader."""
     found = codes - constants.zero if levels.table is None else levels.table[codes.int()]
     return found * constants.scale + constants.bias
 
 
 def _stored(blocks: Blocks, levels: Levels, block: int | None = None) -> Constants:
-    """Constants [rows, blocks, 1], or those of one block in each row, [rows, 1]."""
+    """Constants [rows, blocks, 1], or constants of a single block in each row, [rows, 1]."""
     part = slice(None) if block is None else block
     scale = blocks.scales[:, part].float()[..., None]
     nothing = torch.zeros_like(scale)
@@ -374,7 +374,7 @@ def _inner(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def _errors(
     weight: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor, importance: torch.Tensor
 ) -> torch.Tensor:
-    """float64 [rows]: the squared errors under H."""
+    """Squared errors under H, float64 [rows]."""
     error = (weight - values).double()
     return (error.square() * importance).sum(dim=1) - (error @ vectors.double()).square().sum(dim=1)
 

@@ -1,7 +1,7 @@
-"""The search for block constants and their refinement on a GPU: what refinement_reference.py defines, but for the order
-of sums, which shows where float32 cannot tell two candidates apart.
+"""The search for block constants, and refinement, on a GPU. The order of sums differs from refinement/reference.py, so
+results can differ where float32 cannot tell two candidates apart.
 
-Blocks that no program can hold, and tables that leave [-1, 1], go to the reference.
+Blocks too wide for a program, and tables that leave [-1, 1], go to the reference.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from loftq_cli.triton_kernels.refinement.contract import (
     factors_of,
 )
 
-_WARP_NUMEL = 256  # weights that a warp searches: with 16 a thread, importance included, some compilers spill
-_WIDEST = 8192  # of the blocks that a program searches, with 16 warps
-_RESIDUAL_NUMEL = 1024  # weights of a row that are decoded at once
+_WARP_NUMEL = 256  # weights of a warp in a search: with 16 a thread, importance included, some compilers spill
+_WIDEST = 8192  # widest block of a search, with 16 warps
+_RESIDUAL_NUMEL = 1024  # weights of a row decoded in a step
 
-# A program that refines is one warp, or few: it waits for one column after another, so many should run side by side.
-_PROJECTIONS = 128  # of rows and vectors, in a warp
+# A refining program has few warps: columns follow each other, so many programs should run side by side.
+_PROJECTIONS = 128  # rows times vectors of a warp
 _LARGEST_RANK = 1024
-_ROWS = 8  # whose columns a program moves under any H; with 16 some compilers spill
-_WIDEST_TILE = 128  # of the blocks that it does that with; it moves wider ones by _TILE columns
+_ROWS = 8  # rows of a program under a dense H; with 16 some compilers spill
+_WIDEST_TILE = 128  # widest block in a single tile under a dense H; wider blocks move in tiles of _TILE columns
 _TILE = 64
 
 
 def search_scales(
     weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None, importance: torch.Tensor | None
 ) -> Blocks:
-    """See refinement_reference.py."""
+    """See refinement/reference.py."""
     if block_size > _WIDEST or not _is_encoded(levels):
         return refinement_reference.search_scales(weight, block_size, levels, start, importance)
     shape, device = (weight.shape[0], weight.shape[1] // block_size), weight.device
@@ -90,7 +90,7 @@ def search_scales(
 
 
 def residual(weight: torch.Tensor, blocks: Blocks, levels: Levels, out: torch.Tensor) -> torch.Tensor:
-    """See refinement_reference.py."""
+    """See refinement/reference.py."""
     rows, columns = weight.shape
     squares = torch.empty(rows, dtype=torch.float64, device=weight.device)
     launch(
@@ -124,7 +124,7 @@ def refine(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> Refined:
-    """See refinement_reference.py. A launch is one pass: no thread reads there what another one has written."""
+    """See refinement/reference.py. A launch is a single pass: no thread reads memory that another thread wrote."""
     (rows, columns), rank = weight.shape, vectors.shape[1]
     if rank > _LARGEST_RANK or not _is_encoded(levels):
         return refinement_reference.refine(
@@ -174,7 +174,7 @@ def _absorbed(
     importance: torch.Tensor,
     error: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The squared errors under H, float64 [rows], and the projections; the error itself goes into `error`."""
+    """Squared errors under H, float64 [rows], and the projections; the error goes into `error`."""
     residual(weight, blocks, levels, error)
     m = error @ vectors
     squares = torch.linalg.vecdot(error.double().square(), importance.double()[None, :])
@@ -191,7 +191,7 @@ def refine_dense(
     fits_scales: bool,
     out: torch.Tensor | None,
 ) -> RowErrors:
-    """See refinement_reference.py. The products of a tile of columns with all errors are taken when it comes to it."""
+    """See refinement/reference.py. The pass computes the products of a tile with all errors on reaching the tile."""
     if not _is_encoded(levels):
         return refinement_reference.refine_dense(weight, blocks, block_size, levels, hessian, sweeps, fits_scales, out)
     rows, columns = weight.shape
@@ -244,7 +244,7 @@ def _dense_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
 
 
 def _steps_of(levels: Levels, fits_scales: bool) -> dict[str, Any]:
-    """What a step may be, for the kernels that refine."""
+    """Limits of a step, as arguments of the kernels that refine."""
     return {
         "SCALE": TRITON_DTYPES[levels.scale_dtype],
         "IS_SIGNED": levels.is_signed,
@@ -255,11 +255,11 @@ def _steps_of(levels: Levels, fits_scales: bool) -> dict[str, Any]:
 
 
 def _is_encoded(levels: Levels) -> bool:
-    """Whether the cells of an encoder find every code."""
+    """Whether the cells of an encoder can find every code."""
     return levels.table is None or _largest_level(levels.table) <= 1.0
 
 
-@lru_cache(maxsize=16)  # by identity, as `encoder_cells`
+@lru_cache(maxsize=16)  # keyed by identity, as `encoder_cells`
 def _largest_level(table: torch.Tensor) -> float:
     return float(table.abs().max())
 
@@ -276,12 +276,12 @@ def _offsets(shape: tuple[int, int], levels: Levels, device: torch.device) -> to
 
 
 def _tables(levels: Levels, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The levels of a table and the cells that find codes; of integers anything."""
+    """Levels of a table, and the encoder cells; placeholders for integers."""
     return (weight, weight) if levels.table is None else (levels.table, encoder_cells(levels.table))
 
 
 def _constants_of(levels: Levels) -> dict[str, Any]:
-    """What kernels are compiled for."""
+    """Compile-time constants of the kernels."""
     depth = 0 if levels.table is None else len(encoder_cells(levels.table)) // CELLS - 1
     return {
         "TOP": 2**levels.bits - 1,
@@ -293,14 +293,14 @@ def _constants_of(levels: Levels) -> dict[str, Any]:
 
 @triton.jit
 def _inverse(numbers):
-    """0 of what is so small that its reciprocal may overflow."""
+    """The reciprocal; 0 for numbers so small that a reciprocal may overflow."""
     return tl.where(tl.abs(numbers) < 1e-38, 0.0, tl.div_rn(tl.full(numbers.shape, 1.0, tl.float32), numbers))
 
 
 @triton.jit
 def _nearest(steps, zero, table_ptr, cells_ptr, TOP: tl.constexpr, TABLE: tl.constexpr, DEPTH: tl.constexpr):
-    """The levels next to `steps`, and their codes as whole float32 numbers. To clamp before is the same, the bounds
-    being whole, and lets rounding be an addition. What is not a number has a code, but no meaning.
+    """Levels nearest to `steps`, and their codes as whole float32 numbers. Clamping first gives equal codes, because
+    the bounds are whole, and lets an addition round. The code of NaN is arbitrary but valid.
     """
     if TABLE:
         code = encode(tl.minimum(tl.maximum(steps, -1.0), 1.0), cells_ptr, DEPTH)
@@ -380,7 +380,7 @@ def _sums(
     WEIGHTED: tl.constexpr,
     IS_PADDED: tl.constexpr,
 ):
-    """Of each block the error, the products of its weights and levels and of levels, and the sum of levels."""
+    """Per block: the squared error, the sums of weight * level and of level * level, and the sum of levels."""
     steps = (values - bias[:, None]) * _inverse(scale)[:, None]
     level, _ = _nearest(steps, zero[:, None], table_ptr, cells_ptr, TOP, TABLE, DEPTH)
     difference = (values - (level * scale[:, None] + bias[:, None])) * unit[:, None]
@@ -395,8 +395,8 @@ def _sums(
 
 @triton.jit
 def _line(mixed, square, total, steps, n, zero, moves_zero, TOP: tl.constexpr, OFFSET: tl.constexpr):
-    """The slope of the line through weights over their levels, the zero point, and what is left at it: the bias. `n`:
-    how many there are, each as often as it counts.
+    """Least squares line of weights over levels: the slope, the level where the line is 0 (the zero point), and the
+    value at level 0 (the bias). `n` is the sum of the importance.
     """
     slope, start, moved = tl.div_rn(mixed, square), tl.zeros_like(mixed), zero
     if OFFSET != "none":
@@ -451,7 +451,7 @@ def _search_blocks(
     values = tl.load(weight_ptr + places, mask=is_weight, other=0.0)
     importance, count = values, tl.full([BLOCKS], BLOCK_SIZE, tl.float32)
     if WEIGHTED:
-        # In 32 bits, which 2^31 blocks fit: a remainder in 64 is a call, and costs registers.
+        # 2^31 blocks fit 32 bits; a remainder in 64 bits is a call and costs registers.
         of_row = (block.to(tl.int32) % blocks_of_row)[:, None] * BLOCK_SIZE + column
         importance = tl.load(importance_ptr + of_row, mask=is_weight, other=0.0)
         count = tl.sum(importance, axis=1)
@@ -554,8 +554,8 @@ def _fitted(
     IS_SIGNED: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """What the scales and biases of blocks become, where that lowers the error; and what is added to values, of those
-    without their bias and of ones. The products are those of `Products` in refinement_reference.py.
+    """Scales and biases of blocks after a fit, where the error falls; and the added multiples of `linear` and of ones.
+    The products are the fields of `Products` in refinement/reference.py.
     """
     is_usable = square > LEAST * bound
     if OFFSET == "float":
@@ -595,8 +595,8 @@ def _step(
     DEPTH: tl.constexpr,
     MOST: tl.constexpr,
 ):
-    """Where the values of a column of rows go, the codes of that, and whether it lowers the error. `h` is what H has
-    for the column, and `reciprocal` of that.
+    """New values of a column of rows, the codes of the values, and whether the error falls. `h` is the diagonal element
+    of H for the column, `reciprocal` is 1 / h.
     """
     h = tl.zeros_like(value) + h
     target = (value + slope * reciprocal - bias) * inverse
@@ -684,7 +684,7 @@ def _refine_rows(
     tl.store(m_ptr + m_place, m, mask=is_m)
 
 
-@triton.jit(do_not_specialize=["start", "count"])  # one compilation serves all tiles
+@triton.jit(do_not_specialize=["start", "count"])  # a single compilation serves all tiles
 def _refine_tile(
     weight_ptr,
     codes_ptr,
@@ -725,7 +725,7 @@ def _refine_tile(
     code = tl.load(codes_ptr + place, mask=is_weight, other=0)
     level = tl.where(is_weight, _level(code, zero[:, None], table_ptr, TABLE), 0.0)
     codes, inner = code.to(tl.float32), column[None, :]
-    tl.debug_barrier()  # threads may hold the same elements: all have read them before one writes
+    tl.debug_barrier()  # threads may hold equal elements: all threads read before any thread writes
     own_ptr = hessian_ptr + tl.cast(start, tl.int64) * (columns + 1)
     if FITS:
         linear = level * scale[:, None]

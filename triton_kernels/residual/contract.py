@@ -1,9 +1,8 @@
-"""The passes of one alternation of LoftQ (arXiv 2310.08659, Algorithm 1) over a stack of equal matrices: the contract.
-A matrix minus a product of low rank is quantized, and what quantization lost is multiplied by a few vectors from either
-side. Neither the product nor the residual ever lies in memory.
+"""The passes of an alternation of LoftQ (arXiv 2310.08659, Algorithm 1) over a stack of equal matrices: the contract.
 
-Factors and residuals are multiplied as bfloat16 and summed in float32: against float32 that changes the error which an
-alternation ends with by less than 0.05 %, measured.
+A pass quantizes a matrix minus a product of low rank, or multiplies the quantization error by a few vectors from either
+side. Neither the product nor the error ever lies in memory. Factors and errors are multiplied as bfloat16 and summed in
+float32; measured against float32, the error at the end of an alternation changes by less than 0.05 %.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from loftq_cli.triton_kernels.codebook.contract import FLOATS, codebook_table
 
 @dataclass(frozen=True, slots=True)
 class CodedStack:
-    """n quantized matrices [out, in] of one codebook format.
+    """n quantized matrices [out, in] of a common codebook format.
 
     packed       uint8 [n, ceil(out * in / 2)]
-    absmax       float32 [n, ceil(out * in / block_size)], as a loader decodes them
-    dtype        what a loader decodes values to; they are rounded to it
+    absmax       float32 [n, ceil(out * in / block_size)], as a loader decodes the constants
+    dtype        the dtype to which a loader decodes and rounds values
     """
 
     packed: torch.Tensor
@@ -35,8 +34,8 @@ class CodedStack:
 def quantize_difference(
     weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor, codebook: str, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packed codes uint8 [n, bytes] and absmax float32 [n, blocks] of weight - left @ right, as `quantize_codebook` has
-    them of one matrix.
+    """Quantize weight - left @ right: packed codes uint8 [n, bytes] and absmax float32 [n, blocks], as
+    `quantize_codebook` returns for a single matrix.
 
     weight: float32, bfloat16 or float16 [n, out, in]; left float32 [n, out, rank]; right float32 [n, rank, in].
     Raises ValueError when shapes do not fit.
@@ -58,7 +57,7 @@ def quantize_difference(
 def residual_product(
     weight: torch.Tensor, coded: CodedStack, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(weight - decoded) @ vectors, float32 [n, out, rank], and the sums of squares of weight - decoded, float64 [n].
+    """(weight - decoded) @ vectors, float32 [n, out, rank], and the sum of squares of weight - decoded, float64 [n].
 
     vectors: float32 [n, in, rank]. Raises ValueError when shapes do not fit.
     """

@@ -1,4 +1,4 @@
-"""The definition of an alternation's passes in plain torch, one matrix after the other."""
+"""The definition of the passes of an alternation in plain torch, matrix after matrix."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def quantize_difference(
     packed: torch.Tensor,
     absmax: torch.Tensor,
 ) -> None:
-    """Codes and constants of weight - left @ right; the factors are bfloat16. See residual.py."""
+    """Codes and constants of weight - left @ right; the factors are bfloat16. See residual/contract.py."""
     for i in range(len(weight)):
         update = left[i].float() @ right[i].float()
         codebook_reference.quantize(weight[i].view(-1), update.view(-1), table, block_size, packed[i], absmax[i])
@@ -30,7 +30,7 @@ def quantize_difference(
 def residual_product(
     weight: torch.Tensor, coded: CodedStack, table: torch.Tensor, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [n, out, rank] and float64 [n]; the vectors are bfloat16. See residual.py."""
+    """float32 [n, out, rank] and float64 [n]; the vectors are bfloat16. See residual/contract.py."""
     residuals = [_residual(weight, coded, table, i) for i in range(len(weight))]
     products = [lost.bfloat16().float() @ vectors[i].float() for i, lost in enumerate(residuals)]
     return torch.stack(products), torch.stack([lost.double().square().sum() for lost in residuals])
@@ -39,7 +39,7 @@ def residual_product(
 def transposed_residual_product(
     weight: torch.Tensor, coded: CodedStack, table: torch.Tensor, vectors: torch.Tensor
 ) -> torch.Tensor:
-    """float32 [n, rank, in]; the vectors are bfloat16. See residual.py."""
+    """float32 [n, rank, in]; the vectors are bfloat16. See residual/contract.py."""
     residuals = (_residual(weight, coded, table, i) for i in range(len(weight)))
     return torch.stack([vectors[i].float().T @ lost.bfloat16().float() for i, lost in enumerate(residuals)])
 

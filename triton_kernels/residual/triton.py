@@ -1,7 +1,7 @@
-"""An alternation's passes over a stack of matrices on a GPU: each reads the weights, and the codes, once.
+"""The passes of an alternation over a stack of matrices on a GPU: each pass reads weights and codes once.
 
-Tiles are as wide as a block, or a power of two that divides it, so that a row of a tile has one absmax. Matrices whose
-rows are not whole blocks, and blocks too long for a tile, take the way through a decoded matrix.
+A tile is as wide as a block, or as a power of two that divides the block, so a row of a tile has a single absmax.
+Matrices whose rows are not whole blocks, and blocks too long for a tile, go through a decoded matrix.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from loftq_cli.triton_kernels.launch_triton import cdiv, launch
 if TYPE_CHECKING:
     from loftq_cli.triton_kernels.residual.contract import CodedStack
 
-_TILE_NUMEL = 4096  # weights of a tile that is quantized: 16 a thread with 8 warps, three programs a processor
-_LARGEST_BLOCK = 256  # that a tile holds with rows enough for a matrix product
-_ROWS, _COLUMNS = 64, 64  # of a tile that is decoded, at most
-_RANKS = 64  # vectors that a program multiplies by, all with 8 warps: twice as many would spill registers
-_PROGRAMS = 264  # what runs at once on a large GPU: two for each of 132 processors. More parts cost more sums to store.
+_TILE_NUMEL = 4096  # weights of a quantized tile: 16 a thread with 8 warps, three programs a multiprocessor
+_LARGEST_BLOCK = 256  # longest block of a tile with rows enough for a matrix product
+_ROWS, _COLUMNS = 64, 64  # of a decoded tile, at most
+_RANKS = 64  # vectors of a program with 8 warps: twice as many spill registers
+# Programs that run at once on a large GPU: two for each of 132 multiprocessors. More parts store more sums.
+_PROGRAMS = 264
 
 
 def quantize_difference(
@@ -44,7 +45,7 @@ def quantize_difference(
     packed: torch.Tensor,
     absmax: torch.Tensor,
 ) -> None:
-    """See residual_reference.py."""
+    """See residual/reference.py."""
     n, out_features, in_features = weight.shape
     if not _is_tiled(in_features, block_size) or block_size > _LARGEST_BLOCK:
         for i in range(n):
@@ -76,7 +77,7 @@ def quantize_difference(
 def residual_product(
     weight: torch.Tensor, coded: CodedStack, table: torch.Tensor, vectors: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See residual_reference.py. Squares are summed in float32 in a program, then in float64."""
+    """See residual/reference.py. Each program sums squares in float32; the sum over programs is float64."""
     n, out_features, in_features = weight.shape
     rank = vectors.shape[2]
     if not _is_tiled(in_features, coded.block_size):
@@ -115,7 +116,7 @@ def residual_product(
 def transposed_residual_product(
     weight: torch.Tensor, coded: CodedStack, table: torch.Tensor, vectors: torch.Tensor
 ) -> torch.Tensor:
-    """See residual_reference.py."""
+    """See residual/reference.py."""
     n, out_features, in_features = weight.shape
     rank = vectors.shape[2]
     if not _is_tiled(in_features, coded.block_size):
@@ -150,23 +151,23 @@ def transposed_residual_product(
 
 
 def _is_tiled(in_features: int, block_size: int) -> bool:
-    """Whether rows are whole blocks, and blocks whole tiles that a matrix product takes."""
+    """Whether rows are whole blocks, and blocks are whole tiles for a matrix product."""
     is_power = block_size & (block_size - 1) == 0
     return is_power and block_size >= 16 and in_features % block_size == 0
 
 
 def _padded(rank: int) -> int:
-    """A power of two that a matrix product takes."""
+    """The next power of two that a matrix product accepts."""
     return max(16, 1 << (rank - 1).bit_length())
 
 
 def _parts(programs: int, steps: int) -> int:
-    """Into how many parts a sum of `steps` terms is cut, so that there are programs enough."""
+    """The number of parts of a sum of `steps` terms, so that enough programs run."""
     return max(1, min(steps, _PROGRAMS // max(programs, 1)))
 
 
 def _summed(products: torch.Tensor) -> torch.Tensor:
-    """Over the parts, always in the same order: atomic additions would give other bytes at each run."""
+    """Sum over the parts in a fixed order: atomic additions would change the bytes from run to run."""
     return products[0] if len(products) == 1 else products.sum(dim=0)
 
 
@@ -195,7 +196,7 @@ def _quantize_difference(
 ):
     blocks = in_features // BLOCK_SIZE  # in a row
     matrix = tl.program_id(1).to(tl.int64)
-    # Neighbours share their rows of `left`, and the weights lie one after the other.
+    # Neighbouring programs share rows of `left`, and their weights are contiguous.
     row = (tl.program_id(0) // blocks) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(0) % blocks
     column = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -214,7 +215,7 @@ def _quantize_difference(
             other=0.0,
         )
         update = tl.dot(left, right, update)
-    line = matrix * out_features + row  # of the stack as one tall matrix
+    line = matrix * out_features + row  # row of the stack seen as a single tall matrix
     weight = tl.load(weight_ptr + line[:, None] * in_features + column[None, :], mask=is_row[:, None], other=0.0)
     values = weight.to(tl.float32) - update
     largest = largest_magnitude(values)
@@ -240,7 +241,7 @@ def _lost(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """weight - decoded, float32 [ROWS, COLUMNS], of rows `line` and columns from `start`; 0 where there is no row."""
+    """weight - decoded, float32 [ROWS, COLUMNS], for rows `line` and columns from `start`; 0 beyond the last row."""
     column = start + tl.arange(0, COLUMNS)
     byte = start // 2 + tl.arange(0, COLUMNS // 2)
     absmax = tl.load(absmax_ptr + line * (in_features // BLOCK_SIZE) + start // BLOCK_SIZE, mask=is_row, other=0.0)
@@ -250,7 +251,7 @@ def _lost(
     return weight.to(tl.float32) - tl.interleave(high, low).to(DECODED).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["parts", "steps"])  # one compilation serves all sizes
+@triton.jit(do_not_specialize=["parts", "steps"])  # a single compilation serves all sizes
 def _residual_product(
     weight_ptr,
     packed_ptr,
