@@ -1,4 +1,4 @@
-"""The adapter that lies inside a converted directory."""
+"""Finds, opens and loads the adapter inside a converted directory."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_adapter_pairs(base: BaseModel, names: Iterable[str], reported: str | No
 
 
 def matrix_shape_of(base: BaseModel, name: str) -> tuple[int, int]:
-    """The shape [out, in] of a layer that the report lists. Raises InputError where the files hold no such matrix."""
+    """The shape [out, in] of a layer that the report lists. Raises InputError for a tensor that is no matrix."""
     shape = base.matrix_shape(name)
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"is a layer in {REPORT_NAME} and no matrix in the files", file=base.path, tensor=name)

@@ -1,6 +1,6 @@
-"""A PEFT LoRA adapter directory: tensor names, adapter_config.json, and the same read back.
+"""Tensor names and adapter_config.json of a PEFT LoRA adapter, written and read.
 
-Lists exactly the modules that have tensors: PEFT gives any other module it is told of a fresh random adapter.
+A config lists exactly the modules that have tensors: PEFT gives a listed module without tensors a fresh random adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CONFIG_NAME = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """One adapted linear: its name in the loaded model, the shape [out, in] of its weight, and its adapter."""
+    """One adapted linear: name in the loaded model, shape [out, in] of the weight, and form of the adapter."""
 
     module: str
     shape: tuple[int, int]
@@ -37,7 +37,11 @@ class AdaptedModule:
 
 
 def tensor_names(module: str) -> tuple[str, str]:
-    """Names of lora_A [rank, in / group_size] and lora_B [out, rank]."""
+    """Names of lora_A [rank, in / group_size] and lora_B [out, rank] in an adapter file.
+
+    >>> tensor_names("model.layers.0.mlp.up_proj")[0]
+    'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    """
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
@@ -58,14 +62,16 @@ def pack(module: str, lora: LoraPair) -> dict[str, torch.Tensor]:
 def adapter_config(
     modules: Sequence[AdaptedModule], *, base_model: str, task_type: str | None, fan_in_fan_out: bool
 ) -> dict[str, Any]:
-    """adapter_config.json for `modules`; the most common rank and alpha are the default, the others are patterns.
+    """The values of adapter_config.json for `modules`, which share one pooling and one kind of scaling.
 
-    `init_lora_weights` is true, never "loftq": with that, PEFT would initialize again and ask for a loftq_config.
-    A pooled adapter says use_qalora only with PEFT's own pooling: with another one, PEFT must fail, not scale wrongly.
+    The most common rank and alpha are the default; patterns list the modules with another rank or alpha.
+    `init_lora_weights` is true, never "loftq": PEFT would initialize again and ask for a loftq_config.
+    A pooled adapter says use_qalora only with PEFT's own pooling: PEFT has to fail on any other pooling, and not to
+    scale wrongly.
     """
     pooling = modules[0].lora.pooling
     (rank, alpha), _ = Counter((m.lora.rank, m.lora.alpha) for m in modules).most_common(1)[0]
-    others = [m for m in modules if (m.lora.rank, m.lora.alpha) != (rank, alpha)]
+    uncommon = [m for m in modules if (m.lora.rank, m.lora.alpha) != (rank, alpha)]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -74,8 +80,8 @@ def adapter_config(
         "lora_alpha": _number(alpha),
         "use_rslora": modules[0].lora.rslora,
         "target_modules": [m.module for m in modules],
-        "rank_pattern": {m.module: m.lora.rank for m in others},
-        "alpha_pattern": {m.module: _number(m.lora.alpha) for m in others},
+        "rank_pattern": {m.module: m.lora.rank for m in uncommon},
+        "alpha_pattern": {m.module: _number(m.lora.alpha) for m in uncommon},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -94,7 +100,13 @@ def _pooling_json(pooling: Pooling) -> dict[str, Any]:
 
 
 def pooling_of(config: Mapping[str, Any]) -> Pooling | None:
-    """How the adapter of a config pools its inputs. Raises ValueError for a pooling that does not exist."""
+    """How lora_A pools inputs, as a config says; None without pooling.
+
+    Raises ValueError for a pooling that does not exist.
+
+    >>> pooling_of({"use_qalora": True, "qalora_group_size": 32})
+    Pooling(convention='peft', group_size=32)
+    """
     convention = config.get("qalora_pooling") or ("peft" if config.get("use_qalora") else None)
     if convention is None:
         return None
@@ -105,37 +117,45 @@ def pooling_of(config: Mapping[str, Any]) -> Pooling | None:
 
 
 def values_of(config: Mapping[str, Any], key: str, modules: Sequence[str]) -> dict[str, int | float]:
-    """What PEFT takes for each of `modules`: `key` is "r" or "lora_alpha", and the first key of its pattern that
-    matches, as a regular expression, the end of a module's name at a dot wins over it.
+    """The rank ("r") or alpha ("lora_alpha") that PEFT takes for each of `modules`; `key` says which.
 
-    Raises ValueError naming the key of anything that is no positive number, or no usable expression.
+    rank_pattern and alpha_pattern win over the default: the first pattern, a regular expression, that matches the end
+    of a module's name, after a dot or from the beginning.
+    Raises ValueError naming the key of a value that is no positive number, or of a pattern that is no expression.
+
+    >>> values_of({"r": 8, "rank_pattern": {"q_proj": 4}}, "r", ["layers.0.q_proj", "layers.0.k_proj"])
+    {'layers.0.q_proj': 4, 'layers.0.k_proj': 8}
     """
     kinds = (int,) if key == "r" else (int, float)
     default, pattern_key = config.get(key, 8), "rank_pattern" if key == "r" else "alpha_pattern"
     if type(default) not in kinds or default <= 0:
-        what = "positive whole number" if key == "r" else "positive number"
-        raise ValueError(f"{key} is {printable(repr(default), 80)}, not a {what}")
+        kind = "positive whole number" if key == "r" else "positive number"
+        raise ValueError(f"{key} is {printable(repr(default), 80)}, not a {kind}")
     pattern = config.get(pattern_key) or {}
     if not isinstance(pattern, dict) or not all(type(value) in kinds and value > 0 for value in pattern.values()):
         raise ValueError(f"{pattern_key} is not a table of positive numbers")
     if not pattern:
         return dict.fromkeys(modules, default)
     try:
-        found = first_matches({end: rf"(.*\.)?({end})$" for end in pattern}, modules)
+        matches = first_matches({end: rf"(.*\.)?({end})$" for end in pattern}, modules)
     except ValueError as error:
         raise ValueError(f"{pattern_key} has {error}") from None
-    return {module: pattern[found[module]] if module in found else default for module in modules}
+    return {module: pattern[matches[module]] if module in matches else default for module in modules}
 
 
 def scaling_of(config: Mapping[str, Any], alpha: float, rank: int) -> float:
-    """The scaling that PEFT applies to an adapter of `alpha` and `rank`."""
+    """The scaling of B·A: alpha / rank, or alpha / sqrt(rank) where the config says use_rslora.
+
+    >>> scaling_of({"use_rslora": True}, alpha=8, rank=16)
+    2.0
+    """
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def task_type_of(architectures: Sequence[str], *, is_encoder_decoder: bool) -> str | None:
-    """PEFT's task type for a transformers class; None where PEFT would ask for a head that we do not have."""
+    """PEFT's task type for a transformers class; None where PEFT would ask for a head that the model does not have."""
     name = architectures[0] if architectures else ""
-    # PEFT's class for it passes `input_ids` on, which models that listen do not take.
+    # PEFT's class for this task passes `input_ids` on, and speech models take no `input_ids`.
     if is_encoder_decoder and re.search(r"(?<!Whisper)(?<!Speech)For(ConditionalGeneration|Seq2SeqLM)$", name):
         return "SEQ_2_SEQ_LM"
     if re.search(r"(ForCausalLM|LMHeadModel)$", name):

@@ -1,4 +1,6 @@
-"""The one reader of PEFT LoRA adapter directories. The files are distrusted: what does not fit is refused by name."""
+"""The reader of PEFT LoRA adapter directories, for all who read adapters. Files are distrusted: a tensor that does not
+fit is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from loftq_cli.tensors.matrices import LoraPair, lora_pair
 
 _WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
-# Config values that mean arithmetic other than W + s·B·A on the base as the base is stored (PEFT 0.21).
+# Config values that ask for arithmetic beyond W + s·B·A on the stored base (PEFT 0.21).
 _REFUSED = {
     "use_dora": "DoRA scales the merged weight by a magnitude",
     "use_bdlora": "its factors are block-diagonal",
@@ -32,7 +34,7 @@ _REFUSED = {
     "arrow_config": "Arrow routes between adapters",
 }
 _MERGED_SWITCHES = {"use_rslora", "use_qalora"}
-_REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that change the base's weights in memory
+_REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations change the base's weights in memory
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class AdapterSource:
         return {name: self.lora[module] for name, module in modules.items() if module in self.lora}
 
     def untrained_in(self, base: BaseModel) -> list[str]:
-        """Weights of `base` whose modules the config names as adapted, and for which the adapter holds no tensor.
+        """Weights of `base` without a tensor in the adapter, although the config names the modules as adapted.
 
         Raises InputError for a config that names modules in a way that PEFT does not.
         """
@@ -113,8 +115,8 @@ class AdapterSource:
 
         module   the name as the adapter spells the name, see `names_in`
 
-        The pair's scaling holds the factor of the pooling too. Raises MismatchError naming the factor that does not
-        fit the weight.
+        The pair's scaling holds the factor of the pooling too. Raises MismatchError naming a factor that does not fit
+        the weight.
         """
         lora = self.lora.get(module)
         if lora is None or lora.is_embedding:
@@ -149,7 +151,7 @@ def open_adapter(path: Path) -> AdapterSource:
 
 
 def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> AdapterSource:
-    """Open the adapter that a conversion is writing to `path`, whose config is not written before the weights are.
+    """Open the adapter that a conversion is writing to `path`, before adapter_config.json is written.
 
     The plan's `modules` take the place of the config. Raises InputError for a damaged weight file.
     """

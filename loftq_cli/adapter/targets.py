@@ -1,11 +1,11 @@
-"""Which modules PEFT puts adapters on when it loads an adapter_config.json. It drops the tensors of every other one.
+"""The modules on which PEFT puts adapters when PEFT loads an adapter_config.json; PEFT drops all other tensors.
 
 Follows `check_target_module_exists` of PEFT 0.21; names are those of the loaded model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,10 @@ _MAX_DIGITS = 18
 class TargetModules:
     """The entries of a config that choose modules.
 
-    targets         names or their ends; an expression for the whole name; None where PEFT chooses by the model's family
-    excluded        the same for modules that are left out
-    layers          numbers of the layers that are adapted; None for all
-    layer_patterns  expressions for what stands before a layer's number; empty for any name
+    targets         names or ends of names; an expression for the whole name; None where PEFT chooses by model family
+    excluded        names, ends of names or an expression, of modules without an adapter
+    layers          numbers of the adapted layers; None for all layers
+    layer_patterns  expressions for the name before a layer's number; empty for any name
     """
 
     targets: frozenset[str] | str | None
@@ -32,7 +32,7 @@ class TargetModules:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> TargetModules:
-        """Raises ValueError naming the key whose value is of another type."""
+        """The entries of an adapter_config.json. Raises ValueError naming the key whose value is of another type."""
         targets, excluded = _names("target_modules", config), _names("exclude_modules", config) or ()
         layers = config.get("layers_to_transform")
         numbers = [layers] if type(layers) is int else ([] if layers is None else layers)
@@ -47,43 +47,49 @@ class TargetModules:
         )
 
     def named(self, modules: Sequence[str]) -> set[str]:
-        """Those of `modules` that PEFT adapts. Raises ValueError for an expression that is none, or takes too long."""
+        """The modules among `modules` that PEFT adapts.
+
+        Raises ValueError for a text that is no regular expression, and for an expression that takes too long.
+
+        >>> sorted(TargetModules.of({"target_modules": ["q_proj"]}).named(["layers.0.q_proj", "layers.0.k_proj"]))
+        ['layers.0.q_proj']
+        """
         if self.targets is None or self.targets == _ALL:
-            chosen = set(modules)
+            targeted = set(modules)
         elif isinstance(self.targets, str):
-            chosen = _fully_matched("target_modules", self.targets, modules)
+            targeted = _fully_matched("target_modules", self.targets, modules)
         else:
             exact = self.targets.intersection(modules)  # in any layer
-            chosen = self._in_layers(_ending_with_one(modules, self.targets)).union(exact)
-        return chosen - self._excluded(modules)
+            targeted = self._in_layers(_with_an_end(modules, self.targets)).union(exact)
+        return targeted - self._excluded(modules)
 
     def _excluded(self, modules: Sequence[str]) -> set[str]:
         if isinstance(self.excluded, str):
             return _fully_matched("exclude_modules", self.excluded, modules)
-        return _ending_with_one(modules, self.excluded)
+        return _with_an_end(modules, self.excluded)
 
     def _in_layers(self, modules: set[str]) -> set[str]:
-        """Those of `modules` whose first number is one of the layers; a pattern must match what stands before it."""
+        """The modules whose layer number is among the layers.
+
+        The layer number is the first number in a module's name for which a pattern matches the name before the number.
+        """
         if self.layers is None:
             return modules
         numbered = {module: _numbered_parts(module) for module in modules}
-        if not self.layer_patterns:  # PEFT wants two names before the number then
-            firsts = {
-                module: next((n for prefix, n in found if "." in prefix), None) for module, found in numbered.items()
-            }
-            return {module for module, number in firsts.items() if number in self.layers}
-        prefixes = sorted({prefix for found in numbered.values() for prefix, _ in found})
-        kept, left = set(), numbered
+        if not self.layer_patterns:  # without patterns, PEFT wants two names before the number
+            return {module for module, parts in numbered.items() if _first_number(parts) in self.layers}
+        prefixes = sorted({prefix for parts in numbered.values() for prefix, _ in parts})
+        in_layers, unmatched = set(), numbered
         for pattern in self.layer_patterns:
             fitting = first_matches({pattern: rf"(?:^|.*?\.){pattern}"}, prefixes, whole=True)
-            here = {
-                m: n
-                for m, found in left.items()
-                if (n := next((n for p, n in found if p in fitting), None)) is not None
+            numbers = {
+                module: number
+                for module, parts in unmatched.items()
+                if (number := next((n for prefix, n in parts if prefix in fitting), None)) is not None
             }
-            kept |= {module for module, number in here.items() if number in self.layers}
-            left = {module: found for module, found in left.items() if module not in here}
-        return kept
+            in_layers |= {module for module, number in numbers.items() if number in self.layers}
+            unmatched = {module: parts for module, parts in unmatched.items() if module not in numbers}
+        return in_layers
 
 
 def _names(key: str, config: Mapping[str, Any]) -> tuple[str, ...] | str | None:
@@ -95,9 +101,15 @@ def _names(key: str, config: Mapping[str, Any]) -> tuple[str, ...] | str | None:
     return tuple(value)
 
 
-def _ending_with_one(modules: Sequence[str], names: frozenset[str]) -> set[str]:
-    """Those of `modules` that are one of `names`, or end in one after a dot. There are few lengths, and may be many
-    names: a converted model's config has one for each of its modules.
+def _first_number(parts: Sequence[tuple[str, int]]) -> int | None:
+    """The first number with two names or more before the number."""
+    return next((number for prefix, number in parts if "." in prefix), None)
+
+
+def _with_an_end(modules: Collection[str], names: frozenset[str]) -> set[str]:
+    """The modules among `modules` that equal a name of `names`, or end in a name after a dot.
+
+    Names have few lengths, and may be many: a converted model's config has a name for each module.
     """
     lengths = sorted({len(name) for name in names})
 
@@ -116,10 +128,14 @@ def _fully_matched(key: str, expression: str, modules: Sequence[str]) -> set[str
 
 
 def _numbered_parts(module: str) -> list[tuple[str, int]]:
-    """What stands before each part that is a number and not the last one, and that number."""
-    parts, found, at = module.split("."), [], 0
-    for part in parts[:-1]:
-        if at and part.isdecimal() and len(part) <= _MAX_DIGITS:
-            found.append((module[: at - 1], int(part)))
-        at += len(part) + 1
-    return found
+    """Each number in a module's name, but for a last part, with the name before the number.
+
+    >>> _numbered_parts("model.layers.3.experts.0.up_proj")
+    [('model.layers', 3), ('model.layers.3.experts', 0)]
+    """
+    numbered, start = list[tuple[str, int]](), 0
+    for part in module.split(".")[:-1]:
+        if start and part.isdecimal() and len(part) <= _MAX_DIGITS:
+            numbered.append((module[: start - 1], int(part)))
+        start += len(part) + 1
+    return numbered

@@ -54,7 +54,7 @@ class Conversion:
 
     @property
     def result(self) -> PlannedResult:
-        """The output directory that this conversion is going to write, for `run_staged`."""
+        """The output directory of this conversion, for `run_staged`."""
         plan = self.plan
         files = {shard.file: shard.tensors for shard in plan.shards}
         return PlannedResult(

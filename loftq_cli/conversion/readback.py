@@ -1,4 +1,4 @@
-"""Proof that the files hold what was computed: everything that was written is read back."""
+"""Proof that the files hold the computed numbers: every written tensor is read back."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from loftq_cli.output.writer import OutputFiles
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.rows import TensorRows
 
-_VERIFY_TOLERANCE = 1e-6  # the same sums over the same numbers; only the order of additions could differ
+_VERIFY_TOLERANCE = 1e-6  # equal numbers are summed twice, and only the order of additions may differ
 
 
 def verify_layers(conversion: Conversion, directory: Path, results: Sequence[LayerResult], workers: Workers) -> None:
-    """Read every layer back as a loader would, and compare its error with the reported one.
+    """Read every layer back as a loader would, and compare the error with the reported error.
 
-    Raises StorageError naming the first tensor for which they differ.
+    Raises StorageError naming the first layer whose errors differ.
     """
     from loftq_cli.model.stored import BaseModel
     from loftq_cli.tensors.metrics import layer_error
@@ -34,7 +34,7 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
-            if is_streamed(plan.recipe, job):  # its error is that of what was read back already
+            if is_streamed(plan.recipe, job):  # the reported error is already of codes that were read back
                 continue
             weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
             pair = adapter.pair(job.module, job.matrix.shape)
@@ -49,13 +49,14 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
 
 
 def verify_bytes(files: OutputFiles, entries: Mapping[str, JournalEntry], directory: Path, workers: Workers) -> None:
-    """Read everything back and compare it with what was to be written: the errors that are reported are of that.
+    """Read every tensor back and compare the sha256 with the journal's.
 
-    Raises StorageError naming the first tensor for which they differ.
+    Raises StorageError naming the first tensor whose bytes differ.
     """
     sums = outputs_of(entries.values())
-    for (name, sha256), found in zip(sums.items(), workers.map(lambda n: files[n].sha256(n), sums), strict=True):
-        if found != sha256:
+    sums_on_disk = workers.map(lambda name: files[name].sha256(name), sums)
+    for (name, sha256), sha256_on_disk in zip(sums.items(), sums_on_disk, strict=True):
+        if sha256_on_disk != sha256:
             raise StorageError(
                 "is not as it was written when it is read back",
                 file=directory,

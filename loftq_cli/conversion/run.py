@@ -108,7 +108,7 @@ def convert_checkpoint(
 
 
 class ConversionWork:
-    """What is particular to a conversion, for `run_staged`. `layers` are the results so far."""
+    """The steps of a conversion, for `run_staged`. `layers` are the results so far."""
 
     def __init__(
         self, conversion: Conversion, observer: ConversionObserver, gpu: Device | None, *, verify: bool
@@ -174,7 +174,7 @@ class ConversionWork:
 
 
 def _base_fingerprint(plan: Plan, entries: Entries) -> str:
-    """One hash for all quantized weights of the base: an adapter belongs to the base with this hash."""
+    """One hash for all quantized weights of the base, by which an adapter knows the base."""
     tensors = ((job.name, tensor.name) for job in plan.layers for tensor in job.base_tensors)
     return fingerprint_of({tensor: entries[name].outputs[tensor] for name, tensor in tensors})
 

@@ -127,7 +127,7 @@ def _base(found: Findings) -> BaseModel | None:
 def _adapters(
     directory: Path, listed: Mapping[str, str], report: tuple[dict[str, Any], list[LayerResult]] | None
 ) -> list[str]:
-    """Folders of adapters of the result. Without a list of its files, where methods write them."""
+    """Folders of adapters that belong to the result; without a list of files, the folders that methods write to."""
     if listed:
         names = [name.removesuffix(f"/{CONFIG_NAME}") for name in listed if name.endswith(f"/{CONFIG_NAME}")]
     else:
@@ -152,7 +152,7 @@ def _weights(
     for name in sorted(known):
         if not is_behind_link(directory, name) and (reader := found.attempt(open_weights_file, directory / name)):
             opened[name] = reader
-    if base is None:  # what is wrong with these is said, if they are part of the model
+    if base is None:  # a problem of a file that is part of the model is reported with the model
         for name in (path.name for path in sorted(directory.glob("*.safetensors")) if path.name not in known):
             with suppress(LoftqError):
                 opened[name] = open_weights_file(directory / name)
@@ -160,7 +160,7 @@ def _weights(
 
 
 def _adapter(found: Findings, name: str, *, is_ours: bool) -> AdapterSource | None:
-    """The adapter in the folder `name`. One of somebody else may be of a kind that is not merged here."""
+    """The adapter in the folder `name`. An adapter of somebody else may be of a kind that merging does not know."""
     try:
         return open_adapter(found.directory / name)
     except MismatchError as error:

@@ -1,5 +1,6 @@
-"""What a model directory holds: of a converted one, every layer with its error; of a full-precision one, what a
-conversion would make of it. Reads only; works without transformers, PEFT or bitsandbytes.
+"""Every quantized layer of a converted directory, with the error that the report lists or the files show.
+
+Reads only; works without transformers, PEFT or bitsandbytes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ SORT_KEYS = ("name", "error", "base_error", "numel")
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One quantized layer of a converted directory; None where nothing is known."""
+    """One quantized layer of a converted directory.
+
+    rank, scaling   of the adapter; None without an adapter
+    error           as reported or recomputed; None where neither is known
+    groups          errors by group, of a recomputed layer in a format with groups
+    """
 
     name: str
     shape: tuple[int, int]
@@ -60,8 +66,9 @@ class Inspection:
 
 
 def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, device: str = "cpu") -> Inspection:
-    """Every quantized layer of `base`; with `against`, its error recomputed from the files of both, on a GPU where it
-    fits that: see `open_device`.
+    """Every quantized layer of `base`; with `against`, the full-precision checkpoint, errors are recomputed from files.
+
+    device   see `open_device`; a layer that does not fit the GPU is compared on the processor
 
     Raises UsageError for a GPU that is not there, MismatchError when `against` lacks a layer or has it in another
     shape, InputError when the report names a layer that `base` lacks.
@@ -107,7 +114,7 @@ def sorted_rows(rows: Sequence[LayerRow], key: str) -> list[LayerRow]:
 
 
 def check_sort_key(key: str) -> None:
-    """Raises UsageError for a key that nothing can be sorted by."""
+    """Raises UsageError for a key that is not among SORT_KEYS."""
     if key not in SORT_KEYS:
         raise UsageError(f"--sort {key!r} does not exist", hint=f"one of {', '.join(SORT_KEYS)}")
 
@@ -119,13 +126,15 @@ def _layer_row(base: BaseModel, name: str, known: LayerResult | None, lora: Lora
     if name in base.quantized:
         shape, spec = base.quantized[name].shape, base.quantized[name].spec
     else:
-        assert known is not None  # a dense layer is listed because the report knows it
+        assert known is not None  # a dense layer is listed only where the report lists the layer
         shape, spec = matrix_shape_of(base, name), known.spec
     return LayerRow(name, shape, spec, 8 * nbytes / math.prod(shape), rank, scaling, error)
 
 
 def _names_in(original: BaseModel, base: BaseModel) -> dict[str, str]:
-    """The original's name for each tensor of `base`: the same, or the one that is called so once it is loaded."""
+    """The name in the original of each tensor of `base`. Names are compared as loaded where the files spell names
+    differently.
+    """
     loaded = {name: key for key, name in original.loaded_names().items()}
     return {
         name: name if name in original.tensors else loaded.get(called, name)
@@ -135,10 +144,13 @@ def _names_in(original: BaseModel, base: BaseModel) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Original:
-    """The full-precision checkpoint that a converted one is compared with.
+    """The full-precision checkpoint to compare a converted one with.
 
+    model     the full-precision checkpoint
     names     name of each tensor of `base` -> the tensor's name in `model`
-    adapter   the adapter inside the converted directory, and `lora` the modules that it adapts, by weight
+    base      the converted checkpoint
+    adapter   the adapter inside the converted directory, or None
+    lora      name of an adapted weight of `base` -> the tensors of the adapter
     """
 
     model: BaseModel

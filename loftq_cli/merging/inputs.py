@@ -22,7 +22,7 @@ class InputSums:
         return self._hash("base", self._base.checkpoint.sha256, name)
 
     def hash_job(self, name: str) -> str:
-        """One hash of everything that the job called `name` reads."""
+        """A hash of all tensors that the job called `name` reads."""
         job = self._jobs[name]
         parts = self._base.parts(name) if name in self._base.tensors else []
         sums = {f"base {part.name}": self.hash_base_tensor(part.name) for part in parts}

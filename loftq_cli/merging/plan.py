@@ -85,7 +85,7 @@ class Merge:
 
     @property
     def result(self) -> PlannedResult:
-        """The output directory that this merge is going to write, for `run_staged`."""
+        """The output directory of this merge, for `run_staged`."""
         return PlannedResult(
             output=self.output,
             fingerprint=self.fingerprint,
@@ -173,7 +173,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         unused=planner.unused,
         notes=_untrained_notes(base, adapter),
     )
-    merge.model_config()  # refuses a model that the container's loaders do not read
+    merge.model_config()  # refuses a model unknown to the container's loaders
     return merge
 
 

@@ -127,7 +127,7 @@ class MergePlanner:
         return MergeJob(loaded, replacement=name, outputs=(OutTensor(loaded, self._dtype, ref.shape),))
 
     def _store_dense(self, job: MergeJob) -> MergeJob:
-        """The job that stores the tensor in full precision, in the orientation that the model's files have."""
+        """The job that stores the tensor in full precision, in the orientation of the model's files."""
         ref = self._base.tensors[job.name]
         if job.name in self._base.quantized:
             return replace(job, outputs=(OutTensor(job.name, self._dtype, self._file_shape(job.name)),))
@@ -141,9 +141,7 @@ class MergePlanner:
         return shape[::-1] if self._base.family.is_transposed(module_of(name)) else shape
 
     def _store_quantized(self, job: MergeJob) -> MergeJob | None:
-        """The job that stores the weight quantized; None for a weight that stays dense, or that no loader would
-        read.
-        """
+        """The job that stores the weight quantized; None for a weight that stays dense."""
         stored, form = self._base.quantized.get(job.name), self._form
         if form.keeps_codes:
             # A replaced weight has no codes to keep.
@@ -173,7 +171,7 @@ class MergePlanner:
         return replace(job, matrix=matrix, outputs=layout.planned(matrix))
 
     def _move_offsets(self, job: MergeJob, stored: StoredMatrix) -> MergeJob:
-        """The job that moves the offsets of a quantized weight. Raises MismatchError for groups that do not fit."""
+        """The job that moves the offsets of a quantized weight. Raises MismatchError for unfit groups."""
         assert isinstance(stored.spec, AffineSpec)
         if job.lora is not None:
             pooling, group_size = job.lora.pooling, stored.spec.group_size
@@ -198,7 +196,7 @@ class MergePlanner:
         return StoredMatrix(name, shape, spec, decoded_dtype(self._form.layout, spec, self._dtype), transposed)
 
     def _fit_lora(self, name: str, lora: LoraTensors) -> LoraTensors:
-        """`lora` with the pooling that shape, config and options settle. Raises MismatchError for an adapter that does
+        """`lora` with the pooling settled by shape, config and options. Raises MismatchError for an adapter that does
         not fit the weight called `name`.
         """
         ref, tensors = self._base.tensors[name], self._adapter.weights.tensors
@@ -268,7 +266,7 @@ class MergePlanner:
             if loaded in shared and not heads:
                 raise self._mismatch(f"{_TIED}: merged, it would change the head too", name)
             if loaded in shared and all(self._adapter.is_same(name, head) for head in heads):
-                # PEFT saves both where PEFT saves one; untied, the file would hold the same numbers twice.
+                # PEFT saves head and embedding together; untied, the file would hold equal numbers twice.
                 self._whole = {key: tensor for key, tensor in self._whole.items() if tensor not in heads}
                 self.unused.update(dict.fromkeys(heads, f"it equals {name}, whose weight the head shares"))
 

@@ -34,7 +34,7 @@ from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import SMALL_NUMEL, in_turn
 from loftq_cli.runtime.workers import Workers
 
-LEAST_RETENTION = 0.5  # below this, most of what was trained would be gone from the deployed model
+LEAST_RETENTION = 0.5  # below this share, most of the training would be gone from the deployed model
 
 
 class MergeObserver(Protocol):
@@ -97,7 +97,7 @@ def _open_gpu(merge: Merge, device: str) -> tuple[SharedDevice | None, str | Non
 
 
 def _notes(merge: Merge, contents: str | None) -> tuple[str, ...]:
-    """Remarks on a merge that are known before the first job; `contents` is what hashing the base's weights showed."""
+    """Remarks on a merge before the first job; `contents` is the remark of `check_contents`."""
     unused = [f"adapter tensor {name} is not needed: {reason}" for name, reason in merge.unused.items()]
     dense = [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
     notes = [*merge.provenance.notes, *([contents] if contents else []), *merge.notes, *unused, *dense]
@@ -108,7 +108,7 @@ def _notes(merge: Merge, contents: str | None) -> tuple[str, ...]:
 
 
 class MergeWork:
-    """What is particular to a merge, for `run_staged`."""
+    """The steps of a merge, for `run_staged`."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class MergeWork:
         self._merge.adapter.weights.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
-        """A merge that the disk stopped can be continued; one that was refused would be refused again."""
+        """A merge that the disk stopped can be continued; a refused merge would be refused again."""
         return isinstance(error, StorageError)
 
 
@@ -186,7 +186,7 @@ def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
             file=merge.base.path,
             hint="merge without --requantize, which keeps all of it; or keep base and adapter apart; or --force",
         )
-    # What float32 itself cannot hold of a tiny update is no loss that other options would spare.
+    # A tiny update may be lost to the precision of float32 itself; no option would keep more.
     if lost is None or difference is None or difference[1] <= EXACT or lost <= 1 - LEAST_RETENTION:
         return
     offsets = "with rounded zero points" if merge.options.round_zeros else "with such offsets"

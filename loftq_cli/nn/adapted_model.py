@@ -1,6 +1,6 @@
-"""A converted directory into a model, ready to train its adapters.
+"""Loads a converted directory into a model, ready to train adapters.
 
-Finds no modules by guessing: their names are those that transformers gives them.
+No module is found by guessing: module names are the names that transformers gives.
 """
 
 from __future__ import annotations
@@ -203,7 +203,10 @@ def _linear(
 
 
 def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
-    """The adapter to load. Raises MismatchError for one of another base, or with parts that are not trained here."""
+    """The adapter to load; None without one.
+
+    Raises MismatchError for an adapter of another base, or with tensors that are not trained here.
+    """
     if path is None:
         report = read_report(base.folder)
         path = find_adapter(base.folder, None if report is None else report[0]["adapter_dir"])
@@ -215,8 +218,8 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     odd += [lora.lora_A for lora in source.lora.values() if lora.is_embedding]
     odd += [lora.lora_bias for lora in source.lora.values() if lora.lora_bias is not None]
     if odd:
-        what = "is neither lora_A nor lora_B of a linear, and nothing else is trained here"
-        raise MismatchError(what, file=source.weights.path, tensor=odd[0], hint="loftq merge merges it")
+        message = "is neither lora_A nor lora_B of a linear, and nothing else is trained here"
+        raise MismatchError(message, file=source.weights.path, tensor=odd[0], hint="loftq merge merges it")
     return source
 
 

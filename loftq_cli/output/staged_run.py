@@ -54,7 +54,7 @@ class PlannedResult:
 
 
 class StagedWork(Protocol):
-    """The part of a run that is particular to quantizing or to merging."""
+    """The steps of a run in which quantizing and merging differ."""
 
     def announce(self, text: str) -> None:
         """Tell the observer about the state of the run."""
@@ -81,7 +81,7 @@ class StagedWork(Protocol):
         """Raises StorageError for an input file that changed since the file was opened."""
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
-        """Whether the same command can continue after `error`; otherwise all that was written is removed."""
+        """Whether a later run may continue after `error`; otherwise the staging directory is removed."""
         ...
 
 

@@ -1,5 +1,5 @@
-"""The output directory, hidden until it is complete: work happens in a folder of its own (place.py), under a lock, with
-a journal of finished units. Nobody ever sees a half-written result under its own name.
+"""The output directory, hidden until the result is complete: work happens in a separate folder (place.py), under a
+lock, with a journal of finished units. Nobody ever sees a half-written result under the output's name.
 """
 
 from __future__ import annotations
@@ -22,21 +22,28 @@ from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_
 from loftq_cli.output.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
 from loftq_cli.output.place import Place
 
-_SYNC_SECONDS = 2.0  # of work that a power failure may cost beside the unit at hand; a kill costs only that one
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of network file systems that are mounted without them
+_SYNC_SECONDS = 2.0  # a power failure costs this much work beside the unit at hand; a kill costs that unit only
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of network file systems that are mounted without locks
 
 
 class Staging:
-    """A locked staging directory: `path` is where to write, `entries` what is finished already by unit, `publish` makes
-    it visible, `close` lets go of the lock.
+    """A locked staging directory.
+
+    path      the directory to write to; `publish` makes the content visible under the output's name
+    entries   journal entries of an interrupted run, by unit
     """
 
     def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool, device: str = "cpu") -> None:
-        """Raises UsageError when `output` is taken, and StorageError when another process is writing it.
+        """Lock the staging directory of `output`.
 
-        `fingerprint` stands for the input and every option that affects bytes: an unfinished run with another one
-        is not continued, and `restart` discards it. Neither is one on another kind of `device`, which takes sums in
-        another order: a finished result is as good as any.
+        fingerprint   hash of the input and of every option that affects bytes
+        overwrite     whether a finished result under the output's name may be replaced
+        restart       whether an unfinished run is discarded
+        device        kind of the device that computes: another kind takes sums in another order
+
+        An unfinished run is continued only with the fingerprint and the kind of device that began the run.
+        Raises UsageError when `output` is taken or an unfinished run cannot be continued, StorageError when another
+        process is writing to `output`.
         """
         self.output, self._fingerprint = output, fingerprint
         self._run = fingerprint if device == "cpu" else f"{fingerprint} {device}"
@@ -55,10 +62,12 @@ class Staging:
 
     @contextmanager
     def recording(self, sync: Callable[[], None]) -> Iterator[Callable[[JournalEntry], None]]:
-        """What adds a finished unit to the journal. `sync` brings what units wrote to the disk; it runs beside the work
-        every few seconds, and once more when the block ends.
+        """Yield a function that adds a finished unit to the journal.
 
-        Raises StorageError when the disk fails. What may not be on it then is taken back out of the journal.
+        sync   brings the tensors of finished units to the disk; runs beside the work every few seconds, and once more
+               when the block ends
+
+        Raises StorageError when the disk fails; units that may not be on the disk are taken back out of the journal.
         """
         journal, running = self._open(), list[Future[None]]()
         since = time.monotonic()
@@ -87,18 +96,20 @@ class Staging:
         make_durable(journal.end)
 
     def keep_only(self, names: Iterable[str]) -> None:
-        """Remove every file but these: what an earlier run wrote beside them is written again, or is not ours."""
-        kept = set(names)
+        """Remove every file but `names`: side files of an earlier run are written again, stray files are not ours."""
+        published = set(names)
         for name in files_in(self.path):
-            if name not in kept:
+            if name not in published:
                 disk.remove(self.path / name)
 
     def publish(
         self, tool: Mapping[str, Any], tensors: Mapping[str, Mapping[str, str]], input_sha256: str | None
     ) -> None:
-        """Make everything durable, write the checksums (with `tool`'s values beside them), and show the result.
+        """Make everything durable, write checksums.json, and show the result under the output's name.
 
-        `tensors`: relative name of a weight file -> tensor name -> sha256.
+        tool           name and version of this program
+        tensors        relative name of a weight file -> tensor name -> sha256
+        input_sha256   hash of the input's numbers; None where nobody asks for the hash later
         """
         journal, result = self._open(), self.path
         files = {name: file_sha256(result / name) for name in files_in(result) if name != CHECKSUMS}
@@ -115,8 +126,9 @@ class Staging:
 
     @contextmanager
     def whole(self, tool: Mapping[str, Any]) -> Iterator[Path]:
-        """The directory to write into, for what is made in one go: published when the block ends, and gone, with its
-        lock, when it raises.
+        """Yield the directory to write into, for a result without units of work.
+
+        The result is published when the block ends. An error in the block removes the directory and the lock.
         """
         try:
             yield self.path
@@ -128,7 +140,7 @@ class Staging:
             self.close()
 
     def discard(self) -> None:
-        """Remove what was written; what stood under the output's name stays or comes back."""
+        """Remove the staging directory; an earlier result under the output's name stays or comes back."""
         self._place.recover()
         self._place.clear()
 
@@ -146,9 +158,9 @@ class Staging:
         return self._journal
 
     def _open_journal(self, *, restart: bool) -> dict[str, JournalEntry]:
-        place, found = self._place, read_journal(self._place.journal)
-        is_other = found.fingerprint != self._run
-        is_worthless = place.is_published() or not found.entries
+        place, contents = self._place, read_journal(self._place.journal)
+        is_other = contents.fingerprint != self._run
+        is_worthless = place.is_published() or not contents.entries
         if is_other and not restart and not is_worthless:
             raise UsageError(
                 "an unfinished run with another input, other options or another version or device lies beside it",
@@ -158,15 +170,15 @@ class Staging:
         if restart or is_other or is_worthless:
             for path in list(place.root.iterdir()):
                 disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
-            found = JournalContents()
+            contents = JournalContents()
         disk.make_directory(place.result)
-        self._journal = Journal(place.journal, found)
-        if found.fingerprint is None:
+        self._journal = Journal(place.journal, contents)
+        if contents.fingerprint is None:
             self._journal.start(self._run)
         self._journal.sync(self._journal.end)
         disk.sync_directory(place.root)
         disk.sync_directory(place.root.parent)
-        return by_unit(found.entries)
+        return by_unit(contents.entries)
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
@@ -193,25 +205,26 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UsageError("exists already", file=output, hint="--overwrite replaces it")
-    known = {*mark.files, CHECKSUMS}
-    added = [name for name in files_in(place.target) if name not in known and not place.is_hidden(name)]
+    result_files = {*mark.files, CHECKSUMS}
+    added = [name for name in files_in(place.target) if name not in result_files and not place.is_hidden(name)]
     if added:
         more = f" and {len(added) - 3} more files" if len(added) > 3 else ""
-        what = f"holds {', '.join(added[:3])}{more}, which the run that made it did not write"
-        raise UsageError(what, file=output, hint="move what you need out of it, or choose another output")
+        message = f"holds {', '.join(added[:3])}{more}, which the run that made it did not write"
+        raise UsageError(message, file=output, hint="move what you need out of it, or choose another output")
 
 
 def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksums | None:
-    """The completeness mark of the result under `output`, when it is that of `fingerprint` and every file of it is as
-    it was written. What its run may have left behind after publishing it is removed.
+    """The completeness mark of the result under `output`; None unless the result has this `fingerprint` and every file
+    has the listed sha256. A staging directory that a finished run left behind is removed.
 
-    One that is to be replaced counts only where its run left something behind: then this run continues that one.
+    A result that may be overwritten counts only where the run left a staging directory behind: the user typed the
+    command to continue that run.
     """
     if overwrite and not Place.of(output).is_left_over():
         return None
     try:
         mark = read_checksums(output)
-        # In this order: a result of something else is not worth reading through.
+        # The fingerprint comes first: a result of another input is not worth reading through.
         if mark is None or mark.fingerprint != fingerprint:
             return None
         if any(file_sha256(output / name) != expected for name, expected in mark.files.items()):
@@ -234,23 +247,23 @@ def check_apart(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_space(output: Path, nbytes: int) -> None:
-    """Raises StorageError when the file system of `output` has less than `nbytes` free, beside what an unfinished run
-    has taken of it already.
+    """Raises StorageError when the file system of `output` has less than `nbytes` free; space that an unfinished run
+    takes up already counts as free.
     """
     place = Place.of(output)
-    taken = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
+    staged_nbytes = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
     free = shutil.disk_usage(place.root.parent).free
-    if free + taken < nbytes:
+    if free + staged_nbytes < nbytes:
         raise StorageError(
-            f"needs {(nbytes - taken) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
+            f"needs {(nbytes - staged_nbytes) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
             file=output,
             hint="free some space or write elsewhere",
         )
 
 
 def _locked(place: Place, output: Path) -> int:
-    """A descriptor that holds the lock. It is on the hidden directory itself and goes with the process: there is no
-    stale lock to clean up.
+    """A descriptor that holds the lock on the hidden directory. The lock ends with the process, so no stale lock has to
+    be cleaned up.
     """
     disk.make_directory(place.root)
     try:
@@ -269,16 +282,16 @@ def _locked(place: Place, output: Path) -> int:
     except OSError as error:
         os.close(descriptor)
         if isinstance(error, BlockingIOError):
-            what, hint = "another loftq process is writing it", "wait for it, or choose another output"
+            message, hint = "another loftq process is writing it", "wait for it, or choose another output"
         elif isinstance(error, FileNotFoundError):
-            what, hint = "another loftq process has just finished it", "run again"
+            message, hint = "another loftq process has just finished it", "run again"
         else:
             raise disk.storage_error(error, place.root) from None
-        raise StorageError(what, file=output, hint=hint) from None
+        raise StorageError(message, file=output, hint=hint) from None
 
 
 def _sweep(output: Path) -> None:
-    """Remove what a run left behind that died after publishing."""
+    """Remove the staging directory of a run that died after publishing."""
     place = Place.of(output)
     if not place.is_left_over():
         return
