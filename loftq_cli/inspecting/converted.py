@@ -23,7 +23,6 @@ from loftq_cli.runtime.schedule import in_turn
 from loftq_cli.runtime.workers import Workers, started
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
 from loftq_cli.tensors.metrics import GroupErrors, LayerError, total_error
-from loftq_cli.tensors.specs import AffineSpec
 
 SORT_KEYS = ("name", "error", "base_error", "numel")
 
@@ -155,7 +154,7 @@ def _recomputed(
         shapes = f"{original.matrix_shape(name)} in the original and {row.shape} here"
         raise MismatchError(f"is {shapes}", file=original.path, tensor=row.name)
     pair = adapter.pair(module, row.shape) if adapter else None
-    group_size = row.spec.group_size if isinstance(row.spec, AffineSpec) else None
+    group_size = row.spec.group_size_or_none
     if gpu is not None:
         found = errors_on(gpu, lambda: (loaded_rows(original, name), base.whole(row.name)), row.numel, pair, group_size)
         if found is not None:

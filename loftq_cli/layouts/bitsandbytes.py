@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import LAYOUTS, CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
+from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_codebook, as_codebook_tensor
 from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
 from loftq_cli.tensors.specs import CodebookSpec
@@ -24,7 +27,6 @@ if TYPE_CHECKING:
 
     import torch
 
-QUANTIZED_ON_DISK = True
 NESTED_BLOCK_SIZE = 256  # the only one that bitsandbytes implements
 STATE_PREFIX = ".quant_state.bitsandbytes__"
 
@@ -43,103 +45,155 @@ _NUMBERS = {
 _SAME = bytes(range(256))
 
 
-def fit(spec: CodebookSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-    """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
+class BitsandbytesLayout(Layout):
+    """bitsandbytes' 4-bit codebooks."""
 
-    A block size of 32 is tried before a matrix is left in full precision.
-    """
-    del transposed  # loaders turn a Conv1D into a linear
-    out_features, in_features = shape
-    if out_features % _ROW_MULTIPLE:
-        return Fit(
-            None, f"{out_features} rows are not a multiple of {_ROW_MULTIPLE}, which bitsandbytes needs on a CPU"
-        )
-    if in_features % spec.block_size == 0:
-        return Fit(spec)
-    if in_features % 32 == 0:
-        smaller = CodebookSpec(spec.codebook, 32, spec.double_quant, spec.nested_block_size)
-        return Fit(smaller, f"block size 32: rows of {in_features} are not whole blocks of {spec.block_size}")
-    return Fit(None, f"rows of {in_features} are not whole blocks of {spec.block_size} or 32, and loaders misread them")
+    name = "bitsandbytes"
 
+    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+        """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
 
-def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-    """The stored tensors of one weight of [out, in]."""
-    name, spec = matrix.name, cast(CodebookSpec, matrix.spec)
-    numel = matrix.shape[0] * matrix.shape[1]
-    n_blocks = -(-numel // spec.block_size)
-    tensors = [
-        OutTensor(name, "uint8", ((numel + 1) // 2, 1)),
-        OutTensor(f"{name}.absmax", "uint8" if spec.double_quant else "float32", (n_blocks,)),
-        OutTensor(f"{name}.quant_map", "float32", (16,)),
-        OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_state(matrix, 0.0)),)),
-    ]
-    if spec.double_quant:
-        tensors += [
-            OutTensor(f"{name}.nested_absmax", "float32", (-(-n_blocks // spec.nested_block_size),)),
-            OutTensor(f"{name}.nested_quant_map", "float32", (256,)),
+        A block size of 32 is tried before a matrix is left in full precision.
+        """
+        del transposed  # loaders turn a Conv1D into a linear
+        codebook, (out_features, in_features) = as_codebook(spec), shape
+        if out_features % _ROW_MULTIPLE:
+            return Fit(
+                None, f"{out_features} rows are not a multiple of {_ROW_MULTIPLE}, which bitsandbytes needs on a CPU"
+            )
+        size = codebook.block_size
+        if in_features % size == 0:
+            return Fit(codebook)
+        if in_features % 32 == 0:
+            reason = f"block size 32: rows of {in_features} are not whole blocks of {size}"
+            return Fit(replace(codebook, block_size=32), reason)
+        return Fit(None, f"rows of {in_features} are not whole blocks of {size} or 32, and loaders misread them")
+
+    def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+        """The stored tensors of one weight of [out, in]."""
+        name, spec = matrix.name, as_codebook(matrix.spec)
+        numel = matrix.shape[0] * matrix.shape[1]
+        n_blocks = -(-numel // spec.block_size)
+        tensors = [
+            OutTensor(name, "uint8", ((numel + 1) // 2, 1)),
+            OutTensor(f"{name}.absmax", "uint8" if spec.double_quant else "float32", (n_blocks,)),
+            OutTensor(f"{name}.quant_map", "float32", (16,)),
+            OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_state(matrix, 0.0)),)),
         ]
-    return tuple(tensors)
+        if spec.double_quant:
+            tensors += [
+                OutTensor(f"{name}.nested_absmax", "float32", (-(-n_blocks // spec.nested_block_size),)),
+                OutTensor(f"{name}.nested_quant_map", "float32", (256,)),
+            ]
+        return tuple(tensors)
+
+    def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `planned`, filled."""
+        import torch
+
+        weight = as_codebook_tensor(quantized)
+        name, absmax, codebook = matrix.name, weight.absmax, weight.spec.codebook
+        tensors = {f"{name}.quant_map": _table(codebook)}
+        if weight.packed.numel():
+            tensors[name] = _renumbered(weight.packed, _numbering(codebook)[0]).view(-1, 1)
+        offset = 0.0
+        if isinstance(absmax, NestedAbsmax):
+            offset = float(absmax.offset)
+            tensors[f"{name}.absmax"] = absmax.codes
+            tensors[f"{name}.nested_absmax"] = absmax.absmax
+            tensors[f"{name}.nested_quant_map"] = absmax.code_map
+        else:
+            tensors[f"{name}.absmax"] = absmax
+        state = _state(matrix, offset)
+        tensors[f"{name}{STATE_PREFIX}{codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        return tensors
+
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
+        """Two weights a byte, a byte a row."""
+        if matrix.transposed:
+            return None
+        columns, (there, back) = matrix.shape[1], _numbering(as_codebook(matrix.spec).codebook)
+        return CodeRows(
+            name=matrix.name,
+            span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
+            pack=lambda codes: _renumbered(codes, there).view(-1, 1),
+            unpack=lambda stored: _renumbered(stored.view(-1), back),
+        )
+
+    def quantized_names(self, stored: StoredTensors) -> list[str]:
+        """Names of the weights that are stored in this container, which their JSON tensors tell."""
+        return [key.partition(STATE_PREFIX)[0] for key in stored.refs if STATE_PREFIX in key]
+
+    def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+        """What the weight called `name` is, from headers and its quant_state.
+
+        Raises InputError when its parts are not those of a matrix that we decode as bitsandbytes does.
+        """
+        for part in (name, f"{name}.absmax", f"{name}.quant_map"):
+            if part not in stored.refs:
+                raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
+        file, state = file_of(name, stored), _stored_state(name, stored)
+        spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
+        matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
+        for tensor in self.planned(matrix):
+            # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
+            if STATE_PREFIX not in tensor.name:
+                check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
+        return matrix
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Every tensor name that can belong to the weight called `name`, itself first."""
+        suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in _NUMBERS]
+        return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
+
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
+        """The weight of a checked `matrix`. Raises InputError when its table is not that of its quant_type."""
+        import torch
+
+        name, spec, load = matrix.name, as_codebook(matrix.spec), stored.load
+        # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
+        if not torch.equal(load(f"{name}.quant_map"), _table(spec.codebook)):
+            what = "holds a table that is not the one of its quant_type"
+            raise InputError(what, file=file_of(name, stored), tensor=f"{name}.quant_map")
+        absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
+        if spec.double_quant:
+            state = _stored_state(name, stored)
+            absmax = NestedAbsmax(
+                load(f"{name}.absmax"),
+                load(f"{name}.nested_absmax"),
+                load(f"{name}.nested_quant_map"),
+                torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
+            )
+        packed = torch.empty(0, dtype=torch.uint8)
+        if has_codes:
+            packed = _renumbered(load(name).view(-1), _numbering(spec.codebook)[1])
+        return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
+
+    def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The source's config with a `quantization_config` that makes transformers load the tensors as they are."""
+        return {
+            **config,
+            "quantization_config": {
+                "quant_method": self.name,
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": facts.spec.quant_type,
+                "bnb_4bit_use_double_quant": as_codebook(facts.spec).double_quant,
+                "bnb_4bit_compute_dtype": facts.dtype,
+                "bnb_4bit_quant_storage": "uint8",
+                "llm_int8_skip_modules": _skip_modules(facts),
+            },
+        }
 
 
-def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `planned`, filled."""
-    import torch
-
-    name, absmax, codebook = matrix.name, quantized.absmax, quantized.spec.codebook
-    tensors = {f"{name}.quant_map": _table(codebook)}
-    if quantized.packed.numel():
-        tensors[name] = _renumbered(quantized.packed, _numbering(codebook)[0]).view(-1, 1)
-    offset = 0.0
-    if isinstance(absmax, NestedAbsmax):
-        offset = float(absmax.offset)
-        tensors[f"{name}.absmax"] = absmax.codes
-        tensors[f"{name}.nested_absmax"] = absmax.absmax
-        tensors[f"{name}.nested_quant_map"] = absmax.code_map
-    else:
-        tensors[f"{name}.absmax"] = absmax
-    state = _state(matrix, offset)
-    tensors[f"{name}{STATE_PREFIX}{quantized.spec.codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-    return tensors
-
-
-def code_rows(matrix: StoredMatrix) -> CodeRows:
-    """Two weights a byte, a byte a row."""
-    columns, (there, back) = matrix.shape[1], _numbering(cast(CodebookSpec, matrix.spec).codebook)
-    return CodeRows(
-        name=matrix.name,
-        span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
-        pack=lambda codes: _renumbered(codes, there).view(-1, 1),
-        unpack=lambda stored: _renumbered(stored.view(-1), back),
-    )
-
-
-def quantized_names(stored: StoredTensors) -> list[str]:
-    """Names of the weights that are stored in this container, which their JSON tensors tell."""
-    return [key.partition(STATE_PREFIX)[0] for key in stored.refs if STATE_PREFIX in key]
-
-
-def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-    """What the weight called `name` is, from headers and its quant_state.
-
-    Raises InputError when its parts are not those of a matrix that we decode as bitsandbytes does.
-    """
-    for part in (name, f"{name}.absmax", f"{name}.quant_map"):
-        if part not in stored.refs:
-            raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
-    file, state = file_of(name, stored), _stored_state(name, stored)
-    spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
-    matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
-    for tensor in planned(matrix):
-        # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
-        if STATE_PREFIX not in tensor.name:
-            check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
-    return matrix
+LAYOUT = BitsandbytesLayout()
 
 
 def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
     """The checked JSON blob of the weight called `name`. Raises InputError."""
     file = file_of(name, stored)
-    found = [part for part in parts(name) if STATE_PREFIX in part and part in stored.refs]
+    found = [part for part in LAYOUT.parts(name) if STATE_PREFIX in part and part in stored.refs]
     if len(found) != 1:
         what = "has two quant_states" if found else "has a quant_state of a type that we do not know"
         raise InputError(what, file=file, tensor=name)
@@ -151,37 +205,6 @@ def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
         what = f"says quant_type {state['quant_type']}, and its name another one"
         raise InputError(what, file=file, tensor=found[0])
     return state
-
-
-def parts(name: str) -> tuple[str, ...]:
-    """Every tensor name that can belong to the weight called `name`, itself first."""
-    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in _NUMBERS]
-    return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
-
-
-def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> CodebookTensor:
-    """The weight of a checked `matrix`. Raises InputError when its table is not that of its quant_type."""
-    import torch
-
-    name, spec, load = matrix.name, cast(CodebookSpec, matrix.spec), stored.load
-    # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
-    if not torch.equal(load(f"{name}.quant_map"), _table(spec.codebook)):
-        what = "holds a table that is not the one of its quant_type"
-        raise InputError(what, file=file_of(name, stored), tensor=f"{name}.quant_map")
-    absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
-    if spec.double_quant:
-        state = _stored_state(name, stored)
-        absmax = NestedAbsmax(
-            load(f"{name}.absmax"),
-            load(f"{name}.nested_absmax"),
-            load(f"{name}.nested_quant_map"),
-            torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
-        )
-    packed = torch.empty(0, dtype=torch.uint8)
-    if has_codes:
-        packed = _renumbered(load(name).view(-1), _numbering(spec.codebook)[1])
-    return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
 
 
 def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
@@ -205,23 +228,6 @@ def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
         check(state["nested_blocksize"] == NESTED_BLOCK_SIZE, f"has a nested_blocksize other than {NESTED_BLOCK_SIZE}")
         check(type(state.get("nested_offset")) in (int, float), "has no valid nested_offset")
     return state
-
-
-def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` that makes transformers load the tensors as they are."""
-    return {
-        **config,
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": facts.spec.quant_type,
-            "bnb_4bit_use_double_quant": cast(CodebookSpec, facts.spec).double_quant,
-            "bnb_4bit_compute_dtype": facts.dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": _skip_modules(facts),
-        },
-    }
 
 
 def _table(codebook: str) -> torch.Tensor:
@@ -263,7 +269,7 @@ def _unambiguous(name: str, quantized: Any) -> str:
 
 
 def _state(matrix: StoredMatrix, offset: float) -> bytes:
-    spec = cast(CodebookSpec, matrix.spec)
+    spec = as_codebook(matrix.spec)
     fields: dict[str, Any] = {
         "quant_type": spec.codebook,
         "blocksize": spec.block_size,

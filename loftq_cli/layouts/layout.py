@@ -1,16 +1,19 @@
-"""The contract of an output container, and the table of containers. Planning needs no torch."""
+"""The contract of a container, and the table of containers: every fact that other packages ask of a container is a
+field or a method of its row. Planning needs no torch.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
-from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec, as_affine
+from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +63,7 @@ class ModelFacts:
 
     spec          the number format of all quantized modules but those in `other_specs`
     has_experts   whether there are experts in full precision, one matrix each
+    refused_by    containers whose loaders do not read models of this family
     """
 
     dtype: str
@@ -68,6 +72,7 @@ class ModelFacts:
     full_precision_modules: Sequence[str]
     has_experts: bool = False
     other_specs: Mapping[str, QuantSpec] = field(default_factory=dict)
+    refused_by: Sequence[str] = ()
 
 
 def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
@@ -84,121 +89,83 @@ def kept_modules(facts: ModelFacts) -> list[str]:
     return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensors:
-    """What a container is read from.
+class Layout(ABC):
+    """A container: one class for each row of LAYOUTS, without state. mypy checks each class against these methods."""
 
-    refs     every stored tensor, as the headers have it
-    config   config.json, its quantization_config included; empty where there is none
-    dtype    what the model computes in
-    load     a stored tensor by its name; load_rows, some rows of it; raw, the bytes of a small one, without torch
-    path     what to name in an error about the whole
-    loaded   what a module is called in the loaded model, by which configs know it
-    """
-
-    refs: Mapping[str, TensorRef]
-    config: Mapping[str, Any]
-    dtype: str
-    load: Callable[[str], torch.Tensor]
-    load_rows: Callable[[str, int, int], torch.Tensor]
-    raw: Callable[[str], bytes]
-    path: Path
-    loaded: Callable[[str], str] = str
+    name: ClassVar[str]
 
     @property
-    def config_file(self) -> Path:
-        """What to name in an error about the config."""
-        return config_file_beside(self.refs.values()) or self.path
+    def row(self) -> LayoutRow:
+        """The facts of the container."""
+        return LAYOUTS[self.name]
 
-
-@dataclass(frozen=True, slots=True)
-class CodeRows:
-    """Where a container holds the codes of a matrix row after row, so that a few can be written and read alone.
-
-    name     of the tensor that holds them
-    span     which rows of that tensor hold some rows of the matrix
-    pack     codes as a quantizer gives them -> rows of the tensor; unpack, the inverse
-    """
-
-    name: str
-    span: Callable[[slice], slice]
-    pack: Callable[[torch.Tensor], torch.Tensor]
-    unpack: Callable[[torch.Tensor], torch.Tensor]
-
-    def reader(self, load_rows: Callable[[str, int, int], torch.Tensor]) -> Callable[[slice], torch.Tensor]:
-        """What gives the codes of some rows; `load_rows` gives rows of a stored tensor by its name."""
-
-        def codes(part: slice) -> torch.Tensor:
-            span = self.span(part)
-            return self.unpack(load_rows(self.name, span.start, span.stop))
-
-        return codes
-
-
-class Layout(Protocol):
-    """The functions of a module in LAYOUTS. Those that read are missing where nothing is quantized on disk, and
-    `code_rows` where codes do not lie row after row.
-    """
-
-    QUANTIZED_ON_DISK: bool
-
+    @abstractmethod
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """What stock loaders read right for a matrix of this shape."""
-        ...
+        """The format in which stock loaders read a matrix [out, in] right; see `Fit`."""
 
+    @abstractmethod
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """Names, dtypes and shapes of the tensors that `pack` will give."""
-        ...
+        """Names, dtypes and shapes of the tensors that `pack` will return."""
 
+    @abstractmethod
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
         """The tensors to write, by name; without the codes where `quantized` holds none."""
-        ...
 
-    def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """Where the codes are."""
-        ...
+    @abstractmethod
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
+        """Where the codes of `matrix` lie row after row; None for codes in another order, and for a source that
+        stores [in, out].
+        """
 
+    @abstractmethod
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
         """config.json of the output. Raises UsageError for a model that the container's loaders do not read."""
-        ...
 
+    @abstractmethod
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names ("....weight") of the matrices that are stored in this container, in order; none in another one.
+        """Names ("....weight") of the matrices that are stored in this container, in order; empty for another
+        container.
 
-        Raises InputError for one that we do not decode as its loaders do.
+        Raises InputError for a matrix that we do not decode as the container's loaders do.
         """
-        ...
 
+    @abstractmethod
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """What the matrix called `name` is, from headers and small tensors. Raises InputError where parts are missing
-        or not those of such a matrix.
+        """The matrix called `name`, one of `quantized_names`, from headers and small tensors. Raises InputError where
+        parts are missing or do not belong to such a matrix.
         """
-        ...
 
+    @abstractmethod
     def parts(self, name: str) -> tuple[str, ...]:
         """Every tensor name that can belong to the matrix called `name`."""
-        ...
 
+    @abstractmethod
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`, for a matrix that `stored_matrix` gave; without its codes on demand. Raises InputError
-        for numbers that no quantizer writes.
+        """The inverse of `pack`, for a matrix that `stored_matrix` returned; `has_codes=False` leaves the codes out.
+        Raises InputError for numbers that no quantizer writes.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutRow:
     """One row of the table.
 
-    quant_types    number formats that it holds
-    zero_point     how integer formats store a group's offset in it: "int", or "float"
-    scale_dtypes   what its scales may be
-    scale_dtype    what its scales are by default; None for the model's dtype
-    keeps_dtype    whether its loaders decode to the model's dtype; otherwise to the scales'
-    one_dtype      whether its loaders need every tensor of the model in the scales' dtype
-    group_sizes    those it holds; empty for all
-    mixed          which integers of several formats its loaders read in one model: "any", "symmetric" ones or "none"
-    fused          names of sibling modules that servers of it make one matrix of, so that they need one format
+    quant_types      number formats that the container holds
+    zero_point       how integer formats store a group's offset: "int" or "float"
+    scale_dtypes     dtypes that scales may have
+    scale_dtype      the default dtype of scales; None for the model's dtype
+    keeps_dtype      whether loaders decode to the model's dtype; otherwise they decode to the dtype of the scales
+    one_dtype        whether loaders need every tensor of the model in the dtype of the scales
+    group_sizes      group sizes that the container holds; empty for all
+    mixed            which integers of several formats loaders read in one model: "any", "symmetric" ones or "none"
+    fused            names of sibling modules that servers make one matrix of, so that they need one format
+    stores_codes     whether weights stay quantized on disk; otherwise the decoded values are stored
+    config_key       key of config.json that describes the quantization
+    in_transformers  whether transformers loads the result
+    peft_pools       whether PEFT's use_qalora pools the inputs of layers in this container
+    load_arguments   what `from_pretrained` needs beside the path
+    mixed_decoding   line of Python to run after loading several formats in one model, before PEFT sees the weights
+    alternatives     containers to offer where the loaders of this one do not read a model, beside decoded values
     """
 
     module: str
@@ -212,6 +179,36 @@ class LayoutRow:
     group_sizes: tuple[int, ...] = ()
     mixed: str = "any"
     fused: tuple[tuple[str, ...], ...] = ()
+    stores_codes: bool = True
+    config_key: str = "quantization_config"
+    in_transformers: bool = True
+    peft_pools: bool = False
+    load_arguments: str = ""
+    mixed_decoding: str = ""
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def has_integer_zeros(self) -> bool:
+        """Whether groups have integer zero points on disk: a QA-LoRA merge can round into them, and loses by it."""
+        return self.stores_codes and self.zero_point == "int" and not set(_INTEGERS).isdisjoint(self.quant_types)
+
+    def decoded_dtype(self, spec: QuantSpec, dtype: str) -> str:
+        """The dtype that loaders decode a matrix in the format `spec` to, in a model of `dtype`."""
+        return dtype if self.keeps_dtype else spec.scale_dtype
+
+    def holds(self, spec: QuantSpec) -> bool:
+        """Whether the container has this number format and this group size."""
+        has_size = not self.group_sizes or spec.group_size_or_none in self.group_sizes
+        return spec.quant_type in self.quant_types and has_size
+
+    def spec_with_offsets(self, stored: QuantSpec, scale_dtype: str | None) -> QuantSpec:
+        """The integer format in which this container keeps codes stored as `stored`, with an offset for each group:
+        float offsets in float32 unless `scale_dtype` says another dtype. Raises TypeError for a codebook format.
+        """
+        integers = as_affine(stored)
+        exact = "float32" if self.zero_point == "float" else integers.scale_dtype
+        scales = scale_dtype or self.scale_dtype or exact
+        return replace(integers, symmetric=False, zero_point=self.zero_point, scale_dtype=scales)
 
 
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
@@ -235,6 +232,9 @@ LAYOUTS: dict[str, LayoutRow] = {
         _INTEGERS,
         mixed="symmetric",
         fused=_FUSED,
+        # PEFT asks for weights, which transformers decodes in the first forward pass where there are several schemes.
+        mixed_decoding="model.hf_quantizer.compressor.decompress_model(model)",
+        alternatives=("metal",),
     ),
     "gptq": LayoutRow(
         "loftq_cli.layouts.gptq",
@@ -244,6 +244,8 @@ LAYOUTS: dict[str, LayoutRow] = {
         scale_dtype="float16",
         keeps_dtype=False,
         mixed="none",
+        peft_pools=True,
+        alternatives=("compressed-tensors", "metal"),
     ),
     "metal": LayoutRow(
         "loftq_cli.layouts.metal",
@@ -253,6 +255,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         keeps_dtype=False,
         one_dtype=True,
         mixed="none",
+        load_arguments='device_map="cpu"',
     ),
     "mlx": LayoutRow(
         "loftq_cli.layouts.mlx",
@@ -261,19 +264,81 @@ LAYOUTS: dict[str, LayoutRow] = {
         zero_point="float",
         keeps_dtype=False,
         group_sizes=(32, 64, 128),
+        config_key="quantization",
+        in_transformers=False,
     ),
-    "dense": LayoutRow("loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS)),
+    "dense": LayoutRow(
+        "loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS), stores_codes=False
+    ),
 }
+
+# The container of decoded values: it holds every matrix and every merge, and every loader reads it.
+DENSE = next(name for name, row in LAYOUTS.items() if not row.stores_codes)
+DENSE_HINT = f"--layout {DENSE}"
+
+# Containers that hold a float offset for every group, in the order in which a merge chooses among them.
+FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
+INTEGER_ZEROS = tuple(name for name, row in LAYOUTS.items() if row.has_integer_zeros)
+
+CONFIG_KEYS = tuple(dict.fromkeys(row.config_key for row in LAYOUTS.values()))
 
 
 def load_layout(name: str) -> Layout:
-    """The container called `name`."""
-    return cast(Layout, import_module(LAYOUTS[name].module))
+    """The container called `name`, a key of LAYOUTS.
+
+    >>> load_layout("gptq").parts("h.0.fc.weight")
+    ('h.0.fc.qweight', 'h.0.fc.qzeros', 'h.0.fc.scales', 'h.0.fc.g_idx')
+    """
+    layout = import_module(LAYOUTS[name].module).LAYOUT
+    if not isinstance(layout, Layout):
+        raise TypeError(f"LAYOUT of {LAYOUTS[name].module} is no Layout")
+    return layout
 
 
 def default_layout(quant_type: str) -> str:
-    """The container that a number format is written in when none is named."""
+    """The container that a number format is written in when the user names none.
+
+    >>> default_layout("nf4"), default_layout("int4")
+    ('bitsandbytes', 'compressed-tensors')
+    """
     return next(name for name, row in LAYOUTS.items() if quant_type in row.quant_types)
+
+
+def default_layouts_text() -> str:
+    """The defaults of all number formats, for help texts."""
+    codebooks, integers = default_layout(_CODEBOOKS[0]), default_layout(_INTEGERS[0])
+    return f"{codebooks} for {' and '.join(_CODEBOOKS)}, {integers} for integers"
+
+
+def mixing_layouts(quant_type: str, *, with_offsets: bool) -> tuple[str, ...]:
+    """Containers that hold `quant_type` beside other formats of the kind in one model, and DENSE; `with_offsets`: also
+    where groups have zero points or float offsets.
+
+    >>> mixing_layouts("int4", with_offsets=True)
+    ('mlx', 'dense')
+    """
+    modes = ("any",) if with_offsets else ("any", "symmetric")
+    return tuple(name for name, row in LAYOUTS.items() if quant_type in row.quant_types and row.mixed in modes)
+
+
+def either(names: Sequence[str]) -> str:
+    """Names as a choice in a sentence.
+
+    >>> either(["metal"]), either(["mlx", "dense"]), either(["gptq", "metal", "dense"])
+    ('metal', 'mlx or dense', 'gptq, metal or dense')
+    """
+    *firsts, last = names
+    return f"{', '.join(firsts)} or {last}" if firsts else last
+
+
+def layout_of_key(key: str) -> str | None:
+    """The container that describes itself under `key` of config.json; None for a key that several containers share.
+
+    >>> layout_of_key("quantization"), layout_of_key("quantization_config")
+    ('mlx', None)
+    """
+    names = [name for name, row in LAYOUTS.items() if row.config_key == key]
+    return names[0] if len(names) == 1 else None
 
 
 def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
@@ -289,9 +354,3 @@ def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
         for (parent, names), found in groups.items()
         if len(found) > 1
     ]
-
-
-def code_rows(layout: str, matrix: StoredMatrix) -> CodeRows | None:
-    """Where the container called `layout` holds the codes of `matrix`; None where not row after row."""
-    container = load_layout(layout)
-    return None if matrix.transposed or not hasattr(container, "code_rows") else container.code_rows(matrix)

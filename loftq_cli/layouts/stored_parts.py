@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import InputError, printable
-from loftq_cli.layouts.layout import StoredTensors
+from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.tensors.headers import OutTensor
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loftq_cli.adapter.source import LoraTensors
 from loftq_cli.errors import InputError, NumericError
-from loftq_cli.layouts.layout import StoredMatrix, load_layout
+from loftq_cli.layouts.layout import DENSE_HINT, StoredMatrix, load_layout
 from loftq_cli.merging.plan import Merge, MergeJob
 from loftq_cli.merging.report import MergedLayer
 from loftq_cli.model.targets import module_of
@@ -21,10 +21,9 @@ from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.quant.gpu_matrix import WholeMatrix, merge_on, requantize, requantize_on
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.matrices import AffineTensor, LoraPair, lora_pair
-from loftq_cli.tensors.metrics import delta_rows, group_delta, is_finite, layer_error
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
+from loftq_cli.tensors.metrics import delta_rows, is_finite
 from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, TensorRows, slabs
-from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,7 @@ def run_job(
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             what = f"merged, {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
-            raise InputError(what, file=merge.base.path, tensor=job.name, hint="--layout dense")
+            raise InputError(what, file=merge.base.path, tensor=job.name, hint=DENSE_HINT)
     written = {name: files[name].write(name, tensor) for name, tensor in tensors.items()}
     return written, {} if layer is None else layer.to_json()
 
@@ -179,29 +178,26 @@ def _moved(merge: Merge, job: MergeJob, workers: Workers) -> tuple[dict[str, tor
 
     Raises NumericError where float32 offsets are not exact.
     """
-    from loftq_cli.quant.affine import move_offsets, offset_difference
+    from loftq_cli.quant.affine import merge_into_offsets
 
     base, matrix = merge.base.quantized_tensor(job.name), job.matrix
-    assert isinstance(base, AffineTensor) and matrix is not None and isinstance(matrix.spec, AffineSpec)
-    size = base.spec.group_size
-    delta, pair = base.scales.new_zeros(base.scales.shape).double(), None
-    if job.lora is not None:
-        pair = _pair(merge, job.lora)
-        delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
-    moved = move_offsets(base, delta, matrix.spec, matrix.dtype)
-    found = offset_difference(moved, base, delta)
-    is_exact = found.max_difference <= EXACT * found.max_weight
-    if matrix.spec.scale_dtype == "float32" and matrix.spec.zero_point == "float" and not is_exact:
-        what = f"merged, it differs by {found.max_difference:g} from the exact sum"
-        raise NumericError(what, hint="--layout dense")
-    tensors = load_layout(merge.form.layout).pack(matrix, moved)
+    assert matrix is not None  # codes are kept of what is stored quantized
+    pair = None if job.lora is None else _pair(merge, job.lora)
+    try:
+        merged = merge_into_offsets(base, pair, matrix.spec, matrix.dtype, workers=workers)
+    except NumericError as error:
+        hint = f"{error.hint}, or {DENSE_HINT}" if error.hint else None
+        raise NumericError(error.message, hint=hint) from None
+    difference = merged.difference
+    is_exact = difference.max_difference <= EXACT * difference.max_weight
+    if matrix.spec.scale_dtype == "float32" and matrix.spec.zero_point_kind == "float" and not is_exact:
+        what = f"merged, it differs by {difference.max_difference:g} from the exact sum"
+        raise NumericError(what, hint=DENSE_HINT)
+    tensors = load_layout(merge.form.layout).pack(matrix, merged.quantized)
     if pair is None:
         return tensors, None
-    values = make_quantizer(base.spec, base.dtype).decoded(base)
-    squared_weight = layer_error(values, values, None, workers).squared_weight
-    squared_delta = size * float(delta.double().square().sum())
-    layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
-    return tensors, replace(layer, difference=found)
+    layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, merged.squared_weight, merged.squared_delta)
+    return tensors, replace(layer, difference=difference)
 
 
 def _pair(merge: Merge, lora: LoraTensors) -> LoraPair:

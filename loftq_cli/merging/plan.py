@@ -16,7 +16,7 @@ from typing import Any
 from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.source import AdapterSource, LoraTensors, open_adapter
 from loftq_cli.errors import MismatchError, UsageError, printable
-from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, StoredMatrix, common_spec, load_layout
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, ModelFacts, StoredMatrix, common_spec, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.provenance import Provenance, check_provenance
 from loftq_cli.model.stored import BaseModel
@@ -26,9 +26,9 @@ from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.jobs import Shard, pack_shards
 from loftq_cli.planning.settings import decoded_dtype
 from loftq_cli.planning.sizes import parse_size
-from loftq_cli.quant.formats import QuantSpec
+from loftq_cli.quant.formats import QuantSpec, requantized_spec
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, OutTensor
-from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, Pooling
+from loftq_cli.tensors.specs import Pooling
 
 # The output layer over the vocabulary, and classes that have none: only the former can share the embedding's weight.
 _VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
@@ -98,7 +98,7 @@ class Merge:
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
         sources = [source_name(self.base.path), source_name(self.adapter.path)]
-        configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout]
+        configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout.name]
         values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -142,6 +142,7 @@ class Merge:
             [module_of(loaded.get(name, name)) for name in kept],
             has_experts=any(name in refs and kind_of(refs[name], self.base.family) == "expert" for name in kept),
             other_specs=others,
+            refused_by=self.base.family.row.refused_by,
         )
         return load_layout(self.form.layout).model_config(config, facts)
 
@@ -214,7 +215,7 @@ class _Planner:
         self.unfit: dict[str, str] = {}
         if form.is_quantized and not base.family.loads_in_4_bit():
             what = f"transformers cannot load {base.family.model_type} from quantized tensors"
-            raise UsageError(what, hint="--layout dense")
+            raise UsageError(what, hint=DENSE_HINT)
 
     def jobs(self) -> Iterator[MergeJob]:
         """A job for every base tensor, in order, then for every new one. Raises MismatchError for leftovers."""
@@ -276,8 +277,7 @@ class _Planner:
         spec = self.form.spec
         assert spec is not None
         if stored is not None:
-            if isinstance(spec, CodebookSpec) and isinstance(stored.spec, CodebookSpec):
-                spec = replace(stored.spec, codebook=spec.codebook)
+            spec = requantized_spec(stored.spec, spec)
             shape, transposed = stored.shape, stored.transposed
         elif job.lora is None or kind_of(self.base.tensors[job.name], self.base.family) not in ("linear", "head"):
             return None
@@ -289,7 +289,7 @@ class _Planner:
             self.unfit[job.name] = fit.reason or "does not fit the container"
             return None
         matrix = self._stored(job.name, shape, fit.spec, transposed=transposed)
-        if not job.is_touched and matrix == stored and self.base.layout == self.form.layout:
+        if not job.is_touched and matrix == stored and self.base.layout.name == self.form.layout:
             # Its values lie on the grid already, and encoding them again would move some.
             outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in self.base.parts(job.name))
             return replace(job, matrix=matrix, outputs=outputs, is_copied=True)
@@ -297,14 +297,13 @@ class _Planner:
 
     def _with_offsets(self, job: MergeJob, stored: StoredMatrix) -> MergeJob:
         """The job that moves the offsets of a quantized weight. Raises MismatchError for groups that do not fit."""
-        assert isinstance(stored.spec, AffineSpec)
-        groups, size = job.lora.pooling if job.lora else None, stored.spec.group_size
+        groups, size = job.lora.pooling if job.lora else None, stored.spec.group_size_or_none
         if job.lora is not None and groups is None:
             what = f"has no pooled input, so no zero point of {job.name} can hold it"
-            raise MismatchError(what, file=self.file, tensor=job.lora.lora_A, hint="--layout dense")
-        if job.lora is not None and groups is not None and groups.group_size % size:
+            raise MismatchError(what, file=self.file, tensor=job.lora.lora_A, hint=DENSE_HINT)
+        if job.lora is not None and groups is not None and not stored.spec.has_whole_groups_in(groups.group_size):
             what = f"pools groups of {groups.group_size}, which are not unions of the groups of {size} of {job.name}"
-            raise MismatchError(what, file=self.file, tensor=job.lora.lora_A, hint="--layout dense")
+            raise MismatchError(what, file=self.file, tensor=job.lora.lora_A, hint=DENSE_HINT)
         layout, spec = load_layout(self.form.layout), self.form.spec_for(stored.spec)
         fit = layout.fit(spec, stored.shape, transposed=stored.transposed)
         if fit.spec is None:

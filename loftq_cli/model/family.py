@@ -1,6 +1,6 @@
 """What the config of a model says about its tensors that headers alone do not: dtype, orientation, names after loading.
 
-Facts about transformers' model classes, read from their sources (5.23); it is never imported here.
+Facts about single families are in families.toml; transformers is never imported here.
 """
 
 from __future__ import annotations
@@ -13,71 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import InputError, printable
+from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
+from loftq_cli.model.families import FamilyRow, family_row
 from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
 
-# Families whose linears are Conv1D: stored [in, out], loaded as [out, in].
-_CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_MODULE = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)$")
-
-# Linears that transformers keeps in float32 whatever a quantization config says; a 4-bit one fails to load.
-_FULL_PRECISION = {
-    **dict.fromkeys(("t5", "mt5", "umt5", "pop2piano", "udop"), ("wo",)),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk2", "mistral_large4"), ("indexer.weights_proj",)),
-}
-
-# Linears on which PEFT takes no adapter (0.21): where the projections of experts are fused, it moves every adapter of
-# these names to the experts, from shared ones and dense layers too; and it refuses these names in Mamba models.
-_MOVED_TO_EXPERTS = (
-    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
-    *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
-    *("longcat_flash", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "solar_open"),
-)
-_NO_ADAPTER = {
-    **dict.fromkeys(_MOVED_TO_EXPERTS, ("gate_proj", "up_proj", "down_proj")),
-    **dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")),
-}
-
-# Families that transformers 5 cannot load from 4-bit tensors: Falcon's linears are of a class of its own, which is not
-# replaced, and with a quantization config Llama 4's fused experts are replaced by others.
-_NEVER_IN_4_BIT = ("falcon", "llama4", "llama4_text")
-
-# Renamings that transformers applies to older checkpoints of these families while it loads a head class.
-_LLAVA_RENAMINGS = (
-    (r"^language_model\.lm_head", "lm_head"),
-    (r"^language_model\.(?:model\.)?", "model.language_model."),
-    (r"^(?=(?:vision_tower|audio_tower|multi_modal_projector)\.)", "model."),
-)
-_QWEN_VL_RENAMINGS = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
-)
-_LLAVA_LIKE = (
-    *("aria", "aya_vision", "gemma3", "got_ocr2", "internvl", "llava", "llava_next", "llava_next_video"),
-    *("llava_onevision", "mistral3", "paligemma", "qwen2_audio", "vipllava"),
-)
-_RENAMINGS = {
-    **dict.fromkeys(_LLAVA_LIKE, _LLAVA_RENAMINGS),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL_RENAMINGS),
-}
-
-# The attribute under which a head class holds the base model. Checkpoints saved from the base model (gpt2, bloom on
-# the hub) lack it in their names, and loaders add it: an adapter must name modules as they are then called.
-_FAMILIES_OF_PREFIX = {
-    "transformer": "bloom codegen ctrl falcon gpt2 gpt_bigcode gpt_neo gptj mpt openai-gpt xlnet",
-    "roberta": "camembert roberta xlm-roberta",
-    "deberta": "deberta deberta-v2",
-    "model": "bart cohere gemma gemma2 granite llama mistral mixtral olmo olmo2 olmoe opt phi phi3 "
-    "qwen2 qwen2_moe qwen3 qwen3_moe stablelm starcoder2",
-    "albert": "albert",
-    "bert": "bert",
-    "distilbert": "distilbert",
-    "electra": "electra",
-    "gpt_neox": "gpt_neox",
-    "mpnet": "mpnet",
-}
-_PREFIX_OF = {family: prefix for prefix, families in _FAMILIES_OF_PREFIX.items() for family in families.split()}
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
-
 
 # What decides something here or in a container, and the type it must have where it is there and not null.
 _TEXT, _OBJECT, _SWITCH = (str, "a text"), (dict, "an object"), (bool, "true or false")
@@ -88,8 +28,7 @@ _KEYS = {
     "architectures": (list, "a list of class names"),
     "text_config": _OBJECT,
     "is_encoder_decoder": _SWITCH,
-    "quantization_config": _OBJECT,
-    "quantization": _OBJECT,
+    **dict.fromkeys(CONFIG_KEYS, _OBJECT),
 }
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -106,10 +45,9 @@ class Family:
     def __post_init__(self) -> None:
         """Raises InputError for a value of the wrong type, and for a model that is quantized already."""
         check_types(self.config, self.file)
-        quantization = self.config.get("quantization_config") or self.config.get("quantization")
-        if quantization:
-            known = "?" if "quantization_config" in self.config else "mlx"
-            method = quantization.get("quant_method", known) if isinstance(quantization, dict) else "?"
+        key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
+        if key is not None:
+            method = self.config[key].get("quant_method", layout_of_key(key) or "?")
             raise InputError(
                 f"the model is quantized already ({method})",
                 file=self.file,
@@ -122,6 +60,11 @@ class Family:
         return str(self.config.get("model_type", ""))
 
     @property
+    def row(self) -> FamilyRow:
+        """The facts about the family in families.toml."""
+        return family_row(self.model_type)
+
+    @property
     def architectures(self) -> list[str]:
         """Class names that the checkpoint was saved from."""
         value = self.config.get("architectures")
@@ -129,19 +72,19 @@ class Family:
 
     def is_transposed(self, module: str) -> bool:
         """Whether the weight of `module` is stored [in, out]."""
-        return self.model_type in _CONV1D_FAMILIES and bool(_CONV1D_MODULE.search(module))
+        return module.rpartition(".")[2] in self.row.transposed
 
     def is_kept_in_float32(self, module: str) -> bool:
         """Whether transformers refuses to hold `module` in 4 bits."""
-        return module.endswith(_FULL_PRECISION.get(self.model_type, ()))
+        return module.endswith(self.row.full_precision)
 
     def takes_adapter(self, module: str) -> bool:
         """Whether PEFT can put an adapter on `module` and nowhere else."""
-        return module.rpartition(".")[2] not in _NO_ADAPTER.get(self.model_type, ())
+        return module.rpartition(".")[2] not in self.row.no_adapter
 
     def loads_in_4_bit(self) -> bool:
         """Whether transformers loads linears of this family from 4-bit tensors."""
-        return self.model_type not in _NEVER_IN_4_BIT
+        return self.row.loads_in_4_bit
 
     def ties_embeddings(self) -> bool:
         """Whether the config says that the head shares the embedding's weight."""
@@ -165,9 +108,9 @@ class Family:
         if not self.architectures:
             return module
         if _HEAD_CLASS.search(self.architectures[0]):
-            for pattern, new in _RENAMINGS.get(self.model_type, ()):
-                module = re.sub(pattern, new, module)
-        prefix = _PREFIX_OF.get(self.model_type)
+            for pattern, replacement in self.row.renamings:
+                module = re.sub(pattern, replacement, module)
+        prefix = self.row.prefix
         if prefix is None:
             return module
         has_prefix = any(name.startswith(f"{prefix}.") for name in modules)

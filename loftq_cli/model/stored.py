@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint import source
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError, LoftqError
-from loftq_cli.layouts.layout import LAYOUTS, Layout, StoredMatrix, StoredTensors, code_rows, load_layout
+from loftq_cli.layouts.layout import CONFIG_KEYS, DENSE, LAYOUTS, Layout, StoredMatrix, load_layout
+from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.model.family import Family, check_types
 from loftq_cli.model.targets import module_of
 from loftq_cli.tensors.headers import TensorRef, config_file_beside
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from loftq_cli.quant.formats import QuantizedTensor
 
-_CONTAINER_KEYS = ("quantization_config", "quantization")
-
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -33,14 +32,14 @@ class BaseModel:
 
     tensors     every tensor in order; a quantized weight is one, in the dtype and orientation of a dense file
     quantized   the weights that are stored quantized
-    layout      the container that they are stored in; None where there is none
+    layout      the container of the quantized weights; the one of decoded values where nothing is quantized
     config      config.json without its quantization
     """
 
     path: Path
     tensors: dict[str, TensorRef]
     quantized: dict[str, StoredMatrix]
-    layout: str | None
+    layout: Layout
     family: Family
     config: dict[str, Any]
     checkpoint: Checkpoint
@@ -66,16 +65,14 @@ class BaseModel:
         file, stored = config_file_beside(refs.values()), _stored(path, checkpoint, config)
         family = Family(plain, file)
         layout, names = _container(stored)
-        if layout is None:
-            return cls(path, dict(refs), {}, None, Family(config, file), plain, checkpoint, stored)
-        container = load_layout(layout)
+        if not names:
+            return cls(path, dict(refs), {}, layout, Family(config, file), plain, checkpoint, stored)
         quantized = {
-            name: container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
-            for name in names
+            name: layout.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name))) for name in names
         }
-        for error in _orphans(stored, container, names):
+        for error in _orphans(stored, layout, names):
             raise error
-        owner = {part: name for name in names for part in container.parts(name)}
+        owner = {part: name for name in names for part in layout.parts(name)}
         tensors: dict[str, TensorRef] = {}
         for part, ref in refs.items():
             matrix = quantized.get(owner.get(part, part))
@@ -105,13 +102,11 @@ class BaseModel:
 
     def quantized_tensor(self, name: str) -> QuantizedTensor:
         """The quantized weight called `name`. Raises InputError for numbers that no quantizer writes."""
-        assert self.layout is not None
-        return load_layout(self.layout).unpack(self.quantized[name], self.stored)
+        return self.layout.unpack(self.quantized[name], self.stored)
 
     def check_constants(self, name: str) -> None:
         """Raises InputError for constants of the quantized weight called `name` that no quantizer writes."""
-        assert self.layout is not None
-        load_layout(self.layout).unpack(self.quantized[name], self.stored, has_codes=False)
+        self.layout.unpack(self.quantized[name], self.stored, has_codes=False)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
         """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""
@@ -153,23 +148,19 @@ class BaseModel:
         return ref
 
     def _decoded(self, matrix: StoredMatrix) -> Rows:
-        from loftq_cli.quant.formats import make_quantizer
-
-        assert self.layout is not None
-        lying = code_rows(self.layout, matrix)
-        quantizer, refs = make_quantizer(matrix.spec, matrix.dtype), self.checkpoint.tensors
+        code_rows, refs = self.layout.code_rows(matrix), self.checkpoint.tensors
         # Some store [1, n] for [n, 1].
-        if lying is None or refs[lying.name].shape[0] < lying.span(slice(0, matrix.shape[0])).stop:
-            return quantizer.decoded(self.quantized_tensor(matrix.name))
-        constants = load_layout(self.layout).unpack(matrix, self.stored, has_codes=False)
-        return quantizer.decoded(constants, lying.reader(self.checkpoint.load_rows))
+        if code_rows is None or refs[code_rows.name].shape[0] < code_rows.span(slice(0, matrix.shape[0])).stop:
+            return self.quantized_tensor(matrix.name).decoded()
+        constants = self.layout.unpack(matrix, self.stored, has_codes=False)
+        return constants.decoded(code_rows.reader(self.checkpoint.load_rows))
 
     def parts(self, name: str) -> list[TensorRef]:
         """The stored tensors that make the weight called `name`."""
         refs = self.checkpoint.tensors
-        if self.layout is None or name not in self.quantized:
+        if name not in self.quantized:
             return [refs[name]]
-        return [refs[part] for part in load_layout(self.layout).parts(name) if part in refs]
+        return [refs[part] for part in self.layout.parts(name) if part in refs]
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
@@ -190,19 +181,17 @@ def faults(path: Path) -> Iterator[LoftqError]:
     except LoftqError as error:
         yield error
         return
-    if layout is None:
-        return
-    container, family = load_layout(layout), Family(_without_container(config))
+    family = Family(_without_container(config))
     for name in names:
         try:
-            container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
+            layout.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
         except LoftqError as error:
             yield error
-    yield from _orphans(stored, container, names)
+    yield from _orphans(stored, layout, names)
 
 
 def _without_container(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
+    return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
 
 
 def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
@@ -215,21 +204,22 @@ def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> St
     return StoredTensors(refs, config, dtype, load, load_rows, raw, path, lambda name: family.loaded_name(name, refs))
 
 
-def _orphans(stored: StoredTensors, container: Layout, names: Sequence[str]) -> Iterator[InputError]:
+def _orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -> Iterator[InputError]:
     """An error for each part of a quantized weight that is none of `names`."""
-    owned = {part for name in names for part in container.parts(name)}
+    owned = {part for name in names for part in layout.parts(name)}
     for part, ref in stored.refs.items():
         name = f"{part.rpartition('.')[0]}.weight"
-        if part not in owned and part != name and part in container.parts(name):
+        if part not in owned and part != name and part in layout.parts(name):
             what = "is part of a quantized weight, and its codes are missing"
             yield InputError(what, file=ref.file, tensor=part)
 
 
-def _container(stored: StoredTensors) -> tuple[str | None, list[str]]:
-    """The container that weights are stored in, and their names; None where nothing is quantized."""
-    for layout in LAYOUTS:
-        container = load_layout(layout)
-        names = container.quantized_names(stored) if container.QUANTIZED_ON_DISK else []
+def _container(stored: StoredTensors) -> tuple[Layout, list[str]]:
+    """The container of quantized weights and their names; the container of decoded values and no names, where nothing
+    is quantized.
+    """
+    for layout in map(load_layout, LAYOUTS):
+        names = layout.quantized_names(stored)
         if names:
             return layout, names
-    return None, []
+    return load_layout(DENSE), []

@@ -12,10 +12,11 @@ import torch
 
 from loftq_cli.errors import NumericError
 from loftq_cli.quant.blocks import refine_rows, searched
-from loftq_cli.quant.formats import Cost, Refinement
+from loftq_cli.quant.formats import Cost, QuantizedTensor, QuantSpec, Refinement, as_affine, as_affine_tensor
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import AffineTensor
-from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs_of
+from loftq_cli.tensors.matrices import AffineTensor, DecodedGroups, LoraPair
+from loftq_cli.tensors.metrics import group_delta, layer_error
+from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, not_finite, slabs_of
 from loftq_cli.tensors.specs import AffineSpec
 from loftq_cli.triton_kernels.affine.contract import AffineGroups, dequantize_affine, quantize_affine
 from loftq_cli.triton_kernels.error_stats.contract import error_stats
@@ -135,8 +136,7 @@ class AffineQuantizer:
     @property
     def _levels(self) -> Levels:
         spec = self.spec
-        offset = "none" if spec.symmetric else spec.zero_point
-        return Levels(None, spec.bits, offset, getattr(torch, spec.scale_dtype))
+        return Levels(None, spec.bits, spec.zero_point_kind or "none", getattr(torch, spec.scale_dtype))
 
     @property
     def _narrowest(self) -> str:
@@ -218,43 +218,11 @@ class AffineQuantizer:
 
         `codes` gives those of some rows where `quantized` holds none.
         """
-        return DecodedGroups(quantized, codes)
+        return quantized.decoded(codes)
 
     def dequantize(self, quantized: AffineTensor) -> torch.Tensor:
         """The whole of `decoded` as float32 [out, in]."""
-        return self.decoded(quantized).rows(slice(0, quantized.scales.shape[0])).float()
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedGroups:
-    """The values of a quantized matrix by rows. See `loftq_cli.tensors.rows`."""
-
-    quantized: AffineTensor
-    codes: Callable[[slice], torch.Tensor] | None = None
-    multiple: int = 1
-    slab_numel: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.quantized.scales.device
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, groups = self.quantized.scales.shape
-        return rows, groups * self.quantized.spec.group_size
-
-    def rows(self, part: slice) -> torch.Tensor:
-        """Rows [part.start, part.stop) as float32 or bfloat16."""
-        quantized, spec = self.quantized, self.quantized.spec
-        values = dequantize_affine(
-            quantized.codes[part] if self.codes is None else self.codes(part),
-            quantized.scales[part],
-            None if quantized.zero_points is None else quantized.zero_points[part],
-            spec.bits,
-            spec.group_size,
-            biases=None if quantized.biases is None else quantized.biases[part],
-        )
-        return plain(values.to(getattr(torch, quantized.dtype)))
+        return quantized.dequantize()
 
 
 def _target(weight: Rows, minus: Callable[[slice], torch.Tensor] | None, part: slice) -> torch.Tensor:
@@ -274,6 +242,44 @@ class OffsetDifference:
     max_difference: float
     max_weight: float
     squared_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetMerge:
+    """A matrix of integers with an adapter in its offsets.
+
+    quantized       the codes of the base with other offsets
+    difference      how far its values are from the exact sum
+    squared_weight  the squared norm of the base as a loader decodes it
+    squared_delta   the squared norm of s·B·A over all inputs
+    """
+
+    quantized: AffineTensor
+    difference: OffsetDifference
+    squared_weight: float
+    squared_delta: float
+
+
+def merge_into_offsets(
+    base: QuantizedTensor, pair: LoraPair | None, spec: QuantSpec, dtype: str, *, workers: Workers = SERIAL
+) -> OffsetMerge:
+    """The integers of `base` in the format `spec`, with a pooled adapter added to the offsets; the codes stay.
+
+    `base` and `spec` are of an integer format; each group of inputs that `pair` reads as one is a union of groups of
+    `base`; `dtype` is what a loader decodes the result to.
+    Raises NumericError for what is not finite; TypeError for a codebook format.
+    """
+    stored, target = as_affine_tensor(base), as_affine(spec)
+    size = stored.spec.group_size
+    delta = stored.scales.new_zeros(stored.scales.shape).double()
+    if pair is not None:
+        delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
+    moved = move_offsets(stored, delta, target, dtype)
+    difference, squared_weight = offset_difference(moved, stored, delta), 0.0
+    if pair is not None:
+        values = stored.decoded()
+        squared_weight = layer_error(values, values, None, workers).squared_weight
+    return OffsetMerge(moved, difference, squared_weight, size * float(delta.double().square().sum()))
 
 
 def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtype: str) -> AffineTensor:
@@ -308,7 +314,7 @@ def _narrow(constants: torch.Tensor, spec: AffineSpec) -> torch.Tensor:
     if not bool(torch.isfinite(narrow).all()):
         raise NumericError(
             f"its scales or offsets are too large for {spec.scale_dtype}",
-            hint="--scale-dtype float32, or --layout dense",
+            hint="--scale-dtype float32",
         )
     return narrow
 

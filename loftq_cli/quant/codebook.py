@@ -12,13 +12,12 @@ from loftq_cli.errors import NumericError
 from loftq_cli.quant.blocks import refine_rows, searched
 from loftq_cli.quant.formats import Cost, Refinement
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
-from loftq_cli.tensors.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs_of
+from loftq_cli.tensors.matrices import CodebookTensor, DecodedCodebook, NestedAbsmax, rows_of_blocks
+from loftq_cli.tensors.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, row_multiple, slabs_of
 from loftq_cli.tensors.specs import CodebookSpec
 from loftq_cli.triton_kernels.codebook.contract import (
     codebook_residual,
     codebook_table,
-    dequantize_codebook,
     quantize_codebook,
 )
 from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
@@ -69,18 +68,20 @@ class CodebookQuantizer:
         numel = out_features * in_features
         packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         absmax = torch.empty(-(-numel // spec.block_size), device=weight.device)
-        begun = None if start is None or self.scales != "search" else self._absmax(start)
+        begun = None if start is None or self.scales != "search" else start.decoded_absmax()
 
         def encode(part: slice) -> torch.Tensor:
             first, last = part.start * in_features, part.stop * in_features
-            codes, constants = _part(packed, absmax, part, in_features, spec.block_size)
+            codes, constants = rows_of_blocks(packed, absmax, part, in_features, spec.block_size)
             if sink:
                 codes = torch.empty((last - first + 1) // 2, dtype=torch.uint8, device=weight.device)
             subtracted = None if minus is None else minus(part)
             if self.scales == "search":
                 target = weight.rows(part).float()
                 target = target if subtracted is None else target - subtracted
-                own = None if begun is None else (_part(packed, begun, part, in_features, spec.block_size)[1], None)
+                own = None
+                if begun is not None:
+                    own = (rows_of_blocks(packed, begun, part, in_features, spec.block_size)[1], None)
                 found = searched(target, spec.block_size, self._levels(weight.device), own, self.importance)
                 codes.copy_(_packed(found.codes))
                 constants.copy_(found.scales)
@@ -103,7 +104,7 @@ class CodebookQuantizer:
         # quantization moves a constant by less than the largest.
         limit = torch.finfo(getattr(torch, self.dtype)).max
         if absmax.numel() and max(map(abs, map(float, torch.aminmax(absmax)))) >= limit / 2:
-            largest = self._absmax(quantized).abs().max()
+            largest = quantized.decoded_absmax().abs().max()
             if not bool(torch.isfinite(largest.to(getattr(torch, self.dtype)))):
                 hint = "--no-double-quant, or --exclude it" if spec.double_quant else "--exclude it"
                 raise NumericError(f"decodes to numbers too large for {self.dtype}", hint=hint)
@@ -122,7 +123,7 @@ class CodebookQuantizer:
         spec, shape = self.spec, quantized.shape
         if shape[1] % spec.block_size:
             return None
-        absmax = self._absmax(quantized).view(shape[0], -1)
+        absmax = quantized.decoded_absmax().view(shape[0], -1)
         blocks = Blocks(_unpacked(quantized.packed, shape), absmax.clone(), None)
         levels = self._levels(weight.device)
         costs = refine_rows(weight, blocks, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers)
@@ -138,10 +139,10 @@ class CodebookQuantizer:
         self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL
     ) -> float:
         """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
-        spec, absmax, in_features = self.spec, self._absmax(quantized), weight.shape[1]
+        spec, absmax, in_features = self.spec, quantized.decoded_absmax(), weight.shape[1]
 
         def subtract(part: slice) -> float:
-            packed, constants = _part(quantized.packed, absmax, part, in_features, spec.block_size)
+            packed, constants = rows_of_blocks(quantized.packed, absmax, part, in_features, spec.block_size)
             dtype = getattr(torch, quantized.dtype)
             rows = weight.rows(part)
             return codebook_residual(rows, packed, constants, spec.codebook, spec.block_size, dtype, out[part])
@@ -168,11 +169,11 @@ class CodebookQuantizer:
 
         `codes` gives the packed codes of some rows where `quantized` holds none.
         """
-        return DecodedCodebook(quantized, self._absmax(quantized), codes)
+        return quantized.decoded(codes)
 
     def dequantize(self, quantized: CodebookTensor) -> torch.Tensor:
         """The whole of `decoded` as float32 [out, in]."""
-        return self.decoded(quantized).rows(slice(0, quantized.shape[0])).float()
+        return quantized.dequantize()
 
     def _slabs(self, weight: Rows, numel: int = SLAB_NUMEL) -> list[slice]:
         return slabs_of(weight, row_multiple(weight.shape[1], self.spec.block_size), numel)
@@ -195,53 +196,12 @@ class CodebookQuantizer:
                 raise NumericError("its block constants differ too much to be double-quantized", hint=hint)
         return NestedAbsmax(codes, nested_absmax, code_map, offset)
 
-    def _absmax(self, quantized: CodebookTensor) -> torch.Tensor:
-        absmax = quantized.absmax
-        return self._decoded_absmax(absmax) if isinstance(absmax, NestedAbsmax) else absmax
-
-    def _decoded_absmax(self, nested: NestedAbsmax) -> torch.Tensor:
-        size = self.spec.nested_block_size
-        return double_dequantize(nested.codes, nested.absmax, nested.code_map, nested.offset, size)
-
     def _levels(self, device: torch.device | str) -> Levels:
         """A negative constant turns a table that is not symmetric around. The mean of constants of both signs would be
         of no use to double quantization.
         """
         table = codebook_table(self.spec.codebook, device)
         return Levels(table, 4, "none", torch.float32, is_signed=not self.spec.double_quant)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedCodebook:
-    """The values of a quantized matrix by rows; `absmax` float32, one for each block. See `loftq_cli.tensors.rows`."""
-
-    quantized: CodebookTensor
-    absmax: torch.Tensor
-    codes: Callable[[slice], torch.Tensor] | None = None
-    slab_numel: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.absmax.device
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.quantized.shape
-
-    @property
-    def multiple(self) -> int:
-        """Rows are read in multiples of this, and to the last one."""
-        return row_multiple(self.shape[1], self.quantized.spec.block_size)
-
-    def rows(self, part: slice) -> torch.Tensor:
-        """Rows [part.start, part.stop) as float32 or bfloat16. They begin with a block: see `multiple`."""
-        spec, columns = self.quantized.spec, self.shape[1]
-        packed, absmax = _part(self.quantized.packed, self.absmax, part, columns, spec.block_size)
-        if self.codes is not None:
-            packed = self.codes(part)
-        dtype, numel = getattr(torch, self.quantized.dtype), (part.stop - part.start) * columns
-        values = dequantize_codebook(packed, absmax, spec.codebook, spec.block_size, numel, dtype)
-        return plain(values.view(-1, columns))
 
 
 def is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> torch.Tensor:
@@ -277,14 +237,6 @@ def _is_ruined(absmax: torch.Tensor, decoded: torch.Tensor) -> bool:
     if worst < _SMALLEST:
         return False
     return int((own <= worst).sum()) >= _RUINED_SHARE * int((absmax > 0).sum())
-
-
-def _part(
-    packed: torch.Tensor, absmax: torch.Tensor, part: slice, columns: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes and constants of some rows, which begin with a block."""
-    first, last = part.start * columns, part.stop * columns
-    return packed[first // 2 : -(-last // 2)], absmax[first // block_size : -(-last // block_size)]
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.quant.codebook import is_near
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_codebook
 from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
-from loftq_cli.tensors.specs import CodebookSpec
 from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
 from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
 from loftq_cli.triton_kernels.residual.contract import CodedStack, quantize_difference
@@ -37,7 +37,7 @@ class QuantizedStack:
 
 def quantize_stack(
     weight: torch.Tensor,
-    spec: CodebookSpec,
+    spec: QuantSpec,
     dtype: str,
     update: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> QuantizedStack:
@@ -45,8 +45,9 @@ def quantize_stack(
 
     Ordinary are finite matrices without zero blocks whose constants double quantization does not ruin and whose values
     do not overflow `dtype`, which a loader decodes to.
+    Raises TypeError for a format without `has_code_kernels`.
     """
-    n = len(weight)
+    spec, n = as_codebook(spec), len(weight)
     if update is not None:
         packed, absmax = quantize_difference(weight, *update, spec.codebook, spec.block_size)
     elif weight[0].numel() % spec.block_size == 0:  # then the stack is one tall matrix, block by block
@@ -69,12 +70,13 @@ def quantize_stack(
 def unstacked(
     packed: torch.Tensor,
     constants: torch.Tensor | NestedAbsmax,
-    spec: CodebookSpec,
+    spec: QuantSpec,
     shape: tuple[int, int],
     dtype: str,
     i: int,
-) -> CodebookTensor:
-    """The i-th matrix of a stack as it is stored."""
+) -> QuantizedTensor:
+    """The i-th matrix of a stack as it is stored. Raises TypeError for a format without `has_code_kernels`."""
+    spec = as_codebook(spec)
     if isinstance(constants, NestedAbsmax):
         nested = NestedAbsmax(constants.codes[i], constants.absmax[i], constants.code_map, constants.offset[i])
         return CodebookTensor(packed[i], nested, spec, shape, dtype)

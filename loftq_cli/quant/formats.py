@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -167,6 +167,89 @@ def spec_from_json(values: Mapping[str, Any]) -> QuantSpec:
     )
 
 
-def size_of(spec: QuantSpec) -> str:
-    """ "block 64" or "group 64": how many weights share constants."""
-    return f"block {spec.block_size}" if isinstance(spec, CodebookSpec) else f"group {spec.group_size}"
+def as_affine(spec: QuantSpec) -> AffineSpec:
+    """`spec` of an integer format. Raises TypeError for a codebook format: the caller chose by `is_affine` before.
+
+    >>> as_affine(AffineSpec(4, 64, symmetric=True)).bits
+    4
+    """
+    if not isinstance(spec, AffineSpec):
+        raise TypeError(f"{spec.quant_type} is no integer format")
+    return spec
+
+
+def as_codebook(spec: QuantSpec) -> CodebookSpec:
+    """`spec` of a codebook format. Raises TypeError for an integer format: the caller chose by `is_affine` before."""
+    if not isinstance(spec, CodebookSpec):
+        raise TypeError(f"{spec.quant_type} is no codebook format")
+    return spec
+
+
+def as_affine_tensor(quantized: QuantizedTensor) -> AffineTensor:
+    """`quantized` of an integer format. Raises TypeError for a codebook format."""
+    if not isinstance(quantized, AffineTensor):
+        raise TypeError(f"{quantized.spec.quant_type} is no integer format")
+    return quantized
+
+
+def as_codebook_tensor(quantized: QuantizedTensor) -> CodebookTensor:
+    """`quantized` of a codebook format. Raises TypeError for an integer format."""
+    if not isinstance(quantized, CodebookTensor):
+        raise TypeError(f"{quantized.spec.quant_type} is no codebook format")
+    return quantized
+
+
+def override_spec(
+    spec: QuantSpec,
+    *,
+    quant_type: str | None = None,
+    group_size: int | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+) -> QuantSpec:
+    """`spec` with the values of one layer: None keeps the value of `spec`, and so does an option of the other kind of
+    format. `quant_type` is of the kind of `spec`.
+
+    >>> override_spec(AffineSpec(4, 64, symmetric=False), quant_type="int8").quant_type
+    'int8'
+    """
+    if isinstance(spec, AffineSpec):
+        bits = spec.bits if quant_type is None else FORMATS[quant_type].bits
+        return dataclasses.replace(spec, bits=bits, group_size=group_size or spec.group_size)
+    return dataclasses.replace(
+        spec,
+        codebook=quant_type or spec.codebook,
+        block_size=block_size or spec.block_size,
+        double_quant=spec.double_quant if double_quant is None else double_quant,
+    )
+
+
+def specs_of_sizes(spec: QuantSpec, quant_types: Iterable[str], sizes: Sequence[int]) -> list[QuantSpec]:
+    """Every format of the kind of `spec` with each of `sizes`: integers in each of the bits of `quant_types`,
+    ascending; a codebook stays the codebook.
+
+    >>> [other.block_size for other in specs_of_sizes(CodebookSpec("nf4", 64), ["nf4", "fp4"], [32, 64])]
+    [32, 64]
+    """
+    if isinstance(spec, CodebookSpec):
+        return [dataclasses.replace(spec, block_size=size) for size in sizes]
+    bits = sorted({FORMATS[name].bits for name in quant_types if FORMATS[name].is_affine})
+    return [dataclasses.replace(spec, bits=count, group_size=size) for count in bits for size in sizes]
+
+
+def requantized_spec(stored: QuantSpec, spec: QuantSpec) -> QuantSpec:
+    """The format of a matrix stored in `stored` that is quantized again to `spec`: from codebook to codebook, blocks
+    and double quantization stay as they are stored.
+    """
+    if isinstance(spec, CodebookSpec) and isinstance(stored, CodebookSpec):
+        return dataclasses.replace(stored, codebook=spec.codebook)
+    return spec
+
+
+def tensor_from_buffers(
+    buffers: Mapping[str, torch.Tensor], spec: QuantSpec, shape: tuple[int, int], dtype: str
+) -> QuantizedTensor:
+    """The quantized matrix [out, in] whose `to_buffers` gave `buffers`; `dtype` is what a loader decodes to."""
+    if isinstance(spec, AffineSpec):
+        return AffineTensor.from_buffers(buffers, spec, shape, dtype)
+    return CodebookTensor.from_buffers(buffers, spec, shape, dtype)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from loftq_cli.errors import NumericError
-from loftq_cli.quant.formats import QuantizedTensor, Quantizer, make_quantizer
+from loftq_cli.quant.formats import QuantizedTensor, Quantizer
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import CodebookTensor, LoraPair
+from loftq_cli.tensors.matrices import CodebookOperand, LoraPair
 from loftq_cli.tensors.metrics import GroupErrors, LayerError, delta_rows, group_errors, is_finite, layer_error
 from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs_of
 
@@ -162,32 +162,35 @@ def _nbytes(numel: int) -> int:
 
 def _rows(matrix: WholeMatrix) -> Rows:
     """A matrix by rows, where its tensors lie."""
-    if isinstance(matrix, TensorRows):
-        rows: Rows = matrix
-    else:
-        rows = make_quantizer(matrix.spec, matrix.dtype).decoded(matrix)
+    rows: Rows = matrix if isinstance(matrix, TensorRows) else matrix.decoded()
     return ComputedRows(rows.shape, rows.rows, rows.multiple, rows.device, _SLAB_NUMEL)
 
 
 def _merged(weight: WholeMatrix, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
-    if isinstance(weight, CodebookTensor) and lora is not None and lora.group_size == 1:
-        return _merged_codes(weight, lora, dtype)
+    import torch
+
+    if not isinstance(weight, TensorRows) and lora is not None and lora.group_size == 1:
+        codes = weight.operand()
+        if codes is not None:
+            return _merged_codes(codes, weight.shape, getattr(torch, weight.dtype), lora, dtype)
     return _merged_rows(_rows(weight), lora, dtype)
 
 
-def _merged_codes(weight: CodebookTensor, lora: LoraPair, dtype: torch.dtype) -> MergedMatrix:
+def _merged_codes(
+    codes: CodebookOperand, shape: tuple[int, int], values: torch.dtype, lora: LoraPair, dtype: torch.dtype
+) -> MergedMatrix:
+    """Codes [out, in] whose values a loader rounds to `values`, merged in `dtype`."""
     import torch
 
     from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
     from loftq_cli.triton_kernels.merging.contract import merge_codebook
 
-    codes, values = _codes(weight), getattr(torch, weight.dtype)
     lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
     # The errors of codes and of an adapter against nothing are their squares.
-    nothing = torch.zeros(weight.shape, dtype=torch.bfloat16, device=lora_A.device)
+    nothing = torch.zeros(shape, dtype=torch.bfloat16, device=lora_A.device)
     sums = codebook_error_sums(nothing, *codes, values, lora_A, lora_B, lora.scaling).tolist()
     del nothing
-    tensor = merge_codebook(*codes, weight.shape, values, lora_A, lora_B, lora.scaling, dtype)
+    tensor = merge_codebook(*codes, shape, values, lora_A, lora_B, lora.scaling, dtype)
     return MergedMatrix(tensor, squared_weight=sums[1], squared_delta=sums[4])
 
 
@@ -209,24 +212,22 @@ def _merged_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> Mer
 
 def _error(weight: Rows, decoded: WholeMatrix, lora: LoraPair | None) -> LayerError:
     """Raises NumericError where it is not finite."""
-    import torch
-
-    from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
-
-    if isinstance(decoded, CodebookTensor) and (lora is None or lora.group_size == 1):
-        whole, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, decoded.dtype)
-        factors = () if lora is None else (lora.lora_A.float(), lora.lora_B.float(), lora.scaling)
-        error = LayerError(*codebook_error_sums(whole, *_codes(decoded), values, *factors)[:5].tolist())
-    else:
-        error = layer_error(weight, _rows(decoded), lora)
+    error = None if isinstance(decoded, TensorRows) else _error_of_codes(weight, decoded, lora)
+    error = error or layer_error(weight, _rows(decoded), lora)
     if not (math.isfinite(error.squared_weight) and math.isfinite(error.squared_error)):
         raise NumericError("is not finite")
     return error
 
 
-def _codes(matrix: CodebookTensor) -> tuple[torch.Tensor, torch.Tensor, str, int]:
-    """Packed codes, decoded constants, and what they are codes of: the first arguments of fused operations."""
-    from loftq_cli.quant.codebook import CodebookQuantizer
+def _error_of_codes(weight: Rows, quantized: QuantizedTensor, lora: LoraPair | None) -> LayerError | None:
+    """The error in one pass that decodes and compares; None for a pooled adapter and for codes that no kernel reads."""
+    import torch
 
-    absmax = CodebookQuantizer(matrix.spec, matrix.dtype).decoded(matrix).absmax
-    return matrix.packed, absmax, matrix.spec.codebook, matrix.spec.block_size
+    from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
+
+    codes = quantized.operand() if lora is None or lora.group_size == 1 else None
+    if codes is None:
+        return None
+    whole, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, quantized.dtype)
+    factors = () if lora is None else (lora.lora_A.float(), lora.lora_B.float(), lora.scaling)
+    return LayerError(*codebook_error_sums(whole, *codes, values, *factors)[:5].tolist())
