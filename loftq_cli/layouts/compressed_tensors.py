@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loftq_cli.checkpoint.patterns import first_matches
 from loftq_cli.errors import InputError, UsageError, printable
 from loftq_cli.layouts.grouped import IntegerLayout, checked_bits, kept_names, scale_dtype, word_rows
-from loftq_cli.layouts.layout import DENSE, ModelFacts, StoredMatrix, either
+from loftq_cli.layouts.layout import ModelFacts, StoredMatrix, alternatives_to
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
 from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_affine, as_affine_tensor
@@ -140,7 +140,8 @@ class CompressedTensorsLayout(IntegerLayout):
         """
         if facts.has_experts:
             what = "transformers loads no experts in full precision from compressed-tensors"
-            raise UsageError(what, hint=f"--layout {either(self.row.alternatives)}, or {DENSE}")
+            *others, last = alternatives_to(NAME, facts.specs)
+            raise UsageError(what, hint=f"--layout {', '.join([*others, f'or {last}']) if others else last}")
         modules: dict[QuantSpec, list[str]] = {facts.spec: []}
         for module in facts.quantized_modules:
             modules.setdefault(facts.other_specs.get(module, facts.spec), []).append(module)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.grouped import IntegerLayout, checked_bits, scale_dtype
-from loftq_cli.layouts.layout import DENSE, ModelFacts, StoredMatrix, either
+from loftq_cli.layouts.layout import ModelFacts, StoredMatrix, alternatives_to, either
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
 from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
 from loftq_cli.quant.formats import QuantizedTensor, as_affine, as_affine_tensor
@@ -148,12 +148,13 @@ class GptqLayout(IntegerLayout):
         """
         spec = as_affine(facts.spec)
         stacks = {re.split(r"\.\d+\.", module, maxsplit=1)[0] for module in facts.quantized_modules}
+        hint = f"--layout {either(alternatives_to(self.name, facts.specs))}"
         if len(stacks) > 1:
             what = f"GPTQ loaders read models of one stack of blocks, and this one has {', '.join(sorted(stacks))}"
-            raise UsageError(what, hint=f"--layout {either((*self.row.alternatives, DENSE))}")
+            raise UsageError(what, hint=hint)
         if self.name in facts.refused_by:
             what = f"GPTQ loaders do not read {config['model_type']} models"
-            raise UsageError(what, hint=f"--layout {either((*self.row.alternatives, DENSE))}")
+            raise UsageError(what, hint=hint)
         quantization: dict[str, Any] = {
             "quant_method": self.name,
             "bits": spec.bits,

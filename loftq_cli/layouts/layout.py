@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -73,6 +73,11 @@ class ModelFacts:
     has_experts: bool = False
     other_specs: Mapping[str, QuantSpec] = field(default_factory=dict)
     refused_by: Sequence[str] = ()
+
+    @property
+    def specs(self) -> set[QuantSpec]:
+        """Every number format in the model."""
+        return {self.spec, *self.other_specs.values()}
 
 
 def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
@@ -319,6 +324,15 @@ def mixing_layouts(quant_type: str, *, with_offsets: bool) -> tuple[str, ...]:
     """
     modes = ("any",) if with_offsets else ("any", "symmetric")
     return tuple(name for name, row in LAYOUTS.items() if quant_type in row.quant_types and row.mixed in modes)
+
+
+def alternatives_to(layout: str, specs: Collection[QuantSpec]) -> list[str]:
+    """Containers to offer in place of `layout` for a model of these number formats; DENSE comes last."""
+    is_symmetric = all(spec.zero_point_kind == "none" for spec in specs)
+    modes = ("any", "symmetric") if is_symmetric else ("any",)
+    rows = {name: LAYOUTS[name] for name in LAYOUTS[layout].alternatives}
+    holding = [name for name, row in rows.items() if all(map(row.holds, specs))]
+    return [*(name for name in holding if len(set(specs)) == 1 or rows[name].mixed in modes), DENSE]
 
 
 def either(names: Sequence[str]) -> str:
