@@ -1,8 +1,8 @@
 """compressed-tensors' pack-quantized container, for transformers and vLLM: integers of 2, 3, 4 or 8 bits.
 
-`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; others ignore it. It
-does so by one scheme: of several number formats in one model, transformers decodes in the first forward pass, and it
-finds no place for zero points before that (5.23, with compressed-tensors 0.20).
+`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; servers ignore the key.
+transformers decodes at load by one scheme only: a model of several number formats is decoded in the first forward pass,
+and zero points have no place before the first pass (transformers 5.23, compressed-tensors 0.20).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 NAME = "compressed-tensors"
-_CLASSES = ("Linear", "Module")  # what torch's linears are, by which a scheme may target them
+_CLASSES = ("Linear", "Module")  # classes of torch's linears: a scheme may target modules by class
 
 
 class CompressedTensorsLayout(IntegerLayout):
@@ -69,33 +69,31 @@ class CompressedTensorsLayout(IntegerLayout):
         return tensors
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """A row of words for every row of the matrix."""
+        """Each row of the matrix is a row of words."""
         return word_rows(f"{matrix.name}_packed", matrix)
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights that are stored in this container. Raises InputError for another format of
-        compressed-tensors.
-        """
-        found = quantization_config(stored, NAME)
-        if found is None:
+        """Names of the packed weights. Raises InputError for another format of compressed-tensors."""
+        config = quantization_config(stored, NAME)
+        if config is None:
             return []
-        if found.get("format") != "pack-quantized":
-            what = f"its compressed-tensors format is {found.get('format')!r}, of which we read pack-quantized"
-            raise InputError(what, file=stored.config_file)
+        if config.get("format") != "pack-quantized":
+            message = f"its compressed-tensors format is {config.get('format')!r}, of which we read pack-quantized"
+            raise InputError(message, file=stored.config_file)
         return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """What the weight called `name` is, from headers, its weight_shape and its scheme in the config.
+        """The matrix called `name`: headers, weight_shape and the scheme in the config give shape and format.
 
-        Raises InputError where its parts are not those of such a matrix.
+        Raises InputError for a part with a dtype or a shape that contradicts the scheme.
         """
         del transposed
         scheme = _scheme(name.removesuffix(".weight"), stored)
         shape_ref = stored.refs.get(f"{name}_shape")
         if shape_ref is None or shape_ref.dtype not in ("int64", "int32") or shape_ref.numel != 2:
-            found = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
-            what = f"{found}, and its codes are there"
-            raise InputError(what, file=file_of(f"{name}_packed", stored), tensor=f"{name}_shape")
+            problem = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
+            message = f"{problem}, and its codes are there"
+            raise InputError(message, file=file_of(f"{name}_packed", stored), tensor=f"{name}_shape")
         kind = "<2q" if shape_ref.dtype == "int64" else "<2i"
         shape = cast(tuple[int, int], struct.unpack(kind, stored.raw(f"{name}_shape")))
         if not all(0 < side < 2**40 for side in shape):
@@ -103,8 +101,8 @@ class CompressedTensorsLayout(IntegerLayout):
         bits = checked_bits(scheme, "num_bits", stored)
         group_size = shape[1] if scheme.get("strategy") == "channel" else whole_number(scheme, "group_size", stored)
         if shape[1] % group_size:
-            what = f"has rows of {shape[1]}, not whole groups of {group_size}"
-            raise InputError(what, file=shape_ref.file, tensor=f"{name}_shape")
+            message = f"has rows of {shape[1]}, not whole groups of {group_size}"
+            raise InputError(message, file=shape_ref.file, tensor=f"{name}_shape")
         dtype = scale_dtype(f"{name}_scale", stored)
         spec = AffineSpec(bits, group_size, symmetric=scheme.get("symmetric") is not False, scale_dtype=dtype)
         matrix = StoredMatrix(name, shape, spec, stored.dtype, transposed=False)
@@ -114,7 +112,7 @@ class CompressedTensorsLayout(IntegerLayout):
         return matrix
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """Every tensor name that can belong to the weight called `name`."""
+        """All tensor names in which a weight called `name` may be stored."""
         return tuple(f"{name}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
@@ -132,16 +130,16 @@ class CompressedTensorsLayout(IntegerLayout):
         return AffineTensor(codes, stored.load(f"{name}_scale"), zero_points, None, spec, matrix.dtype)
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config with a `quantization_config` of one scheme for all linears but those to ignore; or, of
-        several number formats, a scheme for each that names its modules.
+        """The source's config and a `quantization_config`. One number format: one scheme for all linears, and a list
+        of linears to ignore. Several number formats: a scheme for each format, with the names of the modules.
 
-        Raises UsageError for a model with experts in full precision: transformers 5 does not find such experts beside
+        Raises UsageError for a model with experts in full precision: transformers 5 does not find the experts beside
         packed weights.
         """
         if facts.has_experts:
-            what = "transformers loads no experts in full precision from compressed-tensors"
+            message = "transformers loads no experts in full precision from compressed-tensors"
             *others, last = alternatives_to(NAME, facts.specs)
-            raise UsageError(what, hint=f"--layout {', '.join([*others, f'or {last}']) if others else last}")
+            raise UsageError(message, hint=f"--layout {', '.join([*others, f'or {last}']) if others else last}")
         modules: dict[QuantSpec, list[str]] = {facts.spec: []}
         for module in facts.quantized_modules:
             modules.setdefault(facts.other_specs.get(module, facts.spec), []).append(module)
@@ -177,21 +175,25 @@ def _weights(spec: AffineSpec) -> dict[str, Any]:
 
 
 def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
-    """The weights' scheme of a module. Raises InputError where there is none, or one that we do not read."""
-    found = quantization_config(stored, NAME) or {}
-    groups = found.get("config_groups")
+    """The scheme for the weights of a module. Raises InputError for a missing scheme, and for a scheme of a kind that
+    this module does not read.
+    """
+    config = quantization_config(stored, NAME) or {}
+    groups = config.get("config_groups")
     listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    chosen = listed[0] if len(listed) == 1 else _targeting(module, listed, stored)
-    scheme = chosen.get("weights")
+    group = listed[0] if len(listed) == 1 else _targeting(module, listed, stored)
+    scheme = group.get("weights")
     if not isinstance(scheme, dict):
-        what = f"its config has no scheme of the weights of {printable(module)}"
-        raise InputError(what, file=stored.config_file)
-    if chosen.get("format") not in (None, "pack-quantized"):
-        what = f"a scheme of its config has the format {printable(repr(chosen['format']), 80)}; we read pack-quantized"
-        raise InputError(what, file=stored.config_file)
+        message = f"its config has no scheme of the weights of {printable(module)}"
+        raise InputError(message, file=stored.config_file)
+    if group.get("format") not in (None, "pack-quantized"):
+        message = (
+            f"a scheme of its config has the format {printable(repr(group['format']), 80)}; we read pack-quantized"
+        )
+        raise InputError(message, file=stored.config_file)
     if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
-        what = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
-        raise InputError(what, file=stored.config_file)
+        message = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
+        raise InputError(message, file=stored.config_file)
     if scheme.get("actorder") not in (None, False, "static", "weight"):
         raise InputError(
             "act-order: its groups are not neighbouring columns, which is not read", file=stored.config_file
@@ -200,8 +202,8 @@ def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
 
 
 def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors) -> Mapping[str, Any]:
-    """That of several schemes which compressed-tensors takes for a module: it is called by its name, else by the
-    first expression in order of the alphabet that matches the beginning of its name, else by its class.
+    """The scheme that compressed-tensors chooses for a module among several: the target with the module's name; else
+    the first expression, in alphabetical order, that matches the beginning of the name; else the target with the class.
     """
     by_target: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -210,8 +212,8 @@ def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors)
             raise InputError("the targets of a scheme of its config are no list of names", file=stored.config_file)
         for target in targets:
             if by_target.setdefault(target, group) is not group:
-                what = f"its config has 2 schemes of weights for {printable(target)}"
-                raise InputError(what, file=stored.config_file)
+                message = f"its config has 2 schemes of weights for {printable(target)}"
+                raise InputError(message, file=stored.config_file)
     name = stored.loaded(module)
     expressions = {target: target.removeprefix("re:") for target in sorted(by_target) if target.startswith("re:")}
     if name not in by_target and expressions:
@@ -219,5 +221,5 @@ def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors)
             name = first_matches(expressions, [name]).get(name, name)
         except ValueError as error:
             raise InputError(f"among the targets of its config is {error}", file=stored.config_file) from None
-    known = next((key for key in (name, *_CLASSES) if key in by_target), None)
-    return by_target[known] if known is not None else {}
+    target = next((key for key in (name, *_CLASSES) if key in by_target), None)
+    return by_target[target] if target is not None else {}

@@ -1,6 +1,6 @@
-"""The decoded values as an ordinary checkpoint in the model's own dtype: for loaders that know no quantization.
+"""The decoded values as an ordinary checkpoint in the model's dtype: for loaders without quantization.
 
-The numbers are those that the 4-bit container decodes to; what is saved is nothing on disk.
+A loader reads the numbers that a loader of the quantized container would compute; no bytes are saved on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class DenseLayout(Layout):
     name = "dense"
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """Every shape that has whole groups: a loader sees plain numbers."""
+        """All shapes of whole groups: a loader sees plain numbers."""
         del transposed
         size = spec.group_size_or_none
         if size is not None and shape[1] % size:
@@ -31,12 +31,12 @@ class DenseLayout(Layout):
         return Fit(spec)
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """One tensor, in the orientation of the source."""
+        """A tensor in the orientation of the source."""
         shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
         return (OutTensor(matrix.name, matrix.dtype, shape),)
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The decoded matrix in its dtype."""
+        """The decoded matrix in the dtype of `matrix`."""
         import torch
 
         values = quantized.dequantize().to(getattr(torch, matrix.dtype))
@@ -53,7 +53,7 @@ class DenseLayout(Layout):
         return []
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """Raises ValueError: no name is one of `quantized_names`."""
+        """Raises ValueError: `quantized_names` has no names."""
         raise ValueError(f"{name} is not quantized")
 
     def parts(self, name: str) -> tuple[str, ...]:
@@ -65,7 +65,7 @@ class DenseLayout(Layout):
         raise ValueError(f"{matrix.name} is not quantized")
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config as it is."""
+        """The source's config, unchanged."""
         del facts
         return dict(config)
 

@@ -23,7 +23,7 @@ from loftq_cli.tensors.specs import AffineSpec
 if TYPE_CHECKING:
     import torch
 
-# Where optimum looks for blocks when the config does not say it (2.3).
+# Names under which optimum (2.3) finds the blocks of a model without being told.
 _KNOWN_STACKS = (
     *("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers"),
     *("h", "decoder.layers", "layers"),
@@ -73,11 +73,11 @@ class GptqLayout(IntegerLayout):
         return None
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights that are stored in this container. Raises InputError for act-order."""
-        found = quantization_config(stored, self.name)
-        if found is None:
+        """Names of the packed weights. Raises InputError for act-order."""
+        config = quantization_config(stored, self.name)
+        if config is None:
             return []
-        if found.get("desc_act"):
+        if config.get("desc_act"):
             raise InputError(
                 "act-order (desc_act): its groups are not neighbouring columns, which is not read",
                 file=stored.config_file,
@@ -85,37 +85,37 @@ class GptqLayout(IntegerLayout):
         return [f"{name.removesuffix('qweight')}weight" for name in stored.refs if name.endswith(".qweight")]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """What the weight called `name` is, from headers and the config. Raises InputError where parts do not fit."""
+        """The matrix called `name`, from headers and the config. Raises InputError for contradictory parts."""
         del transposed
-        found = quantization_config(stored, self.name) or {}
-        bits, module = checked_bits(found, "bits", stored), name.removesuffix("weight")
+        config = quantization_config(stored, self.name) or {}
+        bits, module = checked_bits(config, "bits", stored), name.removesuffix("weight")
         words = stored.refs[f"{module}qweight"].shape
         if len(words) != 2 or 0 in words or words[0] * 32 % bits:
-            what = f"is {words}, not the codes of a matrix"
-            raise InputError(what, file=file_of(f"{module}qweight", stored), tensor=f"{module}qweight")
+            message = f"is {words}, not the codes of a matrix"
+            raise InputError(message, file=file_of(f"{module}qweight", stored), tensor=f"{module}qweight")
         shape = (words[1], words[0] * 32 // bits)
-        group_size = shape[1] if found.get("group_size") == -1 else whole_number(found, "group_size", stored)
+        group_size = shape[1] if config.get("group_size") == -1 else whole_number(config, "group_size", stored)
         dtype = scale_dtype(f"{module}scales", stored)
         if shape[1] % group_size or shape[0] * bits % 32:
-            what = f"holds {shape}, not whole groups of {group_size} and whole words of zero points"
-            raise InputError(what, file=file_of(f"{module}qweight", stored), tensor=f"{module}qweight")
-        spec = AffineSpec(bits, group_size, symmetric=found.get("sym") is True, scale_dtype=dtype)
+            message = f"holds {shape}, not whole groups of {group_size} and whole words of zero points"
+            raise InputError(message, file=file_of(f"{module}qweight", stored), tensor=f"{module}qweight")
+        spec = AffineSpec(bits, group_size, symmetric=config.get("sym") is True, scale_dtype=dtype)
         matrix = StoredMatrix(name, shape, spec, dtype, transposed=False)
         for part in self.planned(matrix):
             check_part(part, stored, file_of(f"{module}qweight", stored), asks="the shape of its qweight")
         index = array("i", (column // group_size for column in range(shape[1])))
         if stored.raw(f"{module}g_idx") != index.tobytes():
-            what = "act-order: the groups are not neighbouring columns, which is not read"
-            raise InputError(what, file=file_of(f"{module}g_idx", stored), tensor=f"{module}g_idx")
+            message = "act-order: the groups are not neighbouring columns, which is not read"
+            raise InputError(message, file=file_of(f"{module}g_idx", stored), tensor=f"{module}g_idx")
         return matrix
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """Every tensor name that can belong to the weight called `name`."""
+        """All tensor names in which a weight called `name` may be stored."""
         module = name.removesuffix("weight")
         return tuple(module + part for part in ("qweight", "qzeros", "scales", "g_idx"))
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`; of a v1 checkpoint too, which stores zero points less one.
+        """The inverse of `pack`, also for a v1 checkpoint, where each stored zero point is less by 1.
 
         Raises InputError for zero points that two loaders would read differently.
         """
@@ -129,32 +129,33 @@ class GptqLayout(IntegerLayout):
         if has_codes:
             codes = unpack_rows(stored.load(f"{module}qweight").T, spec.bits, in_features)
         zero_points = unpack_rows(stored.load(f"{module}qzeros"), spec.bits, out_features).T.contiguous()
-        found = quantization_config(stored, self.name) or {}
-        if found.get("checkpoint_format") != "gptq_v2":
+        config = quantization_config(stored, self.name) or {}
+        if config.get("checkpoint_format") != "gptq_v2":
             if bool((zero_points == 2**spec.bits - 1).any()):
-                what = "holds a v1 zero point that wraps around, and loaders differ in what it means"
-                raise InputError(what, file=file_of(f"{module}qzeros", stored), tensor=f"{module}qzeros")
+                message = "holds a v1 zero point that wraps around, and loaders differ in what it means"
+                raise InputError(message, file=file_of(f"{module}qzeros", stored), tensor=f"{module}qzeros")
             zero_points += 1
         if spec.symmetric and not bool((zero_points == 2 ** (spec.bits - 1)).all()):
-            what = "holds zero points other than the middle, and the config says sym"
-            raise InputError(what, file=file_of(f"{module}qzeros", stored), tensor=f"{module}qzeros")
+            message = "holds zero points other than the middle, and the config says sym"
+            raise InputError(message, file=file_of(f"{module}qzeros", stored), tensor=f"{module}qzeros")
         scales = stored.load(f"{module}scales").T.contiguous()
         return AffineTensor(codes, scales, None if spec.symmetric else zero_points, None, spec, matrix.dtype)
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config with a `quantization_config` that makes GPTQ loaders read the tensors as they are.
+        """The source's config and a `quantization_config` for GPTQ loaders.
 
-        Raises UsageError for a model that they do not load: they know text models of one stack of blocks.
+        Raises UsageError for a model that GPTQ loaders do not load: a model of several stacks of blocks, or of a family
+        that the table of families excludes.
         """
         spec = as_affine(facts.spec)
         stacks = {re.split(r"\.\d+\.", module, maxsplit=1)[0] for module in facts.quantized_modules}
         hint = f"--layout {either(alternatives_to(self.name, facts.specs))}"
         if len(stacks) > 1:
-            what = f"GPTQ loaders read models of one stack of blocks, and this one has {', '.join(sorted(stacks))}"
-            raise UsageError(what, hint=hint)
+            message = f"GPTQ loaders read models of one stack of blocks, and this one has {', '.join(sorted(stacks))}"
+            raise UsageError(message, hint=hint)
         if self.name in facts.refused_by:
-            what = f"GPTQ loaders do not read {config['model_type']} models"
-            raise UsageError(what, hint=hint)
+            message = f"GPTQ loaders do not read {config['model_type']} models"
+            raise UsageError(message, hint=hint)
         quantization: dict[str, Any] = {
             "quant_method": self.name,
             "bits": spec.bits,
@@ -164,7 +165,7 @@ class GptqLayout(IntegerLayout):
             "checkpoint_format": "gptq_v2",
             "lm_head": False,
             "pack_dtype": "int32",
-            # The CPU kernel that is chosen otherwise loses gradients after its first forward pass in evaluation mode.
+            # The default CPU kernel loses gradients after a first forward pass in evaluation mode.
             "backend": "torch",
         }
         stack = "".join(stacks)

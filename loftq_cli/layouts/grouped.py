@@ -34,7 +34,7 @@ class IntegerLayout(Layout):
     needs_whole_words: ClassVar[bool] = True
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """Whole groups in every row, and linears only; no other format is tried, as the config describes one."""
+        """Whole groups in every row, and linears only. No other format is tried: a config describes one format."""
         integers, (out_features, in_features) = as_affine(spec), shape
         if transposed:
             return Fit(None, f"{self.label} holds no layers that are stored [in, out]")
@@ -49,27 +49,27 @@ class IntegerLayout(Layout):
 
 
 def checked_bits(values: Mapping[str, Any], key: str, stored: StoredTensors) -> int:
-    """The bits of a quantization_config. Raises InputError for bits that we do not read."""
+    """The bits of a quantization_config. Raises InputError for a number of bits without a format."""
     bits = whole_number(values, key, stored)
-    known = sorted(row.bits for row in FORMATS.values() if row.is_affine)
-    if bits not in known:
+    readable = sorted(row.bits for row in FORMATS.values() if row.is_affine)
+    if bits not in readable:
         raise InputError(
-            f"is quantized to {bits} bits, of which we read {', '.join(map(str, known))}", file=stored.config_file
+            f"is quantized to {bits} bits, of which we read {', '.join(map(str, readable))}", file=stored.config_file
         )
     return bits
 
 
 def scale_dtype(name: str, stored: StoredTensors) -> str:
-    """The dtype of the scales called `name`. Raises InputError where they are missing or of another kind."""
+    """The dtype of the scales called `name`. Raises InputError for missing scales and for scales of a wrong kind."""
     ref = stored.refs.get(name)
     if ref is None or ref.dtype not in MODEL_DTYPES:
-        found = "missing" if ref is None else ref.dtype
-        raise InputError(f"is {found}, and its codes are there", file=file_of(name, stored), tensor=name)
+        problem = "missing" if ref is None else ref.dtype
+        raise InputError(f"is {problem}, and its codes are there", file=file_of(name, stored), tensor=name)
     return ref.dtype
 
 
 def kept_names(facts: ModelFacts) -> list[str]:
-    """`kept_modules`, for loaders that take them for names and no patterns."""
+    """`kept_modules` without patterns, for loaders that read plain names only."""
     return [name for name in kept_modules(facts) if not name.startswith("^")]
 
 
@@ -131,11 +131,11 @@ class FloatOffsetLayout(IntegerLayout):
         return {codes: self.code_rows(matrix).pack(affine.codes), **tensors} if len(affine.codes) else tensors
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """A row of words for every row of the matrix."""
+        """Each row of the matrix is a row of words."""
         return word_rows(matrix.name, matrix, is_unsigned=True)
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights that have biases beside them."""
+        """Names of the weights with biases beside the codes."""
         if not self.settings(stored, None):
             return []
         ending = f".{self.biases}"
@@ -143,7 +143,7 @@ class FloatOffsetLayout(IntegerLayout):
         return [f"{module}.weight" for module in modules]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """What the weight called `name` is. Raises InputError where its parts do not fit together."""
+        """The matrix called `name`, from headers and the config. Raises InputError for contradictory parts."""
         del transposed
         settings, (_, scales, _) = self.settings(stored, name.removesuffix(".weight")), self.parts(name)
         bits, group_size = checked_bits(settings, "bits", stored), whole_number(settings, "group_size", stored)

@@ -1,5 +1,5 @@
-"""The contract of a container, and the table of containers: every fact that other packages ask of a container is a
-field or a method of its row. Planning needs no torch.
+"""The contract of a container, and the table of containers: each fact that another package asks about a container is a
+field or a method of a row. Planning needs no torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 if TYPE_CHECKING:
     import torch
 
-# Heads that may be absent from a checkpoint, tied to the embedding or added by a task class, and must not be taken for
-# quantized ones at load for that. Names of transformers' own classes.
+# Heads that a checkpoint may lack: tied to the embedding, or added by a task class. Loaders must not expect quantized
+# heads. The names come from transformers' classes.
 TASK_HEADS = (
     *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
     *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
@@ -29,12 +29,12 @@ TASK_HEADS = (
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """One quantized weight as a container holds it.
+    """A quantized weight as a container holds the weight.
 
-    name          its tensor name, "....weight"
+    name          tensor name, "....weight"
     shape         [out, in] of the matrix
-    spec          its number format
-    dtype         what a loader decodes to
+    spec          number format
+    dtype         dtype that a loader decodes to
     transposed    the source stores [in, out] (GPT-2's Conv1D)
     """
 
@@ -50,7 +50,9 @@ SMALLER_GROUPS = "a smaller --group-size"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The specification a container can hold a matrix in, or None; why it is not the one asked for, and what helps."""
+    """The number format in which a container holds a matrix, or None; the reason for a format other than the requested
+    format, and the remedy.
+    """
 
     spec: QuantSpec | None
     reason: str | None = None
@@ -59,7 +61,7 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a container's config needs to know of the whole model; module names as the loaded model has them.
+    """Facts about the whole model for the config of a container; module names are those of the loaded model.
 
     spec          the number format of all quantized modules but those in `other_specs`
     has_experts   whether there are experts in full precision, one matrix each
@@ -81,21 +83,21 @@ class ModelFacts:
 
 
 def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
-    """Of the number formats of modules by name, at least one: the most common one, of equally common ones the first;
-    and the others.
+    """The most common number format of some modules, and the modules with another format. The first of equally common
+    formats wins. `specs` holds a format for each module name, and is not empty.
     """
     ((spec, _),) = Counter(specs.values()).most_common(1)
     return spec, {module: other for module, other in specs.items() if other != spec}
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:
-    """Every linear that stays as it is, and the heads that a loader may add to the model."""
+    """All linears in full precision, and the heads that a loader may add to the model."""
     names = list(facts.full_precision_modules)
     return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
 
 
 class Layout(ABC):
-    """A container: one class for each row of LAYOUTS, without state. mypy checks each class against these methods."""
+    """A container: each row of LAYOUTS has a class without state. mypy checks the class against the methods below."""
 
     name: ClassVar[str]
 
@@ -106,11 +108,11 @@ class Layout(ABC):
 
     @abstractmethod
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """The format in which stock loaders read a matrix [out, in] right; see `Fit`."""
+        """The format in which stock loaders read a matrix [out, in] correctly; see `Fit`."""
 
     @abstractmethod
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """Names, dtypes and shapes of the tensors that `pack` will return."""
+        """Names, dtypes and shapes of the tensors from `pack`."""
 
     @abstractmethod
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
@@ -128,21 +130,20 @@ class Layout(ABC):
 
     @abstractmethod
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names ("....weight") of the matrices that are stored in this container, in order; empty for another
-        container.
+        """Names ("....weight") of the matrices in this container, in order; no names for a model in another container.
 
-        Raises InputError for a matrix that we do not decode as the container's loaders do.
+        Raises InputError for a model that this tool and the container's loaders would decode differently.
         """
 
     @abstractmethod
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """The matrix called `name`, one of `quantized_names`, from headers and small tensors. Raises InputError where
-        parts are missing or do not belong to such a matrix.
+        """The matrix called `name`, an item of `quantized_names`, from headers and small tensors. Raises InputError for
+        missing parts and for parts of a wrong dtype or shape.
         """
 
     @abstractmethod
     def parts(self, name: str) -> tuple[str, ...]:
-        """Every tensor name that can belong to the matrix called `name`."""
+        """All tensor names in which a matrix called `name` may be stored."""
 
     @abstractmethod
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
@@ -194,7 +195,7 @@ class LayoutRow:
 
     @property
     def has_integer_zeros(self) -> bool:
-        """Whether groups have integer zero points on disk: a QA-LoRA merge can round into them, and loses by it."""
+        """Whether groups have integer zero points on disk: a QA-LoRA merge rounds into integers and loses precision."""
         return self.stores_codes and self.zero_point == "int" and not set(_INTEGERS).isdisjoint(self.quant_types)
 
     def decoded_dtype(self, spec: QuantSpec, dtype: str) -> str:
@@ -202,13 +203,14 @@ class LayoutRow:
         return dtype if self.keeps_dtype else spec.scale_dtype
 
     def holds(self, spec: QuantSpec) -> bool:
-        """Whether the container has this number format and this group size."""
+        """Whether the container holds matrices of this number format and group size."""
         has_size = not self.group_sizes or spec.group_size_or_none in self.group_sizes
         return spec.quant_type in self.quant_types and has_size
 
     def spec_with_offsets(self, stored: QuantSpec, scale_dtype: str | None) -> QuantSpec:
-        """The integer format in which this container keeps codes stored as `stored`, with an offset for each group:
-        float offsets in float32 unless `scale_dtype` says another dtype. Raises TypeError for a codebook format.
+        """The integer format in which this container keeps the codes of a matrix stored as `stored`, with an offset
+        for each group. Float offsets are float32 unless `scale_dtype` names another dtype. Raises TypeError for a
+        codebook format.
         """
         integers = as_affine(stored)
         exact = "float32" if self.zero_point == "float" else integers.scale_dtype
@@ -219,7 +221,7 @@ class LayoutRow:
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
 _CODEBOOKS = tuple(name for name, row in FORMATS.items() if not row.is_affine)
 
-# What vLLM fuses, in the names of its families.
+# Sibling modules that vLLM fuses, in the names of vLLM's model classes.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -228,7 +230,7 @@ _FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
-# The first row that holds a number format is its default.
+# The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
     "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", _CODEBOOKS),
     "compressed-tensors": LayoutRow(
@@ -237,7 +239,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         _INTEGERS,
         mixed="symmetric",
         fused=_FUSED,
-        # PEFT asks for weights, which transformers decodes in the first forward pass where there are several schemes.
+        # PEFT reads weights at once; transformers decodes a model of several schemes in the first forward pass.
         mixed_decoding="model.hf_quantizer.compressor.decompress_model(model)",
         alternatives=("metal",),
     ),
@@ -277,11 +279,11 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
 }
 
-# The container of decoded values: it holds every matrix and every merge, and every loader reads it.
+# The container of decoded values: every matrix and every merge fits, and every loader reads the result.
 DENSE = next(name for name, row in LAYOUTS.items() if not row.stores_codes)
 DENSE_HINT = f"--layout {DENSE}"
 
-# Containers that hold a float offset for every group, in the order in which a merge chooses among them.
+# Containers with a float offset for every group; a merge chooses the first container that fits.
 FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
 INTEGER_ZEROS = tuple(name for name, row in LAYOUTS.items() if row.has_integer_zeros)
 
@@ -356,15 +358,19 @@ def layout_of_key(key: str) -> str | None:
 
 
 def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """Those of `modules` that servers of the container called `layout` make one matrix of, in groups of two or more."""
-    known = {name: names for names in LAYOUTS[layout].fused for name in names}
+    """Groups of two or more modules that servers of the container called `layout` fuse into one matrix.
+
+    >>> fused_modules("compressed-tensors", ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"])
+    [('mlp.gate_proj', 'mlp.up_proj')]
+    """
+    siblings = {name: names for names in LAYOUTS[layout].fused for name in names}
     groups: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for module in modules:
         parent, _, name = module.rpartition(".")
-        if name in known:
-            groups.setdefault((parent, known[name]), set()).add(name)
+        if name in siblings:
+            groups.setdefault((parent, siblings[name]), set()).add(name)
     return [
-        tuple(f"{parent}.{name}" if parent else name for name in names if name in found)
-        for (parent, names), found in groups.items()
-        if len(found) > 1
+        tuple(f"{parent}.{name}" if parent else name for name in names if name in present)
+        for (parent, names), present in groups.items()
+        if len(present) > 1
     ]

@@ -1,5 +1,5 @@
-"""transformers' "metal" container: codes, scales and float offsets (qbiases). Apple GPUs compute with them as they are;
-elsewhere transformers decodes them at load. Every tensor of the model must have the dtype of the scales.
+"""transformers' "metal" container: codes, scales and float offsets (qbiases). Apple GPUs compute with the stored codes;
+on other devices transformers decodes at load. Every tensor of the model must have the dtype of the scales.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class MetalLayout(FloatOffsetLayout):
         return quantization_config(stored, self.name) or {}
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config with a `quantization_config` that makes transformers load the tensors as they are."""
+        """The source's config and a `quantization_config` by which transformers loads the stored tensors."""
         spec = as_affine(facts.spec)
         quantization = {
             "quant_method": self.name,

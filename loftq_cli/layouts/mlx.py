@@ -20,8 +20,8 @@ class MlxLayout(FloatOffsetLayout):
     biases = "biases"
 
     def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
-        """The entry of `module` in the config's `quantization`, or the common one. Raises InputError for a module in
-        another mode than affine.
+        """The entry of `module` in the config's `quantization`, or the common entry. Raises InputError for a module in
+        a mode other than affine.
         """
         common = stored.config.get("quantization")
         if not isinstance(common, dict) or common.get("mode", "affine") != "affine":
@@ -31,13 +31,13 @@ class MlxLayout(FloatOffsetLayout):
             return common
         if entry.get("mode", "affine") != "affine":
             mode = printable(repr(entry["mode"]), 80)
-            what = f"its quantization has mode {mode} for {printable(str(module))}; we read affine"
-            raise InputError(what, file=stored.config_file)
+            message = f"its quantization has mode {mode} for {printable(str(module))}; we read affine"
+            raise InputError(message, file=stored.config_file)
         return entry
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config with `quantization`, in which modules of other bits or groups have entries of their own;
-        a linear without scales stays as it is without being listed.
+        """The source's config and a `quantization`, with an entry for each module of uncommon bits or group size. MLX
+        leaves a linear without scales in full precision, listed or not.
         """
         entries = {module: _entry(spec) for module, spec in facts.other_specs.items()}
         return {**config, "quantization": {**_entry(facts.spec), "mode": "affine", **entries}}

@@ -1,4 +1,4 @@
-"""A container as it is read: the stored tensors with their config, and where codes lie row after row."""
+"""The input of reading a container: stored tensors with a config, and the place of codes that lie row after row."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from loftq_cli.layouts.layout import LAYOUTS
 _TABLE = Path(__file__).with_name("families.toml")
 _TABLE_KEYS = {"fused_expert_projections", "renamings", "families"}
 _LISTS = ("transposed", "full_precision", "no_adapter", "refused_by")
-_EXPERTS = ("fused",)  # the only layout of experts that changes where adapters go
+_EXPERTS = ("fused",)  # a layout of experts to which PEFT moves adapters
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""What the config of a model says about its tensors that headers alone do not: dtype, orientation, names after loading.
+"""The config of a model: dtype, orientation and loaded names of tensors, which headers alone do not tell.
 
-Facts about single families are in families.toml; transformers is never imported here.
+Facts about single families are in families.toml; this module never imports transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
 
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
 
-# What decides something here or in a container, and the type it must have where it is there and not null.
+# Keys of a config that this tool reads, and the type of each value; a key may be absent or null.
 _TEXT, _OBJECT, _SWITCH = (str, "a text"), (dict, "an object"), (bool, "true or false")
 _NESTED_KEYS = {"tie_word_embeddings": _SWITCH, "vocab_size": (int, "a whole number")}
 _KEYS = {
@@ -35,8 +35,10 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What `config` (the model's config.json, empty where there is none) says about its tensors; `file` is where that
-    lies, if it is known.
+    """A model's config.json and the facts about the family of the model.
+
+    config   content of config.json; empty for a model without a config
+    file     path of the config, for errors; None for an unknown path
     """
 
     config: Mapping[str, Any]
@@ -66,7 +68,7 @@ class Family:
 
     @property
     def architectures(self) -> list[str]:
-        """Class names that the checkpoint was saved from."""
+        """Names of the classes from which the checkpoint was saved."""
         value = self.config.get("architectures")
         return [str(name) for name in value] if isinstance(value, list) else []
 
@@ -75,7 +77,7 @@ class Family:
         return module.rpartition(".")[2] in self.row.transposed
 
     def is_kept_in_float32(self, module: str) -> bool:
-        """Whether transformers refuses to hold `module` in 4 bits."""
+        """Whether transformers keeps `module` in float32 whatever a quantization config says."""
         return module.endswith(self.row.full_precision)
 
     def takes_adapter(self, module: str) -> bool:
@@ -93,7 +95,7 @@ class Family:
         return any(part.get("tie_word_embeddings") is True for part in both)
 
     def dtype(self, weights: Iterable[TensorRef]) -> str:
-        """The dtype the model computes in: the config's, else the most common one of `weights`, else float32."""
+        """The dtype that the model computes in: the config's, else the most common of `weights`, else float32."""
         nested = self.config.get("text_config")
         for part in (self.config, nested if isinstance(nested, dict) else {}):
             named = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
@@ -104,7 +106,7 @@ class Family:
         return common if common in MODEL_DTYPES else "float32"
 
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
-        """What `module` is called in a model loaded with the class that the config names; `modules` are all."""
+        """The name of `module` after loading with the class in the config; `modules` are the names of all modules."""
         if not self.architectures:
             return module
         if _HEAD_CLASS.search(self.architectures[0]):
@@ -136,6 +138,6 @@ def _check_keys(
             raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not {what}", file=file)
     for key in _DTYPE_KEYS:
         value = config.get(key)
-        # A model of several parts may have an object of dtypes, which says nothing here.
+        # A model of several parts may have an object of dtypes; the object is not read.
         if value is not None and type(value) not in (str, dict):
             raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not the name of a dtype", file=file)

@@ -1,5 +1,5 @@
-"""A model directory whose linear weights may be quantized, ours or anybody's: each weight as the matrix that a loader
-computes with. Reads only.
+"""A model directory with dense or quantized linear weights, written by this tool or by another tool: each weight is
+read as the matrix that a loader computes with. Writes nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model as its loader has it.
+    """A model as a loader sees the model.
 
-    tensors     every tensor in order; a quantized weight is one, in the dtype and orientation of a dense file
-    quantized   the weights that are stored quantized
-    layout      the container of the quantized weights; the one of decoded values where nothing is quantized
-    config      config.json without its quantization
+    tensors     every tensor in order; a quantized weight is a tensor in the dtype and orientation of a dense file
+    quantized   the quantized weights by name
+    layout      the container of the quantized weights; the container of decoded values for a model without any
+    config      config.json without the keys about quantization
     """
 
     path: Path
@@ -56,7 +56,7 @@ class BaseModel:
 
     @classmethod
     def of_shards(cls, directory: Path, names: Sequence[str], config: Mapping[str, Any]) -> BaseModel:
-        """The weight files called `names`, of a directory that is not complete yet; `config` is its config.json."""
+        """The weight files called `names` in an unfinished directory; `config` is the content of config.json."""
         return cls._of(directory, open_files(directory, names), config)
 
     @classmethod
@@ -85,7 +85,7 @@ class BaseModel:
 
     @property
     def folder(self) -> Path:
-        """The directory of the model, also where one weight file of it was named."""
+        """The directory of the model; the parent directory for a path of a weight file."""
         return self.checkpoint.directory or self.path
 
     def __enter__(self) -> BaseModel:
@@ -101,30 +101,30 @@ class BaseModel:
         return self.checkpoint.load(name)
 
     def quantized_tensor(self, name: str) -> QuantizedTensor:
-        """The quantized weight called `name`. Raises InputError for numbers that no quantizer writes."""
+        """The quantized weight called `name`, unpacked. Raises InputError for numbers that no quantizer writes."""
         return self.layout.unpack(self.quantized[name], self.stored)
 
     def check_constants(self, name: str) -> None:
-        """Raises InputError for constants of the quantized weight called `name` that no quantizer writes."""
+        """Raises InputError for a quantized weight called `name` with constants that no quantizer writes."""
         self.layout.unpack(self.quantized[name], self.stored, has_codes=False)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
-        """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""
+        """The shape [out, in] of `matrix(name)`; the shape of the tensor for anything but a matrix."""
         shape = self.tensors[name].shape
         return shape[::-1] if self.family.is_transposed(module_of(name)) else shape
 
     def loaded_names(self) -> dict[str, str]:
-        """What each tensor is called in the loaded model."""
+        """Name in the files -> name in the loaded model, for each tensor."""
         modules = [module_of(name) for name in self.tensors]
         return {name: self.family.loaded_name(name, modules) for name in self.tensors}
 
     def matrix(self, name: str) -> torch.Tensor:
-        """The weight called `name` as float32 [out, in], decoded if it is quantized."""
+        """The weight called `name` as float32 [out, in], decoded from quantized codes."""
         return self.rows(name).rows(slice(0, self.matrix_shape(name)[0])).float()
 
     def rows(self, name: str) -> Rows:
-        """The same by rows, which are read when they are asked for where they lie one after the other. Raises
-        InputError for what is not a matrix.
+        """The weight called `name` by rows [out, in]. Rows are read from the file on demand, unless the file stores the
+        matrix in another order. Raises InputError for anything but a matrix.
         """
         if name in self.quantized:
             return self._decoded(self.quantized[name])
@@ -134,7 +134,7 @@ class BaseModel:
         return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
 
     def whole(self, name: str) -> QuantizedTensor | TensorRows:
-        """What `rows` reads, all of it at once and as it is stored. Raises as it does."""
+        """The whole weight called `name` in the stored form. Raises InputError for anything but a matrix."""
         return self.quantized_tensor(name) if name in self.quantized else self._loaded(name)
 
     def _loaded(self, name: str) -> TensorRows:
@@ -156,7 +156,7 @@ class BaseModel:
         return constants.decoded(code_rows.reader(self.checkpoint.load_rows))
 
     def parts(self, name: str) -> list[TensorRef]:
-        """The stored tensors that make the weight called `name`."""
+        """The headers of all stored tensors of the weight called `name`."""
         refs = self.checkpoint.tensors
         if name not in self.quantized:
             return [refs[name]]
@@ -164,8 +164,8 @@ class BaseModel:
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
-    """Everything that `BaseModel.open` refuses `path` for, where that stops at the first: of all weight files, or, when
-    those are right, of all quantized weights in them.
+    """All errors for which `BaseModel.open` refuses `path`; `open` itself stops at the first error. All weight files
+    are checked, and, if the files are intact, all quantized weights.
     """
     are_files_right = True
     for error in source.faults(path):
@@ -205,7 +205,7 @@ def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> St
 
 
 def _orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -> Iterator[InputError]:
-    """An error for each part of a quantized weight that is none of `names`."""
+    """An error for each part of a quantized weight without codes; `names` are the weights with codes."""
     owned = {part for name in names for part in layout.parts(name)}
     for part, ref in stored.refs.items():
         name = f"{part.rpartition('.')[0]}.weight"
