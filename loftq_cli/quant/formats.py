@@ -17,7 +17,7 @@ from loftq_cli.tensors.specs import AffineSpec, CodebookSpec
 if TYPE_CHECKING:
     import torch
 
-# Every kind of quantized matrix and of its specification; a new family adds its own classes here.
+# All kinds of specifications and of quantized matrices; a further family adds a class to each.
 QuantSpec: TypeAlias = CodebookSpec | AffineSpec
 QuantizedTensor: TypeAlias = CodebookTensor | AffineTensor
 
@@ -27,9 +27,9 @@ SCALES = ("absmax", "search")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an error E [out, in] costs: the sum over its rows e of e·H·eᵀ. H is one of
+    """The cost of an error E [out, in]: the sum of e·H·eᵀ over the rows e. H is either
     - diag(importance) − vectors·vectorsᵀ; `vectors` float32 [in, r], `importance` float32 [in], or None for ones
-    - hessian, float32 [in, in]
+    - or hessian, float32 [in, in]
     """
 
     vectors: torch.Tensor | None = None
@@ -39,7 +39,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """A quantized matrix after codes and constants were refined, and what its error costs, before and after."""
+    """A quantized matrix with refined codes and constants, and the cost of the error before and after."""
 
     quantized: Any
     before: float
@@ -47,7 +47,7 @@ class Refinement:
 
 
 class Quantizer(Protocol):
-    """One matrix, there and back, by rows. `minus` gives rows of what is subtracted from it before it is quantized."""
+    """Quantizes a matrix by rows and decodes the result. `minus` returns rows to subtract before quantizing."""
 
     def quantize(
         self,
@@ -58,17 +58,17 @@ class Quantizer(Protocol):
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Any:
-        """The quantized form of a matrix: a QuantizedTensor. With `sink`, that gets the codes a few rows at a time.
+        """The quantized form of a matrix: a QuantizedTensor. With `sink`, the codes go to `sink` a few rows at a time.
 
-        Where constants are searched, that begins with those of `start`, a quantized form of nearly the same.
+        A search for constants begins with the constants of `start`, a quantized form of nearly the same matrix.
         """
         ...
 
     def refine(
         self, weight: Rows, quantized: Any, cost: Cost, *, fits_scales: bool = True, workers: Workers = SERIAL
     ) -> Refinement | None:
-        """Codes, and constants if it `fits_scales`, whose error costs less, or as much; but for what rounding constants
-        again as they are stored takes back. None where blocks do not divide the rows.
+        """Codes with an error of at most the same cost, and with `fits_scales` constants too; rounding the constants
+        for storage may take back a part of the gain. None for rows that are not whole blocks.
         """
         ...
 
@@ -85,14 +85,14 @@ class Quantizer(Protocol):
         *,
         workers: Workers = SERIAL,
     ) -> bool:
-        """Make of `new` the nearer one of two quantized forms of about weight - minus, part by part. Says whether that
-        could be done: not where parts cannot be chosen one by one.
+        """Replace parts of `new` by parts of `previous` that are closer to weight - minus. Returns whether the format
+        lets parts be chosen separately; if not, `new` stays unchanged.
         """
         ...
 
     def decoded(self, quantized: Any, codes: Callable[[slice], torch.Tensor] | None = None) -> Rows:
-        """What a loader of the stored tensor computes, rounded to the dtype that it decodes to. `codes` gives those of
-        some rows, in the form that `sink` got, where `quantized` holds none.
+        """The matrix that a loader computes, see `QuantizedTensor.decoded`; `codes` returns the codes of some rows, in
+        the form that `sink` received, for a `quantized` without codes.
         """
         ...
 
@@ -103,8 +103,12 @@ class Quantizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One row of the table: the module that implements it, its bits a weight, and the sizes that it takes: of blocks
-    for a codebook format, of groups for an integer format.
+    """A row of the table.
+
+    module        the module that implements the format
+    bits          bits of a code
+    block_sizes   weights that may share a constant, for a codebook format
+    group_sizes   columns that may share a scale, for an integer format
     """
 
     module: str
@@ -115,7 +119,7 @@ class Format:
 
     @property
     def is_affine(self) -> bool:
-        """Whether it is an integer format."""
+        """Whether codes are integers."""
         return bool(self.group_sizes)
 
 
@@ -145,7 +149,7 @@ def make_quantizer(
 
 
 def spec_json(spec: QuantSpec) -> dict[str, Any]:
-    """A specification as the reports have it: its quant_type, and the fields that this kind has."""
+    """A specification as in reports: quant_type, and the fields of the kind of format."""
     hidden = ("codebook", "bits", "nested_block_size")
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {"quant_type": spec.quant_type, **{name: value for name, value in values.items() if name not in hidden}}

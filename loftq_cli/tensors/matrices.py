@@ -20,7 +20,7 @@ _NESTED_BUFFERS = ("absmax_codes", "absmax_absmax", "absmax_code_map", "absmax_o
 
 
 class CodebookOperand(NamedTuple):
-    """A matrix as kernels read codebook formats: the first arguments of operations that decode codes by themselves.
+    """A matrix as kernels read codebook formats: the first arguments of operations that decode codes.
 
     packed      uint8 [ceil(numel / 2)], two codes a byte
     absmax      float32 [ceil(numel / block_size)], decoded where double quantization stored the constants
@@ -85,11 +85,11 @@ class CodebookTensor:
         return self.decoded().rows(slice(0, self.shape[0])).float()
 
     def operand(self) -> CodebookOperand | None:
-        """The matrix for kernels that decode codes by themselves."""
+        """The matrix as an argument of kernels that decode codes."""
         return CodebookOperand(self.packed, self.decoded_absmax(), self.spec.codebook, self.spec.block_size)
 
     def to_buffers(self) -> dict[str, torch.Tensor]:
-        """The tensors by the names that a module registers them under: packed, and absmax or its four nested parts."""
+        """The tensors by the names of a module's buffers: packed, and absmax or four nested parts."""
         if not isinstance(self.absmax, NestedAbsmax):
             return {"packed": self.packed, "absmax": self.absmax}
         nested = (self.absmax.codes, self.absmax.absmax, self.absmax.code_map, self.absmax.offset)
@@ -143,12 +143,12 @@ class AffineTensor:
         return self.decoded().rows(slice(0, self.shape[0])).float()
 
     def operand(self) -> CodebookOperand | None:
-        """None: no kernel reads integer codes as they are stored."""
+        """None: no kernel reads stored integer codes."""
         return None
 
     def to_buffers(self) -> dict[str, torch.Tensor]:
-        """The tensors by the names that a module registers them under: codes packed into int32 words
-        [out, ceil(in * bits / 32)], scales, and the zero points or biases if there are any.
+        """The tensors by the names of a module's buffers: codes packed into int32 words [out, ceil(in * bits / 32)],
+        scales, and the zero points or biases if there are any.
         """
         from loftq_cli.triton_kernels.packing.contract import pack_rows
 
@@ -188,7 +188,7 @@ class DecodedCodebook:
 
     @property
     def multiple(self) -> int:
-        """The fewest rows that are whole blocks: rows are read in multiples of this number, up to the last row."""
+        """The fewest rows of whole blocks: rows are read in multiples of this number, up to the last row."""
         return row_multiple(self.shape[1], self.quantized.spec.block_size)
 
     def rows(self, part: slice) -> torch.Tensor:

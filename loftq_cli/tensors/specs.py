@@ -58,7 +58,7 @@ class CodebookSpec:
 
     @property
     def size_text(self) -> str:
-        """How many weights share one constant.
+        """How many weights share a constant.
 
         >>> CodebookSpec("nf4", 64).size_text
         'block 64'
@@ -67,7 +67,7 @@ class CodebookSpec:
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """Recipe options, by name, that choose this format for one layer of a model of codebook formats."""
+        """The recipe options that choose this format for a layer, by name, in a model of codebook formats."""
         return {"block_size": self.block_size}
 
     def has_whole_groups_in(self, columns: int) -> bool:
@@ -114,7 +114,7 @@ class AffineSpec:
 
     @property
     def group_size_or_none(self) -> int | None:
-        """The group size: neighbouring columns of one row that share a scale."""
+        """The group size: the number of neighbouring columns in a row with a common scale."""
         return self.group_size
 
     @property
@@ -128,7 +128,7 @@ class AffineSpec:
 
     @property
     def size_text(self) -> str:
-        """How many weights share one scale.
+        """How many weights share a scale.
 
         >>> AffineSpec(4, 128, symmetric=True).size_text
         'group 128'
@@ -137,7 +137,7 @@ class AffineSpec:
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """Recipe options, by name, that choose this format for one layer of a model of integer formats."""
+        """The recipe options that choose this format for a layer, by name, in a model of integer formats."""
         return {"quant_type": self.quant_type, "group_size": self.group_size}
 
     def has_whole_groups_in(self, columns: int) -> bool:
