@@ -17,6 +17,7 @@ from loftq_cli.activations.text_windows import TextFile, Windows, read_text, tex
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
 from loftq_cli.errors import InputError, NumericError, UsageError
+from loftq_cli.layouts.layout import DENSE
 from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.records import TOOL, dump_json, source_name, write_texts
 from loftq_cli.output.staging import Staging, check_apart, check_output, check_space
@@ -112,7 +113,7 @@ def prepare_calibration(
 
 def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
     """The weights that `quantize` takes by default, whatever the container: a dense one fits every shape."""
-    recipe = Recipe(method="qlora", rank=1, layout="dense")
+    recipe = Recipe(method="qlora", rank=1, layout=DENSE)
     jobs = possible_jobs(checkpoint.tensors, checkpoint.config(), recipe)
     return tuple(job for job in jobs if isinstance(job, LayerJob))
 

@@ -25,7 +25,6 @@ from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import Override, Recipe
 from loftq_cli.planning.settings import layer_settings
 from loftq_cli.quant.formats import QuantSpec, spec_json
-from loftq_cli.tensors.specs import AffineSpec
 
 _MAX_UNIFORM = 5  # alternatives that are reported
 
@@ -299,7 +298,7 @@ def resolved_recipe(recipe: Recipe, layers: Sequence[LayerJob], chosen: Sequence
     """
     picked = {module_of(layer.name): layer.candidate for layer in chosen}
     common = Counter(candidate.spec for candidate in picked.values()).most_common(1)[0][0]
-    values: dict[str, Any] = _format_fields(common)
+    values: dict[str, Any] = common.layer_options
     # With another rank, a given alpha would mean another scaling.
     if recipe.alpha is None and not recipe.rslora:
         values["rank"] = Counter(candidate.rank for candidate in picked.values()).most_common(1)[0][0]
@@ -313,15 +312,9 @@ def resolved_recipe(recipe: Recipe, layers: Sequence[LayerJob], chosen: Sequence
             formats.setdefault(candidate.spec, []).append(module)
         if lora.rank != candidate.rank:
             ranks.setdefault(candidate.rank, []).append(module)
-    by_format = [Override(match=exactly(names), **_format_fields(spec)) for spec, names in formats.items()]
+    by_format = [Override(match=exactly(names), **spec.layer_options) for spec, names in formats.items()]
     by_rank = [Override(match=exactly(names), rank=rank) for rank, names in sorted(ranks.items())]
     return replace(base, override=(*recipe.override, *by_format, *by_rank))
-
-
-def _format_fields(spec: QuantSpec) -> dict[str, Any]:
-    if isinstance(spec, AffineSpec):
-        return {"quant_type": spec.quant_type, "group_size": spec.group_size}
-    return {"block_size": spec.block_size}
 
 
 def exactly(names: Sequence[str]) -> str:

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.allocation.error_curves import ErrorCurve
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, fused_modules, load_layout
+from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, either, fused_modules, load_layout, mixing_layouts
 from loftq_cli.methods.method import is_fitted
 from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.recipe import Recipe
-from loftq_cli.quant.formats import FORMATS, QuantSpec
-from loftq_cli.tensors.specs import CodebookSpec
+from loftq_cli.quant.formats import FORMATS, QuantSpec, specs_of_sizes
 
 _GROUP_SIZES = (32, 64, 128)
 _BLOCK_SIZES = (32, 64, 128, 256)
@@ -101,12 +100,7 @@ class Options:
         if not self._has_choice(job):
             return [job.matrix]
         spec, matrix = job.matrix.spec, job.matrix
-        specs: list[QuantSpec]
-        if isinstance(spec, CodebookSpec):
-            specs = [replace(spec, block_size=size) for size in self.sizes]
-        else:
-            bits = sorted({FORMATS[name].bits for name in self._row.quant_types if FORMATS[name].is_affine})
-            specs = [replace(spec, bits=b, group_size=size) for b in bits for size in self.sizes]
+        specs = specs_of_sizes(spec, self._row.quant_types, self.sizes)
         fits = (s for s in specs if self._layout.fit(s, matrix.shape, transposed=matrix.transposed).spec == s)
         return [replace(matrix, spec=s) for s in fits]
 
@@ -157,16 +151,22 @@ def _check_layout(recipe: Recipe, target: Budget) -> None:
     row = LAYOUTS[str(recipe.layout)]
     if not target.chooses_formats:
         return
-    if recipe.layout == "dense":
+    if not row.stores_codes:
         raise UsageError(
-            "layout dense stores decoded values, whose size no format changes",
+            f"layout {recipe.layout} stores decoded values, whose size no format changes",
             hint="another --layout, or leave out --target-bpw and --target-size",
         )
     if not FORMATS[recipe.quant_type].is_affine:
         return
     if row.mixed == "none":
         what = f"layout {recipe.layout} has one quant_type and group size for all layers"
-        raise UsageError(what, hint="--layout compressed-tensors or mlx")
+        raise UsageError(what, hint=f"--layout {_mixing(recipe, with_offsets=False)}")
     if row.mixed == "symmetric" and not recipe.symmetric:
         what = f"loaders of {recipe.layout} read layers of several formats without zero points only"
-        raise UsageError(what, hint="--symmetric, or --layout mlx")
+        raise UsageError(what, hint=f"--symmetric, or --layout {_mixing(recipe, with_offsets=True)}")
+
+
+def _mixing(recipe: Recipe, *, with_offsets: bool) -> str:
+    """Containers of several formats in one model, whose size a format changes."""
+    mixing = mixing_layouts(recipe.quant_type, with_offsets=with_offsets)
+    return either([name for name in mixing if LAYOUTS[name].stores_codes])

@@ -28,11 +28,10 @@ from loftq_cli.inspecting.dense import TensorRow, inspect_checkpoint, sorted_ten
 from loftq_cli.model.builtin import resolve_model
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
-from loftq_cli.quant.formats import QuantSpec, size_of, spec_json
+from loftq_cli.quant.formats import spec_json
 from loftq_cli.runtime.gpu import check_device_name
 from loftq_cli.runtime.workers import available_threads
 from loftq_cli.tensors.metrics import GroupErrors, LayerError, total_error
-from loftq_cli.tensors.specs import AffineSpec
 
 
 def inspect(
@@ -137,15 +136,8 @@ def _row_json(row: LayerRow, outputs: Comparison | None) -> dict[str, Any]:
     return {**values, **spec_json(row.spec), "error": error_json(row.error) if row.error else None}
 
 
-def _zero_point(spec: QuantSpec) -> str:
-    """How a format stores the offset of its groups."""
-    if not isinstance(spec, AffineSpec):
-        return "-"
-    return "none" if spec.symmetric else spec.zero_point
-
-
 def _print_converted(found: Inspection, rows: list[LayerRow], outputs: Comparison | None) -> None:
-    zero_point = ("zero point",) if any(isinstance(row.spec, AffineSpec) for row in rows) else ()
+    zero_point = ("zero point",) if any(row.spec.zero_point_kind for row in rows) else ()
     table(
         ("layer", "shape", "type", "per", *zero_point, "bits", "rank")
         + ("base error", "error", "max", "SQNR dB", "delta")
@@ -156,8 +148,8 @@ def _print_converted(found: Inspection, rows: list[LayerRow], outputs: Compariso
                 row.name,
                 f"{row.shape[0]}×{row.shape[1]}",
                 row.spec.quant_type,
-                size_of(row.spec),
-                *(_zero_point(row.spec) for _ in zero_point),
+                row.spec.size_text,
+                *(row.spec.zero_point_kind or "-" for _ in zero_point),
                 f"{row.bits_per_weight:.2f}",
                 "-" if row.rank is None else str(row.rank),
                 *_error_cells(row.error),

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
-from loftq_cli.layouts.layout import LAYOUTS
+from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
 from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
 from loftq_cli.planning.recipe import SVD_MODES
 from loftq_cli.planning.recipe_files import presets
@@ -177,8 +177,7 @@ Layout = Annotated[
     str | None,
     typer.Option(
         metavar=_one_of(LAYOUTS),
-        help="Container of the base; dense writes the decoded values. [default: bitsandbytes for nf4 and fp4, "
-        "compressed-tensors for integers]",
+        help=f"Container of the base; {DENSE} writes the decoded values. [default: {default_layouts_text()}]",
         rich_help_panel=_QUANT,
     ),
 ]
@@ -289,7 +288,7 @@ MergeLayout = Annotated[
         "--layout",
         metavar=_one_of(LAYOUTS),
         help="Container of the merged weights. [default: for QA-LoRA one with float offsets, which merges exactly; "
-        "else dense]",
+        f"else {DENSE}]",
     ),
 ]
 MergeGroupSize = Annotated[int | None, typer.Option("--group-size", help="Of --requantize to integers. [default: 64]")]

@@ -17,7 +17,7 @@ from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.recipe_files import recipe_json, recipe_toml, resolve_recipe
 from loftq_cli.planning.sizes import parse_size
-from loftq_cli.quant.formats import size_of, spec_json
+from loftq_cli.quant.formats import spec_json
 from loftq_cli.runtime.gpu import check_device_name
 from loftq_cli.runtime.workers import available_threads
 
@@ -202,7 +202,7 @@ def _announce_allocation(allocation: Allocation) -> None:
     if allocation.uniform:
         best = allocation.uniform[0]
         say(
-            f"the same for all layers: {best.spec.quant_type}, {size_of(best.spec)}, rank {best.rank}, base "
+            f"the same for all layers: {best.spec.quant_type}, {best.spec.size_text}, rank {best.rank}, base "
             f"{megabytes(best.base_nbytes)}: objective {best.objective:.4f}"
         )
 
@@ -211,7 +211,7 @@ def _print_allocation(allocation: Allocation) -> None:
     table(
         ("tensor", "chosen", "per", "rank", "error", "base", "adapter"),
         (
-            (layer.name, layer.candidate.spec.quant_type, size_of(layer.candidate.spec), str(layer.candidate.rank))
+            (layer.name, layer.candidate.spec.quant_type, layer.candidate.spec.size_text, str(layer.candidate.rank))
             + (f"{layer.predicted_error:.4f}", megabytes(layer.candidate.base_nbytes))
             + (megabytes(layer.candidate.adapter_nbytes),)
             for layer in allocation.layers
@@ -233,7 +233,7 @@ def _print_plan(conversion: Conversion, *, as_json: bool, verbose: bool) -> None
     table(
         ("tensor", "shape", "becomes", "per", "rank", "bits"),
         (
-            (job.name, _by(job.matrix.shape), job.matrix.spec.quant_type, size_of(job.matrix.spec))
+            (job.name, _by(job.matrix.shape), job.matrix.spec.quant_type, job.matrix.spec.size_text)
             + (str(job.lora.rank), f"{job.bits_per_weight:.2f}")
             if isinstance(job, LayerJob)
             else (job.name, _by(job.output.shape), f"{job.output.dtype} ({job.reason})", "", "", "")

@@ -18,14 +18,14 @@ from loftq_cli.output.journal import JournalEntry
 from loftq_cli.planning.jobs import CopyJob, LayerJob, generator_for
 from loftq_cli.planning.recipe import Recipe
 from loftq_cli.quant.codebook_stack import unstacked
+from loftq_cli.quant.formats import QuantizedTensor
 from loftq_cli.runtime.gpu import Device, Download, pinned
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import StackSteps, in_stacks
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import CodebookTensor, LoraPair
+from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import LayerError, relative
 from loftq_cli.tensors.rows import Rows, TensorRows, UploadedRows
-from loftq_cli.tensors.specs import CodebookSpec
 
 if TYPE_CHECKING:
     import torch
@@ -154,7 +154,7 @@ class DeviceRunner:
 
     def _key(self, job: LayerJob) -> object:
         """Equal for matrices that can be made together; None for those that have to be made alone."""
-        if not isinstance(job.matrix.spec, CodebookSpec):
+        if not job.matrix.spec.has_code_kernels:
             return None
         if job.numel * _STACKED_NBYTES * IN_FLIGHT > self._device.max_nbytes:
             return None
@@ -198,7 +198,6 @@ class DeviceRunner:
         from loftq_cli.triton_kernels.codebook.contract import FLOATS
 
         matrix, lora = jobs[0].matrix, jobs[0].lora
-        assert isinstance(matrix.spec, CodebookSpec)
         stored = self._device.upload([weight.stored for weight in weights])
         starts = self._device.upload([weight.start for weight in weights if weight.start is not None])
         turned = [tensor.T if matrix.transposed else tensor for tensor in stored]
@@ -246,7 +245,6 @@ class DeviceRunner:
         if not bool(host.is_ordinary[i]):
             choose_kernels(job.numel * int(self._recipe.iterations or 1))
             return self._runner.compute(job, LoadedMatrix(weight.stored, weight.sha256), SERIAL)
-        assert isinstance(job.matrix.spec, CodebookSpec)
         quantized = unstacked(host.packed, host.constants, job.matrix.spec, job.matrix.shape, job.matrix.dtype, i)
         error = LayerError(*host.sums[i, :5].tolist())
         if host.alternation is None:
@@ -258,7 +256,7 @@ class DeviceRunner:
 
 
 def _initialization(
-    quantized: CodebookTensor, found: StackedAlternation, i: int, scaling: float, squared_weight: float
+    quantized: QuantizedTensor, found: StackedAlternation, i: int, scaling: float, squared_weight: float
 ) -> Initialization:
     from loftq_cli.methods.loftq import balanced_pair
 

@@ -15,7 +15,7 @@ from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import Statistics
 from loftq_cli.conversion.report import layer_result
 from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
-from loftq_cli.layouts.layout import code_rows, load_layout
+from loftq_cli.layouts.layout import load_layout
 from loftq_cli.methods.method import METHODS, Fitting, Initialization, load_method
 from loftq_cli.output.copies import NOT_FINITE, WatchedChunks, is_intact, recast_chunks
 from loftq_cli.output.journal import JournalEntry
@@ -156,7 +156,7 @@ class JobRunner:
         """A layer of which only a few rows are in memory: they are read, and their codes written, one after the other;
         then both are read again, for the error of what the file holds.
         """
-        lying = code_rows(str(self._recipe.layout), job.matrix)
+        lying = load_layout(str(self._recipe.layout)).code_rows(job.matrix)
         assert lying is not None
         checkpoint, file = self._checkpoint, self._files[lying.name]
         weight = stored_rows(checkpoint.load_rows, job.name, job.matrix.shape)
@@ -179,7 +179,7 @@ def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
     """
     if METHODS[recipe.method].iterates or recipe.calibration is not None or job.numel <= _WHOLE_NUMEL:
         return False
-    return code_rows(str(recipe.layout), job.matrix) is not None
+    return load_layout(str(recipe.layout)).code_rows(job.matrix) is not None
 
 
 def _initialize(

@@ -7,17 +7,17 @@ from collections.abc import Iterable, Sequence
 
 from loftq_cli import __version__
 from loftq_cli.conversion.report import LayerResult, bits_per_weight
+from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.output.records import RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.plan import Plan
-from loftq_cli.quant.formats import size_of
 from loftq_cli.tensors.metrics import total_error
 
 
 def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
     """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
     recipe, total, specs = plan.recipe, total_error(layer.error for layer in layers), [layer.spec for layer in layers]
-    formats, sizes = _listed(spec.quant_type.upper() for spec in specs), _listed(map(size_of, specs))
+    formats, sizes = _listed(spec.quant_type.upper() for spec in specs), _listed(spec.size_text for spec in specs)
     ranks = _listed(str(layer.rank) for layer in sorted(layers, key=lambda layer: layer.rank))
     summary = METHODS[recipe.method].summary
     return f"""---
@@ -47,27 +47,27 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _loading_lines(plan: Plan, base_model: str) -> str:
-    """The lines that load base and adapter for training: with PEFT, or with our modules where it cannot read them.
+    """The lines that load base and adapter for training: with PEFT, or with our modules where PEFT cannot read both.
 
-    PEFT pools inputs on GPTQ layers only, and by its own convention; transformers reads no MLX.
+    PEFT pools inputs in some containers only, and by its own convention; transformers does not read every container.
     """
     architectures = plan.family.architectures
     base = json.dumps(base_model, ensure_ascii=False)  # which is how Python writes it too
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
-    peft_pools = plan.layout == "gptq" and plan.recipe.pooling == "peft"
-    if plan.layout == "mlx" or (plan.recipe.pooling is not None and not peft_pools):
+    row = LAYOUTS[plan.layout]
+    peft_pools = row.peft_pools and plan.recipe.pooling == "peft"
+    if not row.in_transformers or (plan.recipe.pooling is not None and not peft_pools):
         make = "from_config" if auto.startswith("Auto") else "_from_config"
         return f"""from transformers import AutoConfig, {auto}
 from loftq_cli.nn import load_adapted
 model = {auto}.{make}(AutoConfig.from_pretrained({base}))
 model = load_adapted(model, {base})"""
-    device = ', device_map="cpu"' if plan.layout == "metal" else ""
-    is_mixed = plan.layout == "compressed-tensors" and len({job.matrix.spec for job in plan.layers}) > 1
-    # PEFT asks for the weights, which transformers decodes in the first forward pass where there are several schemes.
-    decoding = "\nmodel.hf_quantizer.compressor.decompress_model(model)" if is_mixed else ""
+    arguments = f", {row.load_arguments}" if row.load_arguments else ""
+    is_mixed = len({job.matrix.spec for job in plan.layers}) > 1
+    decoding = f"\n{row.mixed_decoding}" if is_mixed and row.mixed_decoding else ""
     return f"""from transformers import {auto}
 from peft import PeftModel
-model = {auto}.from_pretrained({base}{device}){decoding}
+model = {auto}.from_pretrained({base}{arguments}){decoding}
 model = PeftModel.from_pretrained(model, {base}, subfolder="{plan.adapter_dir}", is_trainable=True)"""

@@ -22,6 +22,7 @@ from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, LoftqError, MismatchError
 from loftq_cli.inspecting.findings import Findings
+from loftq_cli.layouts.layout import DENSE
 from loftq_cli.model.stored import BaseModel, faults
 from loftq_cli.output.records import MERGE_REPORT_NAME, PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.jobs import LayerJob
@@ -68,7 +69,7 @@ class Opened:
         """Names of the stored tensors of which quantize and merge write, and read, finite numbers only."""
         if self.base is None:
             return frozenset()
-        recipe = Recipe(method="qlora", rank=1, layout="dense")
+        recipe = Recipe(method="qlora", rank=1, layout=DENSE)
         jobs = possible_jobs(self.base.tensors, self.base.config, recipe)
         layers = {job.name for job in jobs if isinstance(job, LayerJob)} | self.base.quantized.keys()
         parts = {part.name for name in layers for part in self.base.parts(name)}

@@ -26,7 +26,6 @@ from loftq_cli.runtime.workers import Workers, started
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
 from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import GroupErrors, LayerError, group_errors, layer_error, total_error
-from loftq_cli.tensors.specs import AffineSpec
 
 SORT_KEYS = ("name", "error", "base_error", "numel")
 
@@ -182,7 +181,7 @@ class _Original:
         """`row` with the error of what the files hold, of groups too where the layer's format has groups."""
         base, name = self.base, self.find_weight(row)
         pair = self.load_pair(row)
-        group_size = row.spec.group_size if isinstance(row.spec, AffineSpec) else None
+        group_size = row.spec.group_size_or_none
         if gpu is not None:
             errors = errors_on(
                 gpu, lambda: (loaded_rows(self.model, name), base.whole(row.name)), row.numel, pair, group_size

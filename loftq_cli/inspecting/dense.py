@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.inspecting.converted import check_sort_key
 from loftq_cli.inspecting.devices import chosen_device, loaded_rows, small_numel
-from loftq_cli.layouts.layout import StoredMatrix
+from loftq_cli.layouts.layout import DENSE, StoredMatrix
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.planner import possible_jobs
 from loftq_cli.planning.recipe import Recipe
-from loftq_cli.quant.formats import FORMATS, make_quantizer, size_of
+from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.quant.gpu_matrix import tries_on
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.schedule import in_turn
@@ -62,7 +62,7 @@ def _tensor_row(base: BaseModel, job: LayerJob | CopyJob, errors: dict[str, Laye
     ref = base.tensors[job.name]
     becomes = f"copied: {job.reason}" if isinstance(job, CopyJob) else job.matrix.spec.quant_type
     if isinstance(job, LayerJob):
-        becomes += f", {size_of(job.matrix.spec)}"
+        becomes += f", {job.matrix.spec.size_text}"
     return TensorRow(job.name, ref.shape, ref.dtype, becomes, errors)
 
 
@@ -80,7 +80,7 @@ def sorted_tensors(rows: Sequence[TensorRow], key: str) -> list[TensorRow]:
 
 def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
     """What a format with its default options would hold, by name; integers as any container could hold them."""
-    layout = "dense" if FORMATS[quant_type].is_affine else None
+    layout = DENSE if FORMATS[quant_type].is_affine else None
     recipe = Recipe(method="qlora", rank=1, quant_type=quant_type, layout=layout)
     jobs = possible_jobs(base.tensors, base.config, recipe)
     return {job.name: job.matrix for job in jobs if isinstance(job, LayerJob)}

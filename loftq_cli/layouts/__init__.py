@@ -1,10 +1,11 @@
 """Containers: they name, pack and lay out tensors on disk. Containers know no method and run no algorithm.
 
-layout.py              the contract of a container, and the table
+stored_tensors.py      a container as it is read
+layout.py              the contract of a container, and the table with every fact about containers
 dequantized.py         decoded values as an ordinary checkpoint
 stored_parts.py        checks of the stored parts of a matrix
 bitsandbytes.py        4-bit codebooks as bitsandbytes and transformers load them
-grouped.py             the parts that integer containers share
+grouped.py             the base classes of integer containers
 compressed_tensors.py  integers as transformers and vLLM load them
 gptq.py                integers as GPTQ loaders read them
 metal.py               integers with float offsets, for transformers

@@ -1,6 +1,6 @@
-"""bitsandbytes' 4-bit container, as transformers loads it pre-quantized: nothing is quantized again at load.
+"""bitsandbytes' 4-bit container, as transformers loads pre-quantized weights: nothing is quantized again at load.
 
-Codes, block constants and a JSON blob for each weight; the blob is padded with spaces to a size that the plan knows.
+Each weight has codes, block constants and a JSON blob; spaces pad the blob to the size that the plan computed.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.json_files import parse_json_object
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import LAYOUTS, CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors, kept_modules
+from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_codebook, as_codebook_tensor
 from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
 from loftq_cli.tensors.specs import CodebookSpec
@@ -24,17 +27,16 @@ if TYPE_CHECKING:
 
     import torch
 
-QUANTIZED_ON_DISK = True
-NESTED_BLOCK_SIZE = 256  # the only one that bitsandbytes implements
+NESTED_BLOCK_SIZE = 256  # bitsandbytes implements no other size
 STATE_PREFIX = ".quant_state.bitsandbytes__"
 
 # "-1.17549435e-38": nine digits bring every float32 back exactly.
 _OFFSET_WIDTH = 15
-# The CPU kernels of bitsandbytes ask for this many rows a time; where they cannot have them, the model does not run.
+# The CPU kernels of bitsandbytes read 32 rows at a time; a model with a broken group of rows does not run.
 _ROW_MULTIPLE = 32
 _MAX_STATE_NBYTES = 10_000  # bitsandbytes writes 200
 
-# What bitsandbytes calls the values of an ascending table: FP4's by the bits of sign, exponent and mantissa.
+# bitsandbytes' numbers for the values of an ascending table: FP4 values are numbered by sign, exponent and mantissa.
 _NUMBERS = {
     "nf4": tuple(range(16)),
     "fp4": (0b1011, 0b1010, 0b1101, 0b1100, 0b1111, 0b1110, 0b1001, 0b0000)
@@ -43,158 +45,179 @@ _NUMBERS = {
 _SAME = bytes(range(256))
 
 
-def fit(spec: CodebookSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-    """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
+class BitsandbytesLayout(Layout):
+    """bitsandbytes' 4-bit codebooks."""
 
-    A block size of 32 is tried before a matrix is left in full precision.
-    """
-    del transposed  # loaders turn a Conv1D into a linear
-    out_features, in_features = shape
-    if out_features % _ROW_MULTIPLE:
-        return Fit(
-            None, f"{out_features} rows are not a multiple of {_ROW_MULTIPLE}, which bitsandbytes needs on a CPU"
-        )
-    if in_features % spec.block_size == 0:
-        return Fit(spec)
-    if in_features % 32 == 0:
-        smaller = CodebookSpec(spec.codebook, 32, spec.double_quant, spec.nested_block_size)
-        return Fit(smaller, f"block size 32: rows of {in_features} are not whole blocks of {spec.block_size}")
-    return Fit(None, f"rows of {in_features} are not whole blocks of {spec.block_size} or 32, and loaders misread them")
+    name = "bitsandbytes"
 
+    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+        """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
 
-def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-    """The stored tensors of one weight of [out, in]."""
-    name, spec = matrix.name, cast(CodebookSpec, matrix.spec)
-    numel = matrix.shape[0] * matrix.shape[1]
-    n_blocks = -(-numel // spec.block_size)
-    tensors = [
-        OutTensor(name, "uint8", ((numel + 1) // 2, 1)),
-        OutTensor(f"{name}.absmax", "uint8" if spec.double_quant else "float32", (n_blocks,)),
-        OutTensor(f"{name}.quant_map", "float32", (16,)),
-        OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_state(matrix, 0.0)),)),
-    ]
-    if spec.double_quant:
-        tensors += [
-            OutTensor(f"{name}.nested_absmax", "float32", (-(-n_blocks // spec.nested_block_size),)),
-            OutTensor(f"{name}.nested_quant_map", "float32", (256,)),
+        A block size of 32 is tried before a matrix is left in full precision.
+        """
+        del transposed  # loaders turn a Conv1D into a linear
+        codebook, (out_features, in_features) = as_codebook(spec), shape
+        if out_features % _ROW_MULTIPLE:
+            return Fit(
+                None, f"{out_features} rows are not a multiple of {_ROW_MULTIPLE}, which bitsandbytes needs on a CPU"
+            )
+        size = codebook.block_size
+        if in_features % size == 0:
+            return Fit(codebook)
+        if in_features % 32 == 0:
+            reason = f"block size 32: rows of {in_features} are not whole blocks of {size}"
+            return Fit(replace(codebook, block_size=32), reason)
+        return Fit(None, f"rows of {in_features} are not whole blocks of {size} or 32, and loaders misread them")
+
+    def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+        """Codes, block constants, the table of values and the JSON blob."""
+        name, spec = matrix.name, as_codebook(matrix.spec)
+        numel = matrix.shape[0] * matrix.shape[1]
+        n_blocks = -(-numel // spec.block_size)
+        tensors = [
+            OutTensor(name, "uint8", ((numel + 1) // 2, 1)),
+            OutTensor(f"{name}.absmax", "uint8" if spec.double_quant else "float32", (n_blocks,)),
+            OutTensor(f"{name}.quant_map", "float32", (16,)),
+            OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_state(matrix, 0.0)),)),
         ]
-    return tuple(tensors)
+        if spec.double_quant:
+            tensors += [
+                OutTensor(f"{name}.nested_absmax", "float32", (-(-n_blocks // spec.nested_block_size),)),
+                OutTensor(f"{name}.nested_quant_map", "float32", (256,)),
+            ]
+        return tuple(tensors)
+
+    def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `planned`, filled."""
+        import torch
+
+        weight = as_codebook_tensor(quantized)
+        name, absmax, codebook = matrix.name, weight.absmax, weight.spec.codebook
+        tensors = {f"{name}.quant_map": _table(codebook)}
+        if weight.packed.numel():
+            tensors[name] = _renumbered(weight.packed, _numbering(codebook)[0]).view(-1, 1)
+        offset = 0.0
+        if isinstance(absmax, NestedAbsmax):
+            offset = float(absmax.offset)
+            tensors[f"{name}.absmax"] = absmax.codes
+            tensors[f"{name}.nested_absmax"] = absmax.absmax
+            tensors[f"{name}.nested_quant_map"] = absmax.code_map
+        else:
+            tensors[f"{name}.absmax"] = absmax
+        state = _state(matrix, offset)
+        tensors[f"{name}{STATE_PREFIX}{codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
+        return tensors
+
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
+        """Two weights a byte, a byte a row."""
+        if matrix.transposed:
+            return None
+        columns, (there, back) = matrix.shape[1], _numbering(as_codebook(matrix.spec).codebook)
+        return CodeRows(
+            name=matrix.name,
+            span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
+            pack=lambda codes: _renumbered(codes, there).view(-1, 1),
+            unpack=lambda stored: _renumbered(stored.view(-1), back),
+        )
+
+    def quantized_names(self, stored: StoredTensors) -> list[str]:
+        """Names of the weights with a JSON blob beside the codes."""
+        return [key.partition(STATE_PREFIX)[0] for key in stored.refs if STATE_PREFIX in key]
+
+    def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+        """The matrix called `name`: headers and the quant_state give shape and format.
+
+        Raises InputError for parts that bitsandbytes and this tool would decode differently.
+        """
+        for part in (name, f"{name}.absmax", f"{name}.quant_map"):
+            if part not in stored.refs:
+                raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
+        file, state = file_of(name, stored), _stored_state(name, stored)
+        spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
+        matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
+        for tensor in self.planned(matrix):
+            # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
+            if STATE_PREFIX not in tensor.name:
+                check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
+        return matrix
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """All tensor names in which a weight called `name` may be stored, first the name of the codes."""
+        suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+        states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in _NUMBERS]
+        return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
+
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
+        """The weight of a checked `matrix`. Raises InputError for a stored table that contradicts the quant_type."""
+        import torch
+
+        name, spec, load = matrix.name, as_codebook(matrix.spec), stored.load
+        # Some loaders use the stored table, others a table of their own: with two tables there is no right answer.
+        if not torch.equal(load(f"{name}.quant_map"), _table(spec.codebook)):
+            message = "holds a table that is not the one of its quant_type"
+            raise InputError(message, file=file_of(name, stored), tensor=f"{name}.quant_map")
+        absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
+        if spec.double_quant:
+            state = _stored_state(name, stored)
+            absmax = NestedAbsmax(
+                load(f"{name}.absmax"),
+                load(f"{name}.nested_absmax"),
+                load(f"{name}.nested_quant_map"),
+                torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
+            )
+        packed = torch.empty(0, dtype=torch.uint8)
+        if has_codes:
+            packed = _renumbered(load(name).view(-1), _numbering(spec.codebook)[1])
+        return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
+
+    def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The source's config and a `quantization_config` by which transformers loads the stored tensors."""
+        return {
+            **config,
+            "quantization_config": {
+                "quant_method": self.name,
+                "load_in_4bit": True,
+                "load_in_8bit": False,
+                "bnb_4bit_quant_type": facts.spec.quant_type,
+                "bnb_4bit_use_double_quant": as_codebook(facts.spec).double_quant,
+                "bnb_4bit_compute_dtype": facts.dtype,
+                "bnb_4bit_quant_storage": "uint8",
+                "llm_int8_skip_modules": _skip_modules(facts),
+            },
+        }
 
 
-def pack(matrix: StoredMatrix, quantized: CodebookTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `planned`, filled."""
-    import torch
-
-    name, absmax, codebook = matrix.name, quantized.absmax, quantized.spec.codebook
-    tensors = {f"{name}.quant_map": _table(codebook)}
-    if quantized.packed.numel():
-        tensors[name] = _renumbered(quantized.packed, _numbering(codebook)[0]).view(-1, 1)
-    offset = 0.0
-    if isinstance(absmax, NestedAbsmax):
-        offset = float(absmax.offset)
-        tensors[f"{name}.absmax"] = absmax.codes
-        tensors[f"{name}.nested_absmax"] = absmax.absmax
-        tensors[f"{name}.nested_quant_map"] = absmax.code_map
-    else:
-        tensors[f"{name}.absmax"] = absmax
-    state = _state(matrix, offset)
-    tensors[f"{name}{STATE_PREFIX}{quantized.spec.codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
-    return tensors
-
-
-def code_rows(matrix: StoredMatrix) -> CodeRows:
-    """Two weights a byte, a byte a row."""
-    columns, (there, back) = matrix.shape[1], _numbering(cast(CodebookSpec, matrix.spec).codebook)
-    return CodeRows(
-        name=matrix.name,
-        span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
-        pack=lambda codes: _renumbered(codes, there).view(-1, 1),
-        unpack=lambda stored: _renumbered(stored.view(-1), back),
-    )
-
-
-def quantized_names(stored: StoredTensors) -> list[str]:
-    """Names of the weights that are stored in this container, which their JSON tensors tell."""
-    return [key.partition(STATE_PREFIX)[0] for key in stored.refs if STATE_PREFIX in key]
-
-
-def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-    """What the weight called `name` is, from headers and its quant_state.
-
-    Raises InputError when its parts are not those of a matrix that we decode as bitsandbytes does.
-    """
-    for part in (name, f"{name}.absmax", f"{name}.quant_map"):
-        if part not in stored.refs:
-            raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
-    file, state = file_of(name, stored), _stored_state(name, stored)
-    spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
-    matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
-    for tensor in planned(matrix):
-        # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
-        if STATE_PREFIX not in tensor.name:
-            check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
-    return matrix
+LAYOUT = BitsandbytesLayout()
 
 
 def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
-    """The checked JSON blob of the weight called `name`. Raises InputError."""
+    """The checked JSON blob of the weight called `name`. Raises InputError for no blob, two blobs and a wrong blob."""
     file = file_of(name, stored)
-    found = [part for part in parts(name) if STATE_PREFIX in part and part in stored.refs]
-    if len(found) != 1:
-        what = "has two quant_states" if found else "has a quant_state of a type that we do not know"
-        raise InputError(what, file=file, tensor=name)
-    nbytes = stored.refs[found[0]].nbytes
+    states = [part for part in LAYOUT.parts(name) if STATE_PREFIX in part and part in stored.refs]
+    if len(states) != 1:
+        message = "has two quant_states" if states else "has a quant_state of a type that we do not know"
+        raise InputError(message, file=file, tensor=name)
+    nbytes = stored.refs[states[0]].nbytes
     if nbytes > _MAX_STATE_NBYTES:
-        raise InputError(f"has {nbytes} bytes, and a quant_state is small", file=file, tensor=found[0])
-    state = read_state(name, stored.raw(found[0]), file)
-    if found[0] != f"{name}{STATE_PREFIX}{state['quant_type']}":
-        what = f"says quant_type {state['quant_type']}, and its name another one"
-        raise InputError(what, file=file, tensor=found[0])
+        raise InputError(f"has {nbytes} bytes, and a quant_state is small", file=file, tensor=states[0])
+    state = read_state(name, stored.raw(states[0]), file)
+    if states[0] != f"{name}{STATE_PREFIX}{state['quant_type']}":
+        message = f"says quant_type {state['quant_type']}, and its name another one"
+        raise InputError(message, file=file, tensor=states[0])
     return state
 
 
-def parts(name: str) -> tuple[str, ...]:
-    """Every tensor name that can belong to the weight called `name`, itself first."""
-    suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-    states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in _NUMBERS]
-    return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
-
-
-def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> CodebookTensor:
-    """The weight of a checked `matrix`. Raises InputError when its table is not that of its quant_type."""
-    import torch
-
-    name, spec, load = matrix.name, cast(CodebookSpec, matrix.spec), stored.load
-    # Loaders differ in whether they use the stored table or their own: with another one there is no right answer.
-    if not torch.equal(load(f"{name}.quant_map"), _table(spec.codebook)):
-        what = "holds a table that is not the one of its quant_type"
-        raise InputError(what, file=file_of(name, stored), tensor=f"{name}.quant_map")
-    absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
-    if spec.double_quant:
-        state = _stored_state(name, stored)
-        absmax = NestedAbsmax(
-            load(f"{name}.absmax"),
-            load(f"{name}.nested_absmax"),
-            load(f"{name}.nested_quant_map"),
-            torch.tensor(float(state["nested_offset"]), dtype=torch.float32),
-        )
-    packed = torch.empty(0, dtype=torch.uint8)
-    if has_codes:
-        packed = _renumbered(load(name).view(-1), _numbering(spec.codebook)[1])
-    return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
-
-
 def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
-    """The checked JSON blob of one weight. Raises InputError."""
+    """The checked JSON blob of a weight. Raises InputError for a missing key and for a value out of range."""
     state = parse_json_object(data, file=file, what=f"the quant_state of {name}")
 
-    def check(condition: bool, what: str) -> None:
+    def check(condition: bool, message: str) -> None:
         if not condition:
-            raise InputError(f"its quant_state {what}", file=file, tensor=name)
+            raise InputError(f"its quant_state {message}", file=file, tensor=name)
 
     quant_type, shape = state.get("quant_type"), state.get("shape")
-    known = LAYOUTS["bitsandbytes"].quant_types
-    check(quant_type in known, f"has quant_type {quant_type!r}, of which we read {', '.join(known)}")
+    codebooks = LAYOUTS["bitsandbytes"].quant_types
+    check(quant_type in codebooks, f"has quant_type {quant_type!r}, of which we read {', '.join(codebooks)}")
     check(state.get("dtype") in MODEL_DTYPES, f"has dtype {state.get('dtype')!r}")
     check(type(state.get("blocksize")) is int and 2 <= state["blocksize"] <= 4096, "has no valid blocksize")
     check(
@@ -207,25 +230,8 @@ def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
     return state
 
 
-def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` that makes transformers load the tensors as they are."""
-    return {
-        **config,
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "bnb_4bit_quant_type": facts.spec.quant_type,
-            "bnb_4bit_use_double_quant": cast(CodebookSpec, facts.spec).double_quant,
-            "bnb_4bit_compute_dtype": facts.dtype,
-            "bnb_4bit_quant_storage": "uint8",
-            "llm_int8_skip_modules": _skip_modules(facts),
-        },
-    }
-
-
 def _table(codebook: str) -> torch.Tensor:
-    """float32 [16]: the values in the order of their numbers here."""
+    """float32 [16]: the table of values, ordered by bitsandbytes' numbers."""
     import torch
 
     from loftq_cli.triton_kernels.codebook.contract import codebook_table
@@ -236,14 +242,14 @@ def _table(codebook: str) -> torch.Tensor:
 
 @cache
 def _numbering(codebook: str) -> tuple[bytes, bytes]:
-    """For each byte of two codes that of their numbers, and back."""
+    """Two tables of 256 bytes: a byte of two codes to a byte of two numbers, and back."""
     numbers = _NUMBERS[codebook]
     there = bytes(high << 4 | low for high in numbers for low in numbers)
     return there, bytes(map(there.index, range(256)))
 
 
 def _renumbered(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
-    """uint8 [n], each byte replaced by what `pairs` has for it; the same tensor where all stay."""
+    """uint8 [n] with every byte b replaced by `pairs[b]`; `packed` itself where nothing changes."""
     import torch
 
     if pairs == _SAME or not packed.numel():
@@ -252,18 +258,18 @@ def _renumbered(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
 
 
 def _skip_modules(facts: ModelFacts) -> list[str]:
-    """Every linear that stays as it is: an unlisted one loads silently and fails in its first forward pass."""
+    """All linears in full precision: an unlisted linear loads silently and fails in the first forward pass."""
     return [_unambiguous(name, facts.quantized_modules) for name in kept_modules(facts)]
 
 
 def _unambiguous(name: str, quantized: Any) -> str:
-    """`name`, or a pattern for it alone where transformers' suffix match would also skip a quantized module."""
+    """`name`; or, if the suffix match of transformers would skip a quantized module too, a pattern for `name` alone."""
     clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
     return f"^{re.escape(name)}$" if clash else name
 
 
 def _state(matrix: StoredMatrix, offset: float) -> bytes:
-    spec = cast(CodebookSpec, matrix.spec)
+    spec = as_codebook(matrix.spec)
     fields: dict[str, Any] = {
         "quant_type": spec.codebook,
         "blocksize": spec.block_size,

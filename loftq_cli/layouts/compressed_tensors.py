@@ -1,8 +1,8 @@
 """compressed-tensors' pack-quantized container, for transformers and vLLM: integers of 2, 3, 4 or 8 bits.
 
-`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; others ignore it. It
-does so by one scheme: of several number formats in one model, transformers decodes in the first forward pass, and it
-finds no place for zero points before that (5.23, with compressed-tensors 0.20).
+`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; servers ignore the key.
+transformers decodes at load by one scheme only: a model of several number formats is decoded in the first forward pass,
+and zero points have no place before the first pass (transformers 5.23, compressed-tensors 0.20).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.checkpoint.patterns import first_matches
 from loftq_cli.errors import InputError, UsageError, printable
-from loftq_cli.layouts import grouped
-from loftq_cli.layouts.layout import CodeRows, Fit, ModelFacts, StoredMatrix, StoredTensors
+from loftq_cli.layouts.grouped import IntegerLayout, checked_bits, kept_names, scale_dtype, word_rows
+from loftq_cli.layouts.layout import ModelFacts, StoredMatrix, alternatives_to
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
-from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_affine, as_affine_tensor
 from loftq_cli.tensors.headers import OutTensor
 from loftq_cli.tensors.matrices import AffineTensor
 from loftq_cli.tensors.specs import AffineSpec
@@ -24,144 +25,142 @@ from loftq_cli.tensors.specs import AffineSpec
 if TYPE_CHECKING:
     import torch
 
-QUANTIZED_ON_DISK = True
-_CLASSES = ("Linear", "Module")  # what torch's linears are, by which a scheme may target them
+NAME = "compressed-tensors"
+_CLASSES = ("Linear", "Module")  # classes of torch's linears: a scheme may target modules by class
 
 
-def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-    """Whole groups in every row, and linears only."""
-    return grouped.fit_groups(
-        cast(AffineSpec, spec), shape, transposed=transposed, container="compressed-tensors", whole_words=False
-    )
+class CompressedTensorsLayout(IntegerLayout):
+    """compressed-tensors' packed integers."""
+
+    name = NAME
+    label = NAME
+    needs_whole_words = False
+
+    def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+        """weight_packed int32 [out, in * bits / 32], weight_scale [out, in / group_size], weight_shape, and if
+        asymmetric weight_zero_point int32 [ceil(out * bits / 32), in / group_size], packed down the rows.
+        """
+        spec, (out_features, in_features) = as_affine(matrix.spec), matrix.shape
+        name, groups = matrix.name, in_features // spec.group_size
+        tensors = [
+            OutTensor(f"{name}_packed", "int32", (out_features, -(-in_features * spec.bits // 32))),
+            OutTensor(f"{name}_scale", spec.scale_dtype, (out_features, groups)),
+            OutTensor(f"{name}_shape", "int64", (2,)),
+        ]
+        if not spec.symmetric:
+            tensors.append(OutTensor(f"{name}_zero_point", "int32", (-(-out_features * spec.bits // 32), groups)))
+        return tuple(tensors)
+
+    def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The tensors of `planned`, filled."""
+        import torch
+
+        from loftq_cli.triton_kernels.packing.contract import pack_rows
+
+        affine, name = as_affine_tensor(quantized), matrix.name
+        tensors = {
+            f"{name}_scale": affine.scales,
+            f"{name}_shape": torch.tensor(matrix.shape, dtype=torch.int64),
+        }
+        if len(affine.codes):
+            tensors[f"{name}_packed"] = self.code_rows(matrix).pack(affine.codes)
+        if affine.zero_points is not None:
+            tensors[f"{name}_zero_point"] = pack_rows(affine.zero_points.T, affine.spec.bits).T.contiguous()
+        return tensors
+
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows:
+        """Each row of the matrix is a row of words."""
+        return word_rows(f"{matrix.name}_packed", matrix)
+
+    def quantized_names(self, stored: StoredTensors) -> list[str]:
+        """Names of the packed weights. Raises InputError for another format of compressed-tensors."""
+        config = quantization_config(stored, NAME)
+        if config is None:
+            return []
+        if config.get("format") != "pack-quantized":
+            message = f"its compressed-tensors format is {config.get('format')!r}, of which we read pack-quantized"
+            raise InputError(message, file=stored.config_file)
+        return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
+
+    def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+        """The matrix called `name`: headers, weight_shape and the scheme in the config give shape and format.
+
+        Raises InputError for a part with a dtype or a shape that contradicts the scheme.
+        """
+        del transposed
+        scheme = _scheme(name.removesuffix(".weight"), stored)
+        shape_ref = stored.refs.get(f"{name}_shape")
+        if shape_ref is None or shape_ref.dtype not in ("int64", "int32") or shape_ref.numel != 2:
+            problem = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
+            message = f"{problem}, and its codes are there"
+            raise InputError(message, file=file_of(f"{name}_packed", stored), tensor=f"{name}_shape")
+        kind = "<2q" if shape_ref.dtype == "int64" else "<2i"
+        shape = cast(tuple[int, int], struct.unpack(kind, stored.raw(f"{name}_shape")))
+        if not all(0 < side < 2**40 for side in shape):
+            raise InputError(f"is {shape}, not a shape", file=shape_ref.file, tensor=f"{name}_shape")
+        bits = checked_bits(scheme, "num_bits", stored)
+        group_size = shape[1] if scheme.get("strategy") == "channel" else whole_number(scheme, "group_size", stored)
+        if shape[1] % group_size:
+            message = f"has rows of {shape[1]}, not whole groups of {group_size}"
+            raise InputError(message, file=shape_ref.file, tensor=f"{name}_shape")
+        dtype = scale_dtype(f"{name}_scale", stored)
+        spec = AffineSpec(bits, group_size, symmetric=scheme.get("symmetric") is not False, scale_dtype=dtype)
+        matrix = StoredMatrix(name, shape, spec, stored.dtype, transposed=False)
+        for part in self.planned(matrix):
+            if not part.name.endswith("_shape"):
+                check_part(part, stored, shape_ref.file, asks="its weight_shape and the config's scheme")
+        return matrix
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """All tensor names in which a weight called `name` may be stored."""
+        return tuple(f"{name}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
+
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
+        """The inverse of `pack`."""
+        import torch
+
+        from loftq_cli.triton_kernels.packing.contract import unpack_rows
+
+        spec, name = as_affine(matrix.spec), matrix.name
+        packed = stored.load(f"{name}_packed") if has_codes else torch.empty((0, 0), dtype=torch.int32)
+        codes = self.code_rows(matrix).unpack(packed)
+        zero_points = None
+        if not spec.symmetric:
+            zero_points = unpack_rows(stored.load(f"{name}_zero_point").T, spec.bits, matrix.shape[0]).T.contiguous()
+        return AffineTensor(codes, stored.load(f"{name}_scale"), zero_points, None, spec, matrix.dtype)
+
+    def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The source's config and a `quantization_config`. One number format: one scheme for all linears, and a list
+        of linears to ignore. Several number formats: a scheme for each format, with the names of the modules.
+
+        Raises UsageError for a model with experts in full precision: transformers 5 does not find the experts beside
+        packed weights.
+        """
+        if facts.has_experts:
+            message = "transformers loads no experts in full precision from compressed-tensors"
+            *others, last = alternatives_to(NAME, facts.specs)
+            raise UsageError(message, hint=f"--layout {', '.join([*others, f'or {last}']) if others else last}")
+        modules: dict[QuantSpec, list[str]] = {facts.spec: []}
+        for module in facts.quantized_modules:
+            modules.setdefault(facts.other_specs.get(module, facts.spec), []).append(module)
+        is_mixed = len(modules) > 1
+        groups = {
+            f"group_{i}": {"targets": names if is_mixed else ["Linear"], "weights": _weights(as_affine(spec))}
+            for i, (spec, names) in enumerate(modules.items())
+        }
+        quantization = {
+            "quant_method": self.name,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": kept_names(facts),
+            # transformers 5.23 decodes every linear by the first scheme then.
+            **({} if is_mixed else {"dequantize": True}),
+        }
+        return {**config, "quantization_config": quantization}
 
 
-def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-    """weight_packed int32 [out, in * bits / 32], weight_scale [out, in / group_size], weight_shape, and if asymmetric
-    weight_zero_point int32 [ceil(out * bits / 32), in / group_size], packed down the rows.
-    """
-    spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
-    name, groups = matrix.name, in_features // spec.group_size
-    tensors = [
-        OutTensor(f"{name}_packed", "int32", (out_features, -(-in_features * spec.bits // 32))),
-        OutTensor(f"{name}_scale", spec.scale_dtype, (out_features, groups)),
-        OutTensor(f"{name}_shape", "int64", (2,)),
-    ]
-    if not spec.symmetric:
-        tensors.append(OutTensor(f"{name}_zero_point", "int32", (-(-out_features * spec.bits // 32), groups)))
-    return tuple(tensors)
-
-
-def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """The tensors of `planned`, filled."""
-    import torch
-
-    from loftq_cli.triton_kernels.packing.contract import pack_rows
-
-    affine, name = cast(AffineTensor, quantized), matrix.name
-    tensors = {
-        f"{name}_scale": affine.scales,
-        f"{name}_shape": torch.tensor(matrix.shape, dtype=torch.int64),
-    }
-    if len(affine.codes):
-        tensors[f"{name}_packed"] = code_rows(matrix).pack(affine.codes)
-    if affine.zero_points is not None:
-        tensors[f"{name}_zero_point"] = pack_rows(affine.zero_points.T, affine.spec.bits).T.contiguous()
-    return tensors
-
-
-def code_rows(matrix: StoredMatrix) -> CodeRows:
-    """A row of words for every row of the matrix."""
-    return grouped.word_rows(f"{matrix.name}_packed", matrix)
-
-
-def quantized_names(stored: StoredTensors) -> list[str]:
-    """Names of the weights that are stored in this container. Raises InputError for a format other than this one."""
-    found = quantization_config(stored, "compressed-tensors")
-    if found is None:
-        return []
-    if found.get("format") != "pack-quantized":
-        what = f"its compressed-tensors format is {found.get('format')!r}, of which we read pack-quantized"
-        raise InputError(what, file=stored.config_file)
-    return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
-
-
-def stored_matrix(name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-    """What the weight called `name` is, from headers, its weight_shape and its scheme in the config.
-
-    Raises InputError where its parts are not those of such a matrix.
-    """
-    del transposed
-    scheme = _scheme(name.removesuffix(".weight"), stored)
-    shape_ref = stored.refs.get(f"{name}_shape")
-    if shape_ref is None or shape_ref.dtype not in ("int64", "int32") or shape_ref.numel != 2:
-        found = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
-        what = f"{found}, and its codes are there"
-        raise InputError(what, file=file_of(f"{name}_packed", stored), tensor=f"{name}_shape")
-    kind = "<2q" if shape_ref.dtype == "int64" else "<2i"
-    shape = cast(tuple[int, int], struct.unpack(kind, stored.raw(f"{name}_shape")))
-    if not all(0 < side < 2**40 for side in shape):
-        raise InputError(f"is {shape}, not a shape", file=shape_ref.file, tensor=f"{name}_shape")
-    bits = grouped.checked_bits(scheme, "num_bits", stored)
-    group_size = shape[1] if scheme.get("strategy") == "channel" else whole_number(scheme, "group_size", stored)
-    if shape[1] % group_size:
-        what = f"has rows of {shape[1]}, not whole groups of {group_size}"
-        raise InputError(what, file=shape_ref.file, tensor=f"{name}_shape")
-    dtype = grouped.scale_dtype(f"{name}_scale", stored)
-    spec = AffineSpec(bits, group_size, symmetric=scheme.get("symmetric") is not False, scale_dtype=dtype)
-    matrix = StoredMatrix(name, shape, spec, stored.dtype, transposed=False)
-    for part in planned(matrix):
-        if not part.name.endswith("_shape"):
-            check_part(part, stored, shape_ref.file, asks="its weight_shape and the config's scheme")
-    return matrix
-
-
-def parts(name: str) -> tuple[str, ...]:
-    """Every tensor name that can belong to the weight called `name`."""
-    return tuple(f"{name}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
-
-
-def unpack(matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-    """The inverse of `pack`."""
-    import torch
-
-    from loftq_cli.triton_kernels.packing.contract import unpack_rows
-
-    spec, name = cast(AffineSpec, matrix.spec), matrix.name
-    packed = stored.load(f"{name}_packed") if has_codes else torch.empty((0, 0), dtype=torch.int32)
-    codes = code_rows(matrix).unpack(packed)
-    zero_points = None
-    if not spec.symmetric:
-        zero_points = unpack_rows(stored.load(f"{name}_zero_point").T, spec.bits, matrix.shape[0]).T.contiguous()
-    return AffineTensor(codes, stored.load(f"{name}_scale"), zero_points, None, spec, matrix.dtype)
-
-
-def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` of one scheme for all linears but those to ignore; or, of
-    several number formats, a scheme for each that names its modules.
-
-    Raises UsageError for a model with experts in full precision, which transformers 5 does not find beside packed ones.
-    """
-    if facts.has_experts:
-        what = "transformers loads no experts in full precision from compressed-tensors"
-        raise UsageError(what, hint="--layout metal, or dense")
-    modules: dict[QuantSpec, list[str]] = {facts.spec: []}
-    for module in facts.quantized_modules:
-        modules.setdefault(facts.other_specs.get(module, facts.spec), []).append(module)
-    is_mixed = len(modules) > 1
-    groups = {
-        f"group_{i}": {"targets": names if is_mixed else ["Linear"], "weights": _weights(cast(AffineSpec, spec))}
-        for i, (spec, names) in enumerate(modules.items())
-    }
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": grouped.kept_names(facts),
-        # transformers 5.23 decodes every linear by the first scheme then.
-        **({} if is_mixed else {"dequantize": True}),
-    }
-    return {**config, "quantization_config": quantization}
+LAYOUT = CompressedTensorsLayout()
 
 
 def _weights(spec: AffineSpec) -> dict[str, Any]:
@@ -176,21 +175,25 @@ def _weights(spec: AffineSpec) -> dict[str, Any]:
 
 
 def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
-    """The weights' scheme of a module. Raises InputError where there is none, or one that we do not read."""
-    found = quantization_config(stored, "compressed-tensors") or {}
-    groups = found.get("config_groups")
+    """The scheme for the weights of a module. Raises InputError for a missing scheme, and for a scheme of a kind that
+    this module does not read.
+    """
+    config = quantization_config(stored, NAME) or {}
+    groups = config.get("config_groups")
     listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    chosen = listed[0] if len(listed) == 1 else _targeting(module, listed, stored)
-    scheme = chosen.get("weights")
+    group = listed[0] if len(listed) == 1 else _targeting(module, listed, stored)
+    scheme = group.get("weights")
     if not isinstance(scheme, dict):
-        what = f"its config has no scheme of the weights of {printable(module)}"
-        raise InputError(what, file=stored.config_file)
-    if chosen.get("format") not in (None, "pack-quantized"):
-        what = f"a scheme of its config has the format {printable(repr(chosen['format']), 80)}; we read pack-quantized"
-        raise InputError(what, file=stored.config_file)
+        message = f"its config has no scheme of the weights of {printable(module)}"
+        raise InputError(message, file=stored.config_file)
+    if group.get("format") not in (None, "pack-quantized"):
+        message = (
+            f"a scheme of its config has the format {printable(repr(group['format']), 80)}; we read pack-quantized"
+        )
+        raise InputError(message, file=stored.config_file)
     if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
-        what = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
-        raise InputError(what, file=stored.config_file)
+        message = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
+        raise InputError(message, file=stored.config_file)
     if scheme.get("actorder") not in (None, False, "static", "weight"):
         raise InputError(
             "act-order: its groups are not neighbouring columns, which is not read", file=stored.config_file
@@ -199,8 +202,8 @@ def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
 
 
 def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors) -> Mapping[str, Any]:
-    """That of several schemes which compressed-tensors takes for a module: it is called by its name, else by the
-    first expression in order of the alphabet that matches the beginning of its name, else by its class.
+    """The scheme that compressed-tensors chooses for a module among several: the target with the module's name; else
+    the first expression, in alphabetical order, that matches the beginning of the name; else the target with the class.
     """
     by_target: dict[str, dict[str, Any]] = {}
     for group in groups:
@@ -209,8 +212,8 @@ def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors)
             raise InputError("the targets of a scheme of its config are no list of names", file=stored.config_file)
         for target in targets:
             if by_target.setdefault(target, group) is not group:
-                what = f"its config has 2 schemes of weights for {printable(target)}"
-                raise InputError(what, file=stored.config_file)
+                message = f"its config has 2 schemes of weights for {printable(target)}"
+                raise InputError(message, file=stored.config_file)
     name = stored.loaded(module)
     expressions = {target: target.removeprefix("re:") for target in sorted(by_target) if target.startswith("re:")}
     if name not in by_target and expressions:
@@ -218,5 +221,5 @@ def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors)
             name = first_matches(expressions, [name]).get(name, name)
         except ValueError as error:
             raise InputError(f"among the targets of its config is {error}", file=stored.config_file) from None
-    known = next((key for key in (name, *_CLASSES) if key in by_target), None)
-    return by_target[known] if known is not None else {}
+    target = next((key for key in (name, *_CLASSES) if key in by_target), None)
+    return by_target[target] if target is not None else {}

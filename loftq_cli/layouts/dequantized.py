@@ -1,6 +1,6 @@
-"""The decoded values as an ordinary checkpoint in the model's own dtype: for loaders that know no quantization.
+"""The decoded values as an ordinary checkpoint in the model's dtype: for loaders without quantization.
 
-The numbers are those that the 4-bit container decodes to; what is saved is nothing on disk.
+A loader reads the numbers that a loader of the quantized container would compute; no bytes are saved on disk.
 """
 
 from __future__ import annotations
@@ -8,41 +8,66 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, ModelFacts, StoredMatrix
-from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer
+from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, Layout, ModelFacts, StoredMatrix
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec
 from loftq_cli.tensors.headers import OutTensor
-from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch
 
-QUANTIZED_ON_DISK = False
+
+class DenseLayout(Layout):
+    """Decoded values: nothing is quantized on disk, so there is nothing to find and to unpack."""
+
+    name = "dense"
+
+    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+        """All shapes of whole groups: a loader sees plain numbers."""
+        del transposed
+        size = spec.group_size_or_none
+        if size is not None and shape[1] % size:
+            return Fit(None, f"rows of {shape[1]} are not whole groups of {size}", SMALLER_GROUPS)
+        return Fit(spec)
+
+    def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
+        """A tensor in the orientation of the source."""
+        shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
+        return (OutTensor(matrix.name, matrix.dtype, shape),)
+
+    def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
+        """The decoded matrix in the dtype of `matrix`."""
+        import torch
+
+        values = quantized.dequantize().to(getattr(torch, matrix.dtype))
+        return {matrix.name: (values.T if matrix.transposed else values).contiguous()}
+
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
+        """None: there are no codes on disk."""
+        del matrix
+        return None
+
+    def quantized_names(self, stored: StoredTensors) -> list[str]:
+        """No names: nothing is quantized on disk."""
+        del stored
+        return []
+
+    def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
+        """Raises ValueError: `quantized_names` has no names."""
+        raise ValueError(f"{name} is not quantized")
+
+    def parts(self, name: str) -> tuple[str, ...]:
+        """The tensor itself."""
+        return (name,)
+
+    def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
+        """Raises ValueError: no codes can be found again in decoded values."""
+        raise ValueError(f"{matrix.name} is not quantized")
+
+    def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The source's config, unchanged."""
+        del facts
+        return dict(config)
 
 
-def fit(spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-    """Every shape that has whole groups: a loader sees plain numbers."""
-    del transposed
-    if isinstance(spec, AffineSpec) and shape[1] % spec.group_size:
-        return Fit(None, f"rows of {shape[1]} are not whole groups of {spec.group_size}", SMALLER_GROUPS)
-    return Fit(spec)
-
-
-def planned(matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-    """One tensor, in the orientation of the source."""
-    shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
-    return (OutTensor(matrix.name, matrix.dtype, shape),)
-
-
-def pack(matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """The decoded matrix in its dtype."""
-    import torch
-
-    values = make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
-    values = values.to(getattr(torch, matrix.dtype))
-    return {matrix.name: (values.T if matrix.transposed else values).contiguous()}
-
-
-def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config as it is."""
-    del facts
-    return dict(config)
+LAYOUT = DenseLayout()

@@ -1,25 +1,18 @@
-"""What the containers of group-wise integers have in common: which matrices they hold, what their configs say,
-and all of those whose offsets are floats.
+"""The base classes of containers of group-wise integers: the matrices that fit, checks of a config, and everything but
+the config for containers with float offsets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import (
-    SMALLER_GROUPS,
-    CodeRows,
-    Fit,
-    ModelFacts,
-    StoredMatrix,
-    StoredTensors,
-    kept_modules,
-)
+from loftq_cli.layouts.layout import SMALLER_GROUPS, Fit, Layout, ModelFacts, StoredMatrix, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of, whole_number
-from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec, as_affine, as_affine_tensor
 from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 from loftq_cli.tensors.matrices import AffineTensor
 from loftq_cli.tensors.specs import AffineSpec
@@ -28,56 +21,61 @@ if TYPE_CHECKING:
     import torch
 
 
-def fit_groups(
-    spec: AffineSpec,
-    shape: tuple[int, int],
-    *,
-    transposed: bool,
-    container: str,
-    row_multiple: int = 1,
-    whole_words: bool = True,
-) -> Fit:
-    """Rows must be whole groups; the container describes one format, so nothing else is tried."""
-    out_features, in_features = shape
-    if transposed:
-        return Fit(None, f"{container} holds no layers that are stored [in, out]")
-    if in_features % spec.group_size:
-        return Fit(None, f"rows of {in_features} are not whole groups of {spec.group_size}", SMALLER_GROUPS)
-    if whole_words and in_features * spec.bits % 32:
-        return Fit(None, f"rows of {in_features} are not whole 32-bit words of {spec.bits}-bit codes")
-    if out_features % row_multiple:
-        return Fit(None, f"{out_features} rows are not a multiple of {row_multiple}, which {container} needs")
-    return Fit(spec)
+class IntegerLayout(Layout):
+    """A container of group-wise integers.
+
+    label               the container's name in sentences
+    row_multiple        output features come in multiples of this number
+    needs_whole_words   whether the codes of a row fill whole 32-bit words
+    """
+
+    label: ClassVar[str]
+    row_multiple: ClassVar[int] = 1
+    needs_whole_words: ClassVar[bool] = True
+
+    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
+        """Whole groups in every row, and linears only. No other format is tried: a config describes one format."""
+        integers, (out_features, in_features) = as_affine(spec), shape
+        if transposed:
+            return Fit(None, f"{self.label} holds no layers that are stored [in, out]")
+        if in_features % integers.group_size:
+            reason = f"rows of {in_features} are not whole groups of {integers.group_size}"
+            return Fit(None, reason, SMALLER_GROUPS)
+        if self.needs_whole_words and in_features * integers.bits % 32:
+            return Fit(None, f"rows of {in_features} are not whole 32-bit words of {integers.bits}-bit codes")
+        if out_features % self.row_multiple:
+            return Fit(None, f"{out_features} rows are not a multiple of {self.row_multiple}, which {self.label} needs")
+        return Fit(integers)
 
 
 def checked_bits(values: Mapping[str, Any], key: str, stored: StoredTensors) -> int:
-    """The bits of a quantization_config. Raises InputError for bits that we do not read."""
+    """The bits of a quantization_config. Raises InputError for a number of bits without a format."""
     bits = whole_number(values, key, stored)
-    known = sorted(row.bits for row in FORMATS.values() if row.is_affine)
-    if bits not in known:
+    readable = sorted(row.bits for row in FORMATS.values() if row.is_affine)
+    if bits not in readable:
         raise InputError(
-            f"is quantized to {bits} bits, of which we read {', '.join(map(str, known))}", file=stored.config_file
+            f"is quantized to {bits} bits, of which we read {', '.join(map(str, readable))}", file=stored.config_file
         )
     return bits
 
 
 def scale_dtype(name: str, stored: StoredTensors) -> str:
-    """The dtype of the scales called `name`. Raises InputError where they are missing or of another kind."""
+    """The dtype of the scales called `name`. Raises InputError for missing scales and for scales of a wrong kind."""
     ref = stored.refs.get(name)
     if ref is None or ref.dtype not in MODEL_DTYPES:
-        found = "missing" if ref is None else ref.dtype
-        raise InputError(f"is {found}, and its codes are there", file=file_of(name, stored), tensor=name)
+        problem = "missing" if ref is None else ref.dtype
+        raise InputError(f"is {problem}, and its codes are there", file=file_of(name, stored), tensor=name)
     return ref.dtype
 
 
 def kept_names(facts: ModelFacts) -> list[str]:
-    """`kept_modules`, for loaders that take them for names and no patterns."""
+    """`kept_modules` without patterns, for loaders that read plain names only."""
     return [name for name in kept_modules(facts) if not name.startswith("^")]
 
 
 def word_rows(name: str, matrix: StoredMatrix, *, is_unsigned: bool = False) -> CodeRows:
     """Codes in 32-bit words along the row, in the tensor called `name`."""
-    bits, columns = cast(AffineSpec, matrix.spec).bits, matrix.shape[1]
+    bits, columns = as_affine(matrix.spec).bits, matrix.shape[1]
 
     def pack(codes: torch.Tensor) -> torch.Tensor:
         import torch
@@ -98,28 +96,24 @@ def word_rows(name: str, matrix: StoredMatrix, *, is_unsigned: bool = False) -> 
     return CodeRows(name, lambda part: part, pack, unpack)
 
 
-@dataclass(frozen=True)
-class FloatOffsets:
-    """The reading and writing side of a container whose groups have a float offset: codes in 32-bit words along the
-    row under the weight's own name, a scale and a bias per group, value = code * scale + bias.
+class FloatOffsetLayout(IntegerLayout):
+    """A container whose groups have a float offset: codes in 32-bit words along the row under the weight's own name, a
+    scale and a bias for each group, value = code * scale + bias. A subclass reads and writes the config.
 
-    container   its name, for people
-    biases      what it calls the biases
-    settings    gives bits and group_size of the module of that name from config.json, or, without a name, those of
-                the model; empty for another container
+    biases   the name of the biases on disk, beside "weight" and "scales"
     """
 
-    container: str
-    biases: str
-    settings: Callable[[StoredTensors, str | None], Mapping[str, Any]]
+    biases: ClassVar[str]
 
-    def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """Whole groups in every row, and linears only."""
-        return fit_groups(cast(AffineSpec, spec), shape, transposed=transposed, container=self.container)
+    @abstractmethod
+    def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
+        """The object of config.json with bits and group_size of `module`, or, for None, of the model; empty for the
+        config of another container.
+        """
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
         """weight uint32 [out, in * bits / 32], scales and biases [out, in / group_size]."""
-        spec, (out_features, in_features) = cast(AffineSpec, matrix.spec), matrix.shape
+        spec, (out_features, in_features) = as_affine(matrix.spec), matrix.shape
         _, scales, biases = self.parts(matrix.name)
         shape = (out_features, in_features // spec.group_size)
         return (
@@ -130,18 +124,18 @@ class FloatOffsets:
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
         """The tensors of `planned`, filled."""
-        affine = cast(AffineTensor, quantized)
+        affine = as_affine_tensor(quantized)
         assert affine.biases is not None  # the table asks for float zero points
         codes, scales, biases = self.parts(matrix.name)
         tensors = {scales: affine.scales, biases: affine.biases}
         return {codes: self.code_rows(matrix).pack(affine.codes), **tensors} if len(affine.codes) else tensors
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """A row of words for every row of the matrix."""
+        """Each row of the matrix is a row of words."""
         return word_rows(matrix.name, matrix, is_unsigned=True)
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights that have biases beside them."""
+        """Names of the weights with biases beside the codes."""
         if not self.settings(stored, None):
             return []
         ending = f".{self.biases}"
@@ -149,7 +143,7 @@ class FloatOffsets:
         return [f"{module}.weight" for module in modules]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """What the weight called `name` is. Raises InputError where its parts do not fit together."""
+        """The matrix called `name`, from headers and the config. Raises InputError for contradictory parts."""
         del transposed
         settings, (_, scales, _) = self.settings(stored, name.removesuffix(".weight")), self.parts(name)
         bits, group_size = checked_bits(settings, "bits", stored), whole_number(settings, "group_size", stored)
@@ -171,7 +165,7 @@ class FloatOffsets:
         """The inverse of `pack`."""
         import torch
 
-        spec, (words, scales, biases) = cast(AffineSpec, matrix.spec), self.parts(matrix.name)
+        spec, (words, scales, biases) = as_affine(matrix.spec), self.parts(matrix.name)
         packed = stored.load(words) if has_codes else torch.empty((0, 0), dtype=torch.uint32)
         codes = self.code_rows(matrix).unpack(packed)
         return AffineTensor(codes, stored.load(scales), None, stored.load(biases), spec, matrix.dtype)

@@ -1,22 +1,25 @@
-"""The contract of an output container, and the table of containers. Planning needs no torch."""
+"""The contract of a container, and the table of containers: each fact that another package asks about a container is a
+field or a method of a row. Planning needs no torch.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec
-from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
+from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
+from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec, as_affine
+from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 
 if TYPE_CHECKING:
     import torch
 
-# Heads that may be absent from a checkpoint, tied to the embedding or added by a task class, and must not be taken for
-# quantized ones at load for that. Names of transformers' own classes.
+# Heads that a checkpoint may lack: tied to the embedding, or added by a task class. Loaders must not expect quantized
+# heads. The names come from transformers' classes.
 TASK_HEADS = (
     *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
     *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
@@ -26,12 +29,12 @@ TASK_HEADS = (
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """One quantized weight as a container holds it.
+    """A quantized weight as a container holds the weight.
 
-    name          its tensor name, "....weight"
+    name          tensor name, "....weight"
     shape         [out, in] of the matrix
-    spec          its number format
-    dtype         what a loader decodes to
+    spec          number format
+    dtype         dtype that a loader decodes to
     transposed    the source stores [in, out] (GPT-2's Conv1D)
     """
 
@@ -47,7 +50,9 @@ SMALLER_GROUPS = "a smaller --group-size"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The specification a container can hold a matrix in, or None; why it is not the one asked for, and what helps."""
+    """The number format in which a container holds a matrix, or None; the reason for a format other than the requested
+    format, and the remedy.
+    """
 
     spec: QuantSpec | None
     reason: str | None = None
@@ -56,10 +61,11 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a container's config needs to know of the whole model; module names as the loaded model has them.
+    """Facts about the whole model for the config of a container; module names are those of the loaded model.
 
     spec          the number format of all quantized modules but those in `other_specs`
     has_experts   whether there are experts in full precision, one matrix each
+    refused_by    containers whose loaders do not read models of this family
     """
 
     dtype: str
@@ -68,137 +74,104 @@ class ModelFacts:
     full_precision_modules: Sequence[str]
     has_experts: bool = False
     other_specs: Mapping[str, QuantSpec] = field(default_factory=dict)
+    refused_by: Sequence[str] = ()
+
+    @property
+    def specs(self) -> set[QuantSpec]:
+        """Every number format in the model."""
+        return {self.spec, *self.other_specs.values()}
 
 
 def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
-    """Of the number formats of modules by name, at least one: the most common one, of equally common ones the first;
-    and the others.
+    """The most common number format of some modules, and the modules with another format. The first of equally common
+    formats wins. `specs` holds a format for each module name, and is not empty.
     """
     ((spec, _),) = Counter(specs.values()).most_common(1)
     return spec, {module: other for module, other in specs.items() if other != spec}
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:
-    """Every linear that stays as it is, and the heads that a loader may add to the model."""
+    """All linears in full precision, and the heads that a loader may add to the model."""
     names = list(facts.full_precision_modules)
     return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensors:
-    """What a container is read from.
+class Layout(ABC):
+    """A container: each row of LAYOUTS has a class without state. mypy checks the class against the methods below."""
 
-    refs     every stored tensor, as the headers have it
-    config   config.json, its quantization_config included; empty where there is none
-    dtype    what the model computes in
-    load     a stored tensor by its name; load_rows, some rows of it; raw, the bytes of a small one, without torch
-    path     what to name in an error about the whole
-    loaded   what a module is called in the loaded model, by which configs know it
-    """
-
-    refs: Mapping[str, TensorRef]
-    config: Mapping[str, Any]
-    dtype: str
-    load: Callable[[str], torch.Tensor]
-    load_rows: Callable[[str, int, int], torch.Tensor]
-    raw: Callable[[str], bytes]
-    path: Path
-    loaded: Callable[[str], str] = str
+    name: ClassVar[str]
 
     @property
-    def config_file(self) -> Path:
-        """What to name in an error about the config."""
-        return config_file_beside(self.refs.values()) or self.path
+    def row(self) -> LayoutRow:
+        """The facts of the container."""
+        return LAYOUTS[self.name]
 
-
-@dataclass(frozen=True, slots=True)
-class CodeRows:
-    """Where a container holds the codes of a matrix row after row, so that a few can be written and read alone.
-
-    name     of the tensor that holds them
-    span     which rows of that tensor hold some rows of the matrix
-    pack     codes as a quantizer gives them -> rows of the tensor; unpack, the inverse
-    """
-
-    name: str
-    span: Callable[[slice], slice]
-    pack: Callable[[torch.Tensor], torch.Tensor]
-    unpack: Callable[[torch.Tensor], torch.Tensor]
-
-    def reader(self, load_rows: Callable[[str, int, int], torch.Tensor]) -> Callable[[slice], torch.Tensor]:
-        """What gives the codes of some rows; `load_rows` gives rows of a stored tensor by its name."""
-
-        def codes(part: slice) -> torch.Tensor:
-            span = self.span(part)
-            return self.unpack(load_rows(self.name, span.start, span.stop))
-
-        return codes
-
-
-class Layout(Protocol):
-    """The functions of a module in LAYOUTS. Those that read are missing where nothing is quantized on disk, and
-    `code_rows` where codes do not lie row after row.
-    """
-
-    QUANTIZED_ON_DISK: bool
-
+    @abstractmethod
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """What stock loaders read right for a matrix of this shape."""
-        ...
+        """The format in which stock loaders read a matrix [out, in] correctly; see `Fit`."""
 
+    @abstractmethod
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """Names, dtypes and shapes of the tensors that `pack` will give."""
-        ...
+        """Names, dtypes and shapes of the tensors from `pack`."""
 
+    @abstractmethod
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
         """The tensors to write, by name; without the codes where `quantized` holds none."""
-        ...
 
-    def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """Where the codes are."""
-        ...
+    @abstractmethod
+    def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
+        """Where the codes of `matrix` lie row after row; None for codes in another order, and for a source that
+        stores [in, out].
+        """
 
+    @abstractmethod
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
         """config.json of the output. Raises UsageError for a model that the container's loaders do not read."""
-        ...
 
+    @abstractmethod
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names ("....weight") of the matrices that are stored in this container, in order; none in another one.
+        """Names ("....weight") of the matrices in this container, in order; no names for a model in another container.
 
-        Raises InputError for one that we do not decode as its loaders do.
+        Raises InputError for a model that this tool and the container's loaders would decode differently.
         """
-        ...
 
+    @abstractmethod
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """What the matrix called `name` is, from headers and small tensors. Raises InputError where parts are missing
-        or not those of such a matrix.
+        """The matrix called `name`, an item of `quantized_names`, from headers and small tensors. Raises InputError for
+        missing parts and for parts of a wrong dtype or shape.
         """
-        ...
 
+    @abstractmethod
     def parts(self, name: str) -> tuple[str, ...]:
-        """Every tensor name that can belong to the matrix called `name`."""
-        ...
+        """All tensor names in which a matrix called `name` may be stored."""
 
+    @abstractmethod
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`, for a matrix that `stored_matrix` gave; without its codes on demand. Raises InputError
-        for numbers that no quantizer writes.
+        """The inverse of `pack`, for a matrix that `stored_matrix` returned; `has_codes=False` leaves the codes out.
+        Raises InputError for numbers that no quantizer writes.
         """
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class LayoutRow:
     """One row of the table.
 
-    quant_types    number formats that it holds
-    zero_point     how integer formats store a group's offset in it: "int", or "float"
-    scale_dtypes   what its scales may be
-    scale_dtype    what its scales are by default; None for the model's dtype
-    keeps_dtype    whether its loaders decode to the model's dtype; otherwise to the scales'
-    one_dtype      whether its loaders need every tensor of the model in the scales' dtype
-    group_sizes    those it holds; empty for all
-    mixed          which integers of several formats its loaders read in one model: "any", "symmetric" ones or "none"
-    fused          names of sibling modules that servers of it make one matrix of, so that they need one format
+    quant_types      number formats that the container holds
+    zero_point       how integer formats store a group's offset: "int" or "float"
+    scale_dtypes     dtypes that scales may have
+    scale_dtype      the default dtype of scales; None for the model's dtype
+    keeps_dtype      whether loaders decode to the model's dtype; otherwise they decode to the dtype of the scales
+    one_dtype        whether loaders need every tensor of the model in the dtype of the scales
+    group_sizes      group sizes that the container holds; empty for all
+    mixed            which integers of several formats loaders read in one model: "any", "symmetric" ones or "none"
+    fused            names of sibling modules that servers make one matrix of, so that they need one format
+    stores_codes     whether weights stay quantized on disk; otherwise the decoded values are stored
+    config_key       key of config.json that describes the quantization
+    in_transformers  whether transformers loads the result
+    peft_pools       whether PEFT's use_qalora pools the inputs of layers in this container
+    load_arguments   what `from_pretrained` needs beside the path
+    mixed_decoding   line of Python to run after loading several formats in one model, before PEFT sees the weights
+    alternatives     containers to offer where the loaders of this one do not read a model, beside decoded values
     """
 
     module: str
@@ -212,12 +185,43 @@ class LayoutRow:
     group_sizes: tuple[int, ...] = ()
     mixed: str = "any"
     fused: tuple[tuple[str, ...], ...] = ()
+    stores_codes: bool = True
+    config_key: str = "quantization_config"
+    in_transformers: bool = True
+    peft_pools: bool = False
+    load_arguments: str = ""
+    mixed_decoding: str = ""
+    alternatives: tuple[str, ...] = ()
+
+    @property
+    def has_integer_zeros(self) -> bool:
+        """Whether groups have integer zero points on disk: a QA-LoRA merge rounds into integers and loses precision."""
+        return self.stores_codes and self.zero_point == "int" and not set(_INTEGERS).isdisjoint(self.quant_types)
+
+    def decoded_dtype(self, spec: QuantSpec, dtype: str) -> str:
+        """The dtype that loaders decode a matrix in the format `spec` to, in a model of `dtype`."""
+        return dtype if self.keeps_dtype else spec.scale_dtype
+
+    def holds(self, spec: QuantSpec) -> bool:
+        """Whether the container holds matrices of this number format and group size."""
+        has_size = not self.group_sizes or spec.group_size_or_none in self.group_sizes
+        return spec.quant_type in self.quant_types and has_size
+
+    def spec_with_offsets(self, stored: QuantSpec, scale_dtype: str | None) -> QuantSpec:
+        """The integer format in which this container keeps the codes of a matrix stored as `stored`, with an offset
+        for each group. Float offsets are float32 unless `scale_dtype` names another dtype. Raises TypeError for a
+        codebook format.
+        """
+        integers = as_affine(stored)
+        exact = "float32" if self.zero_point == "float" else integers.scale_dtype
+        scales = scale_dtype or self.scale_dtype or exact
+        return replace(integers, symmetric=False, zero_point=self.zero_point, scale_dtype=scales)
 
 
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
 _CODEBOOKS = tuple(name for name, row in FORMATS.items() if not row.is_affine)
 
-# What vLLM fuses, in the names of its families.
+# Sibling modules that vLLM fuses, in the names of vLLM's model classes.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -226,7 +230,7 @@ _FUSED = (
     ("q_a_proj", "kv_a_proj_with_mqa"),
 )
 
-# The first row that holds a number format is its default.
+# The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
     "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", _CODEBOOKS),
     "compressed-tensors": LayoutRow(
@@ -235,6 +239,9 @@ LAYOUTS: dict[str, LayoutRow] = {
         _INTEGERS,
         mixed="symmetric",
         fused=_FUSED,
+        # PEFT reads weights at once; transformers decodes a model of several schemes in the first forward pass.
+        mixed_decoding="model.hf_quantizer.compressor.decompress_model(model)",
+        alternatives=("metal",),
     ),
     "gptq": LayoutRow(
         "loftq_cli.layouts.gptq",
@@ -244,6 +251,8 @@ LAYOUTS: dict[str, LayoutRow] = {
         scale_dtype="float16",
         keeps_dtype=False,
         mixed="none",
+        peft_pools=True,
+        alternatives=("compressed-tensors", "metal"),
     ),
     "metal": LayoutRow(
         "loftq_cli.layouts.metal",
@@ -253,6 +262,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         keeps_dtype=False,
         one_dtype=True,
         mixed="none",
+        load_arguments='device_map="cpu"',
     ),
     "mlx": LayoutRow(
         "loftq_cli.layouts.mlx",
@@ -261,37 +271,106 @@ LAYOUTS: dict[str, LayoutRow] = {
         zero_point="float",
         keeps_dtype=False,
         group_sizes=(32, 64, 128),
+        config_key="quantization",
+        in_transformers=False,
     ),
-    "dense": LayoutRow("loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS)),
+    "dense": LayoutRow(
+        "loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS), stores_codes=False
+    ),
 }
+
+# The container of decoded values: every matrix and every merge fits, and every loader reads the result.
+DENSE = next(name for name, row in LAYOUTS.items() if not row.stores_codes)
+DENSE_HINT = f"--layout {DENSE}"
+
+# Containers with a float offset for every group; a merge chooses the first container that fits.
+FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
+INTEGER_ZEROS = tuple(name for name, row in LAYOUTS.items() if row.has_integer_zeros)
+
+CONFIG_KEYS = tuple(dict.fromkeys(row.config_key for row in LAYOUTS.values()))
 
 
 def load_layout(name: str) -> Layout:
-    """The container called `name`."""
-    return cast(Layout, import_module(LAYOUTS[name].module))
+    """The container called `name`, a key of LAYOUTS.
+
+    >>> load_layout("gptq").parts("h.0.fc.weight")
+    ('h.0.fc.qweight', 'h.0.fc.qzeros', 'h.0.fc.scales', 'h.0.fc.g_idx')
+    """
+    layout = import_module(LAYOUTS[name].module).LAYOUT
+    if not isinstance(layout, Layout):
+        raise TypeError(f"LAYOUT of {LAYOUTS[name].module} is no Layout")
+    return layout
 
 
 def default_layout(quant_type: str) -> str:
-    """The container that a number format is written in when none is named."""
+    """The container that a number format is written in when the user names none.
+
+    >>> default_layout("nf4"), default_layout("int4")
+    ('bitsandbytes', 'compressed-tensors')
+    """
     return next(name for name, row in LAYOUTS.items() if quant_type in row.quant_types)
 
 
+def default_layouts_text() -> str:
+    """The defaults of all number formats, for help texts."""
+    codebooks, integers = default_layout(_CODEBOOKS[0]), default_layout(_INTEGERS[0])
+    return f"{codebooks} for {' and '.join(_CODEBOOKS)}, {integers} for integers"
+
+
+def mixing_layouts(quant_type: str, *, with_offsets: bool) -> tuple[str, ...]:
+    """Containers that hold `quant_type` beside other formats of the kind in one model, and DENSE; `with_offsets`: also
+    where groups have zero points or float offsets.
+
+    >>> mixing_layouts("int4", with_offsets=True)
+    ('mlx', 'dense')
+    """
+    modes = ("any",) if with_offsets else ("any", "symmetric")
+    return tuple(name for name, row in LAYOUTS.items() if quant_type in row.quant_types and row.mixed in modes)
+
+
+def alternatives_to(layout: str, specs: Collection[QuantSpec]) -> list[str]:
+    """Containers to offer in place of `layout` for a model of these number formats; DENSE comes last."""
+    is_symmetric = all(spec.zero_point_kind == "none" for spec in specs)
+    modes = ("any", "symmetric") if is_symmetric else ("any",)
+    rows = {name: LAYOUTS[name] for name in LAYOUTS[layout].alternatives}
+    holding = [name for name, row in rows.items() if all(map(row.holds, specs))]
+    return [*(name for name in holding if len(set(specs)) == 1 or rows[name].mixed in modes), DENSE]
+
+
+def either(names: Sequence[str]) -> str:
+    """Names as a choice in a sentence.
+
+    >>> either(["metal"]), either(["mlx", "dense"]), either(["gptq", "metal", "dense"])
+    ('metal', 'mlx or dense', 'gptq, metal or dense')
+    """
+    *firsts, last = names
+    return f"{', '.join(firsts)} or {last}" if firsts else last
+
+
+def layout_of_key(key: str) -> str | None:
+    """The container that describes itself under `key` of config.json; None for a key that several containers share.
+
+    >>> layout_of_key("quantization"), layout_of_key("quantization_config")
+    ('mlx', None)
+    """
+    names = [name for name, row in LAYOUTS.items() if row.config_key == key]
+    return names[0] if len(names) == 1 else None
+
+
 def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """Those of `modules` that servers of the container called `layout` make one matrix of, in groups of two or more."""
-    known = {name: names for names in LAYOUTS[layout].fused for name in names}
+    """Groups of two or more modules that servers of the container called `layout` fuse into one matrix.
+
+    >>> fused_modules("compressed-tensors", ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"])
+    [('mlp.gate_proj', 'mlp.up_proj')]
+    """
+    siblings = {name: names for names in LAYOUTS[layout].fused for name in names}
     groups: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for module in modules:
         parent, _, name = module.rpartition(".")
-        if name in known:
-            groups.setdefault((parent, known[name]), set()).add(name)
+        if name in siblings:
+            groups.setdefault((parent, siblings[name]), set()).add(name)
     return [
-        tuple(f"{parent}.{name}" if parent else name for name in names if name in found)
-        for (parent, names), found in groups.items()
-        if len(found) > 1
+        tuple(f"{parent}.{name}" if parent else name for name in names if name in present)
+        for (parent, names), present in groups.items()
+        if len(present) > 1
     ]
-
-
-def code_rows(layout: str, matrix: StoredMatrix) -> CodeRows | None:
-    """Where the container called `layout` holds the codes of `matrix`; None where not row after row."""
-    container = load_layout(layout)
-    return None if matrix.transposed or not hasattr(container, "code_rows") else container.code_rows(matrix)

@@ -1,42 +1,41 @@
-"""transformers' "metal" container: codes, scales and float offsets (qbiases). Apple GPUs compute with them as they are;
-elsewhere transformers decodes them at load. Every tensor of the model must have the dtype of the scales.
+"""transformers' "metal" container: codes, scales and float offsets (qbiases). Apple GPUs compute with the stored codes;
+on other devices transformers decodes at load. Every tensor of the model must have the dtype of the scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
-from loftq_cli.layouts import grouped
-from loftq_cli.layouts.layout import ModelFacts, StoredTensors
+from loftq_cli.layouts.grouped import FloatOffsetLayout, kept_names
+from loftq_cli.layouts.layout import ModelFacts
 from loftq_cli.layouts.stored_parts import quantization_config
-from loftq_cli.tensors.specs import AffineSpec
-
-QUANTIZED_ON_DISK = True
-
-
-def _settings(stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
-    del module  # one number format for the whole model
-    return quantization_config(stored, "metal") or {}
+from loftq_cli.layouts.stored_tensors import StoredTensors
+from loftq_cli.quant.formats import as_affine
 
 
-_OFFSETS = grouped.FloatOffsets("metal", "qbiases", _settings)
-fit, planned, pack, code_rows = _OFFSETS.fit, _OFFSETS.planned, _OFFSETS.pack, _OFFSETS.code_rows
-quantized_names, stored_matrix, parts, unpack = (
-    _OFFSETS.quantized_names,
-    _OFFSETS.stored_matrix,
-    _OFFSETS.parts,
-    _OFFSETS.unpack,
-)
+class MetalLayout(FloatOffsetLayout):
+    """Integers with float offsets, one number format for the whole model."""
+
+    name = "metal"
+    label = "metal"
+    biases = "qbiases"
+
+    def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
+        """The model's quantization_config, for every module."""
+        del module
+        return quantization_config(stored, self.name) or {}
+
+    def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The source's config and a `quantization_config` by which transformers loads the stored tensors."""
+        spec = as_affine(facts.spec)
+        quantization = {
+            "quant_method": self.name,
+            "bits": spec.bits,
+            "group_size": spec.group_size,
+            "modules_to_not_convert": kept_names(facts),
+        }
+        return {**config, "quantization_config": quantization}
 
 
-def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with a `quantization_config` that makes transformers load the tensors as they are."""
-    spec = cast(AffineSpec, facts.spec)
-    quantization = {
-        "quant_method": "metal",
-        "bits": spec.bits,
-        "group_size": spec.group_size,
-        "modules_to_not_convert": grouped.kept_names(facts),
-    }
-    return {**config, "quantization_config": quantization}
+LAYOUT = MetalLayout()

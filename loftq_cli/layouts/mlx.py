@@ -3,46 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from loftq_cli.errors import InputError, printable
-from loftq_cli.layouts import grouped
-from loftq_cli.layouts.layout import ModelFacts, StoredTensors
-from loftq_cli.tensors.specs import AffineSpec
-
-QUANTIZED_ON_DISK = True
-
-
-def _settings(stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
-    found = stored.config.get("quantization")
-    if not isinstance(found, dict) or found.get("mode", "affine") != "affine":
-        return {}
-    own = None if module is None else found.get(module) or found.get(stored.loaded(module))
-    if not isinstance(own, dict):
-        return found
-    if own.get("mode", "affine") != "affine":
-        what = f"its quantization has mode {printable(repr(own['mode']), 80)} for {printable(module)}; we read affine"
-        raise InputError(what, file=stored.config_file)
-    return own
+from loftq_cli.layouts.grouped import FloatOffsetLayout
+from loftq_cli.layouts.layout import ModelFacts
+from loftq_cli.layouts.stored_tensors import StoredTensors
+from loftq_cli.quant.formats import QuantSpec, as_affine
 
 
-_OFFSETS = grouped.FloatOffsets("MLX", "biases", _settings)
-fit, planned, pack, code_rows = _OFFSETS.fit, _OFFSETS.planned, _OFFSETS.pack, _OFFSETS.code_rows
-quantized_names, stored_matrix, parts, unpack = (
-    _OFFSETS.quantized_names,
-    _OFFSETS.stored_matrix,
-    _OFFSETS.parts,
-    _OFFSETS.unpack,
-)
+class MlxLayout(FloatOffsetLayout):
+    """Integers with float offsets; each module may have bits and a group size of its own."""
+
+    name = "mlx"
+    label = "MLX"
+    biases = "biases"
+
+    def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
+        """The entry of `module` in the config's `quantization`, or the common entry. Raises InputError for a module in
+        a mode other than affine.
+        """
+        common = stored.config.get("quantization")
+        if not isinstance(common, dict) or common.get("mode", "affine") != "affine":
+            return {}
+        entry = None if module is None else common.get(module) or common.get(stored.loaded(module))
+        if not isinstance(entry, dict):
+            return common
+        if entry.get("mode", "affine") != "affine":
+            mode = printable(repr(entry["mode"]), 80)
+            message = f"its quantization has mode {mode} for {printable(str(module))}; we read affine"
+            raise InputError(message, file=stored.config_file)
+        return entry
+
+    def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
+        """The source's config and a `quantization`, with an entry for each module of uncommon bits or group size. MLX
+        leaves a linear without scales in full precision, listed or not.
+        """
+        entries = {module: _entry(spec) for module, spec in facts.other_specs.items()}
+        return {**config, "quantization": {**_entry(facts.spec), "mode": "affine", **entries}}
 
 
-def model_config(config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-    """The source's config with `quantization`, in which modules of other bits or groups have entries of their own; a
-    linear without scales stays as it is without being listed.
-    """
-    others = {module: _entry(cast(AffineSpec, spec)) for module, spec in facts.other_specs.items()}
-    return {**config, "quantization": {**_entry(cast(AffineSpec, facts.spec)), "mode": "affine", **others}}
+def _entry(spec: QuantSpec) -> dict[str, Any]:
+    integers = as_affine(spec)
+    return {"group_size": integers.group_size, "bits": integers.bits}
 
 
-def _entry(spec: AffineSpec) -> dict[str, Any]:
-    return {"group_size": spec.group_size, "bits": spec.bits}
+LAYOUT = MlxLayout()

@@ -1,23 +1,29 @@
-"""What form a merged model gets: dense, quantized again, or the base's codes with other offsets. From the options, the
-base and the kind of adapter alone; no tensor is looked at.
+"""The form of a merged model: decoded, quantized again, or the base's codes with other offsets. The options, the base
+and the kind of adapter decide the form; no tensor is looked at.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import LAYOUTS, default_layout
+from loftq_cli.layouts.layout import (
+    DENSE,
+    DENSE_HINT,
+    FLOAT_OFFSETS,
+    INTEGER_ZEROS,
+    LAYOUTS,
+    default_layout,
+    either,
+    mixing_layouts,
+)
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.planning.recipe import Recipe
 from loftq_cli.planning.settings import affine_spec
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.tensors.headers import MODEL_DTYPES
-from loftq_cli.tensors.specs import POOLINGS, AffineSpec, CodebookSpec
-
-# Containers that hold a float offset for every group, in the order in which they are chosen.
-_FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
-_INTEGER_ZEROS = ("compressed-tensors", "gptq")
+from loftq_cli.tensors.specs import POOLINGS, CodebookSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,16 +80,13 @@ class MergeForm:
         """What the model is stored in, where `dtype` is what it would be: some loaders need all tensors in one."""
         if not LAYOUTS[self.layout].one_dtype:
             return dtype
-        if isinstance(self.spec, AffineSpec):
+        if self.spec is not None:
             return self.spec.scale_dtype
         return self.scale_dtype or "float32"
 
-    def spec_for(self, stored: AffineSpec) -> AffineSpec:
+    def spec_for(self, stored: QuantSpec) -> QuantSpec:
         """The format that a base weight with its codes kept is stored in."""
-        row = LAYOUTS[self.layout]
-        exact = "float32" if row.zero_point == "float" else stored.scale_dtype
-        scales = self.scale_dtype or row.scale_dtype or exact
-        return replace(stored, symmetric=False, zero_point=row.zero_point, scale_dtype=scales)
+        return LAYOUTS[self.layout].spec_with_offsets(stored, self.scale_dtype)
 
 
 def choose_form(options: MergeOptions, base: BaseModel, *, is_pooled: bool) -> MergeForm:
@@ -95,34 +98,33 @@ def choose_form(options: MergeOptions, base: BaseModel, *, is_pooled: bool) -> M
     if options.requantize is not None:
         return _requantized(options, base)
     specs = [matrix.spec for matrix in base.quantized.values()]
-    integers = [spec for spec in specs if isinstance(spec, AffineSpec)]
-    can_move = is_pooled and bool(integers) and len(integers) == len(specs)
+    can_move = is_pooled and bool(specs) and all(spec.is_affine for spec in specs)
     if options.round_zeros:
-        return _rounded(options, base, integers, can_move=can_move)
-    layout = options.layout or (_exact_layout(base, integers) if can_move else "dense")
-    if layout == "dense":
+        return _rounded(options, base, specs, can_move=can_move)
+    layout = options.layout or (_exact_layout(base, specs) if can_move else DENSE)
+    if not LAYOUTS[layout].stores_codes:
         if options.scale_dtype is not None:
             raise UsageError("--scale-dtype is for a quantized result", hint="leave it out")
-        return MergeForm("dense")
+        return MergeForm(layout)
     if not can_move:
         raise UsageError(
             f"--layout {layout} needs codes, and only a QA-LoRA adapter on an integer base keeps them",
-            hint="--requantize int4, or --layout dense",
+            hint=f"--requantize int4, or {DENSE_HINT}",
         )
-    if layout not in _FLOAT_OFFSETS:
+    if layout not in FLOAT_OFFSETS:
         raise UsageError(
             f"--layout {layout} holds integer zero points, which lose most of a QA-LoRA update",
-            hint=f"--layout {' or '.join(_FLOAT_OFFSETS)} is exact; --round-zeros measures what is lost",
+            hint=f"--layout {either(FLOAT_OFFSETS)} is exact; --round-zeros measures what is lost",
         )
-    _check_holds(layout, integers, options)
+    _check_holds(layout, specs, options)
     return MergeForm(layout, keeps_codes=True, scale_dtype=options.scale_dtype)
 
 
 def _requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
     quant_type = str(options.requantize)
     layout = options.layout or default_layout(quant_type)
-    if layout == "dense":
-        raise UsageError("--requantize writes codes, and --layout dense has none", hint="one of the two")
+    if not LAYOUTS[layout].stores_codes:
+        raise UsageError(f"--requantize writes codes, and --layout {layout} has none", hint="one of the two")
     # A recipe knows which of these belong together, and says it if they do not.
     recipe = Recipe(
         method="qlora",
@@ -146,42 +148,39 @@ def _requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
     return MergeForm(layout, spec)
 
 
-def _rounded(options: MergeOptions, base: BaseModel, integers: list[AffineSpec], *, can_move: bool) -> MergeForm:
+def _rounded(options: MergeOptions, base: BaseModel, specs: Sequence[QuantSpec], *, can_move: bool) -> MergeForm:
     if not can_move:
         raise UsageError("--round-zeros is for a QA-LoRA adapter on an integer base", hint="leave it out")
-    layout = options.layout or (base.layout if base.layout in _INTEGER_ZEROS else _INTEGER_ZEROS[0])
-    if layout not in _INTEGER_ZEROS:
+    stored_in = base.layout.name
+    layout = options.layout or (stored_in if stored_in in INTEGER_ZEROS else INTEGER_ZEROS[0])
+    if layout not in INTEGER_ZEROS:
         raise UsageError(f"--layout {layout} has no integer zero points to round to", hint="leave out --round-zeros")
-    _check_holds(layout, integers, options)
+    _check_holds(layout, specs, options)
     return MergeForm(layout, keeps_codes=True, scale_dtype=options.scale_dtype)
 
 
-def _exact_layout(base: BaseModel, integers: list[AffineSpec]) -> str:
-    """The base's own container if it has float offsets, else the first one that holds its codes, else dense."""
-    if base.layout in _FLOAT_OFFSETS:
-        return base.layout
-    fitting = (n for n in _FLOAT_OFFSETS if _mixes(n, integers) and all(_holds(n, spec) for spec in integers))
-    return next(fitting, "dense")
+def _exact_layout(base: BaseModel, specs: Sequence[QuantSpec]) -> str:
+    """The base's own container if it has float offsets, else the first container that holds the codes, else DENSE."""
+    if base.layout.name in FLOAT_OFFSETS:
+        return base.layout.name
+    fitting = (name for name in FLOAT_OFFSETS if _mixes(name, specs) and all(map(LAYOUTS[name].holds, specs)))
+    return next(fitting, DENSE)
 
 
-def _mixes(layout: str, integers: list[AffineSpec]) -> bool:
+def _mixes(layout: str, specs: Sequence[QuantSpec]) -> bool:
     """Whether a container holds these formats, with offsets, in one model."""
-    return LAYOUTS[layout].mixed == "any" or len({(spec.bits, spec.group_size) for spec in integers}) == 1
+    return LAYOUTS[layout].mixed == "any" or len({(spec.quant_type, spec.group_size_or_none) for spec in specs}) == 1
 
 
-def _holds(layout: str, spec: AffineSpec) -> bool:
+def _check_holds(layout: str, specs: Sequence[QuantSpec], options: MergeOptions) -> None:
     row = LAYOUTS[layout]
-    return spec.quant_type in row.quant_types and (not row.group_sizes or spec.group_size in row.group_sizes)
-
-
-def _check_holds(layout: str, integers: list[AffineSpec], options: MergeOptions) -> None:
-    for spec in integers:
-        if not _holds(layout, spec):
-            what = f"--layout {layout} does not hold {spec.quant_type} in groups of {spec.group_size}"
-            raise UsageError(what, hint="--layout dense holds every merge")
-    if not _mixes(layout, integers):
+    for spec in specs:
+        if not row.holds(spec):
+            what = f"--layout {layout} does not hold {spec.quant_type} in groups of {spec.group_size_or_none}"
+            raise UsageError(what, hint=f"{DENSE_HINT} holds every merge")
+    if not _mixes(layout, specs):
         what = f"--layout {layout} does not hold layers of several quant types or group sizes with offsets"
-        raise UsageError(what, hint="--layout mlx, or dense")
-    row = LAYOUTS[layout]
+        mixing = [name for name in mixing_layouts(specs[0].quant_type, with_offsets=True) if name != DENSE]
+        raise UsageError(what, hint=f"--layout {either(mixing)}, or {DENSE}")
     if options.scale_dtype is not None and options.scale_dtype not in row.scale_dtypes:
         raise UsageError(f"--layout {layout} has no {options.scale_dtype} scales", hint=", ".join(row.scale_dtypes))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.errors import InputError, NumericError
-from loftq_cli.layouts.layout import StoredMatrix, load_layout
+from loftq_cli.layouts.layout import DENSE_HINT, StoredMatrix, load_layout
 from loftq_cli.merging.plan import Merge
 from loftq_cli.merging.planner import MergeJob
 from loftq_cli.merging.report import MergedLayer
@@ -22,10 +22,9 @@ from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.quant.gpu_matrix import WholeMatrix, merge_on, requantize, requantize_on
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.matrices import AffineTensor, LoraPair, lora_pair
-from loftq_cli.tensors.metrics import delta_rows, group_delta, is_finite, layer_error
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
+from loftq_cli.tensors.metrics import delta_rows, is_finite
 from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, TensorRows, slabs
-from loftq_cli.tensors.specs import AffineSpec
 
 if TYPE_CHECKING:
     import torch
@@ -179,28 +178,26 @@ class MergeJobRunner:
 
         Raises NumericError where float32 offsets are not exact.
         """
-        from loftq_cli.quant.affine import move_offsets, offset_difference
+        from loftq_cli.quant.affine import merge_into_offsets
 
         base, matrix = self.merge.base.quantized_tensor(job.name), job.matrix
-        assert isinstance(base, AffineTensor) and matrix is not None and isinstance(matrix.spec, AffineSpec)
-        size = base.spec.group_size
-        delta, pair = base.scales.new_zeros(base.scales.shape).double(), None
-        if job.lora is not None:
-            pair = self._load_pair(job.lora)
-            delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
-        moved = move_offsets(base, delta, matrix.spec, matrix.dtype)
-        difference = offset_difference(moved, base, delta)
+        assert matrix is not None  # a job that keeps codes stores a quantized matrix
+        pair = None if job.lora is None else self._load_pair(job.lora)
+        try:
+            merged = merge_into_offsets(base, pair, matrix.spec, matrix.dtype, workers=workers)
+        except NumericError as error:
+            hint = f"{error.hint}, or {DENSE_HINT}" if error.hint else None
+            raise NumericError(error.message, hint=hint) from None
+        difference = merged.difference
         is_exact = difference.max_difference <= EXACT * difference.max_weight
-        if matrix.spec.scale_dtype == "float32" and matrix.spec.zero_point == "float" and not is_exact:
+        if matrix.spec.scale_dtype == "float32" and matrix.spec.zero_point_kind == "float" and not is_exact:
             message = f"merged, it differs by {difference.max_difference:g} from the exact sum"
-            raise NumericError(message, hint="--layout dense")
-        tensors = load_layout(self.merge.form.layout).pack(matrix, moved)
+            raise NumericError(message, hint=DENSE_HINT)
+        tensors = load_layout(self.merge.form.layout).pack(matrix, merged.quantized)
         if pair is None:
             return self._write(job, tensors)
-        values = make_quantizer(base.spec, base.dtype).decoded(base)
-        squared_weight = layer_error(values, values, None, workers).squared_weight
-        squared_delta = size * float(delta.double().square().sum())
-        layer = MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta)
+        layer = _merged_layer(job, pair, merged.squared_weight, merged.squared_delta)
+        assert layer is not None
         return self._write(job, tensors, replace(layer, difference=difference))
 
     def _write(self, job: MergeJob, tensors: dict[str, torch.Tensor], layer: MergedLayer | None = None) -> WrittenJob:
@@ -208,7 +205,7 @@ class MergeJobRunner:
         for name, tensor in tensors.items():
             if not is_finite(tensor):
                 message = f"merged, {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
-                raise InputError(message, file=self.merge.base.path, tensor=job.name, hint="--layout dense")
+                raise InputError(message, file=self.merge.base.path, tensor=job.name, hint=DENSE_HINT)
         return _written({name: self.files[name].write(name, tensor) for name, tensor in tensors.items()}, layer)
 
     def _load_pair(self, lora: LoraTensors) -> LoraPair:

@@ -73,7 +73,7 @@ class Merge:
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
         sources = [source_name(self.base.path), source_name(self.adapter.path)]
-        configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout]
+        configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout.name]
         values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -137,6 +137,7 @@ class Merge:
             [module_of(loaded.get(name, name)) for name in dense],
             has_experts=any(name in refs and kind_of(refs[name], self.base.family) == "expert" for name in dense),
             other_specs=other_specs,
+            refused_by=self.base.family.row.refused_by,
         )
 
 

@@ -13,14 +13,14 @@ from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.errors import MismatchError, UsageError
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, load_layout
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.planning.settings import decoded_dtype
-from loftq_cli.quant.formats import QuantSpec
+from loftq_cli.quant.formats import QuantSpec, requantized_spec
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, OutTensor
-from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, Pooling
+from loftq_cli.tensors.specs import Pooling
 
 # The output layer over the vocabulary, and classes that have none: only the former can share the embedding's weight.
 _VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
@@ -81,7 +81,7 @@ class MergePlanner:
         self._unfit: dict[str, str] = {}
         if form.is_quantized and not base.family.loads_in_4_bit():
             message = f"transformers cannot load {base.family.model_type} from quantized tensors"
-            raise UsageError(message, hint="--layout dense")
+            raise UsageError(message, hint=DENSE_HINT)
 
     def plan_jobs(self) -> Iterator[MergeJob]:
         """Yield a job for every base tensor, in order, then for every new tensor.
@@ -150,8 +150,7 @@ class MergePlanner:
 
     def _quantize_again(self, job: MergeJob, stored: StoredMatrix | None, spec: QuantSpec) -> MergeJob | None:
         if stored is not None:
-            if isinstance(spec, CodebookSpec) and isinstance(stored.spec, CodebookSpec):
-                spec = replace(stored.spec, codebook=spec.codebook)
+            spec = requantized_spec(stored.spec, spec)
             shape, transposed = stored.shape, stored.transposed
         elif job.lora is None or kind_of(self._base.tensors[job.name], self._base.family) not in ("linear", "head"):
             return None
@@ -164,7 +163,7 @@ class MergePlanner:
             self._unfit[job.name] = fit.reason or "does not fit the container"
             return None
         matrix = self._stored_matrix(job.name, shape, fit.spec, transposed=transposed)
-        if not job.is_touched and matrix == stored and self._base.layout == self._form.layout:
+        if not job.is_touched and matrix == stored and self._base.layout.name == self._form.layout:
             # The values lie on the grid already, and encoding them again would move some.
             outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in self._base.parts(job.name))
             return replace(job, matrix=matrix, outputs=outputs, is_copied=True)
@@ -172,19 +171,18 @@ class MergePlanner:
 
     def _move_offsets(self, job: MergeJob, stored: StoredMatrix) -> MergeJob:
         """The job that moves the offsets of a quantized weight. Raises MismatchError for unfit groups."""
-        assert isinstance(stored.spec, AffineSpec)
         if job.lora is not None:
-            pooling, group_size = job.lora.pooling, stored.spec.group_size
+            pooling, group_size = job.lora.pooling, stored.spec.group_size_or_none
             message = None
             if pooling is None:
                 message = f"has no pooled input, so no zero point of {job.name} can hold it"
-            elif pooling.group_size % group_size:
+            elif not stored.spec.has_whole_groups_in(pooling.group_size):
                 message = (
                     f"pools groups of {pooling.group_size}, which are not unions of the groups of {group_size} of "
                     f"{job.name}"
                 )
             if message is not None:
-                raise self._mismatch(message, job.lora.lora_A, "--layout dense")
+                raise self._mismatch(message, job.lora.lora_A, DENSE_HINT)
         layout, spec = load_layout(self._form.layout), self._form.spec_for(stored.spec)
         fit = layout.fit(spec, stored.shape, transposed=stored.transposed)
         if fit.spec is None:

@@ -12,8 +12,9 @@ import torch
 from loftq_cli.methods.alternation import TIE
 from loftq_cli.methods.lowrank import COLD_STEPS
 from loftq_cli.quant.codebook_stack import QuantizedStack, quantize_stack
+from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.tensors.matrices import NestedAbsmax
-from loftq_cli.tensors.specs import CodebookSpec, LoraSpec
+from loftq_cli.tensors.specs import LoraSpec
 from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
 from loftq_cli.triton_kernels.residual.contract import residual_product, transposed_residual_product
 
@@ -58,7 +59,7 @@ class StackedInitialization:
     alternation: StackedAlternation | None
 
 
-def quantize_once(weight: torch.Tensor, spec: CodebookSpec, dtype: str) -> StackedInitialization:
+def quantize_once(weight: torch.Tensor, spec: QuantSpec, dtype: str) -> StackedInitialization:
     """QLoRA of [n, out, in]: its adapter is not computed from the weights, and adds nothing."""
     quantized = quantize_stack(weight, spec, dtype)
     sums = _sums(weight, quantized, None, 1.0)
@@ -66,7 +67,7 @@ def quantize_once(weight: torch.Tensor, spec: CodebookSpec, dtype: str) -> Stack
 
 
 def alternate_stack(
-    weight: torch.Tensor, spec: CodebookSpec, dtype: str, lora: LoraSpec, iterations: int, start: torch.Tensor
+    weight: torch.Tensor, spec: QuantSpec, dtype: str, lora: LoraSpec, iterations: int, start: torch.Tensor
 ) -> StackedInitialization:
     """LoftQ of [n, out, in]; `start` holds random vectors, float32 [n, in, rank].
 

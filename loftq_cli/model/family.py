@@ -1,6 +1,6 @@
-"""What the config of a model says about its tensors that headers alone do not: dtype, orientation, names after loading.
+"""The config of a model: dtype, orientation and loaded names of tensors, which headers alone do not tell.
 
-Facts about transformers' model classes, read from their sources (5.23); it is never imported here.
+Facts about single families are in families.toml; this module never imports transformers.
 """
 
 from __future__ import annotations
@@ -13,73 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.errors import InputError, printable
+from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
+from loftq_cli.model.families import FamilyRow, family_row
 from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
 
-# Families whose linears are Conv1D: stored [in, out], loaded as [out, in].
-_CONV1D_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_MODULE = re.compile(r"(?:^|\.)(?:c_attn|c_proj|c_fc|q_attn)$")
-
-# Linears that transformers keeps in float32 whatever a quantization config says; a 4-bit one fails to load.
-_FULL_PRECISION = {
-    **dict.fromkeys(("t5", "mt5", "umt5", "pop2piano", "udop"), ("wo",)),
-    **dict.fromkeys(("deepseek_v32", "glm_moe_dsa", "axk2", "mistral_large4"), ("indexer.weights_proj",)),
-}
-
-# Linears on which PEFT takes no adapter (0.21): where the projections of experts are fused, it moves every adapter of
-# these names to the experts, from shared ones and dense layers too; and it refuses these names in Mamba models.
-_MOVED_TO_EXPERTS = (
-    *("afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe"),
-    *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe"),
-    *("longcat_flash", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "solar_open"),
-)
-_NO_ADAPTER = {
-    **dict.fromkeys(_MOVED_TO_EXPERTS, ("gate_proj", "up_proj", "down_proj")),
-    **dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), ("out_proj", "conv1d")),
-}
-
-# Families that transformers 5 cannot load from 4-bit tensors: Falcon's linears are of a class of its own, which is not
-# replaced, and with a quantization config Llama 4's fused experts are replaced by others.
-_NEVER_IN_4_BIT = ("falcon", "llama4", "llama4_text")
-
-# Renamings that transformers applies to older checkpoints of these families while it loads a head class.
-_LLAVA_RENAMINGS = (
-    (r"^language_model\.lm_head", "lm_head"),
-    (r"^language_model\.(?:model\.)?", "model.language_model."),
-    (r"^(?=(?:vision_tower|audio_tower|multi_modal_projector)\.)", "model."),
-)
-_QWEN_VL_RENAMINGS = (
-    (r"^visual\.", "model.visual."),
-    (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
-)
-_LLAVA_LIKE = (
-    *("aria", "aya_vision", "gemma3", "got_ocr2", "internvl", "llava", "llava_next", "llava_next_video"),
-    *("llava_onevision", "mistral3", "paligemma", "qwen2_audio", "vipllava"),
-)
-_RENAMINGS = {
-    **dict.fromkeys(_LLAVA_LIKE, _LLAVA_RENAMINGS),
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN_VL_RENAMINGS),
-}
-
-# The attribute under which a head class holds the base model. Checkpoints saved from the base model (gpt2, bloom on
-# the hub) lack it in their names, and loaders add it: an adapter must name modules as they are then called.
-_FAMILIES_OF_PREFIX = {
-    "transformer": "bloom codegen ctrl falcon gpt2 gpt_bigcode gpt_neo gptj mpt openai-gpt xlnet",
-    "roberta": "camembert roberta xlm-roberta",
-    "deberta": "deberta deberta-v2",
-    "model": "bart cohere gemma gemma2 granite llama mistral mixtral olmo olmo2 olmoe opt phi phi3 "
-    "qwen2 qwen2_moe qwen3 qwen3_moe stablelm starcoder2",
-    "albert": "albert",
-    "bert": "bert",
-    "distilbert": "distilbert",
-    "electra": "electra",
-    "gpt_neox": "gpt_neox",
-    "mpnet": "mpnet",
-}
-_PREFIX_OF = {family: prefix for prefix, families in _FAMILIES_OF_PREFIX.items() for family in families.split()}
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
 
-
-# What decides something here or in a container, and the type it must have where it is there and not null.
+# Keys of a config that this tool reads, and the type of each value; a key may be absent or null.
 _TEXT, _OBJECT, _SWITCH = (str, "a text"), (dict, "an object"), (bool, "true or false")
 _NESTED_KEYS = {"tie_word_embeddings": _SWITCH, "vocab_size": (int, "a whole number")}
 _KEYS = {
@@ -88,16 +28,17 @@ _KEYS = {
     "architectures": (list, "a list of class names"),
     "text_config": _OBJECT,
     "is_encoder_decoder": _SWITCH,
-    "quantization_config": _OBJECT,
-    "quantization": _OBJECT,
+    **dict.fromkeys(CONFIG_KEYS, _OBJECT),
 }
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """What `config` (the model's config.json, empty where there is none) says about its tensors; `file` is where that
-    lies, if it is known.
+    """A model's config.json and the facts about the family of the model.
+
+    config   content of config.json; empty for a model without a config
+    file     path of the config, for errors; None for an unknown path
     """
 
     config: Mapping[str, Any]
@@ -106,10 +47,9 @@ class Family:
     def __post_init__(self) -> None:
         """Raises InputError for a value of the wrong type, and for a model that is quantized already."""
         check_types(self.config, self.file)
-        quantization = self.config.get("quantization_config") or self.config.get("quantization")
-        if quantization:
-            known = "?" if "quantization_config" in self.config else "mlx"
-            method = quantization.get("quant_method", known) if isinstance(quantization, dict) else "?"
+        key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
+        if key is not None:
+            method = self.config[key].get("quant_method", layout_of_key(key) or "?")
             raise InputError(
                 f"the model is quantized already ({method})",
                 file=self.file,
@@ -122,26 +62,31 @@ class Family:
         return str(self.config.get("model_type", ""))
 
     @property
+    def row(self) -> FamilyRow:
+        """The facts about the family in families.toml."""
+        return family_row(self.model_type)
+
+    @property
     def architectures(self) -> list[str]:
-        """Class names that the checkpoint was saved from."""
+        """Names of the classes from which the checkpoint was saved."""
         value = self.config.get("architectures")
         return [str(name) for name in value] if isinstance(value, list) else []
 
     def is_transposed(self, module: str) -> bool:
         """Whether the weight of `module` is stored [in, out]."""
-        return self.model_type in _CONV1D_FAMILIES and bool(_CONV1D_MODULE.search(module))
+        return module.rpartition(".")[2] in self.row.transposed
 
     def is_kept_in_float32(self, module: str) -> bool:
-        """Whether transformers refuses to hold `module` in 4 bits."""
-        return module.endswith(_FULL_PRECISION.get(self.model_type, ()))
+        """Whether transformers keeps `module` in float32 whatever a quantization config says."""
+        return module.endswith(self.row.full_precision)
 
     def takes_adapter(self, module: str) -> bool:
         """Whether PEFT can put an adapter on `module` and nowhere else."""
-        return module.rpartition(".")[2] not in _NO_ADAPTER.get(self.model_type, ())
+        return module.rpartition(".")[2] not in self.row.no_adapter
 
     def loads_in_4_bit(self) -> bool:
         """Whether transformers loads linears of this family from 4-bit tensors."""
-        return self.model_type not in _NEVER_IN_4_BIT
+        return self.row.loads_in_4_bit
 
     def ties_embeddings(self) -> bool:
         """Whether the config says that the head shares the embedding's weight."""
@@ -150,7 +95,7 @@ class Family:
         return any(part.get("tie_word_embeddings") is True for part in both)
 
     def dtype(self, weights: Iterable[TensorRef]) -> str:
-        """The dtype the model computes in: the config's, else the most common one of `weights`, else float32."""
+        """The dtype that the model computes in: the config's, else the most common of `weights`, else float32."""
         nested = self.config.get("text_config")
         for part in (self.config, nested if isinstance(nested, dict) else {}):
             named = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
@@ -161,13 +106,13 @@ class Family:
         return common if common in MODEL_DTYPES else "float32"
 
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
-        """What `module` is called in a model loaded with the class that the config names; `modules` are all."""
+        """The name of `module` after loading with the class in the config; `modules` are the names of all modules."""
         if not self.architectures:
             return module
         if _HEAD_CLASS.search(self.architectures[0]):
-            for pattern, new in _RENAMINGS.get(self.model_type, ()):
-                module = re.sub(pattern, new, module)
-        prefix = _PREFIX_OF.get(self.model_type)
+            for pattern, replacement in self.row.renamings:
+                module = re.sub(pattern, replacement, module)
+        prefix = self.row.prefix
         if prefix is None:
             return module
         has_prefix = any(name.startswith(f"{prefix}.") for name in modules)
@@ -193,6 +138,6 @@ def _check_keys(
             raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not {what}", file=file)
     for key in _DTYPE_KEYS:
         value = config.get(key)
-        # A model of several parts may have an object of dtypes, which says nothing here.
+        # A model of several parts may have an object of dtypes; the object is not read.
         if value is not None and type(value) not in (str, dict):
             raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not the name of a dtype", file=file)

@@ -1,5 +1,5 @@
-"""A model directory whose linear weights may be quantized, ours or anybody's: each weight as the matrix that a loader
-computes with. Reads only.
+"""A model directory with dense or quantized linear weights, written by this tool or by another tool: each weight is
+read as the matrix that a loader computes with. Writes nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.checkpoint import source
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
 from loftq_cli.errors import InputError, LoftqError
-from loftq_cli.layouts.layout import LAYOUTS, Layout, StoredMatrix, StoredTensors, code_rows, load_layout
+from loftq_cli.layouts.layout import CONFIG_KEYS, DENSE, LAYOUTS, Layout, StoredMatrix, load_layout
+from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.model.family import Family, check_types
 from loftq_cli.model.targets import module_of
 from loftq_cli.tensors.headers import TensorRef, config_file_beside
@@ -24,23 +25,21 @@ if TYPE_CHECKING:
 
     from loftq_cli.quant.formats import QuantizedTensor
 
-_CONTAINER_KEYS = ("quantization_config", "quantization")
-
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model as its loader has it.
+    """A model as a loader sees the model.
 
-    tensors     every tensor in order; a quantized weight is one, in the dtype and orientation of a dense file
-    quantized   the weights that are stored quantized
-    layout      the container that they are stored in; None where there is none
-    config      config.json without its quantization
+    tensors     every tensor in order; a quantized weight is a tensor in the dtype and orientation of a dense file
+    quantized   the quantized weights by name
+    layout      the container of the quantized weights; the container of decoded values for a model without any
+    config      config.json without the keys about quantization
     """
 
     path: Path
     tensors: dict[str, TensorRef]
     quantized: dict[str, StoredMatrix]
-    layout: str | None
+    layout: Layout
     family: Family
     config: dict[str, Any]
     checkpoint: Checkpoint
@@ -57,7 +56,7 @@ class BaseModel:
 
     @classmethod
     def of_shards(cls, directory: Path, names: Sequence[str], config: Mapping[str, Any]) -> BaseModel:
-        """The weight files called `names`, of a directory that is not complete yet; `config` is its config.json."""
+        """The weight files called `names` in an unfinished directory; `config` is the content of config.json."""
         return cls._of(directory, open_files(directory, names), config)
 
     @classmethod
@@ -66,16 +65,14 @@ class BaseModel:
         file, stored = config_file_beside(refs.values()), _stored(path, checkpoint, config)
         family = Family(plain, file)
         layout, names = _container(stored)
-        if layout is None:
-            return cls(path, dict(refs), {}, None, Family(config, file), plain, checkpoint, stored)
-        container = load_layout(layout)
+        if not names:
+            return cls(path, dict(refs), {}, layout, Family(config, file), plain, checkpoint, stored)
         quantized = {
-            name: container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
-            for name in names
+            name: layout.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name))) for name in names
         }
-        for error in _orphans(stored, container, names):
+        for error in _orphans(stored, layout, names):
             raise error
-        owner = {part: name for name in names for part in container.parts(name)}
+        owner = {part: name for name in names for part in layout.parts(name)}
         tensors: dict[str, TensorRef] = {}
         for part, ref in refs.items():
             matrix = quantized.get(owner.get(part, part))
@@ -88,7 +85,7 @@ class BaseModel:
 
     @property
     def folder(self) -> Path:
-        """The directory of the model, also where one weight file of it was named."""
+        """The directory of the model; the parent directory for a path of a weight file."""
         return self.checkpoint.directory or self.path
 
     def __enter__(self) -> BaseModel:
@@ -104,32 +101,30 @@ class BaseModel:
         return self.checkpoint.load(name)
 
     def quantized_tensor(self, name: str) -> QuantizedTensor:
-        """The quantized weight called `name`. Raises InputError for numbers that no quantizer writes."""
-        assert self.layout is not None
-        return load_layout(self.layout).unpack(self.quantized[name], self.stored)
+        """The quantized weight called `name`, unpacked. Raises InputError for numbers that no quantizer writes."""
+        return self.layout.unpack(self.quantized[name], self.stored)
 
     def check_constants(self, name: str) -> None:
-        """Raises InputError for constants of the quantized weight called `name` that no quantizer writes."""
-        assert self.layout is not None
-        load_layout(self.layout).unpack(self.quantized[name], self.stored, has_codes=False)
+        """Raises InputError for a quantized weight called `name` with constants that no quantizer writes."""
+        self.layout.unpack(self.quantized[name], self.stored, has_codes=False)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
-        """The shape [out, in] that `matrix` gives; that of the tensor where it is no matrix."""
+        """The shape [out, in] of `matrix(name)`; the shape of the tensor for anything but a matrix."""
         shape = self.tensors[name].shape
         return shape[::-1] if self.family.is_transposed(module_of(name)) else shape
 
     def loaded_names(self) -> dict[str, str]:
-        """What each tensor is called in the loaded model."""
+        """Name in the files -> name in the loaded model, for each tensor."""
         modules = [module_of(name) for name in self.tensors]
         return {name: self.family.loaded_name(name, modules) for name in self.tensors}
 
     def matrix(self, name: str) -> torch.Tensor:
-        """The weight called `name` as float32 [out, in], decoded if it is quantized."""
+        """The weight called `name` as float32 [out, in], decoded from quantized codes."""
         return self.rows(name).rows(slice(0, self.matrix_shape(name)[0])).float()
 
     def rows(self, name: str) -> Rows:
-        """The same by rows, which are read when they are asked for where they lie one after the other. Raises
-        InputError for what is not a matrix.
+        """The weight called `name` by rows [out, in]. Rows are read from the file on demand, unless the file stores the
+        matrix in another order. Raises InputError for anything but a matrix.
         """
         if name in self.quantized:
             return self._decoded(self.quantized[name])
@@ -139,7 +134,7 @@ class BaseModel:
         return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
 
     def whole(self, name: str) -> QuantizedTensor | TensorRows:
-        """What `rows` reads, all of it at once and as it is stored. Raises as it does."""
+        """The whole weight called `name` in the stored form. Raises InputError for anything but a matrix."""
         return self.quantized_tensor(name) if name in self.quantized else self._loaded(name)
 
     def _loaded(self, name: str) -> TensorRows:
@@ -153,28 +148,24 @@ class BaseModel:
         return ref
 
     def _decoded(self, matrix: StoredMatrix) -> Rows:
-        from loftq_cli.quant.formats import make_quantizer
-
-        assert self.layout is not None
-        lying = code_rows(self.layout, matrix)
-        quantizer, refs = make_quantizer(matrix.spec, matrix.dtype), self.checkpoint.tensors
+        code_rows, refs = self.layout.code_rows(matrix), self.checkpoint.tensors
         # Some store [1, n] for [n, 1].
-        if lying is None or refs[lying.name].shape[0] < lying.span(slice(0, matrix.shape[0])).stop:
-            return quantizer.decoded(self.quantized_tensor(matrix.name))
-        constants = load_layout(self.layout).unpack(matrix, self.stored, has_codes=False)
-        return quantizer.decoded(constants, lying.reader(self.checkpoint.load_rows))
+        if code_rows is None or refs[code_rows.name].shape[0] < code_rows.span(slice(0, matrix.shape[0])).stop:
+            return self.quantized_tensor(matrix.name).decoded()
+        constants = self.layout.unpack(matrix, self.stored, has_codes=False)
+        return constants.decoded(code_rows.reader(self.checkpoint.load_rows))
 
     def parts(self, name: str) -> list[TensorRef]:
-        """The stored tensors that make the weight called `name`."""
+        """The headers of all stored tensors of the weight called `name`."""
         refs = self.checkpoint.tensors
-        if self.layout is None or name not in self.quantized:
+        if name not in self.quantized:
             return [refs[name]]
-        return [refs[part] for part in load_layout(self.layout).parts(name) if part in refs]
+        return [refs[part] for part in self.layout.parts(name) if part in refs]
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
-    """Everything that `BaseModel.open` refuses `path` for, where that stops at the first: of all weight files, or, when
-    those are right, of all quantized weights in them.
+    """All errors for which `BaseModel.open` refuses `path`; `open` itself stops at the first error. All weight files
+    are checked, and, if the files are intact, all quantized weights.
     """
     are_files_right = True
     for error in source.faults(path):
@@ -190,19 +181,17 @@ def faults(path: Path) -> Iterator[LoftqError]:
     except LoftqError as error:
         yield error
         return
-    if layout is None:
-        return
-    container, family = load_layout(layout), Family(_without_container(config))
+    family = Family(_without_container(config))
     for name in names:
         try:
-            container.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
+            layout.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
         except LoftqError as error:
             yield error
-    yield from _orphans(stored, container, names)
+    yield from _orphans(stored, layout, names)
 
 
 def _without_container(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in _CONTAINER_KEYS}
+    return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
 
 
 def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
@@ -215,21 +204,22 @@ def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> St
     return StoredTensors(refs, config, dtype, load, load_rows, raw, path, lambda name: family.loaded_name(name, refs))
 
 
-def _orphans(stored: StoredTensors, container: Layout, names: Sequence[str]) -> Iterator[InputError]:
-    """An error for each part of a quantized weight that is none of `names`."""
-    owned = {part for name in names for part in container.parts(name)}
+def _orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -> Iterator[InputError]:
+    """An error for each part of a quantized weight without codes; `names` are the weights with codes."""
+    owned = {part for name in names for part in layout.parts(name)}
     for part, ref in stored.refs.items():
         name = f"{part.rpartition('.')[0]}.weight"
-        if part not in owned and part != name and part in container.parts(name):
+        if part not in owned and part != name and part in layout.parts(name):
             what = "is part of a quantized weight, and its codes are missing"
             yield InputError(what, file=ref.file, tensor=part)
 
 
-def _container(stored: StoredTensors) -> tuple[str | None, list[str]]:
-    """The container that weights are stored in, and their names; None where nothing is quantized."""
-    for layout in LAYOUTS:
-        container = load_layout(layout)
-        names = container.quantized_names(stored) if container.QUANTIZED_ON_DISK else []
+def _container(stored: StoredTensors) -> tuple[Layout, list[str]]:
+    """The container of quantized weights and their names; the container of decoded values and no names, where nothing
+    is quantized.
+    """
+    for layout in map(load_layout, LAYOUTS):
+        names = layout.quantized_names(stored)
         if names:
             return layout, names
-    return None, []
+    return load_layout(DENSE), []

@@ -1,4 +1,4 @@
-"""Which tensors are quantized: from names, shapes and the config alone, each decision with its reason."""
+"""The choice of tensors to quantize: names, shapes and the config decide, and each decision has a reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|classifier|score|qa_outputs|pooler|cls)(?:\.|$)")
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
-# Kinds that no --include can bring in: nothing that loads the result has a 4-bit form of them.
+# Kinds that --include cannot choose: no loader has a 4-bit form of the layer.
 _NEVER = {
     "embedding": "an embedding, and only linear layers can be quantized",
     "router": "a router, which loaders hold in full precision",
@@ -28,7 +28,7 @@ _NEVER = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What becomes of one tensor, and why. `kind` is one word for it: "linear", "embedding", "norm", ..."""
+    """The decision about a tensor, and the reason. `kind` is a word for the tensor: "linear", "embedding", ..."""
 
     quantize: bool
     kind: str
@@ -53,12 +53,16 @@ def choose_targets(
 
 
 def module_of(name: str) -> str:
-    """The module a weight belongs to: its name without ".weight"."""
+    """The module of a weight: the name without ".weight".
+
+    >>> module_of("h.0.attn.weight")
+    'h.0.attn'
+    """
     return name.removesuffix(".weight")
 
 
 def kind_of(ref: TensorRef, family: Family) -> str:
-    """One word for what a tensor is, by its name and shape."""
+    """A word for a tensor, by name and shape: "linear", "head", "embedding", "router", "expert", "not a matrix", ..."""
     module = module_of(ref.name)
     if ref.dtype not in WEIGHT_DTYPES:
         return "not floating point"
@@ -100,5 +104,5 @@ def _target(ref: TensorRef, family: Family, include: Sequence[str], exclude: Seq
 
 
 def _spells(pattern: str, module: str) -> bool:
-    """Whether an expression contains the last part of a module's name, rather than matching it by accident."""
+    """Whether an expression spells the last part of a module's name; a match without the part may be an accident."""
     return module.rpartition(".")[2] in pattern.replace("\\", "")

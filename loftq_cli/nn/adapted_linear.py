@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from torch.nn import functional
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.nn.read_only_weight import ReadOnlyWeight
 from loftq_cli.quant.affine import move_offsets
-from loftq_cli.tensors.matrices import AffineTensor, LoraPair, lora_pair
+from loftq_cli.quant.formats import as_affine, as_affine_tensor
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
 from loftq_cli.tensors.metrics import adapter_delta, group_delta
-from loftq_cli.tensors.specs import AffineSpec, LoraSpec
+from loftq_cli.tensors.specs import LoraSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +181,12 @@ class QALoRALinear(AdaptedLinear):
         Raises ValueError where the adapter's groups are not whole groups of the base.
         """
         base = self.base_layer
-        if not isinstance(base, QuantizedLinear) or not isinstance(base.spec, AffineSpec):
+        if not isinstance(base, QuantizedLinear) or not base.spec.is_affine:
             return super().merge()
-        spec = replace(base.spec, symmetric=False, zero_point="float", scale_dtype="float32")
-        delta = group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(base.spec), dim=1)
-        moved = move_offsets(cast(AffineTensor, base.quantized()), delta, spec, "float32")
+        stored = as_affine_tensor(base.quantized())
+        spec = replace(stored.spec, symmetric=False, zero_point="float", scale_dtype="float32")
+        delta = group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(stored.spec.group_size), dim=1)
+        moved = move_offsets(stored, delta, spec, "float32")
         merged = QuantizedLinear(moved, _copied(self.bias), dtype=base.weight.dtype, cache=base.cache)
         return merged.train(self.training)
 
@@ -192,17 +194,16 @@ class QALoRALinear(AdaptedLinear):
         if not self.quantization_enabled:
             return super()._added(input)
         update = self._update()
-        spec = cast(AffineSpec, cast(QuantizedLinear, self.base_layer).spec)
+        group_size = input.shape[-1] // update.shape[1]
         # The difference is 0, and has the gradient of U.
         through = self._rounded(update.detach()).to(update.dtype) + (update - update.detach())
-        return functional.linear(_group_sums(input, spec.group_size), through)
+        return functional.linear(_group_sums(input, group_size), through)
 
     def _update(self) -> torch.Tensor:
         """U for every group of the base, [out, in / group_size] in the adapter's dtype."""
-        base = self.base_layer
-        spec = base.spec if isinstance(base, QuantizedLinear) and isinstance(base.spec, AffineSpec) else None
+        group_size = _group_size(self.base_layer)
         update = (self.lora_B @ self.lora_A) * self.scaling
-        return update if spec is None else update.repeat_interleave(self._groups_read_as_one(spec), dim=1)
+        return update if group_size is None else update.repeat_interleave(self._groups_read_as_one(group_size), dim=1)
 
     def _rounded(self, update: torch.Tensor) -> torch.Tensor:
         """What rounded zero points add in place of `update`, float64; they are those of `move_offsets`."""
@@ -213,21 +214,29 @@ class QALoRALinear(AdaptedLinear):
     def _zero_points(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Scales and zero points of the base in float64, and the highest code. Raises ValueError without them."""
         spec = self.base_layer.spec if isinstance(self.base_layer, QuantizedLinear) else None
-        if not isinstance(spec, AffineSpec):
+        kind = None if spec is None else spec.zero_point_kind
+        if spec is None or kind is None:
             raise ValueError("the base holds no integer codes: it has no zero points to round")
-        if spec.zero_point == "float":
+        if kind == "float":
             raise ValueError("the base has float offsets, which hold the update exactly: there is nothing to round")
-        if spec.symmetric:
+        if kind == "none":
             raise ValueError("the base is symmetric: it has no zero points to round")
-        self._groups_read_as_one(spec)
+        integers = as_affine(spec)
+        self._groups_read_as_one(integers.group_size)
         scales, zero_points = (self.base_layer.get_buffer(name).double() for name in ("scales", "zero_points"))
-        return scales, zero_points, 2**spec.bits - 1
+        return scales, zero_points, 2**integers.bits - 1
 
-    def _groups_read_as_one(self, spec: AffineSpec) -> int:
+    def _groups_read_as_one(self, group_size: int) -> int:
+        """How many groups of the base make one pooled group. Raises ValueError for a pooled group of broken groups."""
         pooled = self.lora.group_size
-        if pooled % spec.group_size:
-            raise ValueError(f"pooled groups of {pooled} are not whole groups of {spec.group_size} of the base")
-        return pooled // spec.group_size
+        if pooled % group_size:
+            raise ValueError(f"pooled groups of {pooled} are not whole groups of {group_size} of the base")
+        return pooled // group_size
+
+
+def _group_size(base: nn.Module) -> int | None:
+    """The group size of a base of integers; None for any other base."""
+    return base.spec.group_size_or_none if isinstance(base, QuantizedLinear) else None
 
 
 def _group_sums(input: torch.Tensor, group_size: int) -> torch.Tensor:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from loftq_cli.nn.read_only_weight import READ_ONLY, ReadOnlyWeight
-from loftq_cli.quant.codebook import DecodedCodebook
-from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, make_quantizer, size_of
-from loftq_cli.tensors.matrices import AffineTensor, CodebookTensor, NestedAbsmax
-from loftq_cli.tensors.specs import AffineSpec, CodebookSpec
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, tensor_from_buffers
+from loftq_cli.tensors.matrices import CodebookOperand
 from loftq_cli.triton_kernels.backend import has_kernels
 from loftq_cli.triton_kernels.dequant_matmul.contract import dequant_matmul, dequant_matmul_input_gradient
-from loftq_cli.triton_kernels.packing.contract import pack_rows, unpack_rows
 
 
 class QuantizedLinear(nn.Linear):
@@ -44,8 +41,8 @@ class QuantizedLinear(nn.Linear):
         self._decoded_dtype = quantized.dtype
         self._dtype = getattr(torch, quantized.dtype) if dtype is None else dtype
         self._cached: torch.Tensor | None = None
-        self.out_features, self.in_features = _shape_of(quantized)
-        for name, tensor in _buffers_of(quantized).items():
+        self.out_features, self.in_features = quantized.shape
+        for name, tensor in quantized.to_buffers().items():
             self.register_buffer(name, tensor)
         self.bias = frozen(bias)
 
@@ -70,21 +67,11 @@ class QuantizedLinear(nn.Linear):
     def quantized(self) -> QuantizedTensor:
         """The stored weight; integer codes are unpacked into new memory."""
         buffers = dict(self.named_buffers(recurse=False))
-        if isinstance(self.spec, AffineSpec):
-            codes = unpack_rows(buffers["codes"], self.spec.bits, self.in_features)
-            offsets = (buffers.get("zero_points"), buffers.get("biases"))
-            return AffineTensor(codes, buffers["scales"], *offsets, self.spec, self._decoded_dtype)
-        absmax: torch.Tensor | NestedAbsmax
-        if self.spec.double_quant:
-            absmax = NestedAbsmax(*(buffers[f"absmax_{part}"] for part in NestedAbsmax.__slots__))
-        else:
-            absmax = buffers["absmax"]
-        return CodebookTensor(buffers["packed"], absmax, self.spec, self._shape, self._decoded_dtype)
+        return tensor_from_buffers(buffers, self.spec, self._shape, self._decoded_dtype)
 
     def dequantized(self) -> torch.Tensor:
         """float32 [out, in], rounded to the dtype that a loader decodes to."""
-        quantized = self.quantized()
-        return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
+        return self.quantized().dequantize()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., out] of [..., in], in the dtype of `input`."""
@@ -96,20 +83,22 @@ class QuantizedLinear(nn.Linear):
 
     def output(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`forward` with a weight that is decoded for it; nothing is differentiated."""
-        if not self._multiplies_codes(input):
+        codes = self._codes_for(input)
+        if codes is None:
             return functional.linear(input, self._weight_as(input.dtype), bias)
-        output = self._multiplied(dequant_matmul, input)
+        output = self._multiplied(dequant_matmul, input, codes)
         return output if bias is None else output.add_(bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
         """[..., in] of the gradient of `output` [..., out], in its dtype."""
-        if not self._multiplies_codes(gradient):
+        codes = self._codes_for(gradient)
+        if codes is None:
             return gradient @ self._weight_as(gradient.dtype)
-        return self._multiplied(dequant_matmul_input_gradient, gradient)
+        return self._multiplied(dequant_matmul_input_gradient, gradient, codes)
 
     def extra_repr(self) -> str:
         """As nn.Linear's, and the number format."""
-        return f"{super().extra_repr()}, {self.spec.quant_type}, {size_of(self.spec)}"
+        return f"{super().extra_repr()}, {self.spec.quant_type}, {self.spec.size_text}"
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -119,22 +108,25 @@ class QuantizedLinear(nn.Linear):
     def _device(self) -> torch.device:
         return next(self.buffers(recurse=False)).device
 
-    def _multiplies_codes(self, tokens: torch.Tensor) -> bool:
-        """Whether kernels multiply tokens and codes; not under autocast, which chooses the dtype of dense operands."""
-        return (
-            isinstance(self.spec, CodebookSpec)
+    def _codes_for(self, tokens: torch.Tensor) -> CodebookOperand | None:
+        """The stored codes for a kernel that multiplies `tokens` by codes; None where no kernel does. Under autocast no
+        kernel does: autocast chooses the dtype of dense operands.
+        """
+        has_kernel = (
+            self.spec.has_code_kernels
             and self.in_features % 2 == 0
             and tokens.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and not torch.is_autocast_enabled(tokens.device.type)
             and has_kernels("dequant_matmul", tokens.device.type)
         )
+        return self.quantized().operand() if has_kernel else None
 
-    def _multiplied(self, operation: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        """What an operation of dequant_matmul.py makes of tokens [..., features] and the stored codes."""
-        quantized = cast(CodebookTensor, self.quantized())
-        decoded = cast(DecodedCodebook, make_quantizer(quantized.spec, quantized.dtype).decoded(quantized))
-        matrix = (quantized.spec.codebook, quantized.spec.block_size, quantized.shape, getattr(torch, quantized.dtype))
-        product = operation(tokens.reshape(-1, tokens.shape[-1]), quantized.packed, decoded.absmax, *matrix)
+    def _multiplied(
+        self, operation: Callable[..., torch.Tensor], tokens: torch.Tensor, codes: CodebookOperand
+    ) -> torch.Tensor:
+        """The product of tokens [..., features] and stored codes, by an operation of dequant_matmul."""
+        matrix = (codes.codebook, codes.block_size, self._shape, getattr(torch, self._decoded_dtype))
+        product = operation(tokens.reshape(-1, tokens.shape[-1]), codes.packed, codes.absmax, *matrix)
         return product.view(*tokens.shape[:-1], product.shape[-1])
 
     def _weight_as(self, dtype: torch.dtype) -> torch.Tensor:
@@ -191,21 +183,3 @@ def frozen(bias: torch.Tensor | None) -> Any:
     if isinstance(bias, nn.Parameter):
         return bias.requires_grad_(False)
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-
-def _shape_of(quantized: QuantizedTensor) -> tuple[int, int]:
-    if isinstance(quantized, CodebookTensor):
-        return quantized.shape
-    return quantized.codes.shape[0], quantized.codes.shape[1]
-
-
-def _buffers_of(quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """The tensors to keep, by the name of their buffer; the inverse is `QuantizedLinear.quantized`."""
-    if isinstance(quantized, AffineTensor):
-        constants = {"scales": quantized.scales, "zero_points": quantized.zero_points, "biases": quantized.biases}
-        kept = {name: tensor for name, tensor in constants.items() if tensor is not None}
-        return {"codes": pack_rows(quantized.codes, quantized.spec.bits), **kept}
-    if isinstance(quantized.absmax, NestedAbsmax):
-        parts = NestedAbsmax.__slots__
-        return {"packed": quantized.packed, **{f"absmax_{part}": getattr(quantized.absmax, part) for part in parts}}
-    return {"packed": quantized.packed, "absmax": quantized.absmax}

@@ -15,7 +15,7 @@ from typing import Any
 
 from loftq_cli import __version__
 from loftq_cli.adapter import config as adapter_config
-from loftq_cli.layouts.layout import LAYOUTS, ModelFacts, common_spec, load_layout
+from loftq_cli.layouts.layout import ModelFacts, common_spec, load_layout
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
@@ -26,7 +26,6 @@ from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.runtime.kernel_choice import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.tensors.headers import OutTensor, TensorRef
-from loftq_cli.tensors.specs import AffineSpec
 
 _TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
 _WEIGHTED_NBYTES = (
@@ -119,14 +118,15 @@ class Plan:
         kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
         spec, others = spec_of(self.recipe, self.dtype), dict[str, QuantSpec]()
-        if isinstance(spec, AffineSpec):  # of a codebook, each weight says its own
+        if spec.is_affine:  # of a codebook, each weight says its own
             spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
-        facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others)
+        refused_by = self.family.row.refused_by
+        facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others, refused_by)
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to what the config says; nothing else would name it.
         named = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.dtype}
-        unnamed = (layout.QUANTIZED_ON_DISK or config) and not ("dtype" in config or "torch_dtype" in config)
-        return layout.model_config(named if unnamed or LAYOUTS[self.layout].one_dtype else config, facts)
+        unnamed = (layout.row.stores_codes or config) and not ("dtype" in config or "torch_dtype" in config)
+        return layout.model_config(named if unnamed or layout.row.one_dtype else config, facts)
 
     def adapter_config(self, base_model: str) -> dict[str, Any]:
         """adapter_config.json of the output."""

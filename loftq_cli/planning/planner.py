@@ -8,7 +8,17 @@ from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, StoredMatrix, fused_modules, load_layout
+from loftq_cli.layouts.layout import (
+    DENSE_HINT,
+    LAYOUTS,
+    Fit,
+    Layout,
+    StoredMatrix,
+    either,
+    fused_modules,
+    load_layout,
+    mixing_layouts,
+)
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import Target, choose_targets, module_of
 from loftq_cli.planning.jobs import CopyJob, LayerJob, pack_shards
@@ -17,7 +27,6 @@ from loftq_cli.planning.recipe import Recipe
 from loftq_cli.planning.settings import decoded_dtype, layer_settings, spec_of
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
-from loftq_cli.tensors.specs import AffineSpec
 
 
 def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
@@ -28,8 +37,8 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     """
     family = Family(config, config_file_beside(tensors.values()))
     planner, jobs = _jobs(tensors, family, recipe)
-    if planner.layout.QUANTIZED_ON_DISK and not family.loads_in_4_bit():
-        raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint="--layout dense")
+    if planner.layout.row.stores_codes and not family.loads_in_4_bit():
+        raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
         if planner.unfit is not None:
             raise UsageError(f"no weight to quantize: {planner.unfit.reason}", hint=planner.unfit.hint)
@@ -114,15 +123,17 @@ class _Planner:
     ) -> None:
         """Raises UsageError for integers of a layer's own that the container does not hold: they were asked for."""
         common, layout = spec_of(self.recipe, self.dtype), str(self.recipe.layout)
-        if asked == common or not isinstance(asked, AffineSpec):
+        if asked == common or not asked.is_affine:
             return
-        mixed = LAYOUTS[layout].mixed
+        mixed = self.layout.row.mixed
         if mixed == "none":
             what = f"layout {layout} has one quant_type and group size for all layers, and an override has another"
-            raise UsageError(what, tensor=name, hint="--layout compressed-tensors, mlx or dense")
-        if mixed == "symmetric" and not asked.symmetric:
+            mixing = either(mixing_layouts(asked.quant_type, with_offsets=False))
+            raise UsageError(what, tensor=name, hint=f"--layout {mixing}")
+        if mixed == "symmetric" and asked.zero_point_kind != "none":
             what = f"an override has another format, and loaders of {layout} mix formats without zero points only"
-            raise UsageError(what, tensor=name, hint="--symmetric, or --layout mlx or dense")
+            mixing = either(mixing_layouts(asked.quant_type, with_offsets=True))
+            raise UsageError(what, tensor=name, hint=f"--symmetric, or --layout {mixing}")
         if fit.spec is None and self.layout.fit(common, shape, transposed=transposed).spec is not None:
             raise UsageError(f"an override does not fit it: {fit.reason}", tensor=name, hint=fit.hint)
 
@@ -130,8 +141,9 @@ class _Planner:
         dtype = ref.dtype
         # transformers keeps what is called "weight" in a quantized checkpoint in its stored dtype, and two float dtypes
         # in one model do not compute: so these are stored in the model's own.
-        parameter = (".weight", ".bias") if LAYOUTS[str(self.recipe.layout)].one_dtype else ".weight"
-        if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:
+        row = self.layout.row
+        parameter = (".weight", ".bias") if row.one_dtype else ".weight"
+        if row.stores_codes and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:
             dtype = self.dtype
         self.recast += dtype != ref.dtype
         return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.planning.recipe import Recipe
-from loftq_cli.quant.formats import FORMATS, QuantSpec
+from loftq_cli.quant.formats import FORMATS, QuantSpec, override_spec
 from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec, Pooling
 
 
@@ -37,9 +37,7 @@ def affine_spec(
 
 def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
     """What the loaders of a container decode a matrix to, in a model of `dtype`."""
-    if LAYOUTS[layout].keeps_dtype or not isinstance(spec, AffineSpec):
-        return dtype
-    return spec.scale_dtype
+    return LAYOUTS[layout].decoded_dtype(spec, dtype)
 
 
 def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
@@ -52,14 +50,13 @@ def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, 
         if re.search(override.match, module):
             quantize = quantize if override.quantize is None else override.quantize
             rank, alpha = override.rank or rank, override.alpha or alpha
-            if isinstance(spec, CodebookSpec):
-                codebook, block_size = override.quant_type or spec.codebook, override.block_size or spec.block_size
-                spec = replace(spec, codebook=codebook, block_size=block_size)
-                if override.double_quant is not None:
-                    spec = replace(spec, double_quant=override.double_quant)
-            else:
-                bits = spec.bits if override.quant_type is None else FORMATS[override.quant_type].bits
-                spec = replace(spec, bits=bits, group_size=override.group_size or spec.group_size)
+            spec = override_spec(
+                spec,
+                quant_type=override.quant_type,
+                group_size=override.group_size,
+                block_size=override.block_size,
+                double_quant=override.double_quant,
+            )
     # Servers apply one scaling to the whole model, so another rank brings the alpha that keeps it.
     kept = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
     return spec, replace(default, rank=rank, alpha=kept if alpha is None else alpha), quantize

@@ -1,5 +1,5 @@
-"""Group-wise integer formats: a matrix to codes, scales and zero points as they are stored, and back to what a loader
-computes.
+"""Group-wise integer formats: a matrix becomes stored codes, scales and offsets, and becomes again the matrix that a
+loader computes. An adapter of QA-LoRA moves into the offsets.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import torch
 
 from loftq_cli.errors import NumericError
 from loftq_cli.quant.blocks import refine_rows, searched
-from loftq_cli.quant.formats import Cost, Refinement
+from loftq_cli.quant.formats import Cost, QuantizedTensor, QuantSpec, Refinement, as_affine, as_affine_tensor
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import AffineTensor
-from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, not_finite, plain, slabs_of
+from loftq_cli.tensors.matrices import AffineTensor, DecodedGroups, LoraPair
+from loftq_cli.tensors.metrics import group_delta, layer_error
+from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, not_finite, slabs_of
 from loftq_cli.tensors.specs import AffineSpec
 from loftq_cli.triton_kernels.affine.contract import AffineGroups, dequantize_affine, quantize_affine
 from loftq_cli.triton_kernels.error_stats.contract import error_stats
@@ -26,8 +27,10 @@ _SLAB_NUMEL = 1 << 20  # float64 elements compared at once: 8 MB
 
 @dataclass(frozen=True, slots=True)
 class AffineQuantizer:
-    """`spec` applied to matrices that a loader decodes to `dtype`. `scales` is how a group's constants are chosen;
-    `importance`, float32 [in], what a search for them weighs the errors of columns by.
+    """`spec` applied to matrices that a loader decodes to `dtype`.
+
+    scales       how the constants of a group are chosen: a name in SCALES
+    importance   float32 [in]: weights of the columns' errors in a search for constants
     """
 
     spec: AffineSpec
@@ -44,19 +47,19 @@ class AffineQuantizer:
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> AffineTensor:
-        """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
+        """The stored codes and constants of a matrix; with `minus`, of the matrix less the rows that `minus` returns.
 
-        A search begins with the constants of `start`. With `sink`, that gets the codes [rows, in] a few rows at a time,
-        in order, and the result holds none.
-        Raises NumericError when a weight is NaN or infinite, when a scale or a bias overflows its dtype, and when what
-        is stored decodes to infinity in the dtype that a loader decodes to.
+        A search begins with the constants of `start`. With `sink`, the codes [rows, in] go to `sink` a few rows at a
+        time, in order, and the result holds no codes.
+        Raises NumericError when a weight is NaN or infinite, when a scale or a bias overflows the stored dtype, and
+        when a stored number decodes to infinity in a loader's dtype.
         """
         spec = self.spec
 
         def encode(part: slice) -> AffineGroups:
             target = _target(weight, minus, part)
             groups = self._encode(target, start, part)
-            # A group's constants are non-finite exactly when one of its weights is, or they overflow.
+            # The constants of a group are finite unless a weight of the group is not finite, or a constant overflows.
             constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
             if not all(bool(torch.isfinite(constant).all()) for constant in constants):
                 if not bool(torch.isfinite(target).all()):
@@ -135,25 +138,24 @@ class AffineQuantizer:
     @property
     def _levels(self) -> Levels:
         spec = self.spec
-        offset = "none" if spec.symmetric else spec.zero_point
-        return Levels(None, spec.bits, offset, getattr(torch, spec.scale_dtype))
+        return Levels(None, spec.bits, spec.zero_point_kind or "none", getattr(torch, spec.scale_dtype))
 
     @property
     def _narrowest(self) -> str:
-        """Of the dtypes that a loader computes values in, the one with the least range."""
+        """The dtype of the least range among the dtypes in which a loader computes values."""
         return min(self.spec.scale_dtype, self.dtype, key=lambda name: torch.finfo(getattr(torch, name)).max)
 
     @property
     def _larger(self) -> str:
-        """What holds larger numbers. A range of 3e38 on both sides of 0 is twice what float32 holds."""
+        """The hint for numbers that are too large. A range of 3e38 on both sides of 0 is twice the range of float32."""
         if self.spec.scale_dtype == "float16":
             return "--scale-dtype float32 where the layout has it, or --exclude it"
         has_other_form = self.spec.zero_point == "int" and not self.spec.symmetric
         return "--symmetric, or --exclude it" if has_other_form else "--exclude it"
 
     def _decodes(self, groups: AffineGroups) -> bool:
-        """Whether all values are finite in each dtype that a loader computes them in: a code times its scale can
-        overflow where the scale does not, and a range's end that was rounded up too.
+        """Whether all values are finite in each dtype in which a loader computes: a product of code and scale can
+        overflow although the scale does not, and so can the end of a range after rounding up.
         """
         constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
         largest = sum(max(map(abs, map(float, torch.aminmax(c)))) for c in constants if c.numel())
@@ -189,8 +191,8 @@ class AffineQuantizer:
         *,
         workers: Workers = SERIAL,
     ) -> bool:
-        """Make each group of `new` as it is in `previous`, where that is nearer to the matrix minus what `minus` gives
-        of its rows.
+        """Replace each group of `new` by the group of `previous` if the older group is closer to the matrix less the
+        rows that `minus` returns. Returns True.
         """
         size = self.spec.group_size
         olds, news = self.decoded(previous), self.decoded(new)
@@ -214,47 +216,12 @@ class AffineQuantizer:
         return True
 
     def decoded(self, quantized: AffineTensor, codes: Callable[[slice], torch.Tensor] | None = None) -> DecodedGroups:
-        """The matrix that a loader computes, rounded to the dtype it decodes to.
-
-        `codes` gives those of some rows where `quantized` holds none.
-        """
-        return DecodedGroups(quantized, codes)
+        """The matrix that a loader computes; see `AffineTensor.decoded`."""
+        return quantized.decoded(codes)
 
     def dequantize(self, quantized: AffineTensor) -> torch.Tensor:
         """The whole of `decoded` as float32 [out, in]."""
-        return self.decoded(quantized).rows(slice(0, quantized.scales.shape[0])).float()
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedGroups:
-    """The values of a quantized matrix by rows. See `loftq_cli.tensors.rows`."""
-
-    quantized: AffineTensor
-    codes: Callable[[slice], torch.Tensor] | None = None
-    multiple: int = 1
-    slab_numel: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.quantized.scales.device
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        rows, groups = self.quantized.scales.shape
-        return rows, groups * self.quantized.spec.group_size
-
-    def rows(self, part: slice) -> torch.Tensor:
-        """Rows [part.start, part.stop) as float32 or bfloat16."""
-        quantized, spec = self.quantized, self.quantized.spec
-        values = dequantize_affine(
-            quantized.codes[part] if self.codes is None else self.codes(part),
-            quantized.scales[part],
-            None if quantized.zero_points is None else quantized.zero_points[part],
-            spec.bits,
-            spec.group_size,
-            biases=None if quantized.biases is None else quantized.biases[part],
-        )
-        return plain(values.to(getattr(torch, quantized.dtype)))
+        return quantized.dequantize()
 
 
 def _target(weight: Rows, minus: Callable[[slice], torch.Tensor] | None, part: slice) -> torch.Tensor:
@@ -264,16 +231,54 @@ def _target(weight: Rows, minus: Callable[[slice], torch.Tensor] | None, part: s
 
 @dataclass(frozen=True, slots=True)
 class OffsetDifference:
-    """How far the values of a moved matrix are from the exact ones, (code - zero point) * scale + delta in float64.
+    """The distance of a matrix with moved offsets from the exact (code - zero point) * scale + delta in float64.
 
-    max_difference      largest absolute one
+    max_difference      largest absolute difference of a value
     max_weight          largest absolute exact value
-    squared_difference  sum of squares
+    squared_difference  sum of the squared differences
     """
 
     max_difference: float
     max_weight: float
     squared_difference: float
+
+
+@dataclass(frozen=True, slots=True)
+class OffsetMerge:
+    """A matrix of integers with an adapter in its offsets.
+
+    quantized       the codes of the base with other offsets
+    difference      how far its values are from the exact sum
+    squared_weight  the squared norm of the base as a loader decodes it
+    squared_delta   the squared norm of s·B·A over all inputs
+    """
+
+    quantized: AffineTensor
+    difference: OffsetDifference
+    squared_weight: float
+    squared_delta: float
+
+
+def merge_into_offsets(
+    base: QuantizedTensor, pair: LoraPair | None, spec: QuantSpec, dtype: str, *, workers: Workers = SERIAL
+) -> OffsetMerge:
+    """The integers of `base` in the format `spec`, with a pooled adapter added to the offsets; the codes stay.
+
+    `base` and `spec` are of an integer format; each group of inputs that `pair` reads as one is a union of groups of
+    `base`; `dtype` is what a loader decodes the result to.
+    Raises NumericError for what is not finite; TypeError for a codebook format.
+    """
+    stored, target = as_affine_tensor(base), as_affine(spec)
+    size = stored.spec.group_size
+    delta = stored.scales.new_zeros(stored.scales.shape).double()
+    if pair is not None:
+        delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
+    moved = move_offsets(stored, delta, target, dtype)
+    difference, squared_weight = offset_difference(moved, stored, delta), 0.0
+    if pair is not None:
+        values = stored.decoded()
+        squared_weight = layer_error(values, values, None, workers).squared_weight
+    return OffsetMerge(moved, difference, squared_weight, size * float(delta.double().square().sum()))
 
 
 def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtype: str) -> AffineTensor:
@@ -291,7 +296,7 @@ def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtyp
     if not bool(torch.isfinite(offsets).all()):
         raise NumericError("what the adapter adds to it is not finite")
     if spec.zero_point == "float":
-        # A group of one code is its offset alone: a step that is never taken (that of zeros is 1) would only round it.
+        # All weights of a group with a single code are equal: an offset alone holds the value, and a scale would round.
         codes = base.codes.view(*base.scales.shape, -1)
         is_constant = codes.amin(dim=2) == codes.amax(dim=2)
         offsets = torch.where(is_constant, offsets + codes[:, :, 0] * scales, offsets)
@@ -303,18 +308,18 @@ def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtyp
 
 
 def _narrow(constants: torch.Tensor, spec: AffineSpec) -> torch.Tensor:
-    """Scales or offsets in the dtype of a format. Raises NumericError where they overflow it."""
+    """Scales or offsets in the dtype of a format. Raises NumericError for an overflow."""
     narrow = constants.to(getattr(torch, spec.scale_dtype))
     if not bool(torch.isfinite(narrow).all()):
         raise NumericError(
             f"its scales or offsets are too large for {spec.scale_dtype}",
-            hint="--scale-dtype float32, or --layout dense",
+            hint="--scale-dtype float32",
         )
     return narrow
 
 
 def offset_difference(moved: AffineTensor, base: AffineTensor, delta: torch.Tensor) -> OffsetDifference:
-    """What `move_offsets` lost: the decoded values of `moved` in float32 against exact ones, a few rows at a time."""
+    """The loss of `move_offsets`: decoded values of `moved` in float32 against exact values, a few rows at a time."""
     size, exact_offsets = base.spec.group_size, _offsets(base) + delta
     biases = None if moved.biases is None else moved.biases.float()
     largest, largest_weight, squares = 0.0, 0.0, []
@@ -340,7 +345,7 @@ def offset_difference(moved: AffineTensor, base: AffineTensor, delta: torch.Tens
 
 
 def _offsets(quantized: AffineTensor) -> torch.Tensor:
-    """What is added to code * scale, float64 [out, in / group_size]."""
+    """The offsets in value = code * scale + offset, float64 [out, in / group_size]."""
     if quantized.biases is not None:
         return quantized.biases.double()
     middle = 2 ** (quantized.spec.bits - 1)

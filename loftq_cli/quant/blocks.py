@@ -1,5 +1,5 @@
-"""Searching and refining the block constants of a matrix by rows, for both families of formats. What is stored of them,
-and what loaders make of that, is the families'.
+"""Searching and refining the block constants of a matrix by rows, for both families of formats. Each family stores and
+decodes constants by itself.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def refine_rows(
     fits_scales: bool,
     workers: Workers = SERIAL,
 ) -> tuple[float, float] | None:
-    """One pass over all `blocks` of a matrix, codes [out, in], in place; what their error costs before and after.
+    """A pass over all `blocks` of a matrix, codes [out, in], in place; the cost of the error before and after.
 
-    None where it costs more after, or where a row holds numbers whose squares float32 does not hold: then `blocks` mean
-    nothing.
+    None, with meaningless `blocks`, for a cost that rises, and for numbers with squares beyond float32.
     """
 
     def work(part: slice) -> tuple[float, float]:

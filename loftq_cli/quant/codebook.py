@@ -1,4 +1,4 @@
-"""Codebook formats: a matrix to codes and block constants as they are stored, and back to what a loader computes."""
+"""Codebook formats: a matrix becomes stored codes and block constants, and again the matrix that a loader computes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,26 @@ from loftq_cli.errors import NumericError
 from loftq_cli.quant.blocks import refine_rows, searched
 from loftq_cli.quant.formats import Cost, Refinement
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
-from loftq_cli.tensors.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, plain, row_multiple, slabs_of
+from loftq_cli.tensors.matrices import CodebookTensor, DecodedCodebook, NestedAbsmax, rows_of_blocks
+from loftq_cli.tensors.rows import SLAB_NUMEL, STREAMED_NUMEL, Rows, not_finite, row_multiple, slabs_of
 from loftq_cli.tensors.specs import CodebookSpec
 from loftq_cli.triton_kernels.codebook.contract import (
     codebook_residual,
     codebook_table,
-    dequantize_codebook,
     quantize_codebook,
 )
 from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
 from loftq_cli.triton_kernels.refinement.contract import Blocks, Levels
 
-# Double quantization is wrong by at most this share of a nested absmax: half of the widest gap in its map, 0.9 / 128,
-# and its rounding to a grid.
+# The largest error of double quantization, as a share of a nested absmax: half of the widest gap in the map, 0.9 / 128,
+# and rounding to a grid.
 _NESTED_ERROR = 0.0072
 
-# The floor under the divisor of a block: what is smaller has lost its digits already. A nested absmax whose reciprocal
-# overflows is smaller than this, and so is what goes wrong there.
+# The floor under the divisor of a block: smaller numbers have lost digits already. A nested absmax with an overflowing
+# reciprocal is below the floor, and so is the error of such a block.
 _SMALLEST = 1e-38
 
-# Of the blocks that are not zero, how many may have a smaller constant than one that double quantization ruins.
+# The share of nonzero blocks that may have a smaller constant than a constant ruined by double quantization.
 _RUINED_SHARE = 0.25
 
 _CODE_OF_ZERO = 7
@@ -40,8 +39,10 @@ _CODE_OF_ZERO = 7
 
 @dataclass(frozen=True, slots=True)
 class CodebookQuantizer:
-    """`spec` applied to matrices that a loader decodes to `dtype`. `scales` is how a block's constant is chosen;
-    `importance`, float32 [in], what a search for it weighs the errors of columns by.
+    """`spec` applied to matrices that a loader decodes to `dtype`.
+
+    scales       how the constant of a block is chosen: a name in SCALES
+    importance   float32 [in]: weights of the columns' errors in a search for constants
     """
 
     spec: CodebookSpec
@@ -58,29 +59,31 @@ class CodebookQuantizer:
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> CodebookTensor:
-        """The codes and constants of a matrix, or of it minus what `minus` gives of its rows, as they will be stored.
+        """The stored codes and constants of a matrix; with `minus`, of the matrix less the rows that `minus` returns.
 
-        A search begins with the constants of `start`. With `sink`, that gets the packed codes a few rows at a time, in
-        order, and the result holds none.
-        Raises NumericError when a weight is NaN or infinite, when what is stored decodes to infinity in the dtype that
-        a loader decodes to, and when double quantization ruins the constants of a matrix: see `_is_ruined`.
+        A search begins with the constants of `start`. With `sink`, the packed codes go to `sink` a few rows at a time,
+        in order, and the result holds no codes.
+        Raises NumericError when a weight is NaN or infinite, when a stored number decodes to infinity in a loader's
+        dtype, and when double quantization ruins the constants of a matrix: see `_is_ruined`.
         """
         spec, (out_features, in_features) = self.spec, weight.shape
         numel = out_features * in_features
         packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         absmax = torch.empty(-(-numel // spec.block_size), device=weight.device)
-        begun = None if start is None or self.scales != "search" else self._absmax(start)
+        begun = None if start is None or self.scales != "search" else start.decoded_absmax()
 
         def encode(part: slice) -> torch.Tensor:
             first, last = part.start * in_features, part.stop * in_features
-            codes, constants = _part(packed, absmax, part, in_features, spec.block_size)
+            codes, constants = rows_of_blocks(packed, absmax, part, in_features, spec.block_size)
             if sink:
                 codes = torch.empty((last - first + 1) // 2, dtype=torch.uint8, device=weight.device)
             subtracted = None if minus is None else minus(part)
             if self.scales == "search":
                 target = weight.rows(part).float()
                 target = target if subtracted is None else target - subtracted
-                own = None if begun is None else (_part(packed, begun, part, in_features, spec.block_size)[1], None)
+                own = None
+                if begun is not None:
+                    own = (rows_of_blocks(packed, begun, part, in_features, spec.block_size)[1], None)
                 found = searched(target, spec.block_size, self._levels(weight.device), own, self.importance)
                 codes.copy_(_packed(found.codes))
                 constants.copy_(found.scales)
@@ -94,16 +97,16 @@ class CodebookQuantizer:
         for part, codes in zip(parts, workers.map(encode, parts), strict=True):
             if sink:
                 sink(part, codes)
-        # A block's constant is non-finite exactly when the block is, so this checks every weight.
+        # The constant of a block is finite exactly if all weights of the block are: no weight goes unchecked.
         if not bool(torch.isfinite(absmax).all()):
             raise not_finite(weight)
         stored = self._nested(absmax, judges=minus is None) if spec.double_quant else absmax
         quantized = CodebookTensor(packed, stored, spec, (out_features, in_features), self.dtype)
-        # A block holds its constant, so it decodes to infinity exactly when the constant rounds to that. Double
-        # quantization moves a constant by less than the largest.
+        # The largest weight of a block is the constant: a block decodes to infinity exactly if the constant rounds to
+        # infinity. Double quantization moves a constant by less than the largest constant.
         limit = torch.finfo(getattr(torch, self.dtype)).max
         if absmax.numel() and max(map(abs, map(float, torch.aminmax(absmax)))) >= limit / 2:
-            largest = self._absmax(quantized).abs().max()
+            largest = quantized.decoded_absmax().abs().max()
             if not bool(torch.isfinite(largest.to(getattr(torch, self.dtype)))):
                 hint = "--no-double-quant, or --exclude it" if spec.double_quant else "--exclude it"
                 raise NumericError(f"decodes to numbers too large for {self.dtype}", hint=hint)
@@ -118,11 +121,11 @@ class CodebookQuantizer:
         fits_scales: bool = True,
         workers: Workers = SERIAL,
     ) -> Refinement | None:
-        """A pass over codes and constants; see `Quantizer`. What costs after it is without double quantization."""
+        """A pass over codes and constants; see `Quantizer`. The cost after the pass leaves out double quantization."""
         spec, shape = self.spec, quantized.shape
         if shape[1] % spec.block_size:
             return None
-        absmax = self._absmax(quantized).view(shape[0], -1)
+        absmax = quantized.decoded_absmax().view(shape[0], -1)
         blocks = Blocks(_unpacked(quantized.packed, shape), absmax.clone(), None)
         levels = self._levels(weight.device)
         costs = refine_rows(weight, blocks, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers)
@@ -138,10 +141,10 @@ class CodebookQuantizer:
         self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL
     ) -> float:
         """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
-        spec, absmax, in_features = self.spec, self._absmax(quantized), weight.shape[1]
+        spec, absmax, in_features = self.spec, quantized.decoded_absmax(), weight.shape[1]
 
         def subtract(part: slice) -> float:
-            packed, constants = _part(quantized.packed, absmax, part, in_features, spec.block_size)
+            packed, constants = rows_of_blocks(quantized.packed, absmax, part, in_features, spec.block_size)
             dtype = getattr(torch, quantized.dtype)
             rows = weight.rows(part)
             return codebook_residual(rows, packed, constants, spec.codebook, spec.block_size, dtype, out[part])
@@ -164,25 +167,22 @@ class CodebookQuantizer:
     def decoded(
         self, quantized: CodebookTensor, codes: Callable[[slice], torch.Tensor] | None = None
     ) -> DecodedCodebook:
-        """The matrix that a loader computes: table[code] * decoded absmax, rounded to the dtype it decodes to.
-
-        `codes` gives the packed codes of some rows where `quantized` holds none.
-        """
-        return DecodedCodebook(quantized, self._absmax(quantized), codes)
+        """The matrix that a loader computes; see `CodebookTensor.decoded`."""
+        return quantized.decoded(codes)
 
     def dequantize(self, quantized: CodebookTensor) -> torch.Tensor:
         """The whole of `decoded` as float32 [out, in]."""
-        return self.decoded(quantized).rows(slice(0, quantized.shape[0])).float()
+        return quantized.dequantize()
 
     def _slabs(self, weight: Rows, numel: int = SLAB_NUMEL) -> list[slice]:
         return slabs_of(weight, row_multiple(weight.shape[1], self.spec.block_size), numel)
 
     def _nested(self, absmax: torch.Tensor, *, judges: bool) -> NestedAbsmax:
-        """The double-quantized form of float32 [n_blocks]. Raises NumericError where they or their mean overflow, and
-        if it `judges`, where this ruins them.
+        """The double-quantized form of constants float32 [n_blocks]. Raises NumericError for constants or a mean that
+        overflow, and with `judges` for constants that double quantization ruins.
 
-        Of a matrix minus what an adapter holds there is nothing to judge: that is a part of what quantizing the matrix
-        itself lost, which was judged first, and it turns zero blocks into rounding noise.
+        The constants of a matrix less an adapter are not judged: the matrix itself was judged first, and subtracting
+        turns zero blocks into rounding noise.
         """
         size, code_map = self.spec.nested_block_size, dynamic_map(absmax.device)
         codes, nested_absmax, offset = double_quantize(absmax, size)
@@ -195,58 +195,17 @@ class CodebookQuantizer:
                 raise NumericError("its block constants differ too much to be double-quantized", hint=hint)
         return NestedAbsmax(codes, nested_absmax, code_map, offset)
 
-    def _absmax(self, quantized: CodebookTensor) -> torch.Tensor:
-        absmax = quantized.absmax
-        return self._decoded_absmax(absmax) if isinstance(absmax, NestedAbsmax) else absmax
-
-    def _decoded_absmax(self, nested: NestedAbsmax) -> torch.Tensor:
-        size = self.spec.nested_block_size
-        return double_dequantize(nested.codes, nested.absmax, nested.code_map, nested.offset, size)
-
     def _levels(self, device: torch.device | str) -> Levels:
-        """A negative constant turns a table that is not symmetric around. The mean of constants of both signs would be
-        of no use to double quantization.
+        """The levels of the table. A negative constant mirrors an asymmetric table; double quantization takes constants
+        of a single sign, as a mean of both signs would describe neither.
         """
         table = codebook_table(self.spec.codebook, device)
         return Levels(table, 4, "none", torch.float32, is_signed=not self.spec.double_quant)
 
 
-@dataclass(frozen=True, slots=True)
-class DecodedCodebook:
-    """The values of a quantized matrix by rows; `absmax` float32, one for each block. See `loftq_cli.tensors.rows`."""
-
-    quantized: CodebookTensor
-    absmax: torch.Tensor
-    codes: Callable[[slice], torch.Tensor] | None = None
-    slab_numel: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.absmax.device
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.quantized.shape
-
-    @property
-    def multiple(self) -> int:
-        """Rows are read in multiples of this, and to the last one."""
-        return row_multiple(self.shape[1], self.quantized.spec.block_size)
-
-    def rows(self, part: slice) -> torch.Tensor:
-        """Rows [part.start, part.stop) as float32 or bfloat16. They begin with a block: see `multiple`."""
-        spec, columns = self.quantized.spec, self.shape[1]
-        packed, absmax = _part(self.quantized.packed, self.absmax, part, columns, spec.block_size)
-        if self.codes is not None:
-            packed = self.codes(part)
-        dtype, numel = getattr(torch, self.quantized.dtype), (part.stop - part.start) * columns
-        values = dequantize_codebook(packed, absmax, spec.codebook, spec.block_size, numel, dtype)
-        return plain(values.view(-1, columns))
-
-
 def is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> torch.Tensor:
-    """bool [...]: whether no constant of [..., blocks] can be decoded to one that is wrong by as much as the smallest:
-    from a few numbers, without decoding, which is all that most matrices need.
+    """bool [...]: whether double quantization moves each constant of [..., blocks] by less than the smallest constant.
+    A few numbers decide without decoding, and most matrices need no more.
     """
     if not absmax.numel():
         return torch.ones(absmax.shape[:-1], dtype=torch.bool, device=absmax.device)
@@ -255,16 +214,17 @@ def is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> torch.Tensor:
 
 
 def _is_ruined(absmax: torch.Tensor, decoded: torch.Tensor) -> bool:
-    """Whether double quantization has swallowed ordinary constants float32 [n_blocks] beside far larger ones. It is
-    exact to 0.7 % of the largest among 256, counted from the mean of all; finer near that mean.
+    """Whether double quantization has swallowed ordinary constants float32 [n_blocks] beside far larger constants.
+    Double quantization is exact to 0.7 % of the largest constant among 256, counted from the mean of all constants, and
+    is finer near the mean.
 
-    A constant is ruined when it is wrong by itself or more: it decodes to zero, to less, or to twice its size, and its
-    block would be nearer to its weights without any. That does no harm in the few blocks of dying rows, which turn into
-    noise far below their neighbours; it does where the noise is as large as ordinary constants. So a matrix is refused
-    when a ruined constant is wrong by as much as the lower quartile of the constants of its blocks that are not zero.
-    What is accepted keeps each of them within the larger one of itself and that quartile.
+    A constant c is ruined by an error of c or more: c decodes to zero, to a negative number, or to 2c, and zeros would
+    be closer to the weights of the block. Ruined constants do no harm in a few blocks of dying rows, where the noise is
+    far below the neighbours; they do harm where the noise is as large as ordinary constants. A matrix is refused when
+    the error of a ruined constant reaches the lower quartile of the constants of all nonzero blocks. An accepted matrix
+    has an error of at most the constant itself or the quartile in each block.
 
-    The largest error in units of this bound, measured: 0.09 in MiniLM and 0.04 in tiny-llama, at their worst block
+    The largest error in units of the bound, measured: 0.09 in MiniLM and 0.04 in tiny-llama, at their worst block
     size; with blocks of 64, normal weights with 1 to 16 columns of 50 times their size 0.02 to 0.43, of 100 times up to
     0.81; one weight of 1e3 times theirs 0.03 to 0.48, of 1e6 times 2.5 among 4 million and 500 among 4096. At 0.5
     double quantization adds up to three times what NF4 itself loses, which is poor; at 1 nothing is left to lose.
@@ -277,14 +237,6 @@ def _is_ruined(absmax: torch.Tensor, decoded: torch.Tensor) -> bool:
     if worst < _SMALLEST:
         return False
     return int((own <= worst).sum()) >= _RUINED_SHARE * int((absmax > 0).sum())
-
-
-def _part(
-    packed: torch.Tensor, absmax: torch.Tensor, part: slice, columns: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The codes and constants of some rows, which begin with a block."""
-    first, last = part.start * columns, part.stop * columns
-    return packed[first // 2 : -(-last // 2)], absmax[first // block_size : -(-last // block_size)]
 
 
 def _packed(codes: torch.Tensor) -> torch.Tensor:

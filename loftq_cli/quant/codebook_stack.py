@@ -1,5 +1,5 @@
-"""Codebook formats for a stack of equal matrices on a GPU, which is never waited for: what is unusual about a matrix is
-only noted, for whoever reads the result to take it the careful way, `loftq_cli.quant.codebook`.
+"""Codebook formats for a stack of equal matrices on a GPU that never wait for the GPU. Unusual matrices are marked, and
+the reader of the result quantizes a marked matrix again with the careful code of `loftq_cli.quant.codebook`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from loftq_cli.quant.codebook import is_near
+from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_codebook
 from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
-from loftq_cli.tensors.specs import CodebookSpec
 from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
 from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
 from loftq_cli.triton_kernels.residual.contract import CodedStack, quantize_difference
@@ -18,11 +18,11 @@ from loftq_cli.triton_kernels.residual.contract import CodedStack, quantize_diff
 
 @dataclass(frozen=True, slots=True)
 class QuantizedStack:
-    """n quantized matrices of one shape.
+    """n quantized matrices of equal shape.
 
-    coded         their codes, and their constants as a loader decodes them
-    nested        the double-quantized constants, each with a first dimension n; None where they are stored as they are
-    is_ordinary   bool [n]: whether nothing was met that asks for the careful way
+    coded         the codes, and the constants as a loader decodes the constants
+    nested        the double-quantized constants, each with a first dimension n; None without double quantization
+    is_ordinary   bool [n]: whether the matrix needs no careful code
     """
 
     coded: CodedStack
@@ -31,25 +31,26 @@ class QuantizedStack:
 
     @property
     def constants(self) -> torch.Tensor | NestedAbsmax:
-        """As they are stored."""
+        """The constants as stored."""
         return self.coded.absmax if self.nested is None else self.nested
 
 
 def quantize_stack(
     weight: torch.Tensor,
-    spec: CodebookSpec,
+    spec: QuantSpec,
     dtype: str,
     update: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> QuantizedStack:
-    """The codes and constants of [n, out, in], or of it minus left @ right, as they will be stored.
+    """The stored codes and constants of [n, out, in]; with `update` (left, right), of the matrices less left @ right.
 
-    Ordinary are finite matrices without zero blocks whose constants double quantization does not ruin and whose values
-    do not overflow `dtype`, which a loader decodes to.
+    A matrix is ordinary if all weights are finite, no block is zero, double quantization ruins no constant, and no
+    value overflows `dtype`, a loader's dtype.
+    Raises TypeError for a format without `has_code_kernels`.
     """
-    n = len(weight)
+    spec, n = as_codebook(spec), len(weight)
     if update is not None:
         packed, absmax = quantize_difference(weight, *update, spec.codebook, spec.block_size)
-    elif weight[0].numel() % spec.block_size == 0:  # then the stack is one tall matrix, block by block
+    elif weight[0].numel() % spec.block_size == 0:  # the stack is then a tall matrix of whole blocks
         packed, absmax = (part.view(n, -1) for part in quantize_codebook(weight, spec.codebook, spec.block_size))
     else:
         pairs = [quantize_codebook(matrix, spec.codebook, spec.block_size) for matrix in weight]
@@ -60,7 +61,7 @@ def quantize_stack(
     if spec.double_quant:
         decoded, nested = _nested(absmax, spec.nested_block_size)
         is_ordinary &= nested.offset.isfinite()
-        # Of a matrix minus what an adapter holds there is nothing to judge: see `CodebookQuantizer`.
+        # The constants of a matrix less an adapter are not judged: see `CodebookQuantizer`.
         is_ordinary &= is_near(absmax, nested.absmax) if update is None else nested.absmax.isfinite().all(dim=1)
     coded = CodedStack(packed, decoded, spec.codebook, spec.block_size, getattr(torch, dtype))
     return QuantizedStack(coded, nested, is_ordinary)
@@ -69,12 +70,13 @@ def quantize_stack(
 def unstacked(
     packed: torch.Tensor,
     constants: torch.Tensor | NestedAbsmax,
-    spec: CodebookSpec,
+    spec: QuantSpec,
     shape: tuple[int, int],
     dtype: str,
     i: int,
-) -> CodebookTensor:
-    """The i-th matrix of a stack as it is stored."""
+) -> QuantizedTensor:
+    """The i-th matrix of a stack. Raises TypeError for a format without `has_code_kernels`."""
+    spec = as_codebook(spec)
     if isinstance(constants, NestedAbsmax):
         nested = NestedAbsmax(constants.codes[i], constants.absmax[i], constants.code_map, constants.offset[i])
         return CodebookTensor(packed[i], nested, spec, shape, dtype)
@@ -82,7 +84,7 @@ def unstacked(
 
 
 def _nested(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, NestedAbsmax]:
-    """float32 [n, blocks] as a loader decodes them, and their double-quantized form."""
+    """Constants float32 [n, blocks] as a loader decodes the constants, and the double-quantized form."""
     code_map = dynamic_map(absmax.device)
     codes, nested_absmax, offset = double_quantize(absmax, nested_block_size)
     decoded = double_dequantize(codes, nested_absmax, code_map, offset, nested_block_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -17,7 +17,7 @@ from loftq_cli.tensors.specs import AffineSpec, CodebookSpec
 if TYPE_CHECKING:
     import torch
 
-# Every kind of quantized matrix and of its specification; a new family adds its own classes here.
+# All kinds of specifications and of quantized matrices; a further family adds a class to each.
 QuantSpec: TypeAlias = CodebookSpec | AffineSpec
 QuantizedTensor: TypeAlias = CodebookTensor | AffineTensor
 
@@ -27,9 +27,9 @@ SCALES = ("absmax", "search")
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What an error E [out, in] costs: the sum over its rows e of e·H·eᵀ. H is one of
+    """The cost of an error E [out, in]: the sum of e·H·eᵀ over the rows e. H is either
     - diag(importance) − vectors·vectorsᵀ; `vectors` float32 [in, r], `importance` float32 [in], or None for ones
-    - hessian, float32 [in, in]
+    - or hessian, float32 [in, in]
     """
 
     vectors: torch.Tensor | None = None
@@ -39,7 +39,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    """A quantized matrix after codes and constants were refined, and what its error costs, before and after."""
+    """A quantized matrix with refined codes and constants, and the cost of the error before and after."""
 
     quantized: Any
     before: float
@@ -47,7 +47,7 @@ class Refinement:
 
 
 class Quantizer(Protocol):
-    """One matrix, there and back, by rows. `minus` gives rows of what is subtracted from it before it is quantized."""
+    """Quantizes a matrix by rows and decodes the result. `minus` returns rows to subtract before quantizing."""
 
     def quantize(
         self,
@@ -58,17 +58,17 @@ class Quantizer(Protocol):
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Any:
-        """The quantized form of a matrix: a QuantizedTensor. With `sink`, that gets the codes a few rows at a time.
+        """The quantized form of a matrix: a QuantizedTensor. With `sink`, the codes go to `sink` a few rows at a time.
 
-        Where constants are searched, that begins with those of `start`, a quantized form of nearly the same.
+        A search for constants begins with the constants of `start`, a quantized form of nearly the same matrix.
         """
         ...
 
     def refine(
         self, weight: Rows, quantized: Any, cost: Cost, *, fits_scales: bool = True, workers: Workers = SERIAL
     ) -> Refinement | None:
-        """Codes, and constants if it `fits_scales`, whose error costs less, or as much; but for what rounding constants
-        again as they are stored takes back. None where blocks do not divide the rows.
+        """Codes with an error of at most the same cost, and with `fits_scales` constants too; rounding the constants
+        for storage may take back a part of the gain. None for rows that are not whole blocks.
         """
         ...
 
@@ -85,14 +85,14 @@ class Quantizer(Protocol):
         *,
         workers: Workers = SERIAL,
     ) -> bool:
-        """Make of `new` the nearer one of two quantized forms of about weight - minus, part by part. Says whether that
-        could be done: not where parts cannot be chosen one by one.
+        """Replace parts of `new` by parts of `previous` that are closer to weight - minus. Returns whether the format
+        lets parts be chosen separately; if not, `new` stays unchanged.
         """
         ...
 
     def decoded(self, quantized: Any, codes: Callable[[slice], torch.Tensor] | None = None) -> Rows:
-        """What a loader of the stored tensor computes, rounded to the dtype that it decodes to. `codes` gives those of
-        some rows, in the form that `sink` got, where `quantized` holds none.
+        """The matrix that a loader computes, see `QuantizedTensor.decoded`; `codes` returns the codes of some rows, in
+        the form that `sink` received, for a `quantized` without codes.
         """
         ...
 
@@ -103,8 +103,12 @@ class Quantizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One row of the table: the module that implements it, its bits a weight, and the sizes that it takes: of blocks
-    for a codebook format, of groups for an integer format.
+    """A row of the table.
+
+    module        the module that implements the format
+    bits          bits of a code
+    block_sizes   weights that may share a constant, for a codebook format
+    group_sizes   columns that may share a scale, for an integer format
     """
 
     module: str
@@ -115,7 +119,7 @@ class Format:
 
     @property
     def is_affine(self) -> bool:
-        """Whether it is an integer format."""
+        """Whether codes are integers."""
         return bool(self.group_sizes)
 
 
@@ -145,7 +149,7 @@ def make_quantizer(
 
 
 def spec_json(spec: QuantSpec) -> dict[str, Any]:
-    """A specification as the reports have it: its quant_type, and the fields that this kind has."""
+    """A specification as in reports: quant_type, and the fields of the kind of format."""
     hidden = ("codebook", "bits", "nested_block_size")
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {"quant_type": spec.quant_type, **{name: value for name, value in values.items() if name not in hidden}}
@@ -167,6 +171,89 @@ def spec_from_json(values: Mapping[str, Any]) -> QuantSpec:
     )
 
 
-def size_of(spec: QuantSpec) -> str:
-    """ "block 64" or "group 64": how many weights share constants."""
-    return f"block {spec.block_size}" if isinstance(spec, CodebookSpec) else f"group {spec.group_size}"
+def as_affine(spec: QuantSpec) -> AffineSpec:
+    """`spec` of an integer format. Raises TypeError for a codebook format: the caller chose by `is_affine` before.
+
+    >>> as_affine(AffineSpec(4, 64, symmetric=True)).bits
+    4
+    """
+    if not isinstance(spec, AffineSpec):
+        raise TypeError(f"{spec.quant_type} is no integer format")
+    return spec
+
+
+def as_codebook(spec: QuantSpec) -> CodebookSpec:
+    """`spec` of a codebook format. Raises TypeError for an integer format: the caller chose by `is_affine` before."""
+    if not isinstance(spec, CodebookSpec):
+        raise TypeError(f"{spec.quant_type} is no codebook format")
+    return spec
+
+
+def as_affine_tensor(quantized: QuantizedTensor) -> AffineTensor:
+    """`quantized` of an integer format. Raises TypeError for a codebook format."""
+    if not isinstance(quantized, AffineTensor):
+        raise TypeError(f"{quantized.spec.quant_type} is no integer format")
+    return quantized
+
+
+def as_codebook_tensor(quantized: QuantizedTensor) -> CodebookTensor:
+    """`quantized` of a codebook format. Raises TypeError for an integer format."""
+    if not isinstance(quantized, CodebookTensor):
+        raise TypeError(f"{quantized.spec.quant_type} is no codebook format")
+    return quantized
+
+
+def override_spec(
+    spec: QuantSpec,
+    *,
+    quant_type: str | None = None,
+    group_size: int | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+) -> QuantSpec:
+    """`spec` with the values of one layer: None keeps the value of `spec`, and so does an option of the other kind of
+    format. `quant_type` is of the kind of `spec`.
+
+    >>> override_spec(AffineSpec(4, 64, symmetric=False), quant_type="int8").quant_type
+    'int8'
+    """
+    if isinstance(spec, AffineSpec):
+        bits = spec.bits if quant_type is None else FORMATS[quant_type].bits
+        return dataclasses.replace(spec, bits=bits, group_size=group_size or spec.group_size)
+    return dataclasses.replace(
+        spec,
+        codebook=quant_type or spec.codebook,
+        block_size=block_size or spec.block_size,
+        double_quant=spec.double_quant if double_quant is None else double_quant,
+    )
+
+
+def specs_of_sizes(spec: QuantSpec, quant_types: Iterable[str], sizes: Sequence[int]) -> list[QuantSpec]:
+    """Every format of the kind of `spec` with each of `sizes`: integers in each of the bits of `quant_types`,
+    ascending; a codebook stays the codebook.
+
+    >>> [other.block_size for other in specs_of_sizes(CodebookSpec("nf4", 64), ["nf4", "fp4"], [32, 64])]
+    [32, 64]
+    """
+    if isinstance(spec, CodebookSpec):
+        return [dataclasses.replace(spec, block_size=size) for size in sizes]
+    bits = sorted({FORMATS[name].bits for name in quant_types if FORMATS[name].is_affine})
+    return [dataclasses.replace(spec, bits=count, group_size=size) for count in bits for size in sizes]
+
+
+def requantized_spec(stored: QuantSpec, spec: QuantSpec) -> QuantSpec:
+    """The format of a matrix stored in `stored` that is quantized again to `spec`: from codebook to codebook, blocks
+    and double quantization stay as they are stored.
+    """
+    if isinstance(spec, CodebookSpec) and isinstance(stored, CodebookSpec):
+        return dataclasses.replace(stored, codebook=spec.codebook)
+    return spec
+
+
+def tensor_from_buffers(
+    buffers: Mapping[str, torch.Tensor], spec: QuantSpec, shape: tuple[int, int], dtype: str
+) -> QuantizedTensor:
+    """The quantized matrix [out, in] whose `to_buffers` gave `buffers`; `dtype` is what a loader decodes to."""
+    if isinstance(spec, AffineSpec):
+        return AffineTensor.from_buffers(buffers, spec, shape, dtype)
+    return CodebookTensor.from_buffers(buffers, spec, shape, dtype)

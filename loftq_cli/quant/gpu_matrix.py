@@ -1,5 +1,5 @@
-"""What merge and inspect make of one matrix, with all of it on a GPU: merged with an adapter, quantized again, or
-compared. What is called `..._on` gives None where the processor has to do it: see `SharedDevice.run`.
+"""A whole matrix on a GPU, for merge and inspect: merged with an adapter, quantized again, or compared. A function
+called `..._on` returns None for a matrix that the processor has to take: see `SharedDevice.run`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from loftq_cli.errors import NumericError
-from loftq_cli.quant.formats import QuantizedTensor, Quantizer, make_quantizer
+from loftq_cli.quant.formats import QuantizedTensor, Quantizer
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.matrices import CodebookTensor, LoraPair
+from loftq_cli.tensors.matrices import CodebookOperand, LoraPair
 from loftq_cli.tensors.metrics import GroupErrors, LayerError, delta_rows, group_errors, is_finite, layer_error
 from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs_of
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 WholeMatrix: TypeAlias = QuantizedTensor | TensorRows
 
-# Matrices of at most so many weights, 128 MB in bfloat16, are made side by side: what threads do beside a GPU is to
-# read, to hash and to write, and of that each can do one.
+# Matrices of at most so many weights, 128 MB in bfloat16, are made side by side: threads beside a GPU read, hash and
+# write, each thread a matrix.
 BESIDE_NUMEL = 1 << 26
 
-_SLAB_NUMEL = 1 << 24  # weights taken at once where a kernel does not take them all
+_SLAB_NUMEL = 1 << 24  # weights in a slab, for work without a kernel over the whole matrix
 
-# Bytes of device memory for each weight: a matrix in float64, the same in float32, and codes or a copy of what is made;
-# and for each of those that are taken at once.
+# Bytes of device memory for each weight: a matrix in float64, a copy in float32, and codes or a copy of the result; and
+# for each weight of a slab.
 _NBYTES, _SLAB_NBYTES = 16, 48
 
 
 @dataclass(frozen=True, slots=True)
 class MergedMatrix:
-    """W + s·B·A as it is to be written, ||W||² and ||s·B·A||²."""
+    """W + s·B·A in the dtype to write, ||W||² and ||s·B·A||²."""
 
     tensor: torch.Tensor
     squared_weight: float
@@ -44,7 +44,7 @@ class MergedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class RequantizedMatrix:
-    """W + s·B·A quantized; ||W||², ||s·B·A||² and what of the latter survives, None where there is no adapter."""
+    """W + s·B·A quantized; ||W||², ||s·B·A||², and the part of the adapter that survives (None without an adapter)."""
 
     quantized: QuantizedTensor
     squared_weight: float = 0.0
@@ -55,11 +55,11 @@ class RequantizedMatrix:
 def merge_on(
     gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, dtype: str, *, turned: bool
 ) -> MergedMatrix | None:
-    """The matrix of `numel` weights that `read` gives, merged in `dtype`; [in, out] if `turned`. What is not finite in
-    it is left to the processor.
+    """The matrix of `numel` weights from `read`, merged in `dtype`; [in, out] if `turned`. None for a result that
+    is not finite.
 
-    Codes of a codebook with an adapter that is not pooled become merged weights in one pass; integers, pooled adapters
-    and weights in full precision are merged slab by slab, as a processor does it.
+    Codes of a codebook with an unpooled adapter become merged weights in a single pass; integers, pooled adapters and
+    weights in full precision are merged slab by slab, as on a processor.
     """
 
     def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> MergedMatrix:
@@ -77,7 +77,7 @@ def merge_on(
 def requantize_on(
     gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, quantizer: Quantizer
 ) -> RequantizedMatrix | None:
-    """`requantize` of the matrix of `numel` weights that `read` gives."""
+    """`requantize` for the matrix of `numel` weights from `read`."""
 
     def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> RequantizedMatrix:
         return requantize(_rows(inputs[0]), inputs[1], quantizer)
@@ -88,9 +88,9 @@ def requantize_on(
 def requantize(
     weight: Rows, lora: LoraPair | None, quantizer: Quantizer, workers: Workers = SERIAL
 ) -> RequantizedMatrix:
-    """The merged matrix quantized again, where `weight` lies. Peak memory beside that: the quantized matrix.
+    """The merged matrix quantized again, on the device of `weight`. Peak memory beside `weight`: the quantized matrix.
 
-    Raises NumericError for what cannot be quantized.
+    Raises NumericError for a merged matrix that cannot be quantized.
     """
     from loftq_cli.triton_kernels.backend import has_kernels
     from loftq_cli.triton_kernels.error_stats.contract import error_stats
@@ -128,9 +128,8 @@ def errors_on(
     lora: LoraPair | None,
     group_size: int | None,
 ) -> tuple[LayerError, GroupErrors | None] | None:
-    """The `layer_error` of what `read` gives, a weight and what is stored of it; and of groups of `group_size` columns,
-    where it is given, the `group_errors`. Codes of a codebook are decoded and compared in one pass. What is not finite
-    is left to the processor.
+    """The `layer_error` of a weight beside the stored matrix, both from `read`; with `group_size`, `group_errors` too.
+    Codes of a codebook are decoded and compared in a single pass. None for an error that is not finite.
     """
 
     def work(
@@ -147,7 +146,7 @@ def errors_on(
 def tries_on(
     gpu: SharedDevice, read: Callable[[], TensorRows], numel: int, quantizers: Mapping[str, Quantizer]
 ) -> dict[str, LayerError] | None:
-    """The error that the matrix of `numel` weights that `read` gives has with each of `quantizers`."""
+    """The error of each quantizer, by name, for the matrix of `numel` weights from `read`."""
 
     def work(matrix: TensorRows) -> dict[str, LayerError]:
         rows = _rows(matrix)
@@ -161,33 +160,36 @@ def _nbytes(numel: int) -> int:
 
 
 def _rows(matrix: WholeMatrix) -> Rows:
-    """A matrix by rows, where its tensors lie."""
-    if isinstance(matrix, TensorRows):
-        rows: Rows = matrix
-    else:
-        rows = make_quantizer(matrix.spec, matrix.dtype).decoded(matrix)
+    """A matrix by rows, on the device of the stored tensors."""
+    rows: Rows = matrix if isinstance(matrix, TensorRows) else matrix.decoded()
     return ComputedRows(rows.shape, rows.rows, rows.multiple, rows.device, _SLAB_NUMEL)
 
 
 def _merged(weight: WholeMatrix, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
-    if isinstance(weight, CodebookTensor) and lora is not None and lora.group_size == 1:
-        return _merged_codes(weight, lora, dtype)
+    import torch
+
+    if not isinstance(weight, TensorRows) and lora is not None and lora.group_size == 1:
+        codes = weight.operand()
+        if codes is not None:
+            return _merged_codes(codes, weight.shape, getattr(torch, weight.dtype), lora, dtype)
     return _merged_rows(_rows(weight), lora, dtype)
 
 
-def _merged_codes(weight: CodebookTensor, lora: LoraPair, dtype: torch.dtype) -> MergedMatrix:
+def _merged_codes(
+    codes: CodebookOperand, shape: tuple[int, int], values: torch.dtype, lora: LoraPair, dtype: torch.dtype
+) -> MergedMatrix:
+    """Codes [out, in] whose values a loader rounds to `values`, merged in `dtype`."""
     import torch
 
     from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
     from loftq_cli.triton_kernels.merging.contract import merge_codebook
 
-    codes, values = _codes(weight), getattr(torch, weight.dtype)
     lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
-    # The errors of codes and of an adapter against nothing are their squares.
-    nothing = torch.zeros(weight.shape, dtype=torch.bfloat16, device=lora_A.device)
+    # Beside a matrix of zeros, the error of codes and of an adapter is the squared norm.
+    nothing = torch.zeros(shape, dtype=torch.bfloat16, device=lora_A.device)
     sums = codebook_error_sums(nothing, *codes, values, lora_A, lora_B, lora.scaling).tolist()
     del nothing
-    tensor = merge_codebook(*codes, weight.shape, values, lora_A, lora_B, lora.scaling, dtype)
+    tensor = merge_codebook(*codes, shape, values, lora_A, lora_B, lora.scaling, dtype)
     return MergedMatrix(tensor, squared_weight=sums[1], squared_delta=sums[4])
 
 
@@ -209,24 +211,22 @@ def _merged_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> Mer
 
 def _error(weight: Rows, decoded: WholeMatrix, lora: LoraPair | None) -> LayerError:
     """Raises NumericError where it is not finite."""
-    import torch
-
-    from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
-
-    if isinstance(decoded, CodebookTensor) and (lora is None or lora.group_size == 1):
-        whole, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, decoded.dtype)
-        factors = () if lora is None else (lora.lora_A.float(), lora.lora_B.float(), lora.scaling)
-        error = LayerError(*codebook_error_sums(whole, *_codes(decoded), values, *factors)[:5].tolist())
-    else:
-        error = layer_error(weight, _rows(decoded), lora)
+    error = None if isinstance(decoded, TensorRows) else _error_of_codes(weight, decoded, lora)
+    error = error or layer_error(weight, _rows(decoded), lora)
     if not (math.isfinite(error.squared_weight) and math.isfinite(error.squared_error)):
         raise NumericError("is not finite")
     return error
 
 
-def _codes(matrix: CodebookTensor) -> tuple[torch.Tensor, torch.Tensor, str, int]:
-    """Packed codes, decoded constants, and what they are codes of: the first arguments of fused operations."""
-    from loftq_cli.quant.codebook import CodebookQuantizer
+def _error_of_codes(weight: Rows, quantized: QuantizedTensor, lora: LoraPair | None) -> LayerError | None:
+    """The error by a pass that decodes and compares; None for a pooled adapter and for codes without a kernel."""
+    import torch
 
-    absmax = CodebookQuantizer(matrix.spec, matrix.dtype).decoded(matrix).absmax
-    return matrix.packed, absmax, matrix.spec.codebook, matrix.spec.block_size
+    from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
+
+    codes = quantized.operand() if lora is None or lora.group_size == 1 else None
+    if codes is None:
+        return None
+    whole, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, quantized.dtype)
+    factors = () if lora is None else (lora.lora_A.float(), lora.lora_B.float(), lora.scaling)
+    return LayerError(*codebook_error_sums(whole, *codes, values, *factors)[:5].tolist())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,50 @@ class CodebookSpec:
     def quant_type(self) -> str:
         """The format's name: a key of FORMATS."""
         return self.codebook
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the codes are integers with a scale and an offset: False."""
+        return False
+
+    @property
+    def has_code_kernels(self) -> bool:
+        """Whether GPU kernels read the codes as they are stored, alone and in stacks of equal matrices: True."""
+        return True
+
+    @property
+    def scale_dtype(self) -> str:
+        """The dtype in which a loader multiplies table values by block constants."""
+        return "float32"
+
+    @property
+    def group_size_or_none(self) -> int | None:
+        """None: blocks run on from one row to the next and are no groups of columns."""
+        return None
+
+    @property
+    def zero_point_kind(self) -> str | None:
+        """None: a codebook format has no zero points."""
+        return None
+
+    @property
+    def size_text(self) -> str:
+        """How many weights share a constant.
+
+        >>> CodebookSpec("nf4", 64).size_text
+        'block 64'
+        """
+        return f"block {self.block_size}"
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """The recipe options that choose this format for a layer, by name, in a model of codebook formats."""
+        return {"block_size": self.block_size}
+
+    def has_whole_groups_in(self, columns: int) -> bool:
+        """Whether `columns` neighbouring columns are whole groups: never, see `group_size_or_none`."""
+        del columns
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +101,52 @@ class AffineSpec:
     def quant_type(self) -> str:
         """The format's name: a key of FORMATS."""
         return f"int{self.bits}"
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether the codes are integers with a scale and an offset: True."""
+        return True
+
+    @property
+    def has_code_kernels(self) -> bool:
+        """Whether GPU kernels read the codes as they are stored, alone and in stacks of equal matrices: False."""
+        return False
+
+    @property
+    def group_size_or_none(self) -> int | None:
+        """The group size: the number of neighbouring columns in a row with a common scale."""
+        return self.group_size
+
+    @property
+    def zero_point_kind(self) -> str | None:
+        """How the offset of a group is stored: "none" (symmetric), "int" or "float".
+
+        >>> AffineSpec(4, 64, symmetric=False).zero_point_kind
+        'int'
+        """
+        return "none" if self.symmetric else self.zero_point
+
+    @property
+    def size_text(self) -> str:
+        """How many weights share a scale.
+
+        >>> AffineSpec(4, 128, symmetric=True).size_text
+        'group 128'
+        """
+        return f"group {self.group_size}"
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        """The recipe options that choose this format for a layer, by name, in a model of integer formats."""
+        return {"quant_type": self.quant_type, "group_size": self.group_size}
+
+    def has_whole_groups_in(self, columns: int) -> bool:
+        """Whether `columns` neighbouring columns are whole groups.
+
+        >>> [AffineSpec(4, 32, symmetric=False).has_whole_groups_in(columns) for columns in (64, 48)]
+        [True, False]
+        """
+        return columns % self.group_size == 0
 
 
 POOLINGS = ("peft", "paper", "repo")

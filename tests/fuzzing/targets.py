@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loftq_cli.layouts.layout import LAYOUTS, load_layout
+from loftq_cli.layouts.layout import LAYOUTS
 from tests.fuzzing import adapters, models, results, weight_files
 from tests.fuzzing.engine import Target
 
@@ -14,7 +14,7 @@ TARGETS: dict[str, Target] = {
     "folder": Target(weight_files.folder, 5),
     "family": Target(models.families, 14),
     "plan": Target(models.plans, 6),
-    **{f"base-{name}": Target(models.container(name), 1) for name in LAYOUTS if load_layout(name).QUANTIZED_ON_DISK},
+    **{f"base-{name}": Target(models.container(name), 1) for name, row in LAYOUTS.items() if row.stores_codes},
     "adapter": Target(adapters.adapter, 5),
     "merge": Target(adapters.merge, 2),
     "inspection": Target(adapters.inspection, 2),

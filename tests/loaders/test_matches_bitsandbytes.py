@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loftq_cli.layouts import bitsandbytes as layout
-from loftq_cli.layouts.layout import CodeRows, StoredMatrix
+from loftq_cli.layouts.layout import StoredMatrix, load_layout
+from loftq_cli.layouts.stored_tensors import CodeRows
 from loftq_cli.tensors.specs import CodebookSpec
 from loftq_cli.triton_kernels.codebook.contract import CODEBOOKS, codebook_table, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
@@ -27,7 +27,10 @@ def one_thread():
 
 
 def rows_of(codebook: str) -> CodeRows:
-    return layout.code_rows(StoredMatrix("weight", (1, 0), CodebookSpec(codebook), "float32", transposed=False))
+    matrix = StoredMatrix("weight", (1, 0), CodebookSpec(codebook), "float32", transposed=False)
+    rows = load_layout("bitsandbytes").code_rows(matrix)
+    assert rows is not None
+    return rows
 
 
 def numbered(packed: torch.Tensor, codebook: str) -> torch.Tensor:

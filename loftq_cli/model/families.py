@@ -1,0 +1,111 @@
+"""The table of model families, families.toml, read and checked. Needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from loftq_cli.layouts.layout import LAYOUTS
+
+_TABLE = Path(__file__).with_name("families.toml")
+_TABLE_KEYS = {"fused_expert_projections", "renamings", "families"}
+_LISTS = ("transposed", "full_precision", "no_adapter", "refused_by")
+_EXPERTS = ("fused",)  # a layout of experts to which PEFT moves adapters
+
+
+@dataclass(frozen=True, slots=True)
+class FamilyRow:
+    """Facts about the models of one `model_type`; the defaults are those of a family without a row.
+
+    prefix          attribute under which a head class holds the base model
+    transposed      last parts of the names of linears that are stored [in, out]
+    full_precision  endings of modules that transformers keeps in float32
+    no_adapter      last parts of the names of linears that take no PEFT adapter
+    loads_in_4_bit  whether transformers loads linears from 4-bit tensors
+    renamings       (expression, replacement) pairs that a head class applies to module names, in order
+    refused_by      containers whose loaders do not read the family
+    """
+
+    prefix: str | None = None
+    transposed: tuple[str, ...] = ()
+    full_precision: tuple[str, ...] = ()
+    no_adapter: tuple[str, ...] = ()
+    loads_in_4_bit: bool = True
+    renamings: tuple[tuple[str, str], ...] = ()
+    refused_by: tuple[str, ...] = ()
+
+
+_NO_FACTS = FamilyRow()
+
+
+@cache
+def families() -> Mapping[str, FamilyRow]:
+    """The rows of families.toml by `model_type`, read once.
+
+    >>> families()["gpt2"].prefix
+    'transformer'
+    """
+    return parse_families(_TABLE.read_text(encoding="utf-8"))
+
+
+def family_row(model_type: str) -> FamilyRow:
+    """The row of `model_type`; the defaults for a family without a row.
+
+    >>> family_row("no such family").loads_in_4_bit
+    True
+    """
+    return families().get(model_type, _NO_FACTS)
+
+
+def parse_families(text: str) -> Mapping[str, FamilyRow]:
+    """The rows of a table in the format of families.toml.
+
+    Raises ValueError, naming the family, for an unknown key, a value of another type, and a name of a list of
+    renamings, of a layout of experts or of a container that does not exist.
+    """
+    table = tomllib.loads(text)
+    unknown = sorted(table.keys() ^ _TABLE_KEYS)
+    if unknown:
+        raise ValueError(f"the table of families has or lacks {', '.join(unknown)}")
+    renamings = {name: tuple((old, new) for old, new in pairs) for name, pairs in table["renamings"].items()}
+    projections = _names(table["fused_expert_projections"], "fused_expert_projections")
+    rows = {name: _family_row(name, dict(values), renamings, projections) for name, values in table["families"].items()}
+    return MappingProxyType(rows)
+
+
+def _family_row(
+    family: str,
+    values: dict[str, Any],
+    renamings: Mapping[str, tuple[tuple[str, str], ...]],
+    projections: tuple[str, ...],
+) -> FamilyRow:
+    experts, renaming = values.pop("experts", None), values.pop("renamings", None)
+    unknown = sorted(values.keys() - {field.name for field in fields(FamilyRow)})
+    if unknown:
+        raise ValueError(f"family {family} has unknown keys: {', '.join(unknown)}")
+    if experts not in (None, *_EXPERTS):
+        raise ValueError(f"family {family} has experts {experts!r}, not one of {', '.join(_EXPERTS)}")
+    if renaming not in (None, *renamings):
+        raise ValueError(f"family {family} has renamings {renaming!r}, which are not listed")
+    lists = {key: _names(values.get(key, []), f"{key} of family {family}") for key in _LISTS}
+    strangers = [name for name in lists["refused_by"] if name not in LAYOUTS]
+    if strangers:
+        raise ValueError(f"family {family} is refused by {', '.join(strangers)}, and there is no such container")
+    if experts == "fused":
+        lists["no_adapter"] += projections
+    prefix, loads_in_4_bit = values.get("prefix"), values.get("loads_in_4_bit", True)
+    if not isinstance(prefix, str | None) or not isinstance(loads_in_4_bit, bool):
+        raise ValueError(f"family {family} has a prefix that is no text, or loads_in_4_bit other than true and false")
+    pairs = renamings[renaming] if renaming else ()
+    return FamilyRow(prefix=prefix, loads_in_4_bit=loads_in_4_bit, renamings=pairs, **lists)
+
+
+def _names(value: object, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{where} is no list of names")
+    return tuple(value)
