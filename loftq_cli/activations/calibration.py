@@ -24,6 +24,7 @@ from loftq_cli.output.writer import OutputFiles
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.planner import possible_jobs
 from loftq_cli.planning.recipe import Recipe
+from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.headers import OutTensor
 
 if TYPE_CHECKING:
@@ -117,12 +118,13 @@ def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
     return tuple(job for job in jobs if isinstance(job, LayerJob))
 
 
+@transformers_models.silenced()
 def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> Calibration:
     """Run the model over the text and write the statistics: complete, or not at all.
 
     Takes the memory of one block in float32, of its statistics, and of what all tokens carry from block to block.
     """
-    from loftq_cli.activations.streamed_model import StreamedModel, computing_with
+    from loftq_cli.activations.streamed_model import StreamedModel
 
     directory = prepared.directory
     config, tokenizer = transformers_models.model_config(directory), transformers_models.tokenizer(directory)
@@ -130,7 +132,7 @@ def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, thread
     model = transformers_models.empty_model(directory, config)
     weights = transformers_models.loaded_weights(model, prepared.checkpoint.tensors)
     streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
-    with computing_with(threads):
+    with torch_threads(threads):
         inputs = _trace(
             streamed, prepared, transformers_models.text_inputs(config, windows.by_length[-1][:1, :_TRACED])
         )
