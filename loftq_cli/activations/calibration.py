@@ -52,17 +52,29 @@ class CalibrationOptions:
 
 
 class CalibrationObserver(Protocol):
-    """Who is told how it goes."""
+    """What a calibration tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
 
-    def started(self, n_inputs: int, windows: int, context: int) -> None: ...
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None: ...
+
     def note(self, text: str) -> None: ...
-    def block_done(self, block: str, inputs: int) -> None: ...
+
+    def block_calibrated(self, block: str, inputs: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """What was written. `layers` have a statistic, `inputs` are the different ones, `unread` saw no text; `context` is
-    the longest window.
+class CalibrationResult:
+    """The statistics that a calibration wrote.
+
+    output    the directory
+    kind      "full" for matrices x·xᵀ, "diagonal" for mean squares
+    layers    how many layers have a statistic
+    inputs    how many statistics there are: layers that read the same tensor share one
+    unread    names of the weights that no text reaches
+    tokens    how many tokens the model read
+    windows   how many windows, or lines
+    context   tokens of the longest window
+    lines     whether each line was a text of its own
+    nbytes    of the statistics
     """
 
     output: Path
@@ -73,6 +85,7 @@ class Calibration:
     tokens: int
     windows: int
     context: int
+    lines: bool
     nbytes: int
 
 
@@ -119,7 +132,7 @@ def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
 
 
 @transformers_models.silenced()
-def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> Calibration:
+def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> CalibrationResult:
     """Run the model over the text and write the statistics: complete, or not at all.
 
     Takes the memory of one block in float32, of its statistics, and of what all tokens carry from block to block.
@@ -203,16 +216,17 @@ class _Found:
     def announce(self, observer: CalibrationObserver) -> None:
         """Say what there is to do, and what a user may not expect."""
         windows, asked = self.windows, self.prepared.options.tokens
-        observer.started(len(self.tensors), windows.count, windows.longest)
+        lines = self.prepared.options.lines
+        observer.calibration_started(len(self.tensors), windows.count, windows.longest, lines=lines)
         if windows.tokens + windows.longest <= asked:
             observer.note(f"the text gives {windows.tokens} tokens, fewer than --tokens {asked}")
         if self.unread:
             others = " and others" if len(self.unread) > 1 else ""
             observer.note(f"{len(self.unread)} layers read no text and have no statistic: {self.unread[0]}{others}")
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> CalibrationResult:
         """What was done, when it is."""
-        return Calibration(
+        return CalibrationResult(
             output=self.prepared.output,
             kind=self.prepared.options.kind,
             layers=len(self.inputs),
@@ -221,6 +235,7 @@ class _Found:
             tokens=self.windows.tokens,
             windows=self.windows.count,
             context=self.windows.longest,
+            lines=self.prepared.options.lines,
             nbytes=self.nbytes,
         )
 
@@ -280,7 +295,7 @@ class _Sums:
             self._write(name, mean)
             self._missing.discard(name)
         if self._sums:
-            self._observer.block_done(block, len(self._sums))
+            self._observer.block_calibrated(block, len(self._sums))
         self._sums.clear()
 
     def check_complete(self) -> None:

@@ -44,13 +44,15 @@ from loftq_cli.tensors.metrics import LayerError, relative, total_error
 
 
 class ConversionObserver(Protocol):
-    """Who is told how a conversion goes on."""
+    """What a conversion tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
 
     def layer_started(self, name: str) -> None: ...
 
-    def layer_done(self, result: LayerResult, *, resumed: bool) -> None: ...
+    def layer_converted(self, layer: LayerResult, *, resumed: bool) -> None: ...
 
     def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,9 +163,9 @@ def _run_jobs(
             if isinstance(job, LayerJob):
                 results.append(LayerResult.from_json(entry.result))
                 resumed += kept
-                observer.layer_done(results[-1], resumed=kept)
+                observer.layer_converted(results[-1], resumed=kept)
             elif NOT_FINITE in entry.result:
-                observer.phase(f"note: {not_finite_note(job.name)}")
+                observer.note(not_finite_note(job.name))
     return results, entries, resumed
 
 
