@@ -28,7 +28,7 @@ The names of the Python API are loaded when they are first used:
 >>> import loftq_cli as loftq
 >>> plan = loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True)
 >>> len(plan.layers)
-14
+28
 """
 
 from importlib import import_module

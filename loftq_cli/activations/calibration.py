@@ -55,26 +55,16 @@ class CalibrationObserver(Protocol):
     """What a calibration tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
 
     def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None: ...
-
     def note(self, text: str) -> None: ...
-
     def block_calibrated(self, block: str, inputs: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """The statistics that a calibration wrote.
-
-    output    the directory
-    kind      "full" for matrices x·xᵀ, "diagonal" for mean squares
-    layers    how many layers have a statistic
-    inputs    how many statistics there are: layers that read the same tensor share one
-    unread    names of the weights that no text reaches
-    tokens    how many tokens the model read
-    windows   how many windows, or lines
-    context   tokens of the longest window
-    lines     whether each line was a text of its own
-    nbytes    of the statistics
+    """The statistics in the directory `output`, `nbytes` in all: matrices x·xᵀ where `kind` is "full", mean squares of
+    x where `kind` is "diagonal". There are `inputs` statistics for `layers` layers: layers that read the same tensor
+    share one. `unread` names the weights that no text reaches. The model read `tokens` tokens in `windows` windows of
+    at most `context`; with `lines`, each window is a line of the text.
     """
 
     output: Path

@@ -62,7 +62,7 @@ def calibrate(
     >>> _ = Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
     >>> result = loftq.calibrate("builtin:tiny-llama", "text.txt", "statistics", tokens=32, context=16)
     >>> result.layers, result.inputs, result.tokens
-    (14, 8, 32)
+    (28, 16, 32)
     """
     count = thread_count(threads)
     check_least("tokens", tokens, 2)

@@ -117,7 +117,7 @@ def quantize(
     >>> import loftq_cli as loftq
     >>> plan = loftq.quantize("builtin:tiny-llama", "base", rank=4, include=r"layers\\.0\\.self_attn\\.q", dry_run=True)
     >>> [(layer.name, layer.matrix.shape) for layer in plan.layers]
-    [('model.layers.0.self_attn.q_proj.weight', (96, 96))]
+    [('model.layers.0.self_attn.q_proj.weight', (192, 192))]
     >>> result = loftq.quantize("builtin:tiny-llama", "base", rank=4, include=r"layers\\.0\\.self_attn\\.q")
     >>> result.adapter.name, result.total.error < result.quantization_error
     ('loftq_init', True)
