@@ -64,6 +64,11 @@ _EXPORTS = {
     "MismatchError": "errors",
     "QualityError": "errors",
     "MemoryShortage": "errors",
+    "LoftQLinear": "nn",
+    "QLoRALinear": "nn",
+    "QALoRALinear": "nn",
+    "load_adapted": "nn",
+    "save_adapter": "nn",
 }
 
 __all__ = [*_EXPORTS, "__version__"]
@@ -90,6 +95,11 @@ if TYPE_CHECKING:
     from loftq_cli.errors import StorageError as StorageError
     from loftq_cli.errors import UsageError as UsageError
     from loftq_cli.inspecting.findings import Verification as Verification
+    from loftq_cli.nn import LoftQLinear as LoftQLinear
+    from loftq_cli.nn import QALoRALinear as QALoRALinear
+    from loftq_cli.nn import QLoRALinear as QLoRALinear
+    from loftq_cli.nn import load_adapted as load_adapted
+    from loftq_cli.nn import save_adapter as save_adapter
 else:
 
     def __getattr__(name: str) -> object:

@@ -1,6 +1,4 @@
-"""Paths, sizes and numbers as callers give them, and the frame of every call: its own choice of kernels, and a shortage
-of memory as an error of ours.
-"""
+"""The arguments of a call: paths, sizes and numbers are checked. `api_call` is the frame of every call."""
 
 from __future__ import annotations
 
@@ -24,8 +22,8 @@ AnySize = str | int
 
 
 def api_call(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """`function` as a caller may use it in any thread: its choice of kernels ends with the call, and a shortage of
-    memory anywhere in it is a MemoryShortage.
+    """`function` for callers in any thread: the choice of kernels ends with the call, and a shortage of memory raises
+    MemoryShortage.
     """
 
     @wraps(function)
@@ -41,7 +39,7 @@ def api_call(function: Callable[Given, Result]) -> Callable[Given, Result]:
 
 
 def paths_of(value: AnyPath | Iterable[AnyPath] | None) -> tuple[Path, ...]:
-    """One path or several as a tuple; None gives an empty one.
+    """A tuple of paths from a path, several paths, or None.
 
     >>> [path.name for path in paths_of("a.txt")], paths_of(None)
     (['a.txt'], ())
@@ -53,7 +51,7 @@ def paths_of(value: AnyPath | Iterable[AnyPath] | None) -> tuple[Path, ...]:
 
 
 def texts_of(value: str | Iterable[str] | None) -> tuple[str, ...]:
-    """One string or several as a tuple; None gives an empty one.
+    """A tuple of strings from a string, several strings, or None.
 
     >>> texts_of("mlp"), texts_of(["mlp", "attn"])
     (('mlp',), ('mlp', 'attn'))
@@ -64,7 +62,7 @@ def texts_of(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def nbytes_of(value: AnySize | None, name: str, least: int = 10**6) -> int | None:
-    """A size in bytes; None stays None. Raises UsageError for text that is no size, and below `least`.
+    """A size in bytes; None stays None. Raises UsageError for text that is no size, and for a size below `least`.
 
     >>> nbytes_of("5MB", "max_memory"), nbytes_of(2_000_000, "max_memory")
     (5000000, 2000000)
@@ -78,7 +76,7 @@ def size_text(value: AnySize | None) -> str | None:
 
 
 def thread_count(threads: int | None) -> int:
-    """`threads`, or one for each processor. Raises UsageError below 1."""
+    """`threads`, or the number of processors for None. Raises UsageError below 1."""
     check_least("threads", threads, 1)
     return threads or available_threads()
 
@@ -90,8 +88,8 @@ def check_least(name: str, value: float | None, least: int) -> None:
 
 
 def check_gpu_memory(device: str, max_memory: AnySize | None) -> int | None:
-    """The most memory of a GPU in bytes, or None. Raises UsageError for a name that no device has, and for a bound
-    beside the processor, which has no such bound.
+    """The bound on a GPU's memory in bytes; None is no bound. Raises UsageError for an unknown device, and for a bound
+    beside --device cpu.
     """
     check_device_name(device)
     nbytes = nbytes_of(max_memory, "max_memory")

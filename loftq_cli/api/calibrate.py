@@ -1,4 +1,4 @@
-"""Statistics of what the layers of a model read: `loftq.calibrate`."""
+"""Statistics of the inputs of a model's layers: `loftq.calibrate`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,20 @@ def calibrate(
     overwrite: bool = False,
     observer: Observer | None = None,
 ) -> CalibrationResult:
-    """Measure what the linear layers of a model read on a text: the mean of x·xᵀ over its tokens.
+    """Measure the inputs x of a model's linear layers on a text: the mean of x·xᵀ over the tokens.
 
-    The model runs in float32 with one block of it in memory at a time. Needs transformers: pip install 'loftq-cli[hf]'.
+    The model runs in float32, and a single block of the model is in memory at a time. Needs transformers: pip install
+    'loftq-cli[hf]'.
 
     Args:
         model: a Hugging Face model directory with a tokenizer, or "builtin:NAME".
-        text: a UTF-8 file like what the model will read, or several.
+        text: a UTF-8 file, or several, with text like that of the model's later use.
         output: the directory to write.
         tokens: how many tokens of the text to read at most, 2 or more.
-        context: tokens of a window, 2 or more; None is what the model takes, at most 512.
-        lines: each line of the text is a text of its own.
-        diagonal: only the mean square of each input.
-        threads: threads to compute with; None is one for each processor.
+        context: tokens of a window, 2 or more; None is the model's longest input, at most 512.
+        lines: each line of the text is a separate text.
+        diagonal: store the mean square of each input only.
+        threads: number of threads to compute with; None is the number of processors.
         overwrite: replace an earlier result under `output`.
         observer: hears of the progress.
 
@@ -52,8 +53,8 @@ def calibrate(
         A CalibrationResult.
 
     Raises:
-        UsageError: an option that means nothing here, an output that exists, or no transformers.
-        InputError: a damaged checkpoint, a text that is none, or a folder without a tokenizer.
+        UsageError: an option without meaning, an output that exists, or no transformers.
+        InputError: a damaged checkpoint, a file without text, or a folder without a tokenizer.
         StorageError: reading or writing failed.
         MemoryShortage: the memory does not suffice.
 

@@ -24,12 +24,12 @@ from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.runtime.gpu import check_device_name
 from loftq_cli.tensors.metrics import total_error
 
-_BY_OUTPUT = "output_error"  # the order that only a reference gives
+_BY_OUTPUT = "output_error"  # an order for calls with a reference
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """The options of one call that the kinds of inspection share."""
+    """The options of a call, checked."""
 
     against: Path | None
     tries: tuple[str, ...]
@@ -65,34 +65,34 @@ def inspect(
 ) -> ConvertedInspection | CheckpointInspection | Verification:
     """Report the quantization error of every layer, or the damage of files.
 
-    The errors of a converted directory come from its report, or, with `against`, from the files themselves. With
-    `reference` and `text`, the errors of what layers and model give on a text are measured too. A full-precision
-    checkpoint shows what `quantize` would do, and with `try_` the error that a number format would give.
+    The errors of a converted directory come from the report of the conversion; `against` recomputes the errors from the
+    files. `reference` and `text` measure the outputs of layers and model on a text too. A full-precision checkpoint
+    shows the work of `quantize`, and `try_` computes the error of a number format.
 
     Args:
         path: a converted directory, a full-precision checkpoint, or "builtin:NAME"; with `verify` also an adapter.
         against: the original checkpoint: recompute every error from the files.
-        try_: number formats, one or several, for a full-precision checkpoint.
+        try_: a number format or several, for a full-precision checkpoint.
         sort: "name", "error", "base_error" or "numel"; with `reference` also "output_error".
-        top: only the first so many layers, 1 or more.
-        fail_above: the largest relative error that a layer may have.
+        top: number of layers to list, 1 or more; None lists all layers.
+        fail_above: the largest allowed relative error of a layer.
         verify: check checksums, index, config and numbers, and compute no errors.
-        threads: threads to compute with; None is one for each processor.
+        threads: number of threads to compute with; None is the number of processors.
         device: where `against` and `try_` compute: "cpu", "cuda", "cuda:N" or "auto".
-        reference: the original model, which runs beside the converted one. Needs transformers.
+        reference: the original model, to run beside the converted model. Needs transformers.
         text: a UTF-8 file for `reference`, or several.
-        tokens: for `reference`: how many tokens of the text to read at most, 2 or more; None is 65536.
-        context: for `reference`: tokens of a window, 2 or more; None is what the model takes, at most 512.
-        lines: for `reference`: each line of the text is a text of its own.
-        observer: hears of the progress, and of each problem that `verify` finds.
+        tokens: for `reference`: number of tokens to read at most, 2 or more; None is 65536.
+        context: for `reference`: tokens of a window, 2 or more; None is the model's longest input, at most 512.
+        lines: for `reference`: each line of the text is a separate text.
+        observer: hears of the progress, and of each problem of a verification.
 
     Returns:
-        A ConvertedInspection, a CheckpointInspection, or with `verify` a Verification, whose `problems` may be many.
+        A ConvertedInspection, a CheckpointInspection, or with `verify` a Verification.
 
     Raises:
-        UsageError: an option that means nothing for this path or beside another option.
-        InputError: a damaged checkpoint or report; with `verify` only where nothing is under that name.
-        MismatchError: an original or a reference that is of another model.
+        UsageError: an option without meaning for the path, or beside another option.
+        InputError: a damaged checkpoint or report; with `verify`, a path that does not exist.
+        MismatchError: `against` or `reference` is another model.
         QualityError: the error of a layer is above `fail_above`.
         StorageError: reading failed.
         MemoryShortage: the memory does not suffice.
@@ -153,7 +153,7 @@ def _check_text_options(request: _Request, tokens: int | None) -> None:
 
 
 def _check_only_verifies(request: _Request, fail_above: float | None) -> None:
-    """Raises UsageError for an option that asks for errors."""
+    """Raises UsageError for an option about errors."""
     options = {
         "--against": request.against is not None,
         "--try": bool(request.tries),
@@ -186,7 +186,7 @@ def _inspected(
 
 
 def _check_computes(request: _Request, remedy: str, *, has_work: bool, has_threads: bool) -> None:
-    """Raises UsageError for a device or threads where nothing is computed. `remedy` gives them something to do."""
+    """Raises UsageError for a device or threads where nothing is computed. `remedy` is an option that computes."""
     if has_work:
         return
     if request.device not in ("auto", "cpu"):
@@ -216,7 +216,7 @@ def _converted(base: BaseModel, request: _Request, observer: Observer) -> Conver
 
 
 def _compared(base: BaseModel, inspection: Inspection, request: _Request, observer: Observer) -> Comparison | None:
-    """The converted model beside its reference; None without one."""
+    """The comparison with the reference model; None without a reference."""
     if request.reference is None:
         return None
     report = read_report(base.folder)
@@ -235,7 +235,7 @@ def _compared(base: BaseModel, inspection: Inspection, request: _Request, observ
 
 
 def _sorted_layers(rows: Sequence[LayerRow], outputs: Comparison | None, sort: str) -> list[LayerRow]:
-    """The layers in order. By output error, only layers that read text are there, the largest error first."""
+    """The layers in order. The order "output_error" lists the layers that read text, the largest error first."""
     if outputs is None or sort != _BY_OUTPUT:
         return sorted_rows(rows, sort)
     measured = [row for row in rows if row.name in outputs.layers]

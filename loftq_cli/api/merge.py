@@ -1,4 +1,4 @@
-"""Base and adapter become one checkpoint: `loftq.merge`."""
+"""An adapter is merged into a base: `loftq.merge`."""
 
 from __future__ import annotations
 
@@ -39,25 +39,26 @@ def merge(
     restart: bool = False,
     observer: Observer | None = None,
 ) -> MergeResult | MergePlan:
-    """Merge an adapter into its base, in float32, and write a deployment checkpoint.
+    """Merge an adapter into a base, in float32, and write a deployment checkpoint.
 
-    A QA-LoRA adapter merges into the offsets of the base's groups: the result stays quantized. An interrupted call is
-    continued by the same call.
+    A QA-LoRA adapter merges into the offsets of the base's groups: the result stays quantized. Repeating an
+    interrupted call continues the work.
 
     Args:
         base: a converted directory, a full-precision checkpoint, or "builtin:NAME".
         adapter: a PEFT LoRA directory made or trained on `base`.
         output: the directory to write.
-        dtype: of the merged weights; None is the model's own.
-        layout: container of the merged weights; None is one with float offsets for QA-LoRA, else "dense".
+        dtype: dtype of the merged weights; None is the model's dtype.
+        layout: container of the merged weights; None is a container with float offsets for QA-LoRA, else
+            "dense".
         requantize: number format to quantize the merged weights to, such as "nf4" or "int4".
-        group_size, symmetric: of `requantize` to integers.
-        scale_dtype: of scales and offsets.
+        group_size, symmetric: format options where `requantize` is an integer format.
+        scale_dtype: dtype of scales and offsets.
         round_zeros: merge a QA-LoRA adapter into integer zero points.
-        pooling: of a QA-LoRA adapter whose config does not say its pooling, or says another one.
-        max_shard_size: size of one file, in bytes or as "5GB"; None is 5 GB.
+        pooling: the pooling of a QA-LoRA adapter, where the adapter's config is silent or wrong.
+        max_shard_size: largest size of a weight file, in bytes or as "5GB"; None is 5 GB.
         force: merge although the adapter was fitted to another base, or does not survive.
-        threads: threads to compute with; None is one for each processor.
+        threads: number of threads to compute with; None is the number of processors.
         device: "cpu", "cuda", "cuda:N" or "auto".
         dry_run: plan only, and write nothing.
         overwrite: replace an earlier result under `output`.

@@ -73,30 +73,30 @@ def quantize(
 ) -> QuantizeResult | QuantizePlan:
     """Convert a checkpoint to quantized base weights plus a LoRA adapter.
 
-    `output` becomes a model directory that transformers loads, with the adapter for PEFT in a folder of it. An
-    interrupted call is continued by the same call. Sizes are bytes, or text such as "5GB". None is the recipe's value,
-    or else the default: `loftq quantize --help` lists the choices and the defaults.
+    `output` becomes a model directory for transformers, with the adapter for PEFT in a folder inside `output`.
+    Repeating an interrupted call continues the work. Sizes are bytes, or text such as "5GB". None leaves an option to
+    the recipe or the default: `loftq quantize --help` lists choices and defaults.
 
     Args:
         model: a Hugging Face model directory, one weight file, or "builtin:NAME".
         output: the directory to write.
         recipe: a TOML file or the name of a preset; the other options override it.
-        method: how the adapter starts: "loftq", "qlora" or "qalora".
+        method: how the adapter starts, "loftq", "qlora" or "qalora".
         rank, alpha, rslora: rank of the adapter, lora_alpha, and whether the scaling is alpha/√rank.
         fit, start, iterations, rounds, svd: how base and adapter are fitted to each other.
         pooling, init: how a QA-LoRA adapter reads groups of inputs, and how it starts.
         adapter_dtype, seed: dtype of the adapter; seed of random factors.
         quant_type: number format of the base, such as "nf4" or "int4".
-        block_size, double_quant: of codebook formats: weights that share one absmax; 8-bit block constants.
-        group_size, symmetric, scale_dtype: of integers: weights of a row that share one scale; no zero points; dtype
-            of the scales.
+        block_size, double_quant: for codebook formats: weights that share an absmax; 8-bit block constants.
+        group_size, symmetric, scale_dtype: for integers: weights of a row that share a scale; no zero points; dtype of
+            the scales.
         scales: how constants are chosen: "absmax" or "search".
         calibration: the directory that `calibrate` wrote.
-        layout, max_shard_size: container of the base, and the size of one file of it.
-        include, exclude: regular expressions, one or several: which modules are quantized.
-        target_bpw, target_size, lora_budget: bounds under which each layer's format and rank are chosen: bits of the
-            base per weight; bytes of base and adapter; bytes of the adapter.
-        threads: threads to compute with; None is one for each processor.
+        layout, max_shard_size: container of the base, and the largest size of a weight file.
+        include, exclude: a regular expression or several: the modules to quantize, and not to.
+        target_bpw, target_size, lora_budget: bounds for the choice of each layer's format and rank: bits of the base
+            per weight; bytes of base and adapter; bytes of the adapter.
+        threads: number of threads to compute with; None is the number of processors.
         device, max_memory: "cpu", "cuda", "cuda:N" or "auto", and the most memory of the GPU.
         dry_run: plan only, and write nothing. Needs no torch, except under a target.
         overwrite: replace an earlier result under `output`.
@@ -108,7 +108,7 @@ def quantize(
         A QuantizeResult; with `dry_run`, a QuantizePlan.
 
     Raises:
-        UsageError: an option that means nothing here, or an output that exists.
+        UsageError: an option without meaning for the model or the method, or an output that exists.
         InputError: a damaged checkpoint, or a weight that cannot be quantized.
         MismatchError: statistics of another model.
         StorageError: reading or writing failed.
@@ -168,7 +168,7 @@ def _prepared(
     threads: int,
     observer: Observer,
 ) -> Conversion:
-    """The conversion that is ready to run; under a target, every weight has been measured."""
+    """The conversion, ready to run. A target needs the errors of every weight: they are measured here."""
     recipe = resolve_recipe(source, asked, mixes=target.chooses_formats)
     if target == Budget():
         return prepare_conversion(model, output, recipe)
@@ -197,7 +197,7 @@ def _plan(conversion: Conversion, *, already_done: bool) -> QuantizePlan:
 
 
 def _earlier_outcome(plan: QuantizePlan) -> Outcome:
-    """The outcome of the call that wrote the output, from its report."""
+    """The outcome of an earlier call, read from the report in the output."""
     report = read_report(plan.output)
     assert report is not None  # the output is complete and undamaged
     layers = tuple(report[1])

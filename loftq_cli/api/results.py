@@ -1,4 +1,4 @@
-"""What the functions of the API give back: everything that the command line prints, as numbers and records."""
+"""The records that the functions of the API return: all figures that the command line prints."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from loftq_cli.tensors.metrics import LayerError
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """One weight file that will be written: its name inside the output, its bytes, and how many tensors it holds."""
+    """A weight file of the plan: `name` inside the output, bytes, and number of tensors."""
 
     name: str
     nbytes: int
@@ -30,21 +30,21 @@ class PlannedFile:
 
 @dataclass(frozen=True, slots=True)
 class QuantizePlan:
-    """What `quantize` will do, as headers and configs alone decide.
+    """The plan of `quantize`, made from headers and configs alone.
 
     output           the directory
     recipe           every option, settled
-    dtype            of the model's tensors that are not quantized
-    jobs             for each tensor of the source, in order: how it is quantized, or why it is copied
+    dtype            of the tensors in full precision
+    jobs             a job for each tensor of the source, in order: a LayerJob quantizes, a CopyJob copies
     files            weight files of the base
     adapter          the weight file of the adapter
     base_nbytes      of all tensors of the base
     adapter_nbytes   of all tensors of the adapter
     peak_nbytes      about how much memory the conversion takes
     bits_per_weight  true bits of a quantized weight, constants included
-    notes            what a user may not expect
-    allocation       how formats and ranks were chosen under a target; None without one
-    already_done     whether the output holds the undamaged result of this very plan
+    notes            sentences about unexpected facts
+    allocation       the choice of formats and ranks under a target; None without a target
+    already_done     whether the output holds the complete, undamaged result of the plan
     """
 
     output: Path
@@ -79,18 +79,18 @@ class QuantizePlan:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """What `quantize` wrote, and how close it is to the original.
+    """The result of `quantize`: places, sizes, and errors against the original.
 
-    output              the directory, which transformers loads
-    adapter             the directory of the adapter inside it, which PEFT loads
-    plan                what was planned: sizes, recipe, jobs
+    output              the directory, for transformers
+    adapter             the directory of the adapter inside `output`, for PEFT
+    plan                sizes, recipe, jobs
     layers              every quantized layer with its errors
     total               the error of all layers together
     quantization_error  relative error of quantizing every layer once, with no adapter
-    output_error        relative error of the layers' outputs on the text of a calibration; None without one
-    resumed_layers      how many layers an interrupted run had done before
-    verified            whether this call read the result back and found the reported errors in it
-    already_done        whether an earlier call had written all of it; then the figures come from its report
+    output_error        relative error of the layers' outputs on the text of a calibration; None without a calibration
+    resumed_layers      number of layers that an interrupted run had finished
+    verified            whether this call read the result back and confirmed the reported errors
+    already_done        whether an earlier call wrote the result; then the figures come from the report in `output`
     """
 
     output: Path
@@ -107,18 +107,18 @@ class QuantizeResult:
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """What `merge` will do, as headers and configs alone decide.
+    """The plan of `merge`, made from headers and configs alone.
 
     output        the directory
-    dtype         of the model's tensors that are not quantized
+    dtype         of the tensors in full precision
     layout        the container of the merged weights
-    requantize    the number format of weights that are quantized again; None without
-    form          the number format, the container or the dtype, whichever says most
-    tensors       every tensor that is written
-    layers        how many layers the adapter changes
+    requantize    the number format of weights that are quantized again; None for no such weights
+    form          the form in a word: the number format, else the container of codes, else the dtype
+    tensors       every tensor of the result
+    layers        number of layers that the adapter changes
     nbytes        of all tensors
-    notes         what was checked about base and adapter, and what could not be
-    already_done  whether the output holds the undamaged result of this very plan
+    notes         sentences about the checks of base and adapter
+    already_done  whether the output holds the complete, undamaged result of the plan
     """
 
     output: Path
@@ -135,18 +135,18 @@ class MergePlan:
 
 @dataclass(frozen=True, slots=True)
 class MergeResult:
-    """What `merge` wrote, and how much of the adapter is in it.
+    """The result of `merge`, and how much of the adapter is in the result.
 
     output               the directory
-    plan                 what was planned: sizes, container, tensors
-    layers               every merged layer; none where an earlier call had merged them
-    retention            share of the adapter that survives quantizing again; None where nothing was
-    lost                 share of the update that the groups' offsets do not hold, infinite for an update of nothing;
-                         None where no codes were kept
-    max_difference       largest difference of a weight from base and adapter; None where no codes were kept
-    relative_difference  the same, of the largest weight of its layer
-    notes                what was checked about base and adapter, and what could not be
-    already_done         whether an earlier call had written all of it: then nothing was measured
+    plan                 sizes, container, tensors
+    layers               every merged layer; empty with `already_done`
+    retention            share of the adapter that survives quantizing again; None without `requantize`
+    lost                 share of the update that the groups' offsets do not hold, infinite for a zero update; None
+                         where the merge keeps no codes
+    max_difference       largest difference of a weight from base plus adapter; None where the merge keeps no codes
+    relative_difference  largest difference of a layer over the largest weight of the layer; None likewise
+    notes                sentences about the checks of base and adapter
+    already_done         whether an earlier call wrote the result; then no layer is measured
     """
 
     output: Path
@@ -162,7 +162,7 @@ class MergeResult:
 
 @dataclass(frozen=True, slots=True)
 class WorstError:
-    """The largest relative error that was found, and the tensor that has it."""
+    """The tensor of the largest relative error, and the error."""
 
     tensor: str
     error: float
@@ -173,13 +173,13 @@ class ConvertedInspection:
     """A converted directory.
 
     path             the directory
-    layers           the quantized layers, sorted; only the first ones where `top` asks for it
-    layer_count      how many quantized layers there are
-    total            the error of all layers together; None where the error of one is not known
+    layers           the quantized layers, sorted; the first `top` of the layers where `top` is set
+    layer_count      number of all quantized layers
+    total            the error of all layers together; None where the error of a layer is unknown
     bits_per_weight  true bits of a quantized weight, constants included
-    recomputed       whether the errors come from the files, or else from the report of the conversion
-    worst            the largest error of a layer; None where no error is known
-    outputs          errors of what layers and model give on a text; None without a reference
+    recomputed       whether the errors come from the files (True) or from the report of the conversion
+    worst            the largest error of a layer; None where all errors are unknown
+    outputs          errors of the outputs of layers and model on a text; None without `reference`
     """
 
     path: Path
@@ -197,11 +197,11 @@ class CheckpointInspection:
     """A full-precision checkpoint.
 
     path          the directory or weight file
-    tensors       the tensors, sorted; only the first ones where `top` asks for it
-    tensor_count  how many tensors there are
+    tensors       the tensors, sorted; the first `top` of the tensors where `top` is set
+    tensor_count  number of all tensors
     nbytes        of all tensors
-    totals        by quant type that was tried, the error of all weights together
-    worst         the largest error of a weight with any of the quant types; None where none was tried
+    totals        quant type -> the error of all weights together, for each of `try_`
+    worst         the largest error of a weight with a quant type of `try_`; None without `try_`
     """
 
     path: Path

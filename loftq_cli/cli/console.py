@@ -1,4 +1,4 @@
-"""Where words go: results to stdout, everything else to stderr. Names from a checkpoint are text, never markup."""
+"""The two streams: results go to stdout, everything else to stderr. Names from a checkpoint are text, never markup."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 
 def say_done() -> None:
-    """The last line on stderr of a command that did its work."""
+    """The last line on stderr of a successful command."""
     say(f"done, peak memory {megabytes(peak_nbytes())}")
 
 
@@ -50,13 +50,13 @@ def megabytes(nbytes: int) -> str:
 
 
 def peak_nbytes() -> int:
-    """The most memory this process has had in use."""
+    """The peak memory of this process in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         pass
-    # On Linux this one begins with what the process that started it had in use.
+    # Linux counts the memory of the parent process too, as of the fork.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -1,4 +1,4 @@
-"""Options of merge, and those that several commands share: declared once, with help and the reason for a default."""
+"""Options of merge, and options of several commands: declared once, with help and the reason for a default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A bar or lines on stderr while a command runs: what the API tells its observer."""
+"""A bar or lines on stderr while a command runs: an observer of the API."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("peak {task.fields[peak]}", markup=False),
         TextColumn("{task.fields[change]}", markup=False),
-        # Last, where a narrow terminal cuts it off.
+        # The name is last: a narrow terminal cuts the end off.
         TextColumn("{task.description}", markup=False),
         console=Console(stderr=True),
     )

@@ -17,7 +17,7 @@ from loftq_cli.tensors.specs import AffineSpec
 
 
 def print_inspection(inspection: ConvertedInspection | CheckpointInspection, *, as_json: bool) -> None:
-    """What `loftq inspect` prints of a converted directory or a full-precision checkpoint."""
+    """Print the inspection of a converted directory or a full-precision checkpoint."""
     if isinstance(inspection, ConvertedInspection):
         if as_json:
             result(json.dumps(_converted_json(inspection), indent=2))
@@ -104,7 +104,7 @@ def _print_converted(inspection: ConvertedInspection) -> None:
 
 
 def _print_outputs(outputs: Comparison) -> None:
-    """The lines below the table."""
+    """Print the lines below the table."""
     total, outcome = outputs.total, outputs.outcome
     result(
         f"on {outputs.tokens} tokens: base output error {total.base_error:.4f}, output error {total.error:.4f}"
@@ -137,7 +137,7 @@ def _print_checkpoint(inspection: CheckpointInspection) -> None:
 
 
 def _zero_point(spec: QuantSpec) -> str:
-    """How a format stores the offset of its groups."""
+    """How a number format stores the offset of a group."""
     if not isinstance(spec, AffineSpec):
         return "-"
     return "none" if spec.symmetric else spec.zero_point

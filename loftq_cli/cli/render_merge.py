@@ -11,12 +11,12 @@ from loftq_cli.merging.report import finite, layer_json
 
 
 def summary(plan: MergePlan) -> str:
-    """What has to be known before the work starts."""
+    """The work of a merge in a line."""
     return f"{plan.layers} layers to merge, {megabytes(plan.nbytes)} to write"
 
 
 def print_plan(plan: MergePlan, *, as_json: bool, quiet: bool) -> None:
-    """What a dry run prints."""
+    """Print the plan of a dry run."""
     if not quiet:
         say(summary(plan))
     for note in plan.notes:
@@ -29,7 +29,7 @@ def print_plan(plan: MergePlan, *, as_json: bool, quiet: bool) -> None:
 
 
 def print_result(outcome: MergeResult, *, as_json: bool) -> None:
-    """What a finished merge prints."""
+    """Print the result of a merge."""
     plan = outcome.plan
     if as_json:
         values = {

@@ -15,7 +15,7 @@ from loftq_cli.quant.formats import size_of, spec_json
 
 
 def announce(plan: QuantizePlan) -> None:
-    """The settled recipe on stderr, and what has to be known before the work starts."""
+    """Say the settled recipe, sizes and notes on stderr."""
     for line in recipe_toml(plan.recipe).strip().splitlines():
         say(f"  {line}" if line else "")
     say(
@@ -29,13 +29,13 @@ def announce(plan: QuantizePlan) -> None:
 
 
 def announce_copies(plan: QuantizePlan) -> None:
-    """A line on stderr for each tensor that is copied."""
+    """Say a line on stderr for each copied tensor."""
     for job in plan.copies:
         say(f"copied: {job.name} ({job.reason})")
 
 
 def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
-    """What a dry run prints; `verbose` lists the copied tensors too."""
+    """Print the plan of a dry run; `verbose` lists the copied tensors too."""
     if as_json:
         chosen = {} if plan.allocation is None else {"allocation": plan.allocation.to_json()}
         result(json.dumps({**_plan_json(plan), **chosen}, indent=2))
@@ -51,7 +51,7 @@ def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
 
 
 def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
-    """What a finished conversion prints."""
+    """Print the result of a conversion."""
     plan = outcome.plan
     if as_json:
         result(json.dumps(_result_json(outcome), indent=2))
@@ -69,7 +69,7 @@ def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
 
 
 def _announce_allocation(allocation: Allocation) -> None:
-    """What was chosen in all, and what the best single choice for all layers would have been."""
+    """Say the totals of the choice, and the best uniform choice for all layers."""
     say(
         f"chosen: {allocation.bits_per_weight:.4f} bits a weight, base {megabytes(allocation.base_nbytes)}, adapter "
         f"{megabytes(allocation.adapter_nbytes)}; objective {allocation.objective:.4f}"

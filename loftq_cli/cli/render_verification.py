@@ -14,7 +14,7 @@ MAX_LINES = 20  # of problems, and of notes; --json has all
 
 
 def print_verification(verification: Verification, *, as_json: bool) -> None:
-    """Everything but the problems that were printed when they were found. Raises InputError where there are any."""
+    """Print notes and summary. Problems were printed already, except with JSON. Raises InputError for a problem."""
     path, problems, notes = verification.path, verification.problems, verification.notes
     for note in notes[:MAX_LINES]:
         say(f"note: {problem_line(note, path)}")

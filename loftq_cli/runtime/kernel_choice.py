@@ -37,7 +37,7 @@ def choose_kernels(work: int) -> str | None:
 
 
 def with_own_kernels(function: Callable[Given, Result]) -> Callable[Given, Result]:
-    """`function`, whose choice of kernels ends with its call: the call runs in a copy of the caller's context.
+    """`function`, run in a copy of the caller's context: a choice of kernels ends with the call.
 
     >>> from loftq_cli.triton_kernels.backend import has_kernels, use_backend
     >>> choose = with_own_kernels(lambda: use_backend("cpu", "triton"))

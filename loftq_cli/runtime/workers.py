@@ -105,8 +105,8 @@ def torch_threads(count: int) -> Iterator[None]:
 def use_torch_threads(count: int) -> int:
     """Let torch compute with `count` threads of its own in the calling thread. Gives the number before.
 
-    torch.set_num_threads sets two numbers: one of the calling thread, and one for all threads that compute for the
-    first time later. The second number belongs to the process, and is put back here, in a thread that ends at once.
+    torch.set_num_threads sets two numbers: the number of the calling thread, and the number for all threads that start
+    later. The second number belongs to the process: a short-lived thread puts the second number back.
     """
     import torch
 
