@@ -1,14 +1,19 @@
-"""Which implementation of an operation runs on which device. A table, what was chosen, and the function that reads it.
+"""Which implementation of an operation runs on which device: a table, the choice, and the function that reads both.
+
+The choice belongs to a context (contextvars), not to the process: two threads may run different backends, and a choice
+that a function makes inside `contextvars.copy_context().run` ends with the function.
 
 A backend is a module `<op>/<backend>.py` beside the contract `<op>/contract.py`, with the same function names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 _TRITON = frozenset(
     {
@@ -31,14 +36,15 @@ BACKENDS: dict[str, dict[str, frozenset[str]]] = {
     "cuda": {"triton": _TRITON},
 }
 
-_chosen: dict[str, str] = {}
+# device type -> backend. A mapping is replaced as a whole and never changed: contexts share it.
+_CHOICE: ContextVar[Mapping[str, str]] = ContextVar("loftq_backends", default=MappingProxyType({}))
 
 
 def use_compiled_kernels() -> str | None:
-    """Run the compiled kernels on the CPU from now on, where they exist. Says what is missing when they cannot be.
+    """Choose the compiled kernels for the CPU in the current context. Gives None, or the reason why they cannot run.
 
-    Loading the compiler takes half a second, and the first run of each kernel on a machine one more: that is the
-    caller's to weigh. The bytes are the same either way.
+    Loading the compiler takes half a second, and the first run of each kernel on a machine takes one second more: the
+    caller weighs that. The reference gives the same bytes.
     """
     try:
         import_module(f"{__package__}.cpu_kernels")
@@ -51,21 +57,28 @@ def use_compiled_kernels() -> str | None:
 
 
 def use_reference_kernels() -> None:
-    """Undo `use_compiled_kernels`."""
-    _chosen.pop("cpu", None)
+    """Undo `use_compiled_kernels` in the current context."""
+    use_backend("cpu", None)
 
 
 def use_backend(device_type: str, backend: str | None) -> None:
-    """Run `backend` on devices of this type from now on, where it has an operation; None for what runs by default.
+    """Choose `backend` for devices of this type in the current context; None chooses the default. An operation that
+    the backend lacks runs as the reference.
 
-    Raises ValueError for one that the table does not have.
+    Raises ValueError for a backend that the table does not have.
+
+    >>> use_backend("cpu", "reference")
+    >>> has_kernels("codebook", "cpu")
+    False
+    >>> use_backend("cpu", None)
     """
+    choice = {kind: name for kind, name in _CHOICE.get().items() if kind != device_type}
     if backend is None:
-        _chosen.pop(device_type, None)
+        _CHOICE.set(choice)
     elif backend != "reference" and backend not in BACKENDS.get(device_type, ()):
         raise ValueError(f"no backend {backend!r} for device type {device_type!r}")
     else:
-        _chosen[device_type] = backend
+        _CHOICE.set({**choice, device_type: backend})
 
 
 @cache
@@ -91,5 +104,5 @@ def _backend_of(op: str, device_type: str) -> str:
     if device_type not in BACKENDS:
         raise ValueError(f"no backend for device type {device_type!r}; known: {', '.join(BACKENDS)}")
     default = "triton" if device_type == "cuda" and has_triton() else "reference"
-    backend = _chosen.get(device_type, default)
+    backend = _CHOICE.get().get(device_type, default)
     return backend if op in BACKENDS[device_type].get(backend, ()) else "reference"

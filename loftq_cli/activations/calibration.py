@@ -25,6 +25,7 @@ from loftq_cli.output.writer import OutputFiles
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.planner import possible_jobs
 from loftq_cli.planning.recipe import Recipe
+from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.headers import OutTensor
 
 if TYPE_CHECKING:
@@ -52,17 +53,19 @@ class CalibrationOptions:
 
 
 class CalibrationObserver(Protocol):
-    """Who is told how it goes."""
+    """What a calibration tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
 
-    def started(self, n_inputs: int, windows: int, context: int) -> None: ...
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None: ...
     def note(self, text: str) -> None: ...
-    def block_done(self, block: str, inputs: int) -> None: ...
+    def block_calibrated(self, block: str, inputs: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Calibration:
-    """What was written. `layers` have a statistic, `inputs` are the different ones, `unread` saw no text; `context` is
-    the longest window.
+class CalibrationResult:
+    """The statistics in the directory `output`, `nbytes` in all: matrices x·xᵀ where `kind` is "full", mean squares of
+    x where `kind` is "diagonal". There are `inputs` statistics for `layers` layers: layers that read the same tensor
+    share one. `unread` names the weights that no text reaches. The model read `tokens` tokens in `windows` windows of
+    at most `context`; with `lines`, each window is a line of the text.
     """
 
     output: Path
@@ -73,6 +76,7 @@ class Calibration:
     tokens: int
     windows: int
     context: int
+    lines: bool
     nbytes: int
 
 
@@ -118,12 +122,13 @@ def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
     return tuple(job for job in jobs if isinstance(job, LayerJob))
 
 
-def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> Calibration:
+@transformers_models.silenced()
+def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> CalibrationResult:
     """Run the model over the text and write the statistics: complete, or not at all.
 
     Takes the memory of one block in float32, of its statistics, and of what all tokens carry from block to block.
     """
-    from loftq_cli.activations.streamed_model import StreamedModel, computing_with
+    from loftq_cli.activations.streamed_model import StreamedModel
 
     directory = prepared.directory
     config, tokenizer = transformers_models.model_config(directory), transformers_models.tokenizer(directory)
@@ -131,7 +136,7 @@ def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, thread
     model = transformers_models.empty_model(directory, config)
     weights = transformers_models.loaded_weights(model, prepared.checkpoint.tensors)
     streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
-    with computing_with(threads):
+    with torch_threads(threads):
         inputs = _trace(
             streamed, prepared, transformers_models.text_inputs(config, windows.by_length[-1][:1, :_TRACED])
         )
@@ -202,16 +207,17 @@ class _Found:
     def announce(self, observer: CalibrationObserver) -> None:
         """Say what there is to do, and what a user may not expect."""
         windows, asked = self.windows, self.prepared.options.tokens
-        observer.started(len(self.tensors), windows.count, windows.longest)
+        lines = self.prepared.options.lines
+        observer.calibration_started(len(self.tensors), windows.count, windows.longest, lines=lines)
         if windows.tokens + windows.longest <= asked:
             observer.note(f"the text gives {windows.tokens} tokens, fewer than --tokens {asked}")
         if self.unread:
             others = " and others" if len(self.unread) > 1 else ""
             observer.note(f"{len(self.unread)} layers read no text and have no statistic: {self.unread[0]}{others}")
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> CalibrationResult:
         """What was done, when it is."""
-        return Calibration(
+        return CalibrationResult(
             output=self.prepared.output,
             kind=self.prepared.options.kind,
             layers=len(self.inputs),
@@ -220,6 +226,7 @@ class _Found:
             tokens=self.windows.tokens,
             windows=self.windows.count,
             context=self.windows.longest,
+            lines=self.prepared.options.lines,
             nbytes=self.nbytes,
         )
 
@@ -279,7 +286,7 @@ class _Sums:
             self._write(name, mean)
             self._missing.discard(name)
         if self._sums:
-            self._observer.block_done(block, len(self._sums))
+            self._observer.block_calibrated(block, len(self._sums))
         self._sums.clear()
 
     def check_complete(self) -> None:

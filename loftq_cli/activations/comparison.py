@@ -17,6 +17,7 @@ from loftq_cli.adapter.beside import load_adapter_pairs
 from loftq_cli.errors import InputError, MismatchError, NumericError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
+from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import relative
 
@@ -94,6 +95,7 @@ class Comparison:
         )
 
 
+@transformers_models.silenced()
 def compare(
     base: BaseModel,
     reference: Path,
@@ -116,10 +118,7 @@ def compare(
     """
     import torch
 
-    from loftq_cli.activations.streamed_model import computing_with
-
     read = [read_text(path) for path in texts]
-    transformers_models.check_installed()
     with BaseModel.open(reference) as original:
         if original.quantized:
             what = "is quantized itself"
@@ -146,7 +145,7 @@ def compare(
     layers = [_Layer.of(whole, converted, base, name, module_of(called[name]), pairs.get(name)) for name in names]
     meter: _Meter = _PredictionMeter() if transformers_models.predicts_next_token(whole) else _DriftMeter()
     done = 0
-    with computing_with(threads), torch.no_grad():
+    with torch_threads(threads), torch.no_grad():
         for batch in windows.batches(_BATCH_TOKENS):
             feed = transformers_models.text_inputs(config, batch)
             with _measuring(layers):

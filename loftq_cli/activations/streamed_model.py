@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,20 +14,10 @@ import torch
 from torch import nn
 
 from loftq_cli.errors import InputError, UsageError
+from loftq_cli.runtime.workers import use_torch_threads
 
 if TYPE_CHECKING:
     from loftq_cli.activations.transformers_models import LoadedWeight
-
-
-@contextmanager
-def computing_with(threads: int) -> Iterator[None]:
-    """torch's own threads for the length of the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class StreamedModel:
@@ -240,7 +229,7 @@ class _Runner(threading.Thread):
 
     def run(self) -> None:
         self._go.acquire()
-        torch.set_num_threads(self._threads)
+        use_torch_threads(self._threads)
         try:
             if not self._is_ending:
                 with torch.no_grad():

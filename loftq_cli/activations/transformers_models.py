@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import InputError, UsageError
@@ -27,13 +28,44 @@ def check_installed() -> None:
     """Raises UsageError where transformers is not installed, or is older than its loader of converted weights."""
     try:
         import accelerate  # noqa: F401
-        import transformers
+        import transformers  # noqa: F401
         from transformers import conversion_mapping, core_model_loading  # noqa: F401
     except ImportError:
         hint = _UPGRADE if find_spec("transformers") and find_spec("accelerate") else _INSTALL
         raise UsageError("this needs transformers 5 and accelerate", hint=hint) from None
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+
+
+@dataclass
+class _Silence:
+    """How many blocks want transformers silent, and how loud the library was before the first of them began."""
+
+    lock: Lock = field(default_factory=Lock)
+    blocks: int = 0
+    verbosity: int = 0
+
+
+_SILENCE = _Silence()
+_BUILDING = Lock()  # accelerate replaces methods of torch's modules while a model is built without its weights
+
+
+@contextmanager
+def silenced() -> Iterator[None]:
+    """transformers logs errors only, for the length of the block; then as before. Raises as `check_installed` does."""
+    check_installed()
+    from transformers.utils import logging
+
+    with _SILENCE.lock:
+        if not _SILENCE.blocks:
+            _SILENCE.verbosity = logging.get_verbosity()
+            logging.set_verbosity_error()
+        _SILENCE.blocks += 1
+    try:
+        yield
+    finally:
+        with _SILENCE.lock:
+            _SILENCE.blocks -= 1
+            if not _SILENCE.blocks:
+                logging.set_verbosity(_SILENCE.verbosity)
 
 
 def model_config(directory: Path) -> Any:
@@ -80,7 +112,7 @@ def empty_model(directory: Path, config: Any) -> Any:
     kind = _model_class(directory, config)
     config.use_cache = False
     with _reported(directory / "config.json", "transformers cannot build the model"):
-        with init_empty_weights(include_buffers=False):
+        with _BUILDING, init_empty_weights(include_buffers=False):
             model = kind(config)
         model.float().eval().requires_grad_(False)
         model.tie_weights()

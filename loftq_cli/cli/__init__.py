@@ -1,12 +1,17 @@
-"""The command line: parses, calls one function and prints. No arithmetic, no torch, no weight files.
+"""The command line: parses, calls one function of the API and prints. No arithmetic, no torch, no weight files.
 
-console.py    results on stdout, everything else on stderr
-options.py    every option, declared once
-calibrate.py  the command `loftq calibrate`
-merge.py      the command `loftq merge`
-outputs.py    what `inspect --reference` shows
-quantize.py   the command `loftq quantize`
-verify.py     what `inspect --verify` shows
-inspect.py    the command `loftq inspect`
-main.py       all commands together, and the one place where errors become a line and an exit status
+console.py              results on stdout, everything else on stderr
+render_quantize.py      the plan and the result of `loftq quantize`
+render_merge.py         the plan and the result of `loftq merge`
+render_inspect.py       the tables and the JSON of `loftq inspect`
+render_verification.py  the problems and the summary of `loftq inspect --verify`
+progress.py             a bar or lines on stderr while a command runs
+options.py              options that several commands share, and those of merge
+options_quantize.py     options of quantize alone
+options_inspect.py      options of inspect and calibrate
+calibrate.py            the command `loftq calibrate`
+merge.py                the command `loftq merge`
+quantize.py             the command `loftq quantize`
+inspect.py              the command `loftq inspect`
+main.py                 all commands together, and the one place where errors become a line and an exit status
 """

@@ -29,7 +29,7 @@ from loftq_cli.errors import (
     memory_shortage,
 )
 
-# Typer brings its own copy of click, so its errors are found from a class that it does export.
+# Typer contains a copy of click, and exports a subclass of the copy's error class.
 _CommandLineError: type[Exception] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
 
 _SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
@@ -66,11 +66,11 @@ def _root(
 def main() -> None:
     """Run the command line and exit."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as of what a shell started in the background
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell ignores it for a background job
             signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without a character of ours shows another one
+            stream.reconfigure(errors="replace")  # for terminals without our characters
     sys.exit(_run(sys.argv[1:]))
 
 

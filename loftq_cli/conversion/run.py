@@ -44,13 +44,15 @@ from loftq_cli.tensors.metrics import LayerError, relative, total_error
 
 
 class ConversionObserver(Protocol):
-    """Who is told how a conversion goes on."""
+    """What a conversion tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
 
     def layer_started(self, name: str) -> None: ...
 
-    def layer_done(self, result: LayerResult, *, resumed: bool) -> None: ...
+    def layer_converted(self, layer: LayerResult, *, resumed: bool) -> None: ...
 
     def phase(self, text: str) -> None: ...
+
+    def note(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,9 +143,9 @@ class ConversionWork:
         if entry.unit in self._layer_names:
             self.layers.append(LayerResult.from_json(entry.result))
             self.resumed_layers += is_resumed
-            self._observer.layer_done(self.layers[-1], resumed=is_resumed)
+            self._observer.layer_converted(self.layers[-1], resumed=is_resumed)
         elif NOT_FINITE in entry.result:
-            self._observer.phase(f"note: {not_finite_note(entry.unit)}")
+            self._observer.note(not_finite_note(entry.unit))
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
         """Read back what was written, unless the user wants no proof. Raises StorageError naming a tensor."""

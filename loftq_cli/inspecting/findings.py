@@ -29,12 +29,14 @@ class Problem:
 class Verification:
     """What was looked at, and what is wrong with it.
 
+    path            the directory or weight file
     notes           what is worth knowing and no damage
     has_checksums   whether there was a list of checksums to compare with
     nbytes          of all files that were looked at
     not_finite      how many tensors hold NaN or infinite values
     """
 
+    path: Path
     problems: tuple[Problem, ...]
     notes: tuple[Problem, ...]
     has_checksums: bool
@@ -97,6 +99,7 @@ class Findings:
     def verification(self, *, has_checksums: bool) -> Verification:
         """All of it."""
         return Verification(
+            path=self.directory,
             problems=tuple(self._problems),
             notes=tuple(self._notes),
             has_checksums=has_checksums,

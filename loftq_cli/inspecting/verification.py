@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loftq_cli.adapter.config import WEIGHTS_NAME
@@ -68,7 +68,7 @@ def _verify_file(path: Path, threads: int, tell: Callable[[Problem], None]) -> V
             with started(threads) as workers:
                 numbers.check(workers)
     found.files.add(path.name)
-    return found.verification(has_checksums=False)
+    return replace(found.verification(has_checksums=False), path=path)
 
 
 def _checksums(found: Findings) -> Checksums | None:

@@ -38,7 +38,7 @@ LEAST_RETENTION = 0.5  # below this share, most of the training would be gone fr
 
 
 class MergeObserver(Protocol):
-    """Who is told how a merge goes on."""
+    """What a merge tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
 
     def note(self, text: str) -> None: ...
 

@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from loftq_cli.activations import calibration as calibration_module
 from loftq_cli.activations import transformers_models
 from loftq_cli.activations.calibration import (
-    Calibration,
     CalibrationOptions,
+    CalibrationResult,
     _Sum,
     prepare_calibration,
     run_calibration,
@@ -41,13 +41,13 @@ class Remembering:
         self.notes: list[str] = []
         self.blocks: list[str] = []
 
-    def started(self, n_inputs: int, windows: int, context: int) -> None:
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
         pass
 
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def block_done(self, block: str, inputs: int) -> None:
+    def block_calibrated(self, block: str, inputs: int) -> None:
         self.blocks.append(block)
 
 
@@ -60,7 +60,7 @@ def text(tmp_path: Path) -> Path:
 
 def calibrate(
     model: Path, text: Path, output: Path, *, observer: Any = None, overwrite: bool = False, **options: Any
-) -> Calibration:
+) -> CalibrationResult:
     choices = CalibrationOptions(**{"tokens": 4096, **options})
     prepared = prepare_calibration(model, [text], output, choices, overwrite=overwrite)
     return run_calibration(prepared, observer or Remembering())
@@ -350,7 +350,7 @@ def test_an_input_that_is_not_finite_is_refused_and_leaves_nothing(text, tmp_pat
 
 def test_an_interrupted_run_leaves_nothing(text, tmp_path):
     class Interrupting(Remembering):
-        def block_done(self, block: str, inputs: int) -> None:
+        def block_calibrated(self, block: str, inputs: int) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

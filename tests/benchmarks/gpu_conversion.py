@@ -57,7 +57,7 @@ class Phases(Silent):
         self.phases: dict[str, float] = {}
         self.last_layer = 0.0
 
-    def layer_done(self, result: Any, *, resumed: bool) -> None:
+    def layer_converted(self, layer: Any, *, resumed: bool) -> None:
         self.last_layer = time.perf_counter() - self._start
 
     def phase(self, text: str) -> None:

@@ -27,13 +27,13 @@ TEXT = "".join(f"Row {i} of the table has {i * i} squares, and {i % 7} of them a
 
 
 class Silent:
-    def started(self, n_inputs: int, windows: int, context: int) -> None:
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
         pass
 
     def note(self, text: str) -> None:
         pass
 
-    def block_done(self, block: str, inputs: int) -> None:
+    def block_calibrated(self, block: str, inputs: int) -> None:
         pass
 
 

@@ -9,36 +9,24 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.api.observer import Observer
 from loftq_cli.conversion.prepare import prepare_conversion
 from loftq_cli.conversion.report import LayerResult
 from loftq_cli.conversion.run import Outcome, convert_checkpoint
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
-from loftq_cli.merging.report import MergedLayer
 from loftq_cli.merging.run import merge_adapter
 from loftq_cli.planning.recipe import Recipe
 
 
-class Silent:
-    """An observer of conversions and merges that only remembers."""
+class Silent(Observer):
+    """An observer that only remembers."""
 
     def __init__(self) -> None:
         self.done: list[tuple[LayerResult, bool]] = []
 
-    def layer_started(self, name: str) -> None:
-        pass
-
-    def layer_done(self, result: LayerResult, *, resumed: bool) -> None:
-        self.done.append((result, resumed))
-
-    def phase(self, text: str) -> None:
-        pass
-
-    def note(self, text: str) -> None:
-        pass
-
-    def layer_merged(self, layer: MergedLayer) -> None:
-        pass
+    def layer_converted(self, layer: LayerResult, *, resumed: bool) -> None:
+        self.done.append((layer, resumed))
 
 
 class StopAfter(Silent):
@@ -48,8 +36,8 @@ class StopAfter(Silent):
         super().__init__()
         self.layers = layers
 
-    def layer_done(self, result: LayerResult, *, resumed: bool) -> None:
-        super().layer_done(result, resumed=resumed)
+    def layer_converted(self, layer: LayerResult, *, resumed: bool) -> None:
+        super().layer_converted(layer, resumed=resumed)
         if len(self.done) == self.layers:
             raise KeyboardInterrupt
 

@@ -64,6 +64,8 @@ def mean(absmax: torch.Tensor) -> torch.Tensor:
     bytes would differ between machines.
     """
     threads = torch.get_num_threads()
+    if threads == 1 or not absmax.is_cpu:  # setting the number changes it for threads that start later, too
+        return absmax.mean()
     torch.set_num_threads(1)
     try:
         return absmax.mean()

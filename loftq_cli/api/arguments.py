@@ -1,0 +1,99 @@
+"""The arguments of a call: paths, sizes and numbers are checked. `api_call` is the frame of every call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import wraps
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from loftq_cli.errors import UsageError, is_memory_shortage, memory_shortage
+from loftq_cli.planning.sizes import parse_size
+from loftq_cli.runtime.gpu import check_device_name
+from loftq_cli.runtime.kernel_choice import with_own_kernels
+from loftq_cli.runtime.workers import available_threads
+
+Given = ParamSpec("Given")
+Result = TypeVar("Result")
+
+AnyPath = str | os.PathLike[str]
+AnySize = str | int
+
+
+def api_call(function: Callable[Given, Result]) -> Callable[Given, Result]:
+    """`function` for callers in any thread: the choice of kernels ends with the call, and a shortage of memory raises
+    MemoryShortage.
+    """
+
+    @wraps(function)
+    def call(*arguments: Given.args, **options: Given.kwargs) -> Result:
+        try:
+            return with_own_kernels(function)(*arguments, **options)
+        except (MemoryError, RuntimeError) as error:
+            if not is_memory_shortage(error):
+                raise
+            raise memory_shortage() from error
+
+    return call
+
+
+def paths_of(value: AnyPath | Iterable[AnyPath] | None) -> tuple[Path, ...]:
+    """A tuple of paths from a path, several paths, or None.
+
+    >>> [path.name for path in paths_of("a.txt")], paths_of(None)
+    (['a.txt'], ())
+    """
+    if value is None:
+        return ()
+    several: Iterable[AnyPath] = (value,) if isinstance(value, (str, os.PathLike)) else value
+    return tuple(Path(path) for path in several)
+
+
+def texts_of(value: str | Iterable[str] | None) -> tuple[str, ...]:
+    """A tuple of strings from a string, several strings, or None.
+
+    >>> texts_of("mlp"), texts_of(["mlp", "attn"])
+    (('mlp',), ('mlp', 'attn'))
+    """
+    if value is None:
+        return ()
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def nbytes_of(value: AnySize | None, name: str, least: int = 10**6) -> int | None:
+    """A size in bytes; None stays None. Raises UsageError for text that is no size, and for a size below `least`.
+
+    >>> nbytes_of("5MB", "max_memory"), nbytes_of(2_000_000, "max_memory")
+    (5000000, 2000000)
+    """
+    return None if value is None else parse_size(str(value), name, least)
+
+
+def size_text(value: AnySize | None) -> str | None:
+    """A size as recipes hold it: text."""
+    return None if value is None else str(value)
+
+
+def thread_count(threads: int | None) -> int:
+    """`threads`, or the number of processors for None. Raises UsageError below 1."""
+    check_least("threads", threads, 1)
+    return threads or available_threads()
+
+
+def check_least(name: str, value: float | None, least: int) -> None:
+    """Raises UsageError for a number of the option `name` below `least`; None is no number."""
+    if value is not None and not value >= least:
+        raise UsageError(f"--{name.replace('_', '-')} {value} is too small", hint=f"{least} or more")
+
+
+def check_gpu_memory(device: str, max_memory: AnySize | None) -> int | None:
+    """The bound on a GPU's memory in bytes; None is no bound. Raises UsageError for an unknown device, and for a bound
+    beside --device cpu.
+    """
+    check_device_name(device)
+    nbytes = nbytes_of(max_memory, "max_memory")
+    if nbytes is not None and device == "cpu":
+        what = "--max-memory bounds the memory of a GPU, and --device cpu uses none"
+        raise UsageError(what, hint="--device cuda, or leave --max-memory out")
+    return nbytes

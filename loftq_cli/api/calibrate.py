@@ -1,0 +1,74 @@
+"""Statistics of the inputs of a model's layers: `loftq.calibrate`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from loftq_cli.activations.calibration import (
+    CalibrationOptions,
+    CalibrationResult,
+    prepare_calibration,
+    run_calibration,
+)
+from loftq_cli.activations.text_windows import DEFAULT_TOKENS
+from loftq_cli.api.arguments import AnyPath, api_call, check_least, paths_of, thread_count
+from loftq_cli.api.observer import Observer
+from loftq_cli.model.builtin import resolve_model
+
+
+@api_call
+def calibrate(
+    model: AnyPath,
+    text: AnyPath | Iterable[AnyPath],
+    output: AnyPath,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    context: int | None = None,
+    lines: bool = False,
+    diagonal: bool = False,
+    threads: int | None = None,
+    overwrite: bool = False,
+    observer: Observer | None = None,
+) -> CalibrationResult:
+    """Measure the inputs x of a model's linear layers on a text: the mean of x·xᵀ over the tokens.
+
+    The model runs in float32, and a single block of the model is in memory at a time. Needs transformers: pip install
+    'loftq-cli[hf]'.
+
+    Args:
+        model: a Hugging Face model directory with a tokenizer, or "builtin:NAME".
+        text: a UTF-8 file, or several, with text like that of the model's later use.
+        output: the directory to write.
+        tokens: how many tokens of the text to read at most, 2 or more.
+        context: tokens of a window, 2 or more; None is the model's longest input, at most 512.
+        lines: each line of the text is a separate text.
+        diagonal: store the mean square of each input only.
+        threads: number of threads to compute with; None is the number of processors.
+        overwrite: replace an earlier result under `output`.
+        observer: hears of the progress.
+
+    Returns:
+        A CalibrationResult.
+
+    Raises:
+        UsageError: an option without meaning, an output that exists, or no transformers.
+        InputError: a damaged checkpoint, a file without text, or a folder without a tokenizer.
+        StorageError: reading or writing failed.
+        MemoryShortage: the memory does not suffice.
+
+    >>> import loftq_cli as loftq
+    >>> from pathlib import Path
+    >>> _ = Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 4)
+    >>> result = loftq.calibrate("builtin:tiny-llama", "text.txt", "statistics", tokens=32, context=16)
+    >>> result.layers, result.inputs, result.tokens
+    (28, 16, 32)
+    """
+    count = thread_count(threads)
+    check_least("tokens", tokens, 2)
+    check_least("context", context, 2)
+    options = CalibrationOptions(tokens, context, diagonal, lines)
+    path = resolve_model(os.fspath(model))
+    prepared = prepare_calibration(path, paths_of(text), Path(output), options, overwrite=overwrite)
+    return run_calibration(prepared, observer or Observer(), threads=count)

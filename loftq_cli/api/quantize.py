@@ -1,0 +1,220 @@
+"""A checkpoint becomes a quantized base and an adapter: `loftq.quantize`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from loftq_cli.adapter.config import WEIGHTS_NAME
+from loftq_cli.allocation.candidates import Budget
+from loftq_cli.api.arguments import (
+    AnyPath,
+    AnySize,
+    api_call,
+    check_gpu_memory,
+    nbytes_of,
+    size_text,
+    texts_of,
+    thread_count,
+)
+from loftq_cli.api.observer import Observer
+from loftq_cli.api.results import PlannedFile, QuantizePlan, QuantizeResult
+from loftq_cli.conversion.prepare import Conversion, is_conversion_done, prepare_conversion, prepare_within_target
+from loftq_cli.conversion.report import bits_per_weight, mean_output_error, read_report
+from loftq_cli.conversion.run import Outcome, convert_checkpoint
+from loftq_cli.planning.recipe_files import resolve_recipe
+from loftq_cli.tensors.metrics import total_error
+
+
+@api_call
+def quantize(
+    model: AnyPath,
+    output: AnyPath,
+    *,
+    recipe: AnyPath | None = None,
+    method: str | None = None,
+    rank: int | None = None,
+    alpha: float | None = None,
+    rslora: bool | None = None,
+    fit: str | None = None,
+    start: str | None = None,
+    iterations: int | None = None,
+    rounds: int | None = None,
+    svd: str | None = None,
+    pooling: str | None = None,
+    init: str | None = None,
+    adapter_dtype: str | None = None,
+    seed: int | None = None,
+    quant_type: str | None = None,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
+    scale_dtype: str | None = None,
+    scales: str | None = None,
+    calibration: AnyPath | None = None,
+    layout: str | None = None,
+    max_shard_size: AnySize | None = None,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    target_bpw: float | None = None,
+    target_size: AnySize | None = None,
+    lora_budget: AnySize | None = None,
+    threads: int | None = None,
+    device: str = "cpu",
+    max_memory: AnySize | None = None,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    restart: bool = False,
+    verify: bool = True,
+    observer: Observer | None = None,
+) -> QuantizeResult | QuantizePlan:
+    """Convert a checkpoint to quantized base weights plus a LoRA adapter.
+
+    `output` becomes a model directory for transformers, with the adapter for PEFT in a folder inside `output`.
+    Repeating an interrupted call continues the work. Sizes are bytes, or text such as "5GB". None leaves an option to
+    the recipe or the default: `loftq quantize --help` lists choices and defaults.
+
+    Args:
+        model: a Hugging Face model directory, one weight file, or "builtin:NAME".
+        output: the directory to write.
+        recipe: a TOML file or the name of a preset; the other options override it.
+        method: how the adapter starts, "loftq", "qlora" or "qalora".
+        rank, alpha, rslora: rank of the adapter, lora_alpha, and whether the scaling is alpha/√rank.
+        fit, start, iterations, rounds, svd: how base and adapter are fitted to each other.
+        pooling, init: how a QA-LoRA adapter reads groups of inputs, and how it starts.
+        adapter_dtype, seed: dtype of the adapter; seed of random factors.
+        quant_type: number format of the base, such as "nf4" or "int4".
+        block_size, double_quant: for codebook formats: weights that share an absmax; 8-bit block constants.
+        group_size, symmetric, scale_dtype: for integers: weights of a row that share a scale; no zero points; dtype of
+            the scales.
+        scales: how constants are chosen: "absmax" or "search".
+        calibration: the directory that `calibrate` wrote.
+        layout, max_shard_size: container of the base, and the largest size of a weight file.
+        include, exclude: a regular expression or several: the modules to quantize, and not to.
+        target_bpw, target_size, lora_budget: bounds for the choice of each layer's format and rank: bits of the base
+            per weight; bytes of base and adapter; bytes of the adapter.
+        threads: number of threads to compute with; None is the number of processors.
+        device, max_memory: "cpu", "cuda", "cuda:N" or "auto", and the most memory of the GPU.
+        dry_run: plan only, and write nothing. Needs no torch, except under a target.
+        overwrite: replace an earlier result under `output`.
+        restart: discard an interrupted run.
+        verify: read the result back and check its errors.
+        observer: hears of the progress.
+
+    Returns:
+        A QuantizeResult; with `dry_run`, a QuantizePlan.
+
+    Raises:
+        UsageError: an option without meaning for the model or the method, or an output that exists.
+        InputError: a damaged checkpoint, or a weight that cannot be quantized.
+        MismatchError: statistics of another model.
+        StorageError: reading or writing failed.
+        MemoryShortage: the memory does not suffice.
+
+    >>> import loftq_cli as loftq
+    >>> plan = loftq.quantize("builtin:tiny-llama", "base", rank=4, include=r"layers\\.0\\.self_attn\\.q", dry_run=True)
+    >>> [(layer.name, layer.matrix.shape) for layer in plan.layers]
+    [('model.layers.0.self_attn.q_proj.weight', (192, 192))]
+    >>> result = loftq.quantize("builtin:tiny-llama", "base", rank=4, include=r"layers\\.0\\.self_attn\\.q")
+    >>> result.adapter.name, result.total.error < result.quantization_error
+    ('loftq_init', True)
+    """
+    asked: dict[str, Any] = {
+        "method": method, "rank": rank, "alpha": alpha, "rslora": rslora, "fit": fit, "start": start,
+        "iterations": iterations, "rounds": rounds, "svd": svd, "pooling": pooling, "init": init,
+        "adapter_dtype": adapter_dtype, "seed": seed, "quant_type": quant_type, "block_size": block_size,
+        "double_quant": double_quant, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype,
+        "scales": scales, "calibration": None if calibration is None else os.fspath(calibration), "layout": layout,
+        "max_shard_size": size_text(max_shard_size), "include": texts_of(include) or None,
+        "exclude": texts_of(exclude) or None,
+    }  # fmt: skip
+    observer, gpu_memory = observer or Observer(), check_gpu_memory(device, max_memory)
+    count = thread_count(threads)
+    target = Budget(
+        bits_per_weight=target_bpw,
+        total_nbytes=nbytes_of(target_size, "target_size", least=1),
+        adapter_nbytes=nbytes_of(lora_budget, "lora_budget", least=1),
+    )
+    source = None if recipe is None else os.fspath(recipe)
+    conversion = _prepared(os.fspath(model), Path(output), source, asked, target, count, observer)
+    plan = _plan(conversion, already_done=is_conversion_done(conversion, overwrite=overwrite))
+    if dry_run:
+        return plan
+    if plan.already_done:
+        return _result(plan, _earlier_outcome(plan))
+    observer.started(plan)
+    outcome = convert_checkpoint(
+        conversion,
+        observer,
+        overwrite=overwrite,
+        restart=restart,
+        verify=verify,
+        threads=count,
+        device=device,
+        max_memory=gpu_memory,
+    )
+    return _result(plan, outcome)
+
+
+def _prepared(
+    model: str,
+    output: Path,
+    source: str | None,
+    asked: dict[str, Any],
+    target: Budget,
+    threads: int,
+    observer: Observer,
+) -> Conversion:
+    """The conversion, ready to run. A target needs the errors of every weight: they are measured here."""
+    recipe = resolve_recipe(source, asked, mixes=target.chooses_formats)
+    if target == Budget():
+        return prepare_conversion(model, output, recipe)
+    return prepare_within_target(model, output, recipe, target, threads=threads, observe=observer.layer_measured)
+
+
+def _plan(conversion: Conversion, *, already_done: bool) -> QuantizePlan:
+    plan = conversion.plan
+    files = tuple(PlannedFile(s.file, sum(t.nbytes for t in s.tensors), len(s.tensors)) for s in plan.shards)
+    adapter = PlannedFile(f"{plan.adapter_dir}/{WEIGHTS_NAME}", plan.adapter_nbytes, len(plan.adapter_tensors))
+    return QuantizePlan(
+        output=conversion.output,
+        recipe=plan.recipe,
+        dtype=plan.dtype,
+        jobs=plan.jobs,
+        files=files,
+        adapter=adapter,
+        base_nbytes=plan.base_nbytes,
+        adapter_nbytes=plan.adapter_nbytes,
+        peak_nbytes=plan.peak_nbytes,
+        bits_per_weight=bits_per_weight(plan),
+        notes=plan.notes,
+        allocation=conversion.allocation,
+        already_done=already_done,
+    )
+
+
+def _earlier_outcome(plan: QuantizePlan) -> Outcome:
+    """The outcome of an earlier call, read from the report in the output."""
+    report = read_report(plan.output)
+    assert report is not None  # the output is complete and undamaged
+    layers = tuple(report[1])
+    adapter = (plan.output / plan.adapter.name).parent
+    return Outcome(plan.output, adapter, layers, total_error(layer.error for layer in layers), 0, False)
+
+
+def _result(plan: QuantizePlan, outcome: Outcome) -> QuantizeResult:
+    return QuantizeResult(
+        output=outcome.output,
+        adapter=outcome.adapter,
+        plan=plan,
+        layers=outcome.layers,
+        total=outcome.total,
+        quantization_error=outcome.quantization_error,
+        output_error=mean_output_error(outcome.layers),
+        resumed_layers=outcome.resumed_layers,
+        verified=outcome.verified,
+        already_done=plan.already_done,
+    )

@@ -1,0 +1,221 @@
+"""The records that the functions of the API return: all figures that the command line prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from loftq_cli.activations.comparison import Comparison
+from loftq_cli.allocation.allocation import Allocation
+from loftq_cli.conversion.report import LayerResult
+from loftq_cli.errors import QualityError, UsageError
+from loftq_cli.inspecting.converted import LayerRow
+from loftq_cli.inspecting.dense import TensorRow
+from loftq_cli.merging.report import MergedLayer
+from loftq_cli.planning.jobs import CopyJob, LayerJob
+from loftq_cli.planning.recipe import Recipe
+from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.tensors.metrics import LayerError
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A weight file of the plan: `name` inside the output, bytes, and number of tensors."""
+
+    name: str
+    nbytes: int
+    tensors: int
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizePlan:
+    """The plan of `quantize`, made from headers and configs alone.
+
+    output           the directory
+    recipe           every option, settled
+    dtype            of the tensors in full precision
+    jobs             a job for each tensor of the source, in order: a LayerJob quantizes, a CopyJob copies
+    files            weight files of the base
+    adapter          the weight file of the adapter
+    base_nbytes      of all tensors of the base
+    adapter_nbytes   of all tensors of the adapter
+    peak_nbytes      about how much memory the conversion takes
+    bits_per_weight  true bits of a quantized weight, constants included
+    notes            sentences about unexpected facts
+    allocation       the choice of formats and ranks under a target; None without a target
+    already_done     whether the output holds the complete, undamaged result of the plan
+    """
+
+    output: Path
+    recipe: Recipe
+    dtype: str
+    jobs: tuple[LayerJob | CopyJob, ...]
+    files: tuple[PlannedFile, ...]
+    adapter: PlannedFile
+    base_nbytes: int
+    adapter_nbytes: int
+    peak_nbytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...]
+    allocation: Allocation | None
+    already_done: bool
+
+    @property
+    def layers(self) -> tuple[LayerJob, ...]:
+        """The weights that are quantized."""
+        return tuple(job for job in self.jobs if isinstance(job, LayerJob))
+
+    @property
+    def copies(self) -> tuple[CopyJob, ...]:
+        """The tensors that are copied."""
+        return tuple(job for job in self.jobs if isinstance(job, CopyJob))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of base and adapter."""
+        return self.base_nbytes + self.adapter_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeResult:
+    """The result of `quantize`: places, sizes, and errors against the original.
+
+    output              the directory, for transformers
+    adapter             the directory of the adapter inside `output`, for PEFT
+    plan                sizes, recipe, jobs
+    layers              every quantized layer with its errors
+    total               the error of all layers together
+    quantization_error  relative error of quantizing every layer once, with no adapter
+    output_error        relative error of the layers' outputs on the text of a calibration; None without a calibration
+    resumed_layers      number of layers that an interrupted run had finished
+    verified            whether this call read the result back and confirmed the reported errors
+    already_done        whether an earlier call wrote the result; then the figures come from the report in `output`
+    """
+
+    output: Path
+    adapter: Path
+    plan: QuantizePlan
+    layers: tuple[LayerResult, ...]
+    total: LayerError
+    quantization_error: float
+    output_error: float | None
+    resumed_layers: int
+    verified: bool
+    already_done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """The plan of `merge`, made from headers and configs alone.
+
+    output        the directory
+    dtype         of the tensors in full precision
+    layout        the container of the merged weights
+    requantize    the number format of weights that are quantized again; None for no such weights
+    form          the form in a word: the number format, else the container of codes, else the dtype
+    tensors       every tensor of the result
+    layers        number of layers that the adapter changes
+    nbytes        of all tensors
+    notes         sentences about the checks of base and adapter
+    already_done  whether the output holds the complete, undamaged result of the plan
+    """
+
+    output: Path
+    dtype: str
+    layout: str
+    requantize: str | None
+    form: str
+    tensors: tuple[OutTensor, ...]
+    layers: int
+    nbytes: int
+    notes: tuple[str, ...]
+    already_done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """The result of `merge`, and how much of the adapter is in the result.
+
+    output               the directory
+    plan                 sizes, container, tensors
+    layers               every merged layer; empty with `already_done`
+    retention            share of the adapter that survives quantizing again; None without `requantize`
+    lost                 share of the update that the groups' offsets do not hold, infinite for a zero update; None
+                         where the merge keeps no codes
+    max_difference       largest difference of a weight from base plus adapter; None where the merge keeps no codes
+    relative_difference  largest difference of a layer over the largest weight of the layer; None likewise
+    notes                sentences about the checks of base and adapter
+    already_done         whether an earlier call wrote the result; then no layer is measured
+    """
+
+    output: Path
+    plan: MergePlan
+    layers: tuple[MergedLayer, ...]
+    retention: float | None
+    lost: float | None
+    max_difference: float | None
+    relative_difference: float | None
+    notes: tuple[str, ...]
+    already_done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorstError:
+    """The tensor of the largest relative error, and the error."""
+
+    tensor: str
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertedInspection:
+    """A converted directory.
+
+    path             the directory
+    layers           the quantized layers, sorted; the first `top` of the layers where `top` is set
+    layer_count      number of all quantized layers
+    total            the error of all layers together; None where the error of a layer is unknown
+    bits_per_weight  true bits of a quantized weight, constants included
+    recomputed       whether the errors come from the files (True) or from the report of the conversion
+    worst            the largest error of a layer; None where all errors are unknown
+    outputs          errors of the outputs of layers and model on a text; None without `reference`
+    """
+
+    path: Path
+    layers: tuple[LayerRow, ...]
+    layer_count: int
+    total: LayerError | None
+    bits_per_weight: float
+    recomputed: bool
+    worst: WorstError | None
+    outputs: Comparison | None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointInspection:
+    """A full-precision checkpoint.
+
+    path          the directory or weight file
+    tensors       the tensors, sorted; the first `top` of the tensors where `top` is set
+    tensor_count  number of all tensors
+    nbytes        of all tensors
+    totals        quant type -> the error of all weights together, for each of `try_`
+    worst         the largest error of a weight with a quant type of `try_`; None without `try_`
+    """
+
+    path: Path
+    tensors: tuple[TensorRow, ...]
+    tensor_count: int
+    nbytes: int
+    totals: Mapping[str, LayerError]
+    worst: WorstError | None
+
+
+def check_errors(inspection: ConvertedInspection | CheckpointInspection, fail_above: float) -> None:
+    """Raises QualityError where an error is above `fail_above`, UsageError where no error is known."""
+    worst = inspection.worst
+    if worst is None:
+        raise UsageError("--fail-above has no error to compare with", hint="--against ORIGINAL or --try TYPE gives one")
+    if not worst.error <= fail_above:
+        raise QualityError(f"error {worst.error:.4f} is above {fail_above:g}", tensor=worst.tensor, hint="--fail-above")

@@ -1,0 +1,94 @@
+"""Options of inspect and calibrate: each declared once, with help and the reason for its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq_cli.activations.text_windows import DEFAULT_TOKENS
+from loftq_cli.cli.options import RUN, one_of
+from loftq_cli.quant.formats import FORMATS
+
+InspectPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH", help="A converted directory, a full-precision checkpoint or builtin:NAME.", show_default=False
+    ),
+]
+Against = Annotated[
+    str | None,
+    typer.Option(metavar="ORIGINAL", help="Recompute every error from the files, against the original checkpoint."),
+]
+Try = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--try",
+        metavar=one_of(FORMATS),
+        help="On a full-precision checkpoint: the error that this quant type would give. Repeatable.",
+    ),
+]
+Sort = Annotated[
+    str,
+    typer.Option(
+        metavar="name|error|base_error|numel", help="Order of the layers; with --reference also output_error."
+    ),
+]
+Top = Annotated[int | None, typer.Option(min=1, help="Only the first N layers.")]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Re-check checksums, index, config and numbers; names what is damaged.")
+]
+FailAbove = Annotated[
+    float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
+]
+Text = Annotated[
+    list[Path],
+    typer.Option("--text", metavar="FILE", help="A UTF-8 text like what the model will read. Repeatable."),
+]
+StatisticsOutput = Annotated[
+    Path, typer.Option("--output", "-o", metavar="STATS", help="The directory to write.", show_default=False)
+]
+Tokens = Annotated[
+    int, typer.Option(min=2, help="Tokens of the text to read, at most, in windows spread evenly over it.")
+]
+Context = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of a window. [default: what the model takes, at most 512]")
+]
+Lines = Annotated[
+    bool,
+    typer.Option("--lines", help="Each line of the text is a text of its own, as for encoders of sentences."),
+]
+Diagonal = Annotated[
+    bool, typer.Option("--diagonal", help="Only the mean square of each input: one number instead of a row of them.")
+]
+OverwriteStatistics = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier result under STATS.", rich_help_panel=RUN)
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="Run the original MODEL and the converted one on --text: errors of layers' outputs (--sort output_error), "
+        "perplexity and KL, or the drift of an encoder. Needs transformers, the memory of both in float32, and no GPU.",
+    ),
+]
+ReferenceText = Annotated[
+    list[Path] | None,
+    typer.Option("--text", metavar="FILE", help="For --reference: a UTF-8 text to run the models on. Repeatable."),
+]
+ReferenceTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--tokens", min=2, help=f"For --reference: tokens of the text to read, at most. [default: {DEFAULT_TOKENS}]"
+    ),
+]
+ReferenceContext = Annotated[
+    int | None,
+    typer.Option(
+        "--context", min=2, help="For --reference: tokens of a window. [default: what the model takes, at most 512]"
+    ),
+]
+ReferenceLines = Annotated[
+    bool, typer.Option("--lines", help="For --reference: each line of the text is a text of its own.")
+]

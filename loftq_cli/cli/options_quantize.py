@@ -1,0 +1,220 @@
+"""Options of quantize alone: each declared once, with help and the reason for its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loftq_cli.cli.options import ADAPTER, QUANT, RUN, SELECT, one_of
+from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
+from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
+from loftq_cli.planning.recipe import SVD_MODES
+from loftq_cli.planning.recipe_files import presets
+from loftq_cli.quant.formats import FORMATS, SCALES
+from loftq_cli.tensors.headers import MODEL_DTYPES
+from loftq_cli.tensors.specs import POOLINGS
+
+_PRESETS = ", ".join(f"{name} ({summary})" for name, summary in presets().items())
+
+Recipe = Annotated[
+    str | None,
+    typer.Option(metavar="FILE|NAME", help=f"A TOML file, or a preset: {_PRESETS}. Other options override it."),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar=one_of(METHODS), help="How the adapter starts. [default: loftq]", rich_help_panel=ADAPTER),
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=ADAPTER)]
+Alpha = Annotated[
+    float | None,
+    typer.Option(help="lora_alpha; the rank by default, so that the scaling is 1.", rich_help_panel=ADAPTER),
+]
+Rslora = Annotated[
+    bool | None,
+    typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank instead of alpha/rank.", rich_help_panel=ADAPTER),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(FITS),
+        help="The paper's alternation, or codes, constants and adapter fitted to each other. [default: joint]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Start = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(STARTS),
+        help="What the alternation begins with: no adapter, or the best one of the weights. [default: principal "
+        "for LoftQ's joint fit without --calibration, else zero]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Iterations = Annotated[
+    int | None,
+    typer.Option(
+        help="Alternations of LoftQ (and of --init residual). [default: 11, with --calibration 2; with --fit loftq 8, "
+        "or 5 with another --svd than fast]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        help="Rounds after them that refine codes and constants under what the adapter holds. [default: 0, with "
+        "--calibration 2; with --fit loftq none]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Calibration = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="STATS",
+        help="What loftq calibrate wrote: errors then count by what they do to the layers' outputs.",
+        rich_help_panel=QUANT,
+        show_default=False,
+    ),
+]
+Svd = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(SVD_MODES),
+        help="Low-rank solver: subspace iteration, the same within 0.2 % of exact, or the paper's. [default: fast]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Pooling = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(POOLINGS),
+        help="How a QA-LoRA adapter reads a group of inputs: mean × number of groups, sum, or mean. [default: peft]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(INITS),
+        help="How a QA-LoRA adapter starts: fitted to the group means of the error, or zero. [default: residual]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+AdapterDtype = Annotated[
+    str | None,
+    typer.Option(metavar=one_of(MODEL_DTYPES), help="[default: float32, as PEFT trains]", rich_help_panel=ADAPTER),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="For random adapters, together with tensor names.", rich_help_panel=ADAPTER)
+]
+QuantType = Annotated[
+    str | None,
+    typer.Option(metavar=one_of(FORMATS), help="Number format of the base. [default: nf4]", rich_help_panel=QUANT),
+]
+BlockSize = Annotated[
+    int | None,
+    typer.Option(help="nf4, fp4: weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=QUANT),
+]
+DoubleQuant = Annotated[
+    bool | None,
+    typer.Option(
+        "--double-quant/--no-double-quant",
+        help="nf4, fp4: store block constants in 8 bits, 4.13 instead of 4.5 bits a weight. [default: on]",
+        rich_help_panel=QUANT,
+    ),
+]
+GroupSize = Annotated[
+    int | None,
+    typer.Option(
+        help="Integers: neighbouring weights of a row that share one scale, 16 to 1024. [default: 64]",
+        rich_help_panel=QUANT,
+    ),
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Integers: without or with a zero point per group. [default: int8 without, others with]",
+        rich_help_panel=QUANT,
+    ),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(SCALES),
+        help="Constants of blocks and groups: from their largest weights, or searched for the least squared error. "
+        "[default: search with --fit joint or --calibration, else absmax]",
+        rich_help_panel=QUANT,
+    ),
+]
+ScaleDtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(MODEL_DTYPES),
+        help="Integers: what scales are stored in. [default: what the layout's loaders expect]",
+        rich_help_panel=QUANT,
+    ),
+]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(LAYOUTS),
+        help=f"Container of the base; {DENSE} writes the decoded values. [default: {default_layouts_text()}]",
+        rich_help_panel=QUANT,
+    ),
+]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        metavar="BITS",
+        help="Choose each layer's bits and group size, so that the base has at most so many bits a weight, constants "
+        "included, and least error. Measures every layer first.",
+        rich_help_panel=QUANT,
+        show_default=False,
+    ),
+]
+TargetSize = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The same, so that base and adapter have at most so many bytes.",
+        rich_help_panel=QUANT,
+        show_default=False,
+    ),
+]
+LoraBudget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Choose each layer's rank, 4 to 64, so that the adapter has at most so many bytes.",
+        rich_help_panel=ADAPTER,
+        show_default=False,
+    ),
+]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="REGEX",
+        help="Quantize the matrices whose module name this finds, instead of all linear layers of the blocks. "
+        "Heads only when it spells their name. Repeatable.",
+        rich_help_panel=SELECT,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(metavar="REGEX", help="Leave these in full precision. Repeatable.", rich_help_panel=SELECT),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Of the GPU's memory, at most; larger matrices pass through it in parts. [default: most of what is free]",
+        rich_help_panel=RUN,
+        show_default=False,
+    ),
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option("--no-verify", help="Do not read the result back to check its error.", rich_help_panel=RUN),
+]

@@ -1,0 +1,141 @@
+"""A bar or lines on stderr while a command runs: an observer of the API."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from loftq_cli.api.observer import Observer
+from loftq_cli.api.results import MergePlan, QuantizePlan
+from loftq_cli.cli.console import megabytes, peak_nbytes, result, say
+from loftq_cli.cli.render_merge import summary
+from loftq_cli.cli.render_quantize import announce, announce_copies
+from loftq_cli.cli.render_verification import MAX_LINES, problem_line
+from loftq_cli.conversion.report import LayerResult
+from loftq_cli.errors import printable
+from loftq_cli.inspecting.findings import Problem
+from loftq_cli.merging.report import MergedLayer
+
+
+class CommandProgress(Observer):
+    """A live bar on a terminal for the layers of a conversion, plain lines for everything else, nothing if quiet."""
+
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
+        self._quiet, self._verbose = quiet, verbose
+        self._total = self._done = 0
+        self._since = time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> CommandProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def started(self, plan: QuantizePlan | MergePlan) -> None:
+        self._total, self._since = len(plan.layers) if isinstance(plan, QuantizePlan) else plan.layers, time.monotonic()
+        if self._quiet:
+            return
+        if isinstance(plan, MergePlan):
+            say(summary(plan))
+            return
+        announce(plan)
+        if self._verbose:
+            announce_copies(plan)
+        if sys.stderr.isatty():
+            self._bar = _bar()
+            self._task = self._bar.add_task("", total=self._total, peak=megabytes(peak_nbytes()), change="")
+            self._bar.start()
+
+    def phase(self, text: str) -> None:
+        if not self._quiet:
+            self._line(text)
+
+    def note(self, text: str) -> None:
+        self.phase(f"note: {text}")
+
+    def layer_measured(self, name: str, done: int, total: int) -> None:
+        self.phase(f"measured [{done}/{total}] {name}")
+
+    def layer_started(self, name: str) -> None:
+        # The name stands on the bar beside the error of the layer before.
+        if self._bar is not None:
+            self._bar.update(self._task, description=printable(name, 60), peak=megabytes(peak_nbytes()))
+
+    def layer_converted(self, layer: LayerResult, *, resumed: bool) -> None:
+        self._done += 1
+        if self._quiet:
+            return
+        change = f"error {layer.quantization_error:.4f} -> {layer.error.error:.4f}"
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, change=change, peak=megabytes(peak_nbytes()))
+        else:
+            say(f"[{self._done}/{self._total}] {layer.name}: {change}{' (kept)' if resumed else ''}, {self._times()}")
+        if self._verbose and layer.iteration_errors:
+            errors = " ".join(f"{error:.5f}" for error in layer.iteration_errors)
+            self._line(f"    iterations: {errors} (best: {layer.best_iteration})")
+
+    def layer_merged(self, layer: MergedLayer) -> None:
+        self._done += 1
+        share = "" if layer.retention is None else f", {layer.retention:.1%} of it retained"
+        if layer.lost is not None:
+            share = f", {layer.lost:.2g} of it lost"
+        self.phase(f"[{self._done}/{self._total}] {layer.name}: changed by {layer.relative_delta:.2%}{share}")
+
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
+        self._total = inputs
+        unit = "lines of at most" if lines else "windows of"
+        self.phase(f"{inputs} inputs to measure, {windows} {unit} {context} tokens")
+
+    def block_calibrated(self, block: str, inputs: int) -> None:
+        self._done += inputs
+        self.phase(f"[{self._done}/{self._total}] {block}: {self._times()}")
+
+    def _times(self) -> str:
+        """Seconds so far and to come, and the most memory."""
+        seconds = time.monotonic() - self._since
+        remaining = seconds / self._done * (self._total - self._done)
+        return f"{seconds:.1f} s, {remaining:.0f} s left, peak {megabytes(peak_nbytes())}"
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(Text(printable(text, 2000)))
+        else:
+            say(text)
+
+
+class InspectionProgress(CommandProgress):
+    """Lines on stderr, and each problem of a verification on stdout as soon as it is found; with JSON at the end."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        super().__init__(quiet=False)
+        self._as_json, self._problems = as_json, 0
+
+    def problem_found(self, problem: Problem, path: Path) -> None:
+        self._problems += 1
+        if not self._as_json and self._problems <= MAX_LINES:
+            result(problem_line(problem, path))
+
+
+def _bar() -> Progress:
+    return Progress(
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("peak {task.fields[peak]}", markup=False),
+        TextColumn("{task.fields[change]}", markup=False),
+        # The name is last: a narrow terminal cuts the end off.
+        TextColumn("{task.description}", markup=False),
+        console=Console(stderr=True),
+    )

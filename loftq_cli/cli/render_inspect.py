@@ -1,0 +1,159 @@
+"""The tables and the JSON of `loftq inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from loftq_cli.activations.comparison import Comparison, Drift, Predictions
+from loftq_cli.api.results import CheckpointInspection, ConvertedInspection
+from loftq_cli.cli.console import by, megabytes, result, say, table
+from loftq_cli.conversion.report import error_json
+from loftq_cli.inspecting.converted import LayerRow
+from loftq_cli.quant.formats import spec_json
+from loftq_cli.tensors.metrics import GroupErrors, LayerError
+
+
+def print_inspection(inspection: ConvertedInspection | CheckpointInspection, *, as_json: bool) -> None:
+    """Print the inspection of a converted directory or a full-precision checkpoint."""
+    if isinstance(inspection, ConvertedInspection):
+        if as_json:
+            result(json.dumps(_converted_json(inspection), indent=2))
+        else:
+            _print_converted(inspection)
+    elif as_json:
+        result(json.dumps(_checkpoint_json(inspection), indent=2))
+    else:
+        _print_checkpoint(inspection)
+
+
+def _converted_json(inspection: ConvertedInspection) -> dict[str, Any]:
+    outputs = inspection.outputs
+    totals: dict[str, Any] = {"layers": inspection.layer_count, "bits_per_weight": inspection.bits_per_weight}
+    totals |= error_json(inspection.total) if inspection.total else {}
+    layers = [_layer_json(row, outputs) for row in inspection.layers]
+    source = "files" if inspection.recomputed else "report"
+    values = {"path": str(inspection.path), "errors_from": source, "totals": totals, "layers": layers}
+    if outputs is not None:
+        totals |= {"base_output_error": outputs.total.base_error, "output_error": outputs.total.error}
+        values["reference"] = _outputs_json(outputs)
+    return values
+
+
+def _layer_json(row: LayerRow, outputs: Comparison | None) -> dict[str, Any]:
+    values = {name: value for name, value in asdict(row).items() if name not in ("spec", "error")}
+    if outputs is not None:
+        error = outputs.layers.get(row.name)
+        values |= {"base_output_error": error and error.base_error, "output_error": error and error.error}
+    return {**values, **spec_json(row.spec), "error": error_json(row.error) if row.error else None}
+
+
+def _outputs_json(outputs: Comparison) -> dict[str, Any]:
+    """The models as a whole, and the text."""
+    kind = "predictions" if isinstance(outputs.outcome, Predictions) else "drift"
+    read = {"tokens": outputs.tokens, "windows": outputs.windows, "context": outputs.context}
+    return {**read, "has_adapter": outputs.has_adapter, kind: asdict(outputs.outcome)}
+
+
+def _checkpoint_json(inspection: CheckpointInspection) -> dict[str, Any]:
+    tensors = [
+        {**asdict(row), "errors": {quant_type: error_json(error) for quant_type, error in row.errors.items()}}
+        for row in inspection.tensors
+    ]
+    totals = {quant_type: error_json(total) for quant_type, total in inspection.totals.items()}
+    return {"path": str(inspection.path), "tensors": tensors, "totals": totals}
+
+
+def _print_converted(inspection: ConvertedInspection) -> None:
+    rows, outputs = inspection.layers, inspection.outputs
+    zero_point = ("zero point",) if any(row.spec.zero_point_kind for row in rows) else ()
+    table(
+        ("layer", "shape", "type", "per", *zero_point, "bits", "rank")
+        + ("base error", "error", "max", "SQNR dB", "delta")
+        + (("mean group", "worst group") if any(row.groups for row in rows) else ())
+        + (("base output", "output") if outputs is not None else ()),
+        (
+            (
+                row.name,
+                by(row.shape),
+                row.spec.quant_type,
+                row.spec.size_text,
+                *(row.spec.zero_point_kind or "-" for _ in zero_point),
+                f"{row.bits_per_weight:.2f}",
+                "-" if row.rank is None else str(row.rank),
+                *_error_cells(row.error),
+                *_group_cells(row.groups),
+                *_output_cells(row.name, outputs),
+            )
+            for row in rows
+        ),
+    )
+    if inspection.total is not None:
+        base_error, error, largest, sqnr, _ = _error_cells(inspection.total)
+        result(
+            f"{inspection.layer_count} layers, {inspection.bits_per_weight:.2f} bits a weight: base error "
+            f"{base_error}, error {error}, max {largest}, SQNR {sqnr} dB"
+        )
+        say("errors recomputed from the files" if inspection.recomputed else "errors as reported by the conversion")
+    else:
+        say("no report of a conversion here: --against ORIGINAL computes the errors")
+    if outputs is not None:
+        _print_outputs(outputs)
+
+
+def _print_outputs(outputs: Comparison) -> None:
+    """Print the lines below the table."""
+    total, outcome = outputs.total, outputs.outcome
+    result(
+        f"on {outputs.tokens} tokens: base output error {total.base_error:.4f}, output error {total.error:.4f}"
+        f"{'' if outputs.has_adapter else ' (there is no adapter)'}"
+    )
+    if isinstance(outcome, Drift):
+        drift = f"base {outcome.base:.6f}, with adapter {outcome.adapted:.6f}"
+        result(f"drift of the last hidden states (1 - cosine): {drift}")
+        return
+    result(
+        f"perplexity: original {outcome.perplexity:.4f}, base {outcome.base_perplexity:.4f}, "
+        f"with adapter {outcome.adapted_perplexity:.4f}"
+    )
+    result(f"KL from the original, nats a token: base {outcome.base_kl:.6f}, with adapter {outcome.adapted_kl:.6f}")
+
+
+def _print_checkpoint(inspection: CheckpointInspection) -> None:
+    totals = inspection.totals
+    table(
+        ("tensor", "shape", "dtype", "becomes", *(f"{quant_type} error" for quant_type in totals)),
+        (
+            (row.name, by(row.shape), row.dtype, row.becomes)
+            + tuple(f"{row.errors[t].error:.4f}" if t in row.errors else "" for t in totals)
+            for row in inspection.tensors
+        ),
+    )
+    result(f"{inspection.tensor_count} tensors, {megabytes(inspection.nbytes)}")
+    for quant_type, total in totals.items():
+        result(f"{quant_type}: error {total.error:.4f}, SQNR {total.sqnr_db:.2f} dB")
+
+
+def _error_cells(error: LayerError | None) -> tuple[str, ...]:
+    if error is None:
+        return ("-",) * 5
+    return (
+        f"{error.base_error:.4f}",
+        f"{error.error:.4f}",
+        f"{error.max_error:.4f}",
+        f"{error.sqnr_db:.2f}",
+        f"{error.delta_norm:.3f}",
+    )
+
+
+def _group_cells(groups: GroupErrors | None) -> tuple[str, ...]:
+    return () if groups is None else (f"{groups.mean_error:.4f}", f"{groups.max_error:.4f}")
+
+
+def _output_cells(name: str, outputs: Comparison | None) -> tuple[str, ...]:
+    """The last columns of a layer's line in the table."""
+    if outputs is None:
+        return ()
+    error = outputs.layers.get(name)
+    return ("-", "-") if error is None else (f"{error.base_error:.4f}", f"{error.error:.4f}")

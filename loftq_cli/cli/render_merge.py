@@ -1,0 +1,58 @@
+"""The plan and the result of `loftq merge`, as lines, a table and JSON."""
+
+from __future__ import annotations
+
+import json
+
+from loftq_cli.api.results import MergePlan, MergeResult
+from loftq_cli.cli.console import by, megabytes, result, say, table
+from loftq_cli.errors import printable
+from loftq_cli.merging.report import finite, layer_json
+
+
+def summary(plan: MergePlan) -> str:
+    """The work of a merge in a line."""
+    return f"{plan.layers} layers to merge, {megabytes(plan.nbytes)} to write"
+
+
+def print_plan(plan: MergePlan, *, as_json: bool, quiet: bool) -> None:
+    """Print the plan of a dry run."""
+    if not quiet:
+        say(summary(plan))
+    for note in plan.notes:
+        say(f"note: {note}")
+    if as_json:
+        values = [{"name": t.name, "dtype": t.dtype, "shape": t.shape} for t in plan.tensors]
+        result(json.dumps({"tensors": values, "nbytes": plan.nbytes}, indent=2))
+        return
+    table(("tensor", "shape", "dtype"), ((t.name, by(t.shape), t.dtype) for t in plan.tensors))
+
+
+def print_result(outcome: MergeResult, *, as_json: bool) -> None:
+    """Print the result of a merge."""
+    plan = outcome.plan
+    if as_json:
+        values = {
+            "output": str(outcome.output),
+            "dtype": plan.dtype,
+            "layout": plan.layout,
+            "requantize": plan.requantize,
+            "nbytes": plan.nbytes,
+            "retention": outcome.retention,
+            "lost": finite(outcome.lost),
+            "notes": outcome.notes,
+            "layers": [layer_json(layer) for layer in outcome.layers],
+        }
+        result(json.dumps(values, indent=2))
+        return
+    output, layers = printable(outcome.output), len(outcome.layers)
+    result(f"merged   {output}  {megabytes(plan.nbytes)}, {layers} layers, {plan.form}")
+    if outcome.retention is not None:
+        result(f"retained {outcome.retention:.1%} of the adapter")
+    if outcome.max_difference is not None and outcome.lost is not None:
+        result(
+            f"differs  by at most {outcome.max_difference:.1e} from base and adapter "
+            f"({outcome.relative_difference:.1e} of the largest weight)"
+        )
+        if finite(outcome.lost) is not None:
+            result(f"lost     {outcome.lost:.2%} of the update")
