@@ -355,6 +355,30 @@ def test_what_overrides_say_of_a_layer_stays(source: Path) -> None:
     assert bits_per_weight(conversion.plan) <= 4.0
 
 
+@pytest.mark.parametrize(
+    ("bits", "override", "recipe"),
+    [
+        (4.8, {"block_size": 128}, {"quant_type": "nf4", "layout": "bitsandbytes", "symmetric": None}),
+        (4.8, {"block_size": 32}, {"quant_type": "nf4", "layout": "bitsandbytes", "symmetric": None}),
+        (3.6, {"group_size": 16}, {}),
+        (3.6, {"group_size": 128}, {}),
+        (3.6, {"quant_type": "int8"}, {}),
+        (3.6, {"quant_type": "int2"}, {}),
+    ],
+    ids=str,
+)
+def test_a_format_that_an_override_gives_a_layer_is_not_chosen_again(
+    bits: float, override: dict[str, Any], recipe: dict[str, Any], source: Path
+) -> None:
+    _, conversion = allocation_of(
+        source, Budget(bits_per_weight=bits), override=(Override(match="q_proj", **override),), **recipe
+    )
+
+    (spec,) = (job.matrix.spec for job in conversion.plan.layers if job.module.endswith("q_proj"))
+    assert {name: getattr(spec, name) for name in override} == override
+    assert bits_per_weight(conversion.plan) <= bits
+
+
 def test_a_given_scaling_is_kept_whatever_the_rank(source: Path) -> None:
     for values, scaling in (({"alpha": 16.0}, 2.0), ({"rslora": True}, math.sqrt(8))):
         _, conversion = allocation_of(source, Budget(adapter_nbytes=60_000), **values)

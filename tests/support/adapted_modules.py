@@ -8,11 +8,7 @@ import bitsandbytes.functional
 import torch
 from torch import nn
 
-from loftq_cli.nn import (
-    LoftQLinear,
-    QALoRALinear,
-    QLoRALinear,
-)
+from loftq_cli.nn import LoftQLinear, QALoRALinear, QLoRALinear
 from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.tensors.matrices import CodebookTensor, NestedAbsmax
 from loftq_cli.tensors.rows import TensorRows

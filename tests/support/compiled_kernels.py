@@ -15,9 +15,7 @@ import torch
 
 from loftq_cli.triton_kernels import backend
 from loftq_cli.triton_kernels.backend import use_compiled_kernels, use_reference_kernels
-from loftq_cli.triton_kernels.codebook.contract import (
-    CODEBOOKS,
-)
+from loftq_cli.triton_kernels.codebook.contract import CODEBOOKS
 from loftq_cli.triton_kernels.error_stats.contract import ErrorSums
 
 numba = pytest.importorskip("numba")

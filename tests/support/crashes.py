@@ -1,5 +1,5 @@
 """A disk that fails at a chosen operation: the program is killed there, the power goes with what was not yet synced, or
-the system reports an error. Stands in for loftq_cli.checkpoint.disk, through which everything is written.
+the system reports an error. Stands in for loftq_cli.output.disk, through which everything is written.
 """
 
 from __future__ import annotations

@@ -17,13 +17,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from support.adapters import (
-    PREFIX,
-    edit_json,
-    effective_update,
-    names_in,
-    tensors_of,
-)
+from support.adapters import PREFIX, edit_json, effective_update, names_in, tensors_of
 from support.conversions import run_conversion
 
 Q0 = "model.layers.0.self_attn.q_proj"

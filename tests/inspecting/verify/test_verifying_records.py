@@ -53,6 +53,17 @@ def test_an_adapter_that_does_not_fit_its_layers_is_damage(result, verify):
     assert (config, None, what) in problems
 
 
+@pytest.mark.parametrize(("alpha", "is_whole"), [(8.08, False), (7.9999, False), (8.000001, True), (8.0, True)])
+def test_a_scaling_that_differs_from_the_reports_by_more_than_rounding_is_damage(alpha, is_whole, result, verify):
+    edit_json(result / "loftq_init" / "adapter_config.json", lora_alpha=alpha)
+
+    problems = verify(sign(result))["problems"]
+
+    what = "gives model.layers.0.self_attn.q_proj another scaling than loftq_report.json"
+    assert (("loftq_init/adapter_config.json", None, what) not in problems) == is_whole
+    assert (not problems) == is_whole
+
+
 def test_an_adapter_without_a_layer_of_the_report_is_damage(result, verify):
     edit_tensors(result / ADAPTER, lambda t: [t.pop(name) for name in list(t) if "layers.0.self_attn.q_proj" in name])
     what = "has no adapter for model.layers.0.self_attn.q_proj, says loftq_report.json"

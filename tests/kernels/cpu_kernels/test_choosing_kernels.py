@@ -12,9 +12,7 @@ import torch
 from support.compiled_kernels import COMPILED, assert_sums, bnb, compiled, forget, normal, numba
 
 from loftq_cli.triton_kernels.backend import implementation, use_compiled_kernels, use_reference_kernels
-from loftq_cli.triton_kernels.codebook.contract import (
-    quantize_codebook,
-)
+from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
 from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
 
@@ -63,7 +61,7 @@ def test_where_no_cache_can_be_written_kernels_are_compiled_all_the_same(monkeyp
 FULL_DISK = """
 import resource, signal, torch
 from loftq_cli.triton_kernels import backend
-from loftq_cli.triton_kernels.codebook import quantize_codebook
+from loftq_cli.triton_kernels.codebook.contract import quantize_codebook
 assert backend.use_compiled_kernels() is None
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

@@ -16,11 +16,7 @@ from loftq_cli.tensors.matrices import AffineTensor, CodebookTensor, NestedAbsma
 from loftq_cli.tensors.rows import TensorRows
 from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec, Pooling
 from loftq_cli.triton_kernels.affine.contract import quantize_affine
-from loftq_cli.triton_kernels.codebook.contract import (
-    codebook_residual,
-    dequantize_codebook,
-    quantize_codebook,
-)
+from loftq_cli.triton_kernels.codebook.contract import codebook_residual, dequantize_codebook, quantize_codebook
 from loftq_cli.triton_kernels.double_quant.contract import double_dequantize, double_quantize, dynamic_map
 from loftq_cli.triton_kernels.error_stats.contract import error_stats
 

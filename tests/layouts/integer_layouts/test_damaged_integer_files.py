@@ -1,4 +1,4 @@
-"""A damaged integer container is refused by file and tensor; files of other tools are read as their loader reads them."""
+"""A damaged container is refused by file and tensor; files of other tools are read as their own loaders read them."""
 
 from __future__ import annotations
 

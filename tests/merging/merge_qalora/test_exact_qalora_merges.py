@@ -8,16 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.adapters import (
-    PREFIX,
-    decoded,
-    edit_json,
-    edit_tensors,
-    effective_update,
-    loaded,
-    names_in,
-    tensors_of,
-)
+from support.adapters import PREFIX, decoded, edit_json, edit_tensors, effective_update, loaded, names_in, tensors_of
 from support.qalora_merges import (
     BASES,
     CONTAINERS,

@@ -9,11 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import models
-from support.adapters import (
-    PREFIX,
-    edit_tensors,
-    effective_update,
-)
+from support.adapters import PREFIX, edit_tensors, effective_update
 from support.conversions import run_conversion
 from support.qalora_merges import DOWN, grids, largest, refused, trained
 

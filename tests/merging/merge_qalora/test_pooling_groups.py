@@ -11,13 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.adapters import (
-    PREFIX,
-    decoded,
-    edit_json,
-    edit_tensors,
-    tensors_of,
-)
+from support.adapters import PREFIX, decoded, edit_json, edit_tensors, tensors_of
 from support.qalora_merges import DOWN, LINEARS, Q0, Trained, assert_exact, grids, largest, refused, trained
 
 

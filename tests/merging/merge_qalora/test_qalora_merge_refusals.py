@@ -6,11 +6,7 @@ import shutil
 
 import pytest
 import torch
-from support.adapters import (
-    PREFIX,
-    edit_json,
-    edit_tensors,
-)
+from support.adapters import PREFIX, edit_json, edit_tensors
 from support.qalora_merges import Q0, assert_exact, config_of, refused, trained
 
 from loftq_cli.cli.main import _run

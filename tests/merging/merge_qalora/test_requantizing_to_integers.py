@@ -7,11 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.adapters import (
-    decoded,
-    names_in,
-    tensors_of,
-)
+from support.adapters import decoded, names_in, tensors_of
 from support.qalora_merges import (
     DOWN,
     LINEARS,
@@ -114,6 +110,19 @@ def test_a_small_update_does_not_survive_the_grid_that_the_base_lies_on(converte
     assert "quantized again to int4," in ran.line
     assert "of the adapter would survive" in ran.line
     assert names_in(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize(("share", "low", "high", "status"), [(0.0685, 0.48, 0.5, 5), (0.0705, 0.5, 0.52, 0)])
+def test_half_of_an_adapter_must_survive_being_quantized_again(share, low, high, status, converted, merge, tmp_path):
+    base, before = ordinary_base("qlora int4", converted)
+    stored = {module: weight.double().numpy() for module, weight in before.items()}
+    adapter = trained(base, tmp_path / "adapter", share=share, group_size=1, stored=stored)
+    arguments = (base, adapter, tmp_path / "out", "--requantize", "int4")
+    assert merge(*arguments, "--force").status == 0
+    _, total = retention_by_hand(before, grid_values(tmp_path / "out"), adapter.updates)
+    assert low < total < high
+
+    assert merge(*arguments, "--overwrite").status == status
 
 
 @pytest.mark.parametrize(("quant_type", "arguments"), [("int4", ("--group-size", "32")), ("int8", ())])

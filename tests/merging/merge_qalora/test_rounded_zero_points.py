@@ -8,9 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.adapters import (
-    names_in,
-)
+from support.adapters import names_in
 from support.qalora_merges import (
     BASES,
     assert_exact,
@@ -75,6 +73,16 @@ def test_rounding_away_an_update_of_one_percent_is_refused(container, converted,
     assert ran.line.startswith(f"error: {base}: with rounded zero points, {lost:.1%} of the update would be lost (")
     assert "leave out --round-zeros; or --force" in ran.line
     assert names_in(tmp_path) == ["adapter"]
+
+
+@pytest.mark.parametrize(("share", "low", "high", "status"), [(0.154, 0.5, 0.52, 5), (0.162, 0.48, 0.5, 0)])
+def test_rounding_may_lose_half_of_an_update_and_no_more(share, low, high, status, converted, merge, tmp_path):
+    base = converted("compressed-tensors")
+    adapter = trained(base, tmp_path / "adapter", share=share)
+    _, lost = rounded_by_hand(base, adapter.updates, 4)
+    assert low < lost < high
+
+    assert merge(base, adapter, tmp_path / "out", "--round-zeros").status == status
 
 
 def test_a_large_update_survives_rounding(converted, merge, tmp_path):

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import models
-from support.adapters import (
-    PREFIX,
-    edit_tensors,
-    lora_tensors,
-    made_by_peft,
-    names_in,
-    write_adapter,
-)
+from support.adapters import PREFIX, edit_tensors, lora_tensors, made_by_peft, names_in, write_adapter
 from support.merge_refusals import NAN, Q0, refused
 
 from loftq_cli.cli.main import _run

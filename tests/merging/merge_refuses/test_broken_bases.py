@@ -9,13 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.adapters import (
-    edit_json,
-    edit_tensors,
-    lora_tensors,
-    names_in,
-    write_adapter,
-)
+from support.adapters import edit_json, edit_tensors, lora_tensors, names_in, write_adapter
 from support.merge_refusals import Q0, refused
 
 

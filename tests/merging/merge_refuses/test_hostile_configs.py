@@ -5,11 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from support.adapters import (
-    edit_json,
-    lora_tensors,
-    write_adapter,
-)
+from support.adapters import edit_json, lora_tensors, write_adapter
 from support.merge_refusals import Q0, refused
 
 from loftq_cli.cli.main import _run

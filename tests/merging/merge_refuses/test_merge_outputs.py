@@ -6,13 +6,7 @@ import json
 import shutil
 
 import pytest
-from support.adapters import (
-    PREFIX,
-    lora_tensors,
-    names_in,
-    tensors_of,
-    write_adapter,
-)
+from support.adapters import PREFIX, lora_tensors, names_in, tensors_of, write_adapter
 from support.conversions import loftq
 from support.merge_refusals import NAN, Q0, refused
 

@@ -28,11 +28,7 @@ from support.adapted_modules import (
 )
 from torch import nn
 
-from loftq_cli.nn import (
-    LoftQLinear,
-    QALoRALinear,
-    QuantizedLinear,
-)
+from loftq_cli.nn import LoftQLinear, QALoRALinear, QuantizedLinear
 from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors.specs import LoraSpec, Pooling
 

@@ -9,9 +9,7 @@ import pytest
 import torch
 from support.adapted_modules import IN, KINDS, OUT, adapted, added, assert_close, decoded, quantized, random
 
-from loftq_cli.nn import (
-    QuantizedLinear,
-)
+from loftq_cli.nn import QuantizedLinear
 from loftq_cli.quant.formats import FORMATS
 
 

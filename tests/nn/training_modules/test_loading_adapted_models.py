@@ -18,12 +18,7 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.nn import (
-    LoftQLinear,
-    QALoRALinear,
-    QuantizedLinear,
-    load_adapted,
-)
+from loftq_cli.nn import LoftQLinear, QALoRALinear, QuantizedLinear, load_adapted
 
 
 @pytest.mark.parametrize("cache", [False, True])

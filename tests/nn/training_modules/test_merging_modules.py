@@ -19,9 +19,7 @@ from support.adapted_modules import (
 )
 from torch import nn
 
-from loftq_cli.nn import (
-    QuantizedLinear,
-)
+from loftq_cli.nn import QuantizedLinear
 from loftq_cli.quant.formats import FORMATS
 
 

@@ -15,9 +15,7 @@ from support.conversions import run_conversion
 from torch import nn
 
 from loftq_cli.errors import InputError, LoftqError, MismatchError
-from loftq_cli.nn import (
-    load_adapted,
-)
+from loftq_cli.nn import load_adapted
 
 
 def without_head(model: nn.Module) -> None:

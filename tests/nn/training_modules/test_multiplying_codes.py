@@ -7,9 +7,7 @@ import torch
 from support.adapted_modules import IN, OUT, assert_close, decoded, quantize, quantized, random
 from support.interpreter import kernel_device, triton_kernels
 
-from loftq_cli.nn import (
-    QuantizedLinear,
-)
+from loftq_cli.nn import QuantizedLinear
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.tensors.specs import CodebookSpec
 

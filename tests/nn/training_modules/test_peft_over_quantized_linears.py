@@ -9,9 +9,7 @@ from support.adapted_modules import IN, OUT, assert_close, quantize, quantized, 
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.nn import (
-    QuantizedLinear,
-)
+from loftq_cli.nn import QuantizedLinear
 
 
 class Small(nn.Module):

@@ -21,10 +21,7 @@ from support.adapted_modules import (
 )
 from torch import nn
 
-from loftq_cli.nn import (
-    QALoRALinear,
-    QuantizedLinear,
-)
+from loftq_cli.nn import QALoRALinear, QuantizedLinear
 
 
 def rounded_update(module: QALoRALinear, tensor: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,7 @@ from support.adapted_modules import IN, OUT, adapted, quantize, quantized, rando
 from torch import nn
 from torch.nn import functional
 
-from loftq_cli.nn import (
-    QuantizedLinear,
-)
+from loftq_cli.nn import QuantizedLinear
 from loftq_cli.quant.formats import FORMATS
 
 

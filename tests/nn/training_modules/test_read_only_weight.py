@@ -7,9 +7,7 @@ import torch
 from support.adapted_modules import IN, OUT, SCALING, adapted, assert_close, decoded, quantized
 from torch import nn
 
-from loftq_cli.nn import (
-    QuantizedLinear,
-)
+from loftq_cli.nn import QuantizedLinear
 
 
 def change_in_place(weight: torch.Tensor) -> None:

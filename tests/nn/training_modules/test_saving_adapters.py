@@ -18,13 +18,7 @@ from support.conversions import run_conversion, run_merge
 from torch import nn
 
 from loftq_cli.errors import InputError, LoftqError, UsageError
-from loftq_cli.nn import (
-    LoftQLinear,
-    QALoRALinear,
-    QuantizedLinear,
-    load_adapted,
-    save_adapter,
-)
+from loftq_cli.nn import LoftQLinear, QALoRALinear, QuantizedLinear, load_adapted, save_adapter
 from loftq_cli.planning.recipe import Override
 
 
