@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from support import models
@@ -226,14 +225,11 @@ def test_files_have_normal_modes(source, out):
 def test_a_signal_at_any_moment_leaves_no_output_and_the_run_can_continue(source, out, uninterrupted, number):
     options = ["--rank", "4", "--iterations", "2", "--fit", "loftq"]
     command = [sys.executable, "-m", "loftq_cli", "quantize", str(source), "out", *options]
-    with open("log", "w") as log:
-        process = subprocess.Popen(command, stderr=log)
-    deadline = time.monotonic() + 120
-    while "[2/14]" not in Path("log").read_text() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = list(itertools.takewhile(lambda line: "[2/14]" not in line, process.stderr))
     process.send_signal(number)
-    process.wait(timeout=60)
-    said = Path("log").read_text()
+    said = "".join(lines) + process.communicate(timeout=60)[1]
     assert not out.exists()
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL

@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -168,18 +167,35 @@ def test_space_that_an_unfinished_run_has_taken_is_not_asked_for_again(source, o
         run_conversion(source, out, **RECIPE)
 
 
+# Converts into `out`, and after three layers waits for a line.
+HOLDING = """
+import sys
+from pathlib import Path
+from support.conversions import Silent, run_conversion
+
+class Holding(Silent):
+    def layer_done(self, result, *, resumed):
+        super().layer_done(result, resumed=resumed)
+        if len(self.done) == 3:
+            print("holding", flush=True)
+            sys.stdin.readline()
+
+run_conversion(Path(sys.argv[1]), Path("out"), observer=Holding(), rank=4, iterations=1)
+"""
+
+
 def test_a_second_process_is_refused_at_once_and_the_first_one_is_not_disturbed(source, out, expected):
-    options = ("--rank", "4", "--iterations", "1", "--fit", "loftq")
-    hold = (
-        "import sys, loftq_cli.convert as c; c._write_side_files = lambda *a, w=c._write_side_files: (input(), w(*a))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(source)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    program = f"{hold}; from loftq_cli.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "quantize", str(source), "out", *options, "-q"]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out.parent / ".out.partial" / ".journal").exists():
-        assert first.poll() is None, first.stderr
-        time.sleep(0.02)
-    second = loftq("quantize", source, "out", *options)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "holding\n"
+    second = loftq("quantize", source, "out", "--rank", "4", "--iterations", "1", "--fit", "loftq")
     assert (second.returncode, second.stderr.splitlines()[-1]) == (
         3,
         "error: out: another loftq process is writing it (wait for it, or choose another output)",

@@ -90,7 +90,7 @@ def test_matrices_one_after_the_other_give_the_same_files(case, threads, model, 
 
 @pytest.mark.parametrize("case", STREAMED)
 def test_a_large_matrix_of_qlora_is_never_whole_in_memory(case, model, tmp_path, large, monkeypatch):
-    for module in ("quant.codebook", "quant.affine", "metrics"):
+    for module in ("quant.codebook", "quant.affine", "tensors.metrics"):
         monkeypatch.setattr(f"loftq_cli.{module}.STREAMED_NUMEL", 1 << 12)
     loaded: list[str] = []
 
