@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -221,15 +220,38 @@ def test_files_have_normal_modes(source, out):
     assert {oct(p.stat().st_mode & 0o777) for p in out.rglob("*") if p.is_file()} == {"0o644"}
 
 
+# The command, which gets a signal as soon as its second layer has been reported.
+SIGNALLING = """
+import os, sys
+from loftq_cli.cli.main import main
+
+class Signalling:
+    def __init__(self, stream, number):
+        self.stream, self.number, self.text = stream, number, ""
+
+    def write(self, text):
+        self.stream.write(text)
+        self.stream.flush()
+        self.text += text
+        if "[2/14]" in self.text and text.endswith("\\n"):
+            self.text = ""
+            os.kill(os.getpid(), self.number)
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+sys.stderr = Signalling(sys.stderr, int(sys.argv.pop(1)))
+main()
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_at_any_moment_leaves_no_output_and_the_run_can_continue(source, out, uninterrupted, number):
     options = ["--rank", "4", "--iterations", "2", "--fit", "loftq"]
-    command = [sys.executable, "-m", "loftq_cli", "quantize", str(source), "out", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    lines = list(itertools.takewhile(lambda line: "[2/14]" not in line, process.stderr))
-    process.send_signal(number)
-    said = "".join(lines) + process.communicate(timeout=60)[1]
+    command = [sys.executable, "-c", SIGNALLING, str(int(number)), "quantize", str(source), "out", *options]
+    process = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    said = process.stderr
+    assert "[2/14]" in said
     assert not out.exists()
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL

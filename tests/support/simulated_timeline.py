@@ -18,7 +18,9 @@ import pytest
 import torch
 
 DEVICE = torch.device("cuda", 0)
-_NOT_CALLERS = frozenset({"torch", "triton", "contextlib", "threading", "weakref", __name__, f"{__package__}.simulated_gpu"})
+_NOT_CALLERS = frozenset(
+    {"torch", "triton", "contextlib", "threading", "weakref", __name__, f"{__package__}.simulated_gpu"}
+)
 _active: Timeline | None = None
 
 
