@@ -37,10 +37,10 @@ class Place:
     moves: bool
 
     @classmethod
-    def of(cls, output: Path) -> Place:
-        """That of what a user calls `output`."""
+    def of(cls, output: Path, mounts: Path = _MOUNTS) -> Place:
+        """The place of what a user calls `output`; the file `mounts` lists what is mounted where."""
         target = Path(os.path.realpath(output))
-        moves = target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
+        moves = target.is_dir() and (_is_mount(target, mounts) or not os.access(target.parent, os.W_OK | os.X_OK))
         hidden = target / HIDDEN_INSIDE if moves else target.parent / f".{target.name}.partial"
         return cls(target, hidden, moves)
 
@@ -119,12 +119,12 @@ def is_unfinished(directory: Path) -> bool:
     return any(map(_HIDDEN.fullmatch, (whole.name, whole.parent.name))) or os.path.lexists(directory / _JOURNAL)
 
 
-def _is_mount(path: Path) -> bool:
+def _is_mount(path: Path, mounts: Path) -> bool:
     """Whether another file system, or another part of the same one, is mounted there."""
     if os.path.ismount(path):
         return True
     try:
-        lines = _MOUNTS.read_bytes().splitlines()
+        lines = mounts.read_bytes().splitlines()
     except OSError:
         return False
     points = (re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]) for line in lines)

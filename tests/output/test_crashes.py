@@ -26,7 +26,7 @@ from loftq_cli.errors import StorageError
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.run import is_merge_done, merge_adapter
-from loftq_cli.output import place, staging
+from loftq_cli.output import staging
 from loftq_cli.planning.recipe import Recipe
 
 RECIPE = Recipe(method="qlora", rank=2, max_shard_size="1MB")
@@ -155,7 +155,7 @@ def scenario(
     monkeypatch.setattr(staging, "_SYNC_SECONDS", -1.0)
     monkeypatch.setattr(staging, "ThreadPoolExecutor", AtOnce)
     if "mounted" in name:
-        monkeypatch.setattr(place, "_is_mount", lambda path: path.name == "out")
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
 
     def command(observer: Watching) -> None:
         run, given = (merge_into, base) if name == "merge" else (quantize, source)

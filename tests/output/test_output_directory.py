@@ -17,8 +17,8 @@ from support import models
 from support.conversions import Silent, StopAfter, converted_files, files_of, loftq, run_conversion, run_merge
 
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.output import place
 from loftq_cli.output.checksums import file_sha256
+from loftq_cli.output.place import Place
 
 RECIPE = {"rank": 4, "iterations": 1}
 
@@ -35,16 +35,24 @@ def expected(source, tmp_path_factory):
 
 @pytest.fixture
 def mounted(out, tmp_path, monkeypatch):
-    """The same as a mount point, by what the system says of it; with a blank in its name, which that writes as 040."""
-    disk = tmp_path / "a disk"
-    disk.mkdir()
-    monkeypatch.chdir(disk)
+    """The same as a mount point."""
     out.mkdir()
-    mounts = tmp_path / "mountinfo"
-    shown = str(disk / "out").replace(" ", "\\040")
-    mounts.write_text(f"36 35 98:0 / / rw - ext4 /dev/a rw\n37 36 98:0 /x {shown} rw - ext4 /dev/a rw\n")
-    monkeypatch.setattr(place, "_MOUNTS", mounts)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
     return out
+
+
+def test_a_part_of_the_same_file_system_that_is_mounted_is_found_in_the_list_of_mounts(tmp_path):
+    """With a blank in its name, which the list writes as \\040."""
+    mounted, beside = tmp_path / "a disk" / "out", tmp_path / "a disk" / "other"
+    mounted.mkdir(parents=True)
+    beside.mkdir()
+    mounts = tmp_path / "mountinfo"
+    shown = str(mounted).replace(" ", "\\040")
+    mounts.write_text(f"36 35 98:0 / / rw - ext4 /dev/a rw\n37 36 98:0 /x {shown} rw - ext4 /dev/a rw\n")
+
+    assert Place.of(mounted, mounts).root == mounted / ".partial"
+    assert Place.of(beside, mounts).root == tmp_path / "a disk" / ".other.partial"
+    assert Place.of(mounted, tmp_path / "no list").root == tmp_path / "a disk" / ".out.partial"
 
 
 def test_a_mount_point_is_filled_and_never_replaced(source, mounted, expected):
