@@ -94,6 +94,24 @@ def test_double_quantization_is_refused_where_it_swallows_ordinary_blocks():
     assert not accepted
 
 
+@pytest.mark.parametrize(("size", "is_taken"), [(0.004, False), (0.006, True)])
+def test_three_blocks_in_ten_may_be_as_small_as_an_error_of_double_quantization(size, is_taken):
+    """The smallest number of a nested group is wrong by 0.7 % of the largest distance from the mean, here 0.7."""
+    matrix = torch.ones(256, SIZE)
+    matrix[:77] = size
+    true = quantize_codebook(matrix, "nf4", SIZE)[1]
+    codes, nested_absmax, offset = double_quantize(true, 256)
+    error = (double_dequantize(codes, nested_absmax, dynamic_map(), offset, 256) - true).abs()
+    assert bool((error[:77] < true[:77]).all()) == is_taken
+
+    quantizer, weight = make_quantizer(CodebookSpec(), "float32"), TensorRows(matrix)
+    if is_taken:
+        quantizer.quantize(weight)
+    else:
+        with pytest.raises(NumericError):
+            quantizer.quantize(weight)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_what_double_quantization_takes_keeps_every_constant_near_itself_or_the_lower_quartile(seed):
     """Sizes drawn from narrow to wide, so that some are taken and some refused; the criterion by its definition."""

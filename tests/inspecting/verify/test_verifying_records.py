@@ -99,6 +99,14 @@ def test_a_recipe_that_does_not_read_is_damage(result, verify):
     assert verify(sign(result))["problems"] == [("loftq_recipe.toml", None, "rank must be a whole number, not 'many'")]
 
 
+@pytest.mark.parametrize(("nbytes", "is_whole"), [(1_000_000, True), (1_000_001, False)])
+def test_a_recipe_of_more_than_a_megabyte_is_damage(nbytes, is_whole, result, verify):
+    path = result / "loftq_recipe.toml"
+    path.write_text(f"{path.read_text()}#".ljust(nbytes, "#"))
+    problems = verify(sign(result))["problems"]
+    assert problems == ([] if is_whole else [("loftq_recipe.toml", None, "is too large for a recipe")])
+
+
 def test_a_merge_report_that_names_other_layers_is_damage(converted, tmp_path, verify):
     merged = run_merge(converted, converted / "loftq_init", tmp_path / "merged")
     edit_json(merged / "loftq_merge_report.json", layers=[{"name": "gone"}])
