@@ -123,10 +123,13 @@ def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
 
 
 @transformers_models.silenced()
-def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> CalibrationResult:
+def run_calibration(
+    prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1, batch_tokens: int = _BATCH_TOKENS
+) -> CalibrationResult:
     """Run the model over the text and write the statistics: complete, or not at all.
 
-    Takes the memory of one block in float32, of its statistics, and of what all tokens carry from block to block.
+    Windows of `batch_tokens` tokens go through a block at once. Takes the memory of one block in float32, of its
+    statistics, and of what all tokens carry from block to block.
     """
     from loftq_cli.activations.streamed_model import StreamedModel
 
@@ -148,7 +151,7 @@ def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, thread
             with OutputFiles(path, {STATISTICS_NAME: found.tensors}) as files:
                 sums = _Sums(streamed, found, lambda name, mean: files[name].write(name, mean), observer)
                 with sums.watching():
-                    feeds = [transformers_models.text_inputs(config, batch) for batch in windows.batches(_BATCH_TOKENS)]
+                    feeds = [transformers_models.text_inputs(config, batch) for batch in windows.batches(batch_tokens)]
                     streamed.run(feeds, sums.blocks, sums.flush, threads=threads)
                 sums.check_complete()
             prepared.checkpoint.check_unchanged()

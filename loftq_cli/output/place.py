@@ -38,10 +38,10 @@ class Place:
     moves: bool
 
     @classmethod
-    def of(cls, output: Path) -> Place:
-        """The place for the path `output` as typed by a user."""
+    def of(cls, output: Path, mounts: Path = _MOUNTS) -> Place:
+        """The place for the path `output` as typed by a user; the file `mounts` lists all mount points."""
         target = Path(os.path.realpath(output))
-        moves = target.is_dir() and (_is_mount(target) or not os.access(target.parent, os.W_OK | os.X_OK))
+        moves = target.is_dir() and (_is_mount(target, mounts) or not os.access(target.parent, os.W_OK | os.X_OK))
         hidden = target / HIDDEN_INSIDE if moves else target.parent / f".{target.name}.partial"
         return cls(target, hidden, moves)
 
@@ -118,12 +118,12 @@ def is_unfinished(directory: Path) -> bool:
     return any(map(_HIDDEN.fullmatch, (whole.name, whole.parent.name))) or os.path.lexists(directory / _JOURNAL)
 
 
-def _is_mount(path: Path) -> bool:
+def _is_mount(path: Path, mounts: Path) -> bool:
     """Whether `path` is a mount point, bind mounts included."""
     if os.path.ismount(path):
         return True
     try:
-        lines = _MOUNTS.read_bytes().splitlines()
+        lines = mounts.read_bytes().splitlines()
     except OSError:
         return False
     points = (re.sub(rb"\\([0-7]{3})", lambda match: bytes([int(match[1], 8)]), line.split()[4]) for line in lines)

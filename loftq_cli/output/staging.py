@@ -175,7 +175,8 @@ class Staging:
         self._journal = Journal(place.journal, contents)
         if contents.fingerprint is None:
             self._journal.start(self._run)
-        self._journal.sync(self._journal.end)
+        # The tensors behind an earlier process's lines may still be in memory only: no line counts as durable yet.
+        self._journal.sync(0)
         disk.sync_directory(place.root)
         disk.sync_directory(place.root.parent)
         return by_unit(contents.entries)

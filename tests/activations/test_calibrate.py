@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from support import models
 from transformers.pytorch_utils import Conv1D
 
-from loftq_cli.activations import calibration as calibration_module
 from loftq_cli.activations import transformers_models
 from loftq_cli.activations.calibration import (
     CalibrationOptions,
@@ -59,11 +58,18 @@ def text(tmp_path: Path) -> Path:
 
 
 def calibrate(
-    model: Path, text: Path, output: Path, *, observer: Any = None, overwrite: bool = False, **options: Any
+    model: Path,
+    text: Path,
+    output: Path,
+    *,
+    observer: Any = None,
+    overwrite: bool = False,
+    batch_tokens: int = 4096,
+    **options: Any,
 ) -> CalibrationResult:
     choices = CalibrationOptions(**{"tokens": 4096, **options})
     prepared = prepare_calibration(model, [text], output, choices, overwrite=overwrite)
-    return run_calibration(prepared, observer or Remembering())
+    return run_calibration(prepared, observer or Remembering(), batch_tokens=batch_tokens)
 
 
 def moments(model: Any, calls: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -181,10 +187,9 @@ def test_the_same_arguments_give_the_same_bytes(text, tmp_path):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
 
 
-def test_statistics_do_not_depend_on_how_many_windows_go_at_once(text, tmp_path, monkeypatch):
+def test_statistics_do_not_depend_on_how_many_windows_go_at_once(text, tmp_path):
     calibrate(TINY_LLAMA, text, tmp_path / "one", context=32, tokens=128)
-    monkeypatch.setattr(calibration_module, "_BATCH_TOKENS", 32)
-    calibrate(TINY_LLAMA, text, tmp_path / "four", context=32, tokens=128)
+    calibrate(TINY_LLAMA, text, tmp_path / "four", context=32, tokens=128, batch_tokens=32)
     one, four = open_statistics(tmp_path / "one"), open_statistics(tmp_path / "four")
     for name in one.names:
         scale = float(one.load(name).max())
@@ -200,7 +205,6 @@ def test_statistics_are_symmetric_and_have_no_negative_eigenvalue(text, tmp_path
 
 
 def test_at_most_one_block_is_in_memory(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(calibration_module, "_BATCH_TOKENS", 32)
     model = models.with_tokenizer(models.llama(tmp_path / "model", layers=5))
     numel = {name: tensor.numel() for name, tensor in load_file(model / "model.safetensors").items()}
     one_block = sum(count for name, count in numel.items() if name.startswith("model.layers.0."))
@@ -215,7 +219,7 @@ def test_at_most_one_block_is_in_memory(text, tmp_path, monkeypatch):
     empty_model = transformers_models.empty_model
     monkeypatch.setattr(transformers_models, "empty_model", lambda *a: built.append(empty_model(*a)) or built[0])
     monkeypatch.setattr(_Sum, "add", counting)
-    calibrate(model, text, tmp_path / "stats", context=32, tokens=128)
+    calibrate(model, text, tmp_path / "stats", context=32, tokens=128, batch_tokens=32)
     assert len(most) == 5 * 4 * 4  # blocks, inputs, windows
     assert 0 < max(most) <= one_block + outside
 

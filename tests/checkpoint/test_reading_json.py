@@ -70,6 +70,21 @@ def test_a_whole_character_may_be_escaped_in_two_halves() -> None:
     assert parse_json_object(b'{"a": "\\ud83d\\ude00"}', file=HERE) == {"a": "\U0001f600"}
 
 
+def test_a_whole_number_has_at_most_64_digits() -> None:
+    # Tokenizers write int(1e30), of 31 digits, for "no limit".
+    assert parse_json_object(b'{"r": ' + b"9" * 64 + b"}", file=HERE) == {"r": 10**64 - 1}
+    with pytest.raises(InputError, match="a number of 65 digits is too large"):
+        parse_json_object(b'{"r": ' + b"9" * 65 + b"}", file=HERE)
+
+
+def test_a_file_of_more_than_100_mb_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(b"{")
+    os.truncate(path, 100_000_001)
+    with pytest.raises(InputError, match="is larger than the 100000000 bytes allowed here"):
+        read_json_object(path)
+
+
 def test_ninety_nine_levels_are_read() -> None:
     assert parse_json_object(b'{"a": ' + b"[" * 99 + b"]" * 99 + b"}", file=HERE)
 

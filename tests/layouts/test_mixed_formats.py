@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from support import models
 from support.adapters import edit_json, tensors_of
 from support.conversions import Silent, StopAfter, files_of, run_conversion, run_merge
+from support.integer_files import PREFIX, codes_in, config_of, report_of, wide
 from support.loading import matrix, matrix_of_lora, relative_error
-from test_integer_layouts import PREFIX, codes_in, config_of, report_of, wide
 from torch import nn
 
 from loftq_cli.cli.main import _run

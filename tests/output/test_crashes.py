@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.conversions import Silent, files_of
+from support.conversions import Silent, StopAfter, files_of
 from support.crashes import FailingDisk, Killed
 
 from loftq_cli.conversion.prepare import is_conversion_done, prepare_conversion
@@ -26,7 +26,7 @@ from loftq_cli.errors import StorageError
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.run import is_merge_done, merge_adapter
-from loftq_cli.output import place, staging
+from loftq_cli.output import staging
 from loftq_cli.planning.recipe import Recipe
 
 RECIPE = Recipe(method="qlora", rank=2, max_shard_size="1MB")
@@ -155,7 +155,7 @@ def scenario(
     monkeypatch.setattr(staging, "_SYNC_SECONDS", -1.0)
     monkeypatch.setattr(staging, "ThreadPoolExecutor", AtOnce)
     if "mounted" in name:
-        monkeypatch.setattr(place, "_is_mount", lambda path: path.name == "out")
+        monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
 
     def command(observer: Watching) -> None:
         run, given = (merge_into, base) if name == "merge" else (quantize, source)
@@ -326,3 +326,28 @@ def test_a_failed_publication_puts_the_earlier_result_back(scenario: Callable[[]
         assert made.visible() == made.before
         made.run()
         made.check_is_complete()
+
+
+def test_after_a_sync_that_failed_no_unit_of_a_killed_process_is_kept_either(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed has synced nothing of its last units, and the sync of the next process fails."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(source, Path("out"), StopAfter(2))
+    shutil.copytree(".out.partial", "interrupted")
+    counting = FailingDisk(tmp_path / "trash", only=("sync",))
+    with counting.installed():
+        continued = Watching()
+        quantize(source, Path("out"), continued)
+    assert continued.kept == 2
+    first_of_data = next(i for i, line in enumerate(counting.log) if "safetensors" in line)
+    shutil.rmtree("out")
+    Path("interrupted").rename(".out.partial")
+
+    with FailingDisk(tmp_path / "trash", first_of_data, errno.EIO, ("sync",)).installed(), pytest.raises(StorageError):
+        quantize(source, Path("out"), Watching())
+
+    again = Watching()
+    quantize(source, Path("out"), again)
+    assert again.kept == 0

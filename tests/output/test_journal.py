@@ -117,6 +117,17 @@ def test_what_was_not_synced_can_be_taken_back(tmp_path: Path) -> None:
     assert (tmp_path / "j").read_bytes() == b""
 
 
+def test_lines_of_an_earlier_process_are_taken_back_until_they_are_synced(tmp_path: Path) -> None:
+    written(tmp_path / "j", FIRST)
+    for syncs, entries in ((True, (FIRST,)), (False, ())):
+        journal = Journal(tmp_path / "j", read_journal(tmp_path / "j"))
+        if syncs:
+            journal.sync(journal.end)
+        journal.cut()
+        journal.close()
+        assert read_journal(tmp_path / "j").entries == entries
+
+
 def test_publication_is_a_line_of_its_own_that_a_new_start_takes_back(tmp_path: Path) -> None:
     whole = written(tmp_path / "j", FIRST)
     journal = Journal(tmp_path / "j", read_journal(tmp_path / "j"))

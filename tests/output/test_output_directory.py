@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +17,8 @@ from support import models
 from support.conversions import Silent, StopAfter, converted_files, files_of, loftq, run_conversion, run_merge
 
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.output import place
 from loftq_cli.output.checksums import file_sha256
+from loftq_cli.output.place import Place
 
 RECIPE = {"rank": 4, "iterations": 1}
 
@@ -36,16 +35,24 @@ def expected(source, tmp_path_factory):
 
 @pytest.fixture
 def mounted(out, tmp_path, monkeypatch):
-    """The same as a mount point, by what the system says of it; with a blank in its name, which that writes as 040."""
-    disk = tmp_path / "a disk"
-    disk.mkdir()
-    monkeypatch.chdir(disk)
+    """The same as a mount point."""
     out.mkdir()
-    mounts = tmp_path / "mountinfo"
-    shown = str(disk / "out").replace(" ", "\\040")
-    mounts.write_text(f"36 35 98:0 / / rw - ext4 /dev/a rw\n37 36 98:0 /x {shown} rw - ext4 /dev/a rw\n")
-    monkeypatch.setattr(place, "_MOUNTS", mounts)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
     return out
+
+
+def test_a_part_of_the_same_file_system_that_is_mounted_is_found_in_the_list_of_mounts(tmp_path):
+    """With a blank in its name, which the list writes as \\040."""
+    mounted, beside = tmp_path / "a disk" / "out", tmp_path / "a disk" / "other"
+    mounted.mkdir(parents=True)
+    beside.mkdir()
+    mounts = tmp_path / "mountinfo"
+    shown = str(mounted).replace(" ", "\\040")
+    mounts.write_text(f"36 35 98:0 / / rw - ext4 /dev/a rw\n37 36 98:0 /x {shown} rw - ext4 /dev/a rw\n")
+
+    assert Place.of(mounted, mounts).root == mounted / ".partial"
+    assert Place.of(beside, mounts).root == tmp_path / "a disk" / ".other.partial"
+    assert Place.of(mounted, tmp_path / "no list").root == tmp_path / "a disk" / ".out.partial"
 
 
 def test_a_mount_point_is_filled_and_never_replaced(source, mounted, expected):
@@ -168,19 +175,35 @@ def test_space_that_an_unfinished_run_has_taken_is_not_asked_for_again(source, o
         run_conversion(source, out, **RECIPE)
 
 
+# Converts into `out`, and after three layers waits for a line.
+HOLDING = """
+import sys
+from pathlib import Path
+from support.conversions import Silent, run_conversion
+
+class Holding(Silent):
+    def layer_converted(self, layer, *, resumed):
+        super().layer_converted(layer, resumed=resumed)
+        if len(self.done) == 3:
+            print("holding", flush=True)
+            sys.stdin.readline()
+
+run_conversion(Path(sys.argv[1]), Path("out"), observer=Holding(), rank=4, iterations=1)
+"""
+
+
 def test_a_second_process_is_refused_at_once_and_the_first_one_is_not_disturbed(source, out, expected):
-    options = ("--rank", "4", "--iterations", "1", "--fit", "loftq")
-    hold = (
-        "import sys, loftq_cli.conversion.run as c; "
-        "c._write_side_files = lambda *a, w=c._write_side_files: (input(), w(*a))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, str(source)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    program = f"{hold}; from loftq_cli.cli.main import main; main()"
-    command = [sys.executable, "-c", program, "quantize", str(source), "out", *options, "-q"]
-    first = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not (out.parent / ".out.partial" / ".journal").exists():
-        assert first.poll() is None, first.stderr
-        time.sleep(0.02)
-    second = loftq("quantize", source, "out", *options)
+    assert first.stdout is not None
+    assert first.stdout.readline() == "holding\n"
+    second = loftq("quantize", source, "out", "--rank", "4", "--iterations", "1", "--fit", "loftq")
     assert (second.returncode, second.stderr.splitlines()[-1]) == (
         3,
         "error: out: another loftq process is writing it (wait for it, or choose another output)",

@@ -38,21 +38,30 @@ def is_inline(workers: Workers) -> bool:
 
 
 class Gauge:
-    """Work that counts how often it was begun and how much of it runs."""
+    """Work that counts how often it was begun and how much of it runs. A piece of it takes `seconds`, and ends when all
+    threads of a barrier have met.
+    """
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float = 0.0, together: threading.Barrier | None = None) -> None:
+        self.seconds, self.together = seconds, together
         self.begun: list[int] = []
         self.running = self.most = 0
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
+
+    def wait_until_begun(self, count: int) -> None:
+        with self._lock:
+            assert self._lock.wait_for(lambda: len(self.begun) >= count, timeout=60)
 
     def __call__(self, item: int) -> int:
         with self._lock:
             self.begun.append(item)
             self.running += 1
             self.most = max(self.most, self.running)
+            self._lock.notify_all()
         try:
             time.sleep(self.seconds)
+            if self.together is not None:
+                self.together.wait()
             if item < 0:
                 raise ValueError(f"item {item}")
             return 10 * item
@@ -65,13 +74,16 @@ class Gauge:
 
 
 def test_results_come_in_the_order_of_the_work_whatever_finished_first(workers):
-    def slower_first(item: int) -> int:
-        time.sleep(0.02 if item % 3 == 0 else 0.0)
+    def after_the_next(item: int) -> int:
+        if item % 3 == 0 and workers.threads > 1:
+            assert ended[item + 1].wait(timeout=60)
+        ended[item].set()
         return 10 * item
 
     for ahead in (0, 1, 5):
-        assert list(workers.map(slower_first, range(20), ahead=ahead)) == [10 * item for item in range(20)]
-    assert list(workers.map(slower_first, [])) == []
+        ended = [threading.Event() for _ in range(20)]
+        assert list(workers.map(after_the_next, range(20), ahead=ahead)) == [10 * item for item in range(20)]
+    assert list(workers.map(after_the_next, [])) == []
 
 
 def test_two_threads_do_work_at_the_same_time_and_still_answer_in_order():
@@ -88,11 +100,11 @@ def test_two_threads_do_work_at_the_same_time_and_still_answer_in_order():
     workers.close()
 
 
-def test_no_more_runs_at_once_than_there_are_threads(workers):
-    gauge = Gauge(0.002)
-    workers.each(gauge, range(30))
-    assert gauge.most <= workers.threads
-    assert sorted(gauge.begun) == list(range(30))
+def test_as_much_runs_at_once_as_there_are_threads(workers):
+    gauge = Gauge(together=threading.Barrier(workers.threads, timeout=60))
+    workers.each(gauge, range(10 * workers.threads))
+    assert gauge.most == workers.threads
+    assert sorted(gauge.begun) == list(range(10 * workers.threads))
 
 
 def test_one_thread_is_the_one_that_asks_unless_it_is_not_to_be():
@@ -150,9 +162,9 @@ def test_an_exception_is_raised_and_nothing_runs_after_it(workers):
     assert gauge.running == 0
     begun = len(gauge.begun)
     assert begun <= 4 + workers.threads + 1
-    time.sleep(0.05)
-    assert (gauge.running, len(gauge.begun)) == (0, begun)
-    assert list(workers.map(gauge, [5, 6])) == [50, 60]  # and the threads are there for the next
+    # The threads are there for the next work, and nothing of the first is left before it.
+    assert list(workers.map(gauge, [50, 60])) == [500, 600]
+    assert sorted(gauge.begun[begun:]) == [50, 60]
 
 
 def test_results_before_an_exception_are_given_and_the_first_of_several_is_raised(workers):
@@ -182,22 +194,37 @@ def test_who_stops_asking_leaves_nothing_running(workers):
     assert gauge.running == 0
     begun = len(gauge.begun)
     assert begun <= 1 + workers.threads + 1
-    time.sleep(0.05)
-    assert len(gauge.begun) == begun
+    workers.each(gauge, [50, 60])
+    assert sorted(gauge.begun[begun:]) == [50, 60]
 
 
 def test_who_is_interrupted_leaves_nothing_running(workers):
-    ended, alone = [], is_inline(workers)
+    gauge, ended, alone = Gauge(0.05), [], is_inline(workers)
+    waiting, interrupted = threading.Event(), threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 0
+        waiting.set()
+
+    def interrupt(*_: object) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
 
     def interrupts_who_asks(item: int) -> None:
-        if item == 0:
-            time.sleep(0.05)  # until that waits for this
+        assert alone or waiting.wait(timeout=60)
+        os.kill(os.getpid(), signal.SIGINT)
+        # A signal just before a thread begins to wait does not end the waiting: another one does.
+        while not interrupted.wait(timeout=0.05):
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.2)
-            ended.append(item)
+        gauge(item)
+        ended.append(item)
 
-    with pytest.raises(KeyboardInterrupt):
-        workers.each(interrupts_who_asks, range(10))
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            workers.each(interrupts_who_asks, items())
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended == ([] if alone else [0])
 
 
@@ -205,8 +232,7 @@ def test_closing_waits_for_what_has_begun():
     gauge = Gauge(0.05)
     workers = Workers(2)
     futures = [workers.submit(lambda: gauge(1)) for _ in range(2)]
-    while len(gauge.begun) < 2:
-        time.sleep(0.001)
+    gauge.wait_until_begun(2)
     workers.close()
     assert gauge.running == 0 and [future.result() for future in futures] == [10, 10]
     with pytest.raises(RuntimeError):
