@@ -6,12 +6,11 @@ run again: the reader gets a copy of the output directory and the printed lines.
 
 from __future__ import annotations
 
-import os
+import io
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
+from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,13 +109,14 @@ class Reader:
         if step.command is not None:
             return self._run(step.command)
         assert step.code is not None
-        return python(self.prepare(step.code), self.directory, **self.environment)
+        return python(self.prepare(step.code), self.directory)
 
     def _run(self, command: str) -> str:
         program, *arguments = shlex.split(command)
         assert program == "loftq", f"a console block runs {program}"
-        inputs = [self.keys[name] for name in (a.split("/")[0] for a in arguments) if name in self.keys]
-        key, name = (command, *inputs), output_name(arguments)
+        name = output_name(arguments)
+        inputs = [top for top in (argument.split("/")[0] for argument in arguments) if top in self.keys and top != name]
+        key = (command, *(self.keys[top] for top in inputs))
         if key not in self.shelf.outcomes:
             run = loftq(*arguments, cwd=self.directory, **self.environment)
             assert "Traceback" not in run.stderr, f"$ {command}\n{run.stderr}"
@@ -137,9 +137,11 @@ def output_name(arguments: list[str]) -> str | None:
     return arguments[places[arguments[0]]] if arguments[0] in places else None
 
 
-def python(code: str, directory: Path, **environment: str) -> str:
-    """Run a Python program as a reader would, and return the printed text."""
-    variables = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
-    run = subprocess.run([sys.executable, "-c", code], cwd=directory, env=variables, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+def python(code: str, directory: Path) -> str:
+    """Run a Python program in `directory` and return the printed text. The program runs in this process, where other
+    tests have loaded the libraries.
+    """
+    printed = io.StringIO()
+    with chdir(directory), redirect_stdout(printed):
+        exec(compile(code, "a page", "exec"), {"__name__": "__main__"})
+    return printed.getvalue()

@@ -1,7 +1,7 @@
 """The worked examples of a page, pasted into a copy of the repository as a newcomer would paste them.
 
-A block below `<!-- file: PATH -->` is a whole new file. A `diff` block begins with `--- PATH`; the lines after that are the
-text of the file with lines added (+) and removed (-).
+A block below `<!-- file: PATH -->` is a whole new file. A `diff` block begins with `--- PATH`; the other lines are text
+of the file, with lines added (+) and removed (-).
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ def paste(page: Page, directory: Path) -> list[Path]:
             shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__", "benchmarks"))
         else:
             shutil.copy(ROOT / name, directory / name)
-    written = [directory / block.note.removeprefix("file: ") for block in page.blocks() if block.note.startswith("file:")]
-    for path, block in zip(written, (b for b in page.blocks() if b.note.startswith("file:")), strict=True):
-        assert not path.exists(), f"{page.name} writes {path.name}, which exists"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(block.text, encoding="utf-8")
+    tests = []
+    for block in page.blocks():
+        if block.note.startswith("file: "):
+            path = directory / block.note.removeprefix("file: ")
+            assert not path.exists(), f"{page.name} writes {path.name}, which exists"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text, encoding="utf-8")
+            tests += [path] if path.name.startswith("test_") else []
     for block in page.blocks("diff"):
         _apply(block, directory)
-    return [path for path in written if path.name.startswith("test_")]
+    return tests
 
 
 def _apply(block: Block, directory: Path) -> None:
