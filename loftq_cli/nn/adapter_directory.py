@@ -13,8 +13,9 @@ from torch import nn
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.errors import NumericError
+from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
+from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
 from loftq_cli.output.records import PROVENANCE_NAME, TOOL, dump_json, write_texts
 from loftq_cli.output.staging import Staging, check_apart, check_output
 from loftq_cli.output.writer import OutputFiles
@@ -41,14 +42,20 @@ def save_adapter(
                      and provenance are written down again, so that merging can tell whether a base is the right one
     overwrite        replace what an earlier call wrote there
 
-    Raises ValueError for a model without adapters, UsageError or StorageError where `directory` cannot be written, or
-    is the base or a part of it, NumericError for a factor with NaN or infinite values.
+    Raises ValueError for a model without adapters, UsageError for a base that trains, UsageError or StorageError where
+    `directory` cannot be written, or is the base or a part of it, NumericError for a factor with NaN or infinite
+    values.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     layers = {_COMPILED.sub("", name): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     if not layers:
         raise ValueError("the model has no adapter to save")
+    for name, layer in layers.items():
+        if isinstance(layer.base_layer, FakeQuantizedLinear):
+            message = "the base trains too, and an adapter directory holds no base"
+            hint = "freeze_base() keeps the codes of the trained weight; save the whole with model.state_dict()"
+            raise UsageError(message, tensor=name, hint=hint)
     output, origins = Path(directory), [layer.origin for layer in layers.values() if layer.origin is not None]
     check_apart(output, [origin.base for origin in origins[:1] if origin.base is not None])
     check_output(output, overwrite=overwrite)

@@ -1,0 +1,199 @@
+"""QA-LoRA's linear: the adapter reads sums over groups of inputs, and merges into the offsets of the base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Self, Unpack, cast
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from loftq_cli.errors import UsageError
+from loftq_cli.nn.adapted_linear import AdaptedLinear, copied, group_sums
+from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
+from loftq_cli.nn.loftq_linear import AffineOptions
+from loftq_cli.nn.quantized_linear import QuantizedLinear
+from loftq_cli.quant.affine import move_offsets
+from loftq_cli.quant.formats import FORMATS
+from loftq_cli.tensors.matrices import AffineTensor
+from loftq_cli.tensors.metrics import group_delta
+from loftq_cli.tensors.specs import AffineSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationStats:
+    """What rounding the zero points does to the effective weight: mean and largest absolute difference over all
+    weights, and the number of groups that have a zero point.
+    """
+
+    mean_error: float
+    max_error: float
+    groups: int
+
+
+class QALoRALinear(AdaptedLinear):
+    """QA-LoRA (arXiv 2309.14717): the adapter reads sums over groups of inputs, so that the offsets of a quantized base
+    can hold what it adds, U [out, groups] = s·B·A.
+    """
+
+    _is_pooled = True
+    _quantization_enabled = False
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int,
+        bits: int,
+        group_size: int,
+        alpha: float | None = None,
+        *,
+        iterations: int | None = None,
+        freeze_base: bool = True,
+        fit: str | None = None,
+        init: str | None = None,
+        pooling: str | None = None,
+        svd: str = "fast",
+        rslora: bool = False,
+        adapter_dtype: str = "float32",
+        name: str = "",
+        seed: int = 0,
+        cache: bool = False,
+        **options: Unpack[AffineOptions],
+    ) -> Self:
+        """The QA-LoRA module of an existing linear, with the numbers that `loftq quantize --method qalora
+        --quant-type intN` writes for the matrix. `linear` stays as it is.
+
+        linear       nn.Linear, or transformers' Conv1D, with a weight [out, in] of 16 bits or more
+        rank         columns of lora_B
+        bits         of the codes: 2, 3, 4 or 8
+        group_size   neighbouring inputs that share a scale and a zero point, and that the adapter reads as one number
+        alpha        the scaling is alpha / rank; None for rank
+        init         "residual" (the adapter starts with the error of quantization) or "standard" (the adapter adds
+                     nothing, as in the paper); None for "residual"
+        pooling      how the adapter reads a group: "peft", "paper" or "repo"; None for "peft"
+
+        The other parameters, and what is raised, are those of `LoftQLinear.from_linear`; `fit` of None is "joint" where
+        something is fitted, and `iterations` of None as many as the fit is good for, as on the command line. UsageError
+        too for bits that no integer format has.
+
+        >>> layer = QALoRALinear.from_linear(nn.Linear(128, 64), rank=4, bits=4, group_size=32)
+        >>> layer.lora_A.shape, layer.lora_B.shape
+        (torch.Size([4, 4]), torch.Size([64, 4]))
+        >>> layer.merge()  # the adapter goes into the zero points
+        QuantizedLinear(in_features=128, out_features=64, bias=True, int4, group 32)
+        """
+        formats = {row.bits: quant_type for quant_type, row in FORMATS.items() if row.is_affine}
+        if type(bits) is not int or bits not in formats:
+            known = ", ".join(map(str, sorted(formats)))
+            raise UsageError(f"there are no integers of {bits!r} bits", hint=f"bits is one of {known}")
+        recipe: dict[str, object] = {
+            **options,
+            "method": "qalora",
+            "quant_type": formats[bits],
+            "group_size": group_size,
+            "rank": rank,
+            "alpha": alpha,
+            "iterations": iterations,
+            "fit": fit,
+            "init": init,
+            "pooling": pooling,
+            "svd": svd,
+            "rslora": rslora,
+            "adapter_dtype": adapter_dtype,
+            "seed": seed,
+        }
+        return cls._from_linear(linear, recipe, name=name, freeze_base=freeze_base, cache=cache)
+
+    @property
+    def quantization_enabled(self) -> bool:
+        """Whether training sees rounded zero points, as `loftq merge --round-zeros` writes them: zero' =
+        round(zero − U / scale) in the range of the codes. The gradient of the adapter is that of U unrounded
+        (straight-through); that of the input sees the rounded weight.
+
+        Off by default, also for a warm-up: float offsets hold U exactly, so merging into them leaves nothing to
+        simulate. Turning it on raises ValueError for a base without integer zero points.
+        """
+        return self._quantization_enabled
+
+    @quantization_enabled.setter
+    def quantization_enabled(self, enabled: bool) -> None:
+        if enabled:
+            self._zero_points()
+        self._quantization_enabled = bool(enabled)
+
+    def quantization_stats(self) -> QuantizationStats:
+        """How far rounded zero points are from the effective weight now, whether or not training sees them.
+
+        Raises ValueError for a base without integer zero points.
+        """
+        update = self._update().detach()
+        # Groups are of one size, and base and codes are in both weights: differences of U are those of the weights.
+        difference = (self._rounded(update) - update.double()).abs()
+        return QuantizationStats(float(difference.mean()), float(difference.max()), difference.numel())
+
+    def merge(self) -> nn.Linear:
+        """A QuantizedLinear with the codes of the base, and float32 offsets that hold the adapter exactly, whatever
+        `quantization_enabled`. A dense linear where the base has no integer codes.
+
+        Raises ValueError where the adapter's groups are not whole groups of the base.
+        """
+        base = self._quantized_base()
+        if base is None or not isinstance(base.spec, AffineSpec):
+            return super().merge()
+        spec = replace(base.spec, symmetric=False, zero_point="float", scale_dtype="float32")
+        delta = group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(base.spec), dim=1)
+        moved = move_offsets(cast(AffineTensor, base.quantized()), delta, spec, "float32")
+        merged = QuantizedLinear(moved, copied(self.bias), dtype=base.weight.dtype, cache=base.cache)
+        return merged.train(self.training)
+
+    def _added(self, input: torch.Tensor) -> torch.Tensor:
+        if not self.quantization_enabled:
+            return super()._added(input)
+        update = self._update()
+        spec = cast(AffineSpec, cast(QuantizedLinear | FakeQuantizedLinear, self.base_layer).spec)
+        # The difference is 0, and has the gradient of U.
+        through = self._rounded(update.detach()).to(update.dtype) + (update - update.detach())
+        return functional.linear(group_sums(input, spec.group_size), through)
+
+    def _update(self) -> torch.Tensor:
+        """U for every group of the base, [out, in / group_size] in the adapter's dtype."""
+        spec = getattr(self.base_layer, "spec", None)
+        update = (self.lora_B @ self.lora_A) * self.scaling
+        if not isinstance(spec, AffineSpec):
+            return update
+        return update.repeat_interleave(self._groups_read_as_one(spec), dim=1)
+
+    def _rounded(self, update: torch.Tensor) -> torch.Tensor:
+        """What rounded zero points add in place of `update`, float64; they are those of `move_offsets`."""
+        scales, zero_points, highest = self._zero_points()
+        moved = ((scales * zero_points - update.double()) / scales).round().clamp(0, highest)
+        return scales * (zero_points - moved)
+
+    def _zero_points(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Scales and zero points of the base in float64, and the highest code. Raises ValueError without them."""
+        base = self._quantized_base()
+        spec = None if base is None else base.spec
+        if base is None or not isinstance(spec, AffineSpec):
+            raise ValueError("the base holds no integer codes: it has no zero points to round")
+        if spec.zero_point == "float":
+            raise ValueError("the base has float offsets, which hold the update exactly: there is nothing to round")
+        if spec.symmetric:
+            raise ValueError("the base is symmetric: it has no zero points to round")
+        self._groups_read_as_one(spec)
+        scales, zero_points = (base.get_buffer(name).double() for name in ("scales", "zero_points"))
+        return scales, zero_points, 2**spec.bits - 1
+
+    def _quantized_base(self) -> QuantizedLinear | None:
+        """The base as its codes are at the moment of the call; None for a dense base."""
+        base = self.base_layer
+        if isinstance(base, FakeQuantizedLinear):
+            return base.frozen()
+        return base if isinstance(base, QuantizedLinear) else None
+
+    def _groups_read_as_one(self, spec: AffineSpec) -> int:
+        pooled = self.lora.group_size
+        if pooled % spec.group_size:
+            raise ValueError(f"pooled groups of {pooled} are not whole groups of {spec.group_size} of the base")
+        return pooled // spec.group_size
