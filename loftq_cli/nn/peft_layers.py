@@ -139,22 +139,23 @@ def _shape_of(base: Any, name: str) -> tuple[int, int]:
     if state is None:
         hint = "move the model to its device first: bitsandbytes quantizes then"
         raise UsageError("its weight is not quantized yet", tensor=name, hint=hint)
+    # On processors with bfloat16 products, a pass in evaluation mode rounds the constants, for good (0.50).
+    if getattr(state, "packing_format_for_cpu", False) or state.absmax.dtype not in (torch.float32, torch.uint8):
+        message = "bitsandbytes has rounded the constants of its weight to bfloat16, in a pass in evaluation mode"
+        raise UsageError(message, tensor=name, hint="load the base anew, and replace the weights before the first pass")
     rows, columns = state.shape
     return int(rows), int(columns)
 
 
 def _of_bitsandbytes(base: nn.Module, name: str) -> QuantizedTensor:
-    """The weight of a Linear4bit, read as the container on disk: a module's state_dict has the container's tensors.
-
-    Taking the state_dict also undoes the other order of codes that bitsandbytes multiplies by on some CPUs.
-    """
+    """The weight of a Linear4bit, read as the container on disk: a module's state_dict has the container's tensors."""
     tensors = {
         f"{name}.{key}": value.detach().cpu()
         for key, value in base.state_dict().items()
         if isinstance(value, torch.Tensor) and key.startswith("weight")
     }
     weight = f"{name}.weight"
-    tensors[weight] = tensors[weight].contiguous().view(torch.uint8)  # quant_storage may be of another dtype
+    tensors[weight] = tensors[weight].contiguous().view(torch.uint8).view(-1, 1)  # quant_storage may be another dtype
     refs = {
         key: TensorRef(key, str(value.dtype).removeprefix("torch."), tuple(value.shape), _IN_MEMORY)
         for key, value in tensors.items()
