@@ -161,8 +161,10 @@ class AdaptedLinear(nn.Module):
 
     def _merged_weight(self) -> torch.Tensor:
         base = self.base_layer
-        is_quantized = isinstance(base, QuantizedLinear | FakeQuantizedLinear)
-        weight = base.dequantized() if is_quantized else base.weight.detach().float()
+        if isinstance(base, QuantizedLinear | FakeQuantizedLinear):
+            weight = base.dequantized()
+        else:
+            weight = base.weight.detach().float()
         return adapter_delta(self.pair()).add_(weight)
 
 

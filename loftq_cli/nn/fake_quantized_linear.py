@@ -42,7 +42,7 @@ class FakeQuantizedLinear(nn.Linear):
         super(nn.Linear, self).__init__()  # nn.Linear's own would allocate another weight
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
         self.spec, self._decoded_dtype, self._scales = spec, dtype, scales
 
     def quantized(self) -> QuantizedTensor:
