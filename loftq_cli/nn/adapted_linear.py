@@ -134,9 +134,10 @@ class AdaptedLinear(nn.Module):
                 parameter.copy_(start)
 
     def freeze_base(self) -> Self:
-        """Make a base that trains a QuantizedLinear with the codes of the trained weight, in place; gives the module.
+        """Turn a base that trains into a QuantizedLinear with the codes of the trained weight, in place. Returns the
+        module. A frozen base does not change.
 
-        A base that is frozen stays as it is. Raises NumericError for a weight with NaN or infinite values.
+        Raises NumericError for a weight with NaN or infinite values.
         """
         if isinstance(self.base_layer, FakeQuantizedLinear):
             self.base_layer = self.base_layer.frozen()

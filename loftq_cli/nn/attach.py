@@ -1,5 +1,5 @@
-"""All linears of a loaded model become quantized ones with adapters, in place. Which ones, and how, is the decision of
-planning: the model's names, shapes and config are planned as a checkpoint's are.
+"""All linears of a loaded model become quantized linears with adapters, in place. Planning decides about each linear:
+the names, shapes and config of the model are planned like a checkpoint.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from loftq_cli.tensors.headers import TensorRef
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_WEIGHTS = Path("the model")  # what TensorRef names as the file
+_WEIGHTS = Path("the model")  # the file of a TensorRef, for messages
 
 
 def attach(
@@ -40,25 +40,25 @@ def attach(
     threads: int | None = None,
     **options: Any,
 ) -> Model:
-    """`model`, in which every linear that `loftq quantize` would quantize is a LoftQLinear, QLoRALinear or QALoRALinear
-    with the same numbers. Changes the model in place; one matrix at a time is in memory beside the model.
+    """Make every linear of `model` that `loftq quantize` would quantize a LoftQLinear, QLoRALinear or QALoRALinear with
+    the same numbers, in place. Returns `model`. One matrix at a time is in memory beside the model.
 
-    model        a loaded model of transformers, in the dtype of its checkpoint, or any nn.Module with full-precision
-                 linears; without a config of transformers, the linears of numbered blocks or those that `include` finds
+    model        a loaded model of transformers in the dtype of the checkpoint, or any nn.Module with full-precision
+                 linears: without a config of transformers, linears of numbered blocks and linears that `include` finds
     recipe       the name of a preset, or the path of a TOML file
     options      fields of a recipe, named as the command line's options: method, quant_type, rank, alpha, fit, include,
                  exclude, calibration, seed, ...; `override` is a list of mappings with a `match`
     freeze_base  False trains the full-precision weights and the biases of the linears too
-    cache        whether each base keeps its decoded weight
-    threads      as many as the processor has by default; the numbers do not depend on the threads
+    cache        each base keeps the decoded weight
+    threads      the number of available processors by default; the numbers do not depend on the threads
 
-    Everything else in the model is frozen. A layer keeps device, mode and dtype. Random draws depend on the names of
-    the tensors in the loaded model; checkpoints whose tensors transformers renames while it loads have other names.
+    The rest of the model is frozen. A layer keeps device, mode and dtype. Random draws depend on the tensor names of
+    the loaded model, and transformers renames tensors of some older checkpoints while loading.
 
-    Raises UsageError for an unknown option or one that does not fit, a model with adapters or without memory, and a
-    weight to quantize whose module is no linear; InputError for NaN or infinite weights, and for a model that is
-    quantized already; MismatchError for a calibration of another model. Before any of these the model is unchanged.
-    NumericError for weights that do not fit their format stops between two layers.
+    Raises UsageError for an unknown or unfit option, a model with adapters or without memory, and a planned weight of
+    another module than a linear; InputError for NaN or infinite weights and for a quantized model; MismatchError for a
+    calibration of another model. The model has not changed when any of these errors comes. NumericError for a weight
+    that the number format cannot hold comes between two layers.
 
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
     >>> attach(model, method="qlora", rank=4, include=["0", "2"])
@@ -107,14 +107,14 @@ def _attach(model: nn.Module, settled: Recipe, *, freeze_base: bool, cache: bool
 
 @dataclass(slots=True)
 class _Target:
-    """A linear of the model, its job, and the modules that hold the linear with its name in each."""
+    """A linear of the model, the job of the linear, and all parent modules with the attribute that holds the linear."""
 
     job: LayerJob
     linear: nn.Module
     places: list[tuple[nn.Module, str]]
 
     def replace(self, layer: AdaptedLinear) -> None:
-        """Put `layer` into every place, and let go of the linear, whose weight is no longer needed."""
+        """Put `layer` into every place, and let the linear and the dense weight go."""
         for parent, name in self.places:
             setattr(parent, name, layer)
         self.linear = layer
@@ -134,7 +134,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _headers(model: nn.Module) -> dict[str, TensorRef]:
-    """The tensors of the model as a checkpoint's headers describe them."""
+    """The tensors of the model like the headers of a checkpoint."""
     refs: dict[str, TensorRef] = {}
     owners: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -145,9 +145,9 @@ def _headers(model: nn.Module) -> dict[str, TensorRef]:
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
-    """The config of a model of transformers as config.json has it, of the class that is loaded; else empty.
+    """The config of a model of transformers like config.json, for the class of `model`; empty for other models.
 
-    The dtype is left out: a loaded model computes in the dtype of its weights.
+    The config names no dtype: a loaded model computes in the dtype of the weights.
     """
     config = getattr(model, "config", None)
     if not hasattr(config, "to_dict"):
@@ -163,7 +163,7 @@ def _without_dtype(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _targets(model: nn.Module, plan: Plan) -> Iterator[_Target]:
-    """The linear of each layer of the plan. Raises UsageError where there is none, InputError for NaN in a weight."""
+    """The linear of each layer of the plan. Raises UsageError for another module than a linear, InputError for NaN."""
     places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
     for parent in model.modules():
         for name, child in parent.named_children():
@@ -171,9 +171,9 @@ def _targets(model: nn.Module, plan: Plan) -> Iterator[_Target]:
     names: dict[nn.Module, str] = {}
     for job in plan.layers:
         module = model.get_submodule(module_of(job.name))
-        facts = _checked(module, job)
-        if facts is not None:
-            raise UsageError(facts, tensor=job.name, hint=f"exclude=['^{module_of(job.name)}$']")
+        reason = _unfit(module, job)
+        if reason is not None:
+            raise UsageError(reason, tensor=job.name, hint=f"exclude=['^{module_of(job.name)}$']")
         if module in names:
             message = f"and {names[module]} are one module, which cannot have two adapters"
             raise UsageError(message, tensor=job.name, hint=f"exclude=['^{module_of(job.name)}$']")
@@ -183,8 +183,8 @@ def _targets(model: nn.Module, plan: Plan) -> Iterator[_Target]:
         yield _Target(job, module, places[module])
 
 
-def _checked(module: nn.Module, job: LayerJob) -> str | None:
-    """Why `module` is not the linear of a job; None where it is."""
+def _unfit(module: nn.Module, job: LayerJob) -> str | None:
+    """The reason why `module` is not the linear of a job; None for the linear of the job."""
     try:
         facts = check_linear(module)
     except UsageError as error:

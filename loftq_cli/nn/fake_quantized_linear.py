@@ -1,4 +1,4 @@
-"""A linear that trains: its full-precision weight is a Parameter, and each pass computes with the quantized form of the
+"""A linear that trains: the full-precision weight is a Parameter, and each pass computes with the quantized form of the
 weight. No adapter here.
 
 Fake quantization (Jacob et al., arXiv 1712.05877) with the straight-through estimator (Bengio et al., arXiv 1308.3432).
@@ -46,7 +46,7 @@ class FakeQuantizedLinear(nn.Linear):
         self.spec, self._decoded_dtype, self._scales = spec, dtype, scales
 
     def quantized(self) -> QuantizedTensor:
-        """The quantized form of the weight as it is at the moment of the call.
+        """The quantized form of the present weight.
 
         Raises NumericError for a weight with NaN or infinite values.
         """
@@ -56,14 +56,14 @@ class FakeQuantizedLinear(nn.Linear):
         return quantized
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [out, in]: the numbers that each pass multiplies by, without a gradient."""
+        """float32 [out, in], without a gradient: every pass multiplies by the returned numbers."""
         quantized = self.quantized()
         with torch.no_grad():
             return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
 
     def frozen(self, *, cache: bool = False) -> QuantizedLinear:
-        """A QuantizedLinear with the codes of the trained weight, a copy of the bias, and the device and mode of this
-        linear; `cache` is that of QuantizedLinear. The codes do not depend on the number of torch's threads.
+        """A QuantizedLinear with the codes of the trained weight and a copy of the bias, on the same device and in the
+        same mode. `cache` makes the QuantizedLinear keep the decoded weight. Torch's threads do not change the codes.
 
         Raises NumericError for a weight with NaN or infinite values.
         """

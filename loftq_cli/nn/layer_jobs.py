@@ -1,5 +1,5 @@
-"""Recipes and plans as the modules of this package see them. The one file here that imports from planning: options in,
-jobs and their numbers out.
+"""Recipes and plans for this package: options become jobs, and jobs become numbers. No other file of the package asks
+planning for a decision.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loftq_cli.nn.option_types import check_options
 from loftq_cli.planning.jobs import LayerJob, generator_for, quantizer_of
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan, possible_jobs
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe import SVD_MODES, Override, Recipe
 from loftq_cli.planning.recipe_files import resolve_recipe
 from loftq_cli.planning.settings import decoded_dtype, layer_settings
 from loftq_cli.quant.formats import FORMATS, Cost, QuantizedTensor, Quantizer, QuantSpec
@@ -33,13 +33,13 @@ from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 from loftq_cli.tensors.specs import AffineSpec
 from loftq_cli.triton_kernels.backend import has_kernels, use_compiled_kernels, use_reference_kernels
 
-# Options of a conversion that have no effect on one matrix in memory.
+# Options without an effect in memory, and options without an effect on a single linear.
 _OF_FILES = ("max_shard_size",)
 _OF_MODELS = ("calibration", "include", "exclude", "override")
 
 
 def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a model: a preset's name or a TOML file, and options by keyword, each checked.
+    """The recipe of a model from a preset's name or a TOML file, and from options by keyword.
 
     Raises UsageError for an unknown name, a value of another type, and an option that means nothing beside the others.
     """
@@ -57,13 +57,17 @@ def layer_recipe(options: Mapping[str, Any]) -> Recipe:
 def layer_job(
     recipe: Recipe, name: str, shape: tuple[int, int], dtype: str, *, transposed: bool, is_container_named: bool
 ) -> LayerJob:
-    """The job of a matrix called `name`, [out, in] `shape`, of a model in `dtype`; `transposed` where the matrix is
-    stored [in, out]. The job has no output tensors.
+    """The job of a matrix called `name`, without output tensors.
 
-    The number format follows the recipe's container. Where nobody named the container and the default one does not
-    hold the matrix, the format is as the recipe says: nothing is stored.
-    Raises UsageError for a rank that the matrix does not have, groups that do not divide its rows, and a matrix that
-    the container does not hold.
+    shape               [out, in]
+    dtype               of the model, "bfloat16" for example
+    transposed          the weight is stored [in, out]
+    is_container_named  the caller chose the recipe's container
+
+    The number format follows the recipe's container. A matrix that the default container does not hold gets the format
+    of the recipe unchanged, because nothing is stored.
+    Raises UsageError for a rank above min(out, in), for groups that do not divide `in`, and for a matrix that the named
+    container does not hold.
     """
     model_dtype = dtype if dtype in MODEL_DTYPES else "float32"
     spec, lora, _ = layer_settings(recipe, name, model_dtype)
@@ -80,9 +84,9 @@ def layer_job(
 
 
 def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
-    """What `loftq quantize` would do with a checkpoint of these tensors.
+    """The plan of `loftq quantize` for a checkpoint of `tensors` and `config`.
 
-    Raises UsageError where nothing would be quantized, naming reasons, and where an option does not fit a tensor.
+    Raises UsageError with the reasons when no tensor is quantized, and when an option does not fit a tensor.
     """
     jobs = possible_jobs(tensors, config, recipe)
     if not any(isinstance(job, LayerJob) for job in jobs):
@@ -96,10 +100,10 @@ def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe:
 def initialize(
     recipe: Recipe, job: LayerJob, weight: Rows, weighting: Weighting | None, workers: Workers = SERIAL
 ) -> Initialization:
-    """The base and the adapter of a job, bit for bit as `loftq quantize` writes them.
+    """The base and the adapter of a job, bit for bit as `loftq quantize` writes both.
 
-    Raises NumericError for a weight that is not finite or does not fit its format, InputError for factors that are not
-    finite in their dtype.
+    Raises NumericError for a weight with NaN or infinite values and for a weight that the number format cannot hold,
+    InputError for factors that overflow the adapter's dtype.
     """
     quantizer = quantizer_of(recipe, job, weighting)
     return _finite(_initialize(recipe, job, weight, quantizer, _fitting(recipe), weighting, workers))
@@ -107,8 +111,11 @@ def initialize(
 
 @dataclass(frozen=True, slots=True)
 class TrainableStart:
-    """Where training of base and adapter begins: `weight` [out, in] in its own dtype, what `spec`, `dtype` and `scales`
-    quantize it with, and the adapter of what quantizing loses.
+    """Base and adapter before training.
+
+    weight               [out, in], the full-precision matrix that trains
+    spec, dtype, scales  how every pass quantizes the matrix
+    lora                 the adapter of the quantization error of the matrix
     """
 
     weight: torch.Tensor
@@ -121,15 +128,16 @@ class TrainableStart:
 def initialize_trainable(
     recipe: Recipe, job: LayerJob, weight: TensorRows, weighting: Weighting | None, workers: Workers = SERIAL
 ) -> TrainableStart:
-    """The last of the alternations of a job, with the matrix that it quantizes: P = W − s·B·A of the alternation before
-    (P = W where that adapter adds nothing), Q = quantize(P), and the adapter of W − dequant(Q).
+    """The last alternation of a job, with the matrix P that the last alternation quantizes: P = W − s·B·A with the
+    adapter of the alternation before, Q = quantize(P), and the adapter of W − dequant(Q). A single alternation and a
+    method without alternations quantize P = W.
 
-    Rounds of refinement belong to the alternations before the last: codes that no quantizer gives cannot be trained on.
-    Raises as `initialize` does.
+    Rounds of refinement happen before the last alternation: refined codes are not the codes of any matrix.
+    Raises NumericError and InputError like `initialize`.
     """
     quantizer, fitting = quantizer_of(recipe, job, weighting), _fitting(recipe)
-    before = replace(fitting, iterations=max(fitting.iterations - 1, 1))
-    initial = _initialize(recipe, job, weight, quantizer, before, weighting, workers)
+    all_but_last = replace(fitting, iterations=max(fitting.iterations - 1, 1))
+    initial = _initialize(recipe, job, weight, quantizer, all_but_last, weighting, workers)
     dtype = weight.tensor.dtype
     target = weight.rows(slice(0, weight.shape[0])).clone().to(dtype)
     if fitting.iterations > 1 or not initial.iteration_errors:
@@ -137,17 +145,19 @@ def initialize_trainable(
         for part in slabs_of(weight):
             target[part] = (weight.rows(part).float() - delta(part)).to(dtype)
     quantized = quantizer.quantize(TensorRows(target), workers=workers)
-    once = Fitting(iterations=1, svd=fitting.svd, init=fitting.init)
-    last = _finite(_initialize(recipe, job, weight, _AlreadyQuantized(quantizer, quantized), once, weighting, workers))
-    return TrainableStart(target, job.matrix.spec, job.matrix.dtype, str(recipe.scales), last.lora)
+    single = Fitting(iterations=1, svd=fitting.svd, init=fitting.init)
+    fitted = _finite(
+        _initialize(recipe, job, weight, _AlreadyQuantized(quantizer, quantized), single, weighting, workers)
+    )
+    return TrainableStart(target, job.matrix.spec, job.matrix.dtype, str(recipe.scales), fitted.lora)
 
 
 @contextmanager
 def computing(work: int, threads: int | None = None) -> Iterator[Workers]:
-    """Workers for `work` weights times passes, in as many threads as the processor has when `threads` is None, and
-    compiled kernels where they are worth loading. Torch's threads and kernels are afterwards as they were.
+    """Workers for `work` weights times passes, and compiled kernels when `work` is worth loading the compiler.
 
-    Raises UsageError for fewer threads than one.
+    `threads` of None is the number of available processors. The end of the block restores torch's threads and kernels.
+    Raises UsageError for `threads` below 1.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
@@ -162,21 +172,27 @@ def computing(work: int, threads: int | None = None) -> Iterator[Workers]:
             use_reference_kernels()
 
 
+def check_solver(svd: str) -> None:
+    """Raises UsageError for a low-rank solver that does not exist."""
+    if svd not in SVD_MODES:
+        raise UsageError(f"svd {svd!r} does not exist", hint=f"one of {', '.join(SVD_MODES)}")
+
+
 def work_of(recipe: Recipe, job: LayerJob) -> int:
-    """Weights times the passes over them, at least."""
+    """Weights of the matrix times alternations."""
     return job.numel * int(recipe.iterations or 1)
 
 
 @dataclass(frozen=True, slots=True)
 class _AlreadyQuantized:
-    """A quantizer whose result is known: whatever it is asked to quantize, it gives `quantized`."""
+    """A quantizer that gives `quantized` for every matrix, and leaves everything else to `quantizer`."""
 
     quantizer: Quantizer
-    known: QuantizedTensor
+    quantized: QuantizedTensor
 
     def quantize(self, weight: Rows, **_: Any) -> QuantizedTensor:
         del weight
-        return self.known
+        return self.quantized
 
     def refine(self, weight: Rows, quantized: Any, cost: Cost, **_: Any) -> None:
         del weight, quantized, cost

@@ -23,7 +23,7 @@ from loftq_cli.tensors.specs import LoraSpec
 
 @dataclass(frozen=True, slots=True)
 class LinearStart:
-    """What an adapted linear is made of.
+    """The parts of an adapted linear.
 
     base_layer       QuantizedLinear, or FakeQuantizedLinear where the base trains
     lora_A, lora_B   the factors, as LoraPair has them
@@ -38,8 +38,8 @@ class LinearStart:
 
 @dataclass(frozen=True, slots=True)
 class LinearFacts:
-    """What `check_linear` finds: `shape` [out, in] of the weight, the `dtype` of the weight ("bfloat16", ...), and
-    whether the weight is stored [in, out] (`transposed`).
+    """A linear in three words: `shape` [out, in] and `dtype` ("bfloat16", ...) of the weight, and whether the weight is
+    stored [in, out] (`transposed`).
     """
 
     shape: tuple[int, int]
@@ -53,10 +53,10 @@ def is_conv1d(module: object) -> bool:
 
 
 def check_linear(linear: object, name: str = "") -> LinearFacts:
-    """The shape and the dtype of a linear whose weight can be quantized; `name` is for messages.
+    """The shape and the dtype of a linear with a weight that can be quantized; `name` is for messages.
 
-    Raises UsageError for a module that is no nn.Linear or Conv1D, a linear whose weight other modules read past its
-    forward, a weight that is quantized already, and a weight without memory.
+    Raises UsageError for a module other than nn.Linear and Conv1D, for the linear inside MultiheadAttention, for a
+    quantized or empty weight, and for a weight without memory.
     """
     tensor = name or None
     if isinstance(linear, QuantizedLinear | FakeQuantizedLinear):
@@ -95,8 +95,8 @@ def start_of(
     cache: bool = False,
     weighting: Weighting | None = None,
 ) -> LinearStart:
-    """Base and adapter of a linear that `check_linear` accepts, on the CPU, where the numbers are those that
-    `loftq quantize` writes. `linear` stays as it is.
+    """Base and adapter of a linear that `check_linear` accepts. The CPU computes both, so that the numbers are the
+    numbers that `loftq quantize` writes. `linear` does not change.
 
     Raises NumericError or InputError, with the tensor's name, for numbers that cannot be quantized.
     """

@@ -1,4 +1,4 @@
-"""The linears of LoftQ and QLoRA, whose adapter reads every input: what each method makes of an existing linear."""
+"""The linears of LoftQ and QLoRA: the adapter reads every input. `from_linear` makes one of an existing linear."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _BLOCK_SIZE, _DOUBLE_QUANT = 64, True
 
 
 class AffineOptions(TypedDict, total=False):
-    """Options of the command line that `from_linear` takes by their names, beside its own parameters.
+    """More options of `from_linear`, named as the command line's options.
 
     symmetric     integers without zero points
-    scale_dtype   of the scales of integers: "float32", "bfloat16" or "float16"; by default that of the weight
-    scales        how constants are chosen: "absmax" or "search"
-    layout        the container whose number format is taken, as "mlx" with float offsets
-    start         of the alternation: "zero" or "principal"
-    rounds        of refinement after the alternation, of a joint fit
+    scale_dtype   dtype of integer scales: "float32", "bfloat16" or "float16"; the dtype of the weight by default
+    scales        choice of the constants: "absmax" or "search"
+    layout        a container, which decides details of the number format ("mlx" has float offsets)
+    start         first adapter of the alternation: "zero" or "principal"
+    rounds        rounds of refinement after the alternation of a joint fit
     """
 
     symmetric: bool | None
@@ -32,9 +32,9 @@ class AffineOptions(TypedDict, total=False):
 
 
 class LinearOptions(AffineOptions, total=False):
-    """The same for the methods that take codebooks and integers.
+    """AffineOptions, and the group size of integer formats.
 
-    group_size    neighbouring inputs that share a scale, of integers: 16, 32, 64 (the default), ..., 1024
+    group_size    neighbouring inputs that share a scale: 16, 32, 64 (the default), ..., 1024
     """
 
     group_size: int | None
@@ -64,32 +64,30 @@ class LoftQLinear(AdaptedLinear):
         cache: bool = False,
         **options: Unpack[LinearOptions],
     ) -> Self:
-        """The LoftQ module of an existing linear, with the numbers that `loftq quantize --fit loftq --iterations 5`
-        writes for the matrix. `linear` stays as it is; device, mode and dtype of its weight are those of the module.
+        """A LoftQLinear with the numbers that `loftq quantize --fit loftq --iterations 5` writes for the matrix.
+        `linear` does not change. The module has the device, the mode and the weight dtype of `linear`.
 
         linear         nn.Linear, or transformers' Conv1D, with a weight [out, in] of 16 bits or more
         rank           columns of lora_B
         alpha          the scaling is alpha / rank, or alpha / √rank with `rslora`; None for rank
-        iterations     alternations of quantizing and fitting the adapter; None for as many as the fit is good for
+        iterations     alternations of quantizing and fitting the adapter; None for the command line's number
         quant_type     "nf4" or "fp4", or "int2", "int3", "int4", "int8"
-        double_quant   whether the constants of blocks are 8-bit themselves, of a codebook
-        block_size     weights that share a constant, of a codebook; `group_size` is the same of integers
-        freeze_base    False trains the base too: its full-precision weight, see FakeQuantizedLinear, and its bias
+        double_quant   8-bit block constants, for a codebook
+        block_size     weights that share a constant, for a codebook; integers have a group_size
+        freeze_base    False trains the full-precision weight, see FakeQuantizedLinear, and the bias too
         fit            "loftq", the alternation of the paper, or "joint", the command line's default
         svd            "fast", "faithful" or "exact"
-        adapter_dtype  of lora_A and lora_B
-        name, seed     of the tensor and of the recipe: random draws depend on both, as on the command line
-        cache          whether the base keeps its decoded weight
+        adapter_dtype  dtype of lora_A and lora_B: "float32", "bfloat16" or "float16"
+        name, seed     name of the tensor and seed of the recipe: random draws depend on both
+        cache          the base keeps the decoded weight
         options        see LinearOptions
 
-        With freeze_base=False the weight that trains is the matrix that the last alternation quantizes, and the adapter
-        that of what is lost by that.
-        A container of the command line may hold other blocks: rows of 96 are whole blocks of 32 in bitsandbytes, and
-        have these here too. layout="dense" takes every block size as it is.
+        freeze_base=False trains the matrix that the last alternation quantizes, W − s·B·A of the alternation before.
+        Rows of 96 get blocks of 32, because the default container does; layout="dense" takes every block size.
 
-        Raises UsageError for a module that is no such linear, on the meta device or quantized already, an unknown or
-        wrong option, a rank above min(out, in), and groups that do not divide `in`; NumericError for NaN, infinite or
-        too large weights; InputError for factors that are not finite in `adapter_dtype`.
+        Raises UsageError for another module than a full-precision linear with memory, an unknown or wrong option, a
+        rank above min(out, in), and groups that do not divide `in`; NumericError for NaN, infinite or too large
+        weights; InputError for factors that overflow `adapter_dtype`.
 
         >>> layer = LoftQLinear.from_linear(nn.Linear(128, 64), rank=4)
         >>> sorted(name for name, parameter in layer.named_parameters() if parameter.requires_grad)
@@ -134,11 +132,11 @@ class QLoRALinear(AdaptedLinear):
         cache: bool = False,
         **options: Unpack[LinearOptions],
     ) -> Self:
-        """The QLoRA module of an existing linear, with the numbers that `loftq quantize --method qlora` writes for the
-        matrix: lora_A uniform, lora_B zero. `linear` stays as it is.
+        """A QLoRALinear with the numbers that `loftq quantize --method qlora` writes for the matrix: lora_A uniform,
+        lora_B zero. `linear` does not change.
 
-        Parameters, and what is raised, are those of `LoftQLinear.from_linear`; nothing is fitted, so that options of
-        the fit mean nothing.
+        Parameters and errors are described at `LoftQLinear.from_linear`. QLoRA fits nothing, and has no options for a
+        fit.
 
         >>> layer = QLoRALinear.from_linear(nn.Linear(128, 64), rank=4, quant_type="int4", group_size=32)
         >>> bool(layer.lora_B.any())
@@ -158,7 +156,7 @@ class QLoRALinear(AdaptedLinear):
 
 
 def _format(quant_type: str, double_quant: bool, block_size: int) -> dict[str, Any]:
-    """The number format as a recipe has it: integers have no blocks, and defaults are nothing that anybody named."""
+    """The number format as a recipe takes a format: an integer format gets no defaults of a codebook."""
     options: dict[str, Any] = {"double_quant": double_quant, "block_size": block_size}
     row = FORMATS.get(quant_type) if isinstance(quant_type, str) else None
     if row is not None and row.is_affine:

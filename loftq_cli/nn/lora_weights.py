@@ -1,5 +1,5 @@
 """The fitted start of LoftQ for a model that PEFT has wrapped over a 4-bit base: the codes of the base stay, and each
-adapter becomes the best adapter of what those codes lost.
+adapter becomes the best adapter of the quantization error.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from loftq_cli.errors import MismatchError, UsageError
+from loftq_cli.errors import MismatchError
 from loftq_cli.methods.loftq import fit_adapter
 from loftq_cli.methods.lowrank import make_solver
-from loftq_cli.nn.layer_jobs import computing
+from loftq_cli.nn.layer_jobs import check_solver, computing
 from loftq_cli.nn.original_weights import Original, opened
 from loftq_cli.nn.peft_layers import PeftLayer, peft_layers
-from loftq_cli.planning.recipe import SVD_MODES
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.matrices import LoraPair
@@ -34,26 +33,25 @@ def replace_lora_weights(
     svd: str = "exact",
     threads: int | None = None,
 ) -> Model:
-    """`peft_model`, whose LoRA factors over 4-bit linears are fitted in place to what quantization lost:
-    s·B·A is the best rank-r approximation of W − dequant(Q) (LoftQ's first iteration, arXiv 2310.08659), with PEFT's
-    scaling s. The base and all other adapters stay as they are.
+    """Fit the LoRA factors of `peft_model` over 4-bit linears to the quantization error, in place: s·B·A becomes the
+    best rank-r approximation of W − dequant(Q), with PEFT's scaling s (first iteration of LoftQ, arXiv 2310.08659).
+    Returns `peft_model`. The base and all other adapters do not change.
 
     peft_model    a model that PEFT wrapped over Linear4bit of bitsandbytes, or over QuantizedLinear
-    original      the weights W that the base was quantized from, each [out, in] floating point: the path of the
-                  full-precision checkpoint, the model in memory, a mapping from module or tensor names to tensors (a
-                  state_dict), or a function that gives the tensor of a module name. Names are those of the model before
-                  PEFT wrapped it.
-    adapter_name  the adapter to fit; by default the active one
-    svd           "exact", "faithful" or "fast"
-    threads       as many as the processor has by default
+    original      the weights W before quantization, each [out, in] floating point: the path of the full-precision
+                  checkpoint, the model in memory, a mapping from module or tensor names to tensors (a state_dict), or a
+                  function from a module name to a tensor. The names are the names before PEFT wrapped the model.
+    adapter_name  the adapter to fit, the active adapter by default
+    svd           the low-rank solver: "exact", "faithful" or "fast"
+    threads       the number of available processors by default
 
-    One weight is read at a time, and nothing is changed before every layer is fitted. Adapters over linears in full
-    precision stay as they are: these lost nothing.
-    PEFT's replace_lora_weights_loftq forgets the scaling: with alpha = 2 · rank its correction is twice too large.
+    The function reads one weight at a time, and changes nothing before every layer is fitted. An adapter over a linear
+    in full precision does not change, because the linear has no quantization error.
+    PEFT's replace_lora_weights_loftq forgets the scaling: with alpha = 2 · rank the correction is twice too large.
 
-    Raises UsageError for a model without such layers, an unknown adapter, DoRA and other variants of LoRA, merged
-    adapters, and a rank above min(out, in); MismatchError for an original that lacks a weight, has another shape, or is
-    not what the base was quantized from; InputError for NaN or infinite weights, and for a quantized original.
+    Raises UsageError for a model without LoRA layers over 4-bit linears, an unknown or merged adapter, DoRA and other
+    variants of LoRA, and a rank above min(out, in); MismatchError for an original with a missing weight, another shape,
+    or numbers of another model; InputError for NaN or infinite weights, and for a quantized original.
 
     >>> from peft import LoraConfig, get_peft_model
     >>> from loftq_cli.nn import QLoRALinear
@@ -64,8 +62,7 @@ def replace_lora_weights(
     >>> bool(model.base_model.model[0].lora_B["default"].weight.any())
     True
     """
-    if svd not in SVD_MODES:
-        raise UsageError(f"svd {svd!r} does not exist", hint=f"one of {', '.join(SVD_MODES)}")
+    check_solver(svd)
     layers = peft_layers(peft_model, adapter_name)
     work = sum(math.prod(layer.shape) for layer in layers)
     with opened(original) as weights, computing(work, threads) as workers:
@@ -78,7 +75,7 @@ def replace_lora_weights(
 
 
 def _fitted(layer: PeftLayer, weight: torch.Tensor, svd: str, workers: Workers) -> LoraPair:
-    """The adapter of W − dequant(Q), float32. Raises MismatchError for a weight that is not that of the base."""
+    """The adapter of W − dequant(Q), float32. Raises MismatchError for a weight of another model than the base."""
     quantized, rows, residual = layer.quantized(), TensorRows(weight), torch.empty(layer.shape)
     squared = make_quantizer(quantized.spec, quantized.dtype).residual(rows, quantized, residual, workers=workers)
     _check_residual(layer.name, squared, float(weight.double().square().sum()))

@@ -1,6 +1,4 @@
-"""Options by keyword: checked against the fields of the record that they fill, and named in errors as Python names
-them.
-"""
+"""Options by keyword: checked against the fields of a record, and written as keyword arguments in errors."""
 
 from __future__ import annotations
 
@@ -21,22 +19,22 @@ _KIND_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "T
 
 
 def check_options(options: Mapping[str, Any], record: type, without: Sequence[str] = ()) -> dict[str, Any]:
-    """`options` with lists of texts as tuples and whole numbers as floats, where the fields of the dataclass `record`
-    have such types. Fields named in `without` are no options here.
+    """`options` as the dataclass `record` takes options: lists become tuples, and whole numbers become floats for
+    fields of type float. The fields in `without` are no options.
 
-    Raises UsageError for an unknown name, with the nearest known name, and for a value of another type.
+    Raises UsageError for an unknown name, with the nearest option, and for a value of another type.
 
     >>> from loftq_cli.planning.recipe import Recipe
     >>> check_options({"rank": 8, "alpha": 16}, Recipe)
     {'rank': 8, 'alpha': 16.0}
     """
     hints = get_type_hints(record)
-    known = [name for name in hints if name not in without]
+    names = [name for name in hints if name not in without]
     for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             message = f"option {name} means nothing here" if name in hints else f"unknown option {name}"
-            raise UsageError(message, hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}")
+            raise UsageError(message, hint=f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}")
     return {name: _typed(name, value, hints[name]) for name, value in options.items()}
 
 
@@ -61,7 +59,7 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 @contextmanager
 def python_remedies() -> Iterator[None]:
-    """Errors from inside the block name options as keyword arguments, where the command line would read `--rank 8`."""
+    """Errors that leave the block name options as keyword arguments: `rank=8` in place of `--rank 8`."""
     try:
         yield
     except LoftqError as error:

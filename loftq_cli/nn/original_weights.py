@@ -17,7 +17,7 @@ from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
 
-# A checkpoint's path, a model in memory, tensors by module or tensor name, or what gives the tensor of a module name.
+# A checkpoint's path, a model in memory, tensors by module or tensor name, or a function from module name to tensor.
 Original: TypeAlias = str | Path | nn.Module | Mapping[str, torch.Tensor] | Callable[[str], torch.Tensor]
 
 _NAMES = "names are those of the model before PEFT wrapped it"
@@ -28,8 +28,8 @@ class OriginalWeights:
     """Weights [out, in] by module name.
 
     get     gives the weight of a name, or None
-    shape   gives the shape of the same without reading the weight; None where only `get` can tell
-    path    what to name in errors, where there is a file
+    shape   gives the shape of a weight without reading numbers; None if only `get` knows shapes
+    path    the file or folder of the weights, for errors
     """
 
     get: Callable[[str], torch.Tensor | None]
@@ -37,15 +37,15 @@ class OriginalWeights:
     path: Path | None
 
     def check(self, name: str, shape: tuple[int, int]) -> None:
-        """Raises MismatchError where headers tell that there is no weight of this name and shape."""
+        """Raises MismatchError when headers show no weight called `name` of `shape`."""
         if self.shape is not None:
             self._check_shape(name, self.shape(name), shape)
 
     def load(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         """The weight of a linear, floating point [out, in], on the CPU.
 
-        Raises MismatchError for a missing weight or one of another shape, InputError for one that is no full-precision
-        number or not finite, UsageError for one without memory.
+        Raises MismatchError for a missing weight and for another shape, InputError for quantized, NaN or infinite
+        weights, UsageError for a weight without memory.
         """
         weight = self.get(name)
         if weight is not None and not isinstance(weight, torch.Tensor):
@@ -63,13 +63,13 @@ class OriginalWeights:
             raise InputError("original holds NaN or infinite values", file=self.path, tensor=name, hint="repair it")
         return weight
 
-    def _check_shape(self, name: str, found: tuple[int, ...] | None, shape: tuple[int, int]) -> None:
-        if found is None:
+    def _check_shape(self, name: str, own: tuple[int, ...] | None, shape: tuple[int, int]) -> None:
+        if own is None:
             raise MismatchError("original has no weight of this name", file=self.path, tensor=name, hint=_NAMES)
-        if found != shape:
-            is_turned = found == shape[::-1]
+        if own != shape:
+            is_turned = own == shape[::-1]
             hint = "weights are [out, in]: turn it, as weight.T" if is_turned else "name the checkpoint of the base"
-            message = f"original is {found}, and the base {shape}"
+            message = f"original is {own}, and the base {shape}"
             raise MismatchError(message, file=self.path, tensor=name, hint=hint)
 
     def _not_full_precision(self, name: str) -> InputError:
@@ -79,9 +79,9 @@ class OriginalWeights:
 
 @contextmanager
 def opened(original: Original) -> Iterator[OriginalWeights]:
-    """The weights of `original`, which are read when they are asked for.
+    """The weights of `original`. Nothing is read before `OriginalWeights.load`.
 
-    Raises UsageError for what is none of the kinds of `Original`, InputError for a checkpoint that cannot be read.
+    Raises UsageError for an object of another kind than `Original`, InputError for a damaged checkpoint.
     """
     if isinstance(original, nn.Module):
         original = original.state_dict()
@@ -108,7 +108,7 @@ def _shape(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
 
 
 def _of_checkpoint(base: BaseModel, path: Path) -> OriginalWeights:
-    """Weights as the model that is loaded names them, whatever their names and orientation in the file."""
+    """Weights [out, in] by the names of the loaded model."""
     loaded = base.loaded_names()
     stored = {module_of(loaded[name]): name for name in base.tensors if name.endswith(".weight")}
 

@@ -21,7 +21,7 @@ from loftq_cli.nn.quantized_linear import QuantizedLinear
 from loftq_cli.quant.formats import QuantizedTensor
 from loftq_cli.tensors.headers import TensorRef
 
-_PREFIX = "base_model.model."  # what PeftModel puts before the names of a model's modules
+_PREFIX = "base_model.model."  # PeftModel puts these words before the names of modules
 _IN_MEMORY = Path("the model")
 _PLAIN = "make the adapter with a plain LoraConfig"
 
@@ -32,7 +32,7 @@ class PeftLayer:
 
     name            of the linear in the model before PEFT wrapped it
     lora_A, lora_B  Parameters [rank, in] and [out, rank]
-    scaling         what PEFT multiplies B·A by
+    scaling         the factor that PEFT multiplies B·A by
     """
 
     name: str
@@ -55,7 +55,7 @@ class PeftLayer:
         return on_cpu.quantized()
 
     def replace(self, lora_A: torch.Tensor, lora_B: torch.Tensor) -> None:
-        """Copy the factors into the Parameters, in the dtype and on the device of those."""
+        """Copy the factors into the Parameters. Dtypes and devices of the Parameters stay."""
         with torch.no_grad():
             self.lora_A.copy_(lora_A)
             self.lora_B.copy_(lora_B)
@@ -64,17 +64,17 @@ class PeftLayer:
 def peft_layers(model: nn.Module, adapter_name: str | None) -> list[PeftLayer]:
     """The layers of an adapter over quantized linears; `adapter_name` of None is the active adapter.
 
-    Raises UsageError where there are none, and for a layer whose adapter is merged, on the meta device, of another kind
-    than LoRA's own, or of more rank than the matrix has.
+    Raises UsageError for a model without such layers, and for an adapter that is merged, on the meta device, a variant
+    of LoRA, or of a rank above min(out, in).
     """
     wrapped: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_lora_layer(module)}
     if not wrapped:
         raise UsageError("the model has no LoRA layer of PEFT", hint="wrap it with peft.get_peft_model first")
     adapter = adapter_name or _active_adapter(wrapped)
-    known = sorted({name for module in wrapped.values() for name in module.lora_A})
-    if adapter not in known:
+    names = sorted({name for module in wrapped.values() for name in module.lora_A})
+    if adapter not in names:
         raise UsageError(
-            f"the model has no LoRA adapter {adapter!r}", hint=f"adapter_name is one of {', '.join(known)}"
+            f"the model has no LoRA adapter {adapter!r}", hint=f"adapter_name is one of {', '.join(names)}"
         )
     layers = [
         _layer(name.removeprefix(_PREFIX), module, adapter)

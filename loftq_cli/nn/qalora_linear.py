@@ -62,21 +62,20 @@ class QALoRALinear(AdaptedLinear):
         cache: bool = False,
         **options: Unpack[AffineOptions],
     ) -> Self:
-        """The QA-LoRA module of an existing linear, with the numbers that `loftq quantize --method qalora
-        --quant-type intN` writes for the matrix. `linear` stays as it is.
+        """A QALoRALinear with the numbers that `loftq quantize --method qalora --quant-type intN` writes for the
+        matrix. `linear` does not change.
 
         linear       nn.Linear, or transformers' Conv1D, with a weight [out, in] of 16 bits or more
         rank         columns of lora_B
-        bits         of the codes: 2, 3, 4 or 8
-        group_size   neighbouring inputs that share a scale and a zero point, and that the adapter reads as one number
+        bits         bits of a code: 2, 3, 4 or 8
+        group_size   neighbouring inputs with a common scale and zero point; the adapter reads their sum
         alpha        the scaling is alpha / rank; None for rank
-        init         "residual" (the adapter starts with the error of quantization) or "standard" (the adapter adds
+        init         "residual" (the adapter starts with the quantization error) or "standard" (the adapter adds
                      nothing, as in the paper); None for "residual"
-        pooling      how the adapter reads a group: "peft", "paper" or "repo"; None for "peft"
+        pooling      the convention of the pooled input: "peft", "paper" or "repo"; None for "peft"
 
-        The other parameters, and what is raised, are those of `LoftQLinear.from_linear`; `fit` of None is "joint" where
-        something is fitted, and `iterations` of None as many as the fit is good for, as on the command line. UsageError
-        too for bits that no integer format has.
+        The other parameters are described at `LoftQLinear.from_linear`; `fit` and `iterations` of None take the command
+        line's defaults. Raises the errors of `LoftQLinear.from_linear`, and UsageError for bits without a format.
 
         >>> layer = QALoRALinear.from_linear(nn.Linear(128, 64), rank=4, bits=4, group_size=32)
         >>> layer.lora_A.shape, layer.lora_B.shape
@@ -86,8 +85,8 @@ class QALoRALinear(AdaptedLinear):
         """
         formats = {row.bits: quant_type for quant_type, row in FORMATS.items() if row.is_affine}
         if type(bits) is not int or bits not in formats:
-            known = ", ".join(map(str, sorted(formats)))
-            raise UsageError(f"there are no integers of {bits!r} bits", hint=f"bits is one of {known}")
+            allowed = ", ".join(map(str, sorted(formats)))
+            raise UsageError(f"there are no integers of {bits!r} bits", hint=f"bits is one of {allowed}")
         recipe: dict[str, object] = {
             **options,
             "method": "qalora",
@@ -186,7 +185,7 @@ class QALoRALinear(AdaptedLinear):
         return scales, zero_points, 2**spec.bits - 1
 
     def _quantized_base(self) -> QuantizedLinear | None:
-        """The base as its codes are at the moment of the call; None for a dense base."""
+        """The base with the present codes; None for a dense base."""
         base = self.base_layer
         if isinstance(base, FakeQuantizedLinear):
             return base.frozen()
