@@ -78,10 +78,14 @@ def check_linear(linear: object, name: str = "") -> LinearFacts:
     if dtype not in WEIGHT_DTYPES:
         message = f"the weight is {dtype}, not floating point of 16 bits or more"
         raise UsageError(message, tensor=tensor, hint="start from the full-precision linear")
+    transposed = is_conv1d(linear)
+    if isinstance(linear, nn.Linear) and tuple(weight.shape) != (linear.out_features, linear.in_features):
+        message = f"the weight is {tuple(weight.shape)}, and the linear has {linear.in_features} inputs and "
+        message += f"{linear.out_features} outputs: the numbers are packed"
+        raise UsageError(message, tensor=tensor, hint="start from the full-precision linear")
     rows, columns = weight.shape
     if 0 in (rows, columns):
         raise UsageError(f"the weight is empty: {rows} by {columns}", tensor=tensor, hint="leave this linear out")
-    transposed = is_conv1d(linear)
     return LinearFacts((columns, rows) if transposed else (rows, columns), dtype, transposed)
 
 

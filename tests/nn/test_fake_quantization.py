@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.nn import (
@@ -106,6 +107,32 @@ def test_the_weight_that_trains_is_what_the_last_alternation_quantizes():
     expected = linear().weight.double() - before.scaling * (before.lora_B.double() @ before.lora_A.double())
 
     torch.testing.assert_close(trained.base_layer.weight.double(), expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "int3"])
+@pytest.mark.parametrize("fit", ["loftq", "joint"])
+def test_the_adapter_is_the_best_one_of_what_quantizing_that_weight_loses(fit, quant_type):
+    layer = LoftQLinear.from_linear(
+        linear(), RANK, 6.0, fit=fit, svd="exact", quant_type=quant_type, freeze_base=False, iterations=3
+    )
+    residual = linear().weight.detach().double() - layer.base_layer.dequantized().double()
+
+    error = residual - layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()).detach()
+
+    least = torch.linalg.svdvals(residual)[RANK:].norm()  # Eckart and Young
+    assert float(error.norm()) == pytest.approx(float(least), rel=1e-5)
+    assert float(error.norm()) < 0.95 * float(residual.norm())
+
+
+def test_conv1d_trains_in_the_orientation_of_a_linear():
+    torch.manual_seed(0)
+    source = Conv1D(96, IN)
+    layer = QLoRALinear.from_linear(source, RANK, freeze_base=False)
+
+    layer(torch.randn(2, IN)).sum().backward()
+
+    assert torch.equal(layer.base_layer.weight, source.weight.T)
+    assert layer.base_layer.weight.grad.shape == (96, IN) and layer.base_layer.weight.is_contiguous()
 
 
 def test_a_trained_base_is_frozen_with_the_codes_of_its_weight():

@@ -8,6 +8,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 import transformers
@@ -285,7 +286,7 @@ def too_large() -> nn.Linear:
 
 def empty() -> nn.Linear:
     source = linear()
-    source.weight = nn.Parameter(torch.empty(64, 0))
+    source.weight, source.in_features = nn.Parameter(torch.empty(64, 0)), 0
     return source
 
 
@@ -322,6 +323,16 @@ REFUSED: dict[str, tuple[Any, type[LoftqError], str]] = {
         lambda: LoftQLinear.from_linear(linear().to(torch.float8_e4m3fn), 4),
         UsageError,
         "the weight is float8_e4m3fn, not floating point of 16 bits or more",
+    ),
+    "4-bit codes of bitsandbytes": (
+        lambda: LoftQLinear.from_linear(bitsandbytes.nn.Linear4bit(64, 64).to("cpu"), 4),
+        UsageError,
+        "the weight is uint8, not floating point of 16 bits or more (start from the full-precision linear)",
+    ),
+    "4-bit codes that are stored as bfloat16": (
+        lambda: LoftQLinear.from_linear(bitsandbytes.nn.Linear4bit(64, 64, quant_storage=torch.bfloat16).to("cpu"), 4),
+        UsageError,
+        "the weight is (1024, 1), and the linear has 64 inputs and 64 outputs: the numbers are packed",
     ),
     "no inputs": (lambda: LoftQLinear.from_linear(empty(), 1), UsageError, "the weight is empty: 64 by 0"),
     "NaN": (
