@@ -25,11 +25,11 @@ from loftq_cli.tensors.specs import LoraSpec
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where an adapter was loaded from, and what of it is written down again with the trained one.
+    """The source of an adapter, and the records that `save_adapter` copies to the trained adapter.
 
     base         the directory of the base
     config       adapter_config.json
-    provenance   the record of the base that the adapter was made for, if there is one
+    provenance   the record of the adapter's base, or None
     """
 
     base: Path | None
@@ -40,12 +40,11 @@ class Origin:
 class AdaptedLinear(nn.Module):
     """A linear and a trainable adapter: y = base(x) + s·B·A·x, where A reads x, or its sums over groups.
 
-    base_layer       QuantizedLinear, or an nn.Linear where the weight is stored dense, both frozen; or
-                     FakeQuantizedLinear, which trains
-    lora_A, lora_B   Parameters as in LoraPair, computed with in their own dtype
-    lora             rank, alpha and pooling, as they are saved
-    scaling          s, the pooling's factor included
-    origin           where it was loaded from, if anywhere
+    base_layer       a frozen QuantizedLinear or nn.Linear, or a FakeQuantizedLinear, which trains
+    lora_A, lora_B   Parameters [rank, in / group_size] and [out, rank]; the adapter computes in their dtype
+    lora             rank, alpha and pooling
+    scaling          s, with the pooling's factor
+    origin           the source of a loaded adapter, or None
     """
 
     _is_pooled = False
@@ -59,13 +58,13 @@ class AdaptedLinear(nn.Module):
         *,
         origin: Origin | None = None,
     ) -> None:
-        """Raises ValueError where the factors do not fit the base or `lora`."""
+        """Copies the factors. Raises ValueError for factors that do not fit the base or `lora`."""
         super().__init__()
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         inputs = self.in_features // lora.group_size
         if (lora.pooling is not None) != self._is_pooled:
-            what = "a pooled adapter" if self._is_pooled else "an adapter that is not pooled"
-            raise ValueError(f"{type(self).__name__} is for {what}")
+            kind = "a pooled adapter" if self._is_pooled else "an adapter that is not pooled"
+            raise ValueError(f"{type(self).__name__} is for {kind}")
         if lora_A.shape != (lora.rank, inputs) or inputs * lora.group_size != self.in_features:
             raise ValueError(f"lora_A {tuple(lora_A.shape)} does not read {self.in_features} inputs")
         if lora_B.shape != (self.out_features, lora.rank):
@@ -109,25 +108,24 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """base + s·B·A [out, in] as it is now, for reading as `QuantizedLinear.weight`; no gradient goes through it."""
+        """The present dequant(Q) + s·B·A [out, in], without a gradient, for reading like `QuantizedLinear.weight`."""
         like = self.base_layer.weight
         shape = (self.out_features, self.in_features)
         return ReadOnlyWeight(lambda: self._merged_weight().to(like.dtype), shape, like.dtype, like.device)
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The base's."""
+        """The bias [out] of the base, or None."""
         return self.base_layer.bias
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[..., out] of [..., in]."""
+        """[..., out] of [..., in], in the dtype of `input`."""
         output: torch.Tensor = self.base_layer(input)
         return output + self._added(input.to(self.lora_A.dtype)).to(output.dtype)
 
     def reset(self) -> None:
-        """Back to the adapter that was loaded: that of LoftQ and of residual QA-LoRA, which holds the quantization
-        error of this base; of the other methods, the one that adds nothing, or what had been trained before. A base
-        that trains keeps what it learned.
+        """Set lora_A and lora_B back to the factors that the module was made with. A base that trains keeps the trained
+        weight.
         """
         with torch.no_grad():
             for parameter, start in zip((self.lora_A, self.lora_B), self._start, strict=True):
@@ -144,7 +142,7 @@ class AdaptedLinear(nn.Module):
         return self
 
     def merge(self) -> nn.Linear:
-        """A frozen dense linear with dequant(Q) + s·B·A, added in float32 and rounded to the dtype of `weight`."""
+        """A frozen nn.Linear with dequant(Q) + s·B·A, added in float32 and rounded to the dtype of `weight`."""
         dtype = self.base_layer.weight.dtype
         return dense_linear(self._merged_weight().to(dtype), copied(self.bias)).train(self.training)
 
@@ -158,6 +156,7 @@ class AdaptedLinear(nn.Module):
         return functional.linear(functional.linear(read, self.lora_A), self.lora_B) * self.scaling
 
     def pair(self) -> LoraPair:
+        """The present factors with the scaling, without gradients."""
         return LoraPair(self.lora_A.detach(), self.lora_B.detach(), self.scaling, self.lora.group_size)
 
     def _merged_weight(self) -> torch.Tensor:
@@ -170,8 +169,8 @@ class AdaptedLinear(nn.Module):
 
 
 def group_sums(input: torch.Tensor, group_size: int) -> torch.Tensor:
-    """[..., in / group_size]: sums over neighbouring inputs."""
-    groups = input.shape[-1] // group_size  # named: -1 could not tell it of an empty batch
+    """[..., in / group_size] of [..., in]: sums over groups of neighbouring inputs."""
+    groups = input.shape[-1] // group_size  # -1 would be ambiguous for an empty batch
     return input if group_size == 1 else input.reshape(*input.shape[:-1], groups, group_size).sum(-1)
 
 

@@ -23,8 +23,8 @@ from loftq_cli.tensors.specs import AffineSpec
 
 @dataclass(frozen=True, slots=True)
 class QuantizationStats:
-    """What rounding the zero points does to the effective weight: mean and largest absolute difference over all
-    weights, and the number of groups that have a zero point.
+    """The effect of rounded zero points on the effective weight: mean and largest absolute difference over all weights,
+    and the number of groups.
     """
 
     mean_error: float
@@ -33,8 +33,8 @@ class QuantizationStats:
 
 
 class QALoRALinear(AdaptedLinear):
-    """QA-LoRA (arXiv 2309.14717): the adapter reads sums over groups of inputs, so that the offsets of a quantized base
-    can hold what it adds, U [out, groups] = s·B·A.
+    """QA-LoRA (arXiv 2309.14717): the adapter reads sums over groups of inputs. The update U [out, groups] = s·B·A then
+    fits into the offsets of a quantized base.
     """
 
     _is_pooled = True
@@ -107,12 +107,12 @@ class QALoRALinear(AdaptedLinear):
 
     @property
     def quantization_enabled(self) -> bool:
-        """Whether training sees rounded zero points, as `loftq merge --round-zeros` writes them: zero' =
-        round(zero − U / scale) in the range of the codes. The gradient of the adapter is that of U unrounded
-        (straight-through); that of the input sees the rounded weight.
+        """Whether training sees the rounded zero points of `loftq merge --round-zeros`: zero' = round(zero − U / scale)
+        in the range of the codes. The adapter gets the gradient of the unrounded U (straight-through); the
+        gradient of the input sees the rounded weight.
 
-        Off by default, also for a warm-up: float offsets hold U exactly, so merging into them leaves nothing to
-        simulate. Turning it on raises ValueError for a base without integer zero points.
+        Off by default, because float offsets hold U exactly; off also suits a warm-up. Raises ValueError for True over
+        a base without integer zero points.
         """
         return self._quantization_enabled
 
@@ -123,20 +123,20 @@ class QALoRALinear(AdaptedLinear):
         self._quantization_enabled = bool(enabled)
 
     def quantization_stats(self) -> QuantizationStats:
-        """How far rounded zero points are from the effective weight now, whether or not training sees them.
+        """The distance of rounded zero points from the present effective weight, also with `quantization_enabled` off.
 
         Raises ValueError for a base without integer zero points.
         """
         update = self._update().detach()
-        # Groups are of one size, and base and codes are in both weights: differences of U are those of the weights.
+        # Groups are of equal size, and both weights have the same codes: differences of U are differences of weights.
         difference = (self._rounded(update) - update.double()).abs()
         return QuantizationStats(float(difference.mean()), float(difference.max()), difference.numel())
 
     def merge(self) -> nn.Linear:
-        """A QuantizedLinear with the codes of the base, and float32 offsets that hold the adapter exactly, whatever
-        `quantization_enabled`. A dense linear where the base has no integer codes.
+        """A QuantizedLinear with the codes of the base and float32 offsets, which hold the adapter exactly;
+        `quantization_enabled` has no effect. An nn.Linear for a base without integer codes.
 
-        Raises ValueError where the adapter's groups are not whole groups of the base.
+        Raises ValueError for adapter groups that are not whole groups of the base.
         """
         base = self._quantized_base()
         if base is None or not isinstance(base.spec, AffineSpec):
@@ -165,13 +165,15 @@ class QALoRALinear(AdaptedLinear):
         return update.repeat_interleave(self._groups_read_as_one(spec), dim=1)
 
     def _rounded(self, update: torch.Tensor) -> torch.Tensor:
-        """What rounded zero points add in place of `update`, float64; they are those of `move_offsets`."""
+        """float64 [out, groups]: the update that the rounded zero points of `move_offsets` add in place of `update`."""
         scales, zero_points, highest = self._zero_points()
         moved = ((scales * zero_points - update.double()) / scales).round().clamp(0, highest)
         return scales * (zero_points - moved)
 
     def _zero_points(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """Scales and zero points of the base in float64, and the highest code. Raises ValueError without them."""
+        """Scales and zero points of the base, float64 [out, groups], and the highest code. Raises ValueError for a base
+        without integer zero points.
+        """
         base = self._quantized_base()
         spec = None if base is None else base.spec
         if base is None or not isinstance(spec, AffineSpec):

@@ -1,4 +1,4 @@
-"""A frozen linear whose weight stays quantized, and is decoded for each pass. No adapter here."""
+"""A frozen linear with a quantized weight, which every pass decodes. No adapter here."""
 
 from __future__ import annotations
 
@@ -20,13 +20,20 @@ from loftq_cli.triton_kernels.packing.contract import pack_rows, unpack_rows
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear whose weight is stored quantized: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
+    """A frozen linear with a quantized weight Q [out, in]: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
 
-    The weight is decoded as a loader of the stored tensors decodes it: in every pass, and again for the gradient of the
-    input, so that nothing dense is kept for backward; with `cache`, once. On a GPU, what multiplies by NF4 codes
-    decodes them: see dequant_matmul.py. What it decodes from are buffers, which keep their dtypes when the module is
-    cast: codes are packed, int32 [out, ceil(in * bits / 32)] or uint8 in pairs.
-    The bias is a Parameter that is not trained.
+    Every pass decodes Q to the numbers of a loader, and the gradient of the input decodes Q again, so that no dense
+    weight waits for backward; `cache` decodes once. GPU kernels multiply by NF4 codes directly, see dequant_matmul.
+    Codes and constants are buffers, and keep their dtypes when the module is cast: codes are packed, int32
+    [out, ceil(in * bits / 32)] for integers, or uint8 [ceil(out * in / 2)] for a codebook.
+    The bias [out] is a Parameter that does not train.
+
+    >>> from loftq_cli.quant.formats import make_quantizer
+    >>> from loftq_cli.tensors.rows import TensorRows
+    >>> quantizer = make_quantizer(CodebookSpec(), "float32")
+    >>> linear = QuantizedLinear(quantizer.quantize(TensorRows(torch.randn(32, 64))))
+    >>> linear(torch.randn(2, 64)).shape, linear.packed.shape
+    (torch.Size([2, 32]), torch.Size([1024]))
     """
 
     def __init__(
@@ -37,7 +44,7 @@ class QuantizedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         cache: bool = False,
     ) -> None:
-        """`bias` [out], kept as it is; `dtype` is what `weight` appears in, by default what a loader decodes to."""
+        """`bias` [out] becomes a frozen Parameter; `dtype` is the dtype of `weight`, the decoded dtype by default."""
         super(nn.Linear, self).__init__()  # nn.Linear's own would allocate a dense weight
         self.spec: QuantSpec = quantized.spec
         self.cache = cache
@@ -51,9 +58,8 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The decoded weight [out, in], for reading: dtype, device and shape cost nothing, anything else decodes.
-
-        Changing it in place or assigning its data raises RuntimeError.
+        """The decoded weight [out, in], for reading. Reading dtype, device and shape costs nothing; reading numbers
+        decodes. Raises RuntimeError for a change in place and for assigned data.
         """
         return ReadOnlyWeight(lambda: self.dequantized().to(self._dtype), self._shape, self._dtype, self._device)
 
@@ -62,13 +68,13 @@ class QuantizedLinear(nn.Linear):
         raise RuntimeError(READ_ONLY)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; raises RuntimeError for a weight, which assigning a Parameter to it comes to."""
+        """nn.Module's, but raises RuntimeError for a Parameter called "weight"."""
         if name == "weight":
             raise RuntimeError(READ_ONLY)
         super().register_parameter(name, param)
 
     def quantized(self) -> QuantizedTensor:
-        """The stored weight; integer codes are unpacked into new memory."""
+        """The quantized weight; integer codes are unpacked into new memory, uint8 [out, in]."""
         buffers = dict(self.named_buffers(recurse=False))
         if isinstance(self.spec, AffineSpec):
             codes = unpack_rows(buffers["codes"], self.spec.bits, self.in_features)
@@ -82,7 +88,7 @@ class QuantizedLinear(nn.Linear):
         return CodebookTensor(buffers["packed"], absmax, self.spec, self._shape, self._decoded_dtype)
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [out, in], rounded to the dtype that a loader decodes to."""
+        """float32 [out, in], rounded to the dtype of a loader."""
         quantized = self.quantized()
         return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
 
@@ -95,20 +101,20 @@ class QuantizedLinear(nn.Linear):
         return output
 
     def output(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`forward` with a weight that is decoded for it; nothing is differentiated."""
+        """`forward` without autograd: decodes the weight, or multiplies by codes."""
         if not self._multiplies_codes(input):
             return functional.linear(input, self._weight_as(input.dtype), bias)
         output = self._multiplied(dequant_matmul, input)
         return output if bias is None else output.add_(bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[..., in] of the gradient of `output` [..., out], in its dtype."""
+        """[..., in]: the gradient of the input from the gradient [..., out] of the output, in the same dtype."""
         if not self._multiplies_codes(gradient):
             return gradient @ self._weight_as(gradient.dtype)
         return self._multiplied(dequant_matmul_input_gradient, gradient)
 
     def extra_repr(self) -> str:
-        """As nn.Linear's, and the number format."""
+        """nn.Linear's, and the number format."""
         return f"{super().extra_repr()}, {self.spec.quant_type}, {size_of(self.spec)}"
 
     @property
@@ -120,7 +126,7 @@ class QuantizedLinear(nn.Linear):
         return next(self.buffers(recurse=False)).device
 
     def _multiplies_codes(self, tokens: torch.Tensor) -> bool:
-        """Whether kernels multiply tokens and codes; not under autocast, which chooses the dtype of dense operands."""
+        """Whether kernels multiply tokens and codes; under autocast, which chooses dtypes of dense operands, never."""
         return (
             isinstance(self.spec, CodebookSpec)
             and self.in_features % 2 == 0
@@ -130,7 +136,7 @@ class QuantizedLinear(nn.Linear):
         )
 
     def _multiplied(self, operation: Callable[..., torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-        """What an operation of dequant_matmul.py makes of tokens [..., features] and the stored codes."""
+        """The product of an operation of dequant_matmul from tokens [..., features] and the stored codes."""
         quantized = cast(CodebookTensor, self.quantized())
         decoded = cast(DecodedCodebook, make_quantizer(quantized.spec, quantized.dtype).decoded(quantized))
         matrix = (quantized.spec.codebook, quantized.spec.block_size, quantized.shape, getattr(torch, quantized.dtype))
@@ -146,7 +152,7 @@ class QuantizedLinear(nn.Linear):
         return self._cached
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        # What is decoded would be other numbers after a cast of the constants, so only the weight's own dtype changes.
+        # Cast constants decode to different numbers, so that a cast changes only the dtype of `weight`.
         stored = dict(self.named_buffers(recurse=False))
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -163,7 +169,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _DecodedLinear(torch.autograd.Function):
-    """A linear whose weight is decoded for each pass; the gradient goes to input and bias alone."""
+    """A linear that decodes the weight in each pass. Only input and bias have gradients."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, linear: QuantizedLinear) -> torch.Tensor:
@@ -178,7 +184,7 @@ class _DecodedLinear(torch.autograd.Function):
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen linear with this weight and this bias."""
+    """A frozen nn.Linear with `weight` [out, in] and `bias` [out]."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -187,7 +193,7 @@ def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def frozen(bias: torch.Tensor | None) -> Any:
-    """A parameter that is not trained; one that is a parameter already stays the same object."""
+    """`bias` as a Parameter that does not train; a Parameter stays the same object."""
     if isinstance(bias, nn.Parameter):
         return bias.requires_grad_(False)
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -200,11 +206,11 @@ def _shape_of(quantized: QuantizedTensor) -> tuple[int, int]:
 
 
 def _buffers_of(quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """The tensors to keep, by the name of their buffer; the inverse is `QuantizedLinear.quantized`."""
+    """Codes and constants by buffer name; `QuantizedLinear.quantized` is the inverse."""
     if isinstance(quantized, AffineTensor):
         constants = {"scales": quantized.scales, "zero_points": quantized.zero_points, "biases": quantized.biases}
-        kept = {name: tensor for name, tensor in constants.items() if tensor is not None}
-        return {"codes": pack_rows(quantized.codes, quantized.spec.bits), **kept}
+        buffers = {name: tensor for name, tensor in constants.items() if tensor is not None}
+        return {"codes": pack_rows(quantized.codes, quantized.spec.bits), **buffers}
     if isinstance(quantized.absmax, NestedAbsmax):
         parts = NestedAbsmax.__slots__
         return {"packed": quantized.packed, **{f"absmax_{part}": getattr(quantized.absmax, part) for part in parts}}

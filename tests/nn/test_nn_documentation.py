@@ -18,6 +18,7 @@ COMMANDS = re.findall(r"^\$ (loftq .*)$", PAGE, re.MULTILINE)
 MODULES = sorted(path.stem for path in Path(loftq_cli.nn.__file__).parent.glob("*.py") if path.stem != "__init__")
 WITH_EXAMPLES = {
     *("attach", "fake_quantized_linear", "loftq_linear", "lora_weights", "option_types", "qalora_linear"),
+    "quantized_linear",
 }
 
 
