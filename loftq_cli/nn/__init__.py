@@ -1,24 +1,43 @@
-"""Training modules over what `loftq quantize` writes: linears whose weight stays quantized, with LoftQ, QLoRA and
-QA-LoRA adapters. Plain torch; no training loop.
+"""Training modules with a quantized base and a LoRA adapter: made of an existing linear or of a loaded model, or loaded
+from what `loftq quantize` writes. Plain torch; no training loop.
 
-read_only_weight.py   the weight attribute of a quantized linear
-quantized_linear.py   the frozen linear
-adapted_linear.py     a frozen linear with an adapter, one class per method
-adapter_directory.py  saving trained adapters
-adapted_model.py      loading base and adapter into a model
+read_only_weight.py       the weight attribute of a quantized linear
+quantized_linear.py       the frozen linear
+fake_quantized_linear.py  the linear whose full-precision weight trains
+option_types.py           options by keyword, checked
+layer_jobs.py             recipes and plans as this package sees them
+linear_start.py           an existing linear becomes base and adapter
+adapted_linear.py         a linear with an adapter
+loftq_linear.py           the same for LoftQ and QLoRA
+qalora_linear.py          the same for QA-LoRA
+adapter_directory.py      saving trained adapters
+adapted_model.py          loading base and adapter into a model
+attach.py                 all linears of a loaded model
+peft_layers.py            LoRA layers of PEFT over quantized linears
+original_weights.py       full-precision weights by the names of linears
+lora_weights.py           the fitted start of a model that PEFT wrapped
 """
 
-from loftq_cli.nn.adapted_linear import LoftQLinear, QALoRALinear, QLoRALinear, QuantizationStats
+from loftq_cli.nn.adapted_linear import AdaptedLinear
 from loftq_cli.nn.adapted_model import load_adapted
 from loftq_cli.nn.adapter_directory import save_adapter
+from loftq_cli.nn.attach import attach
+from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
+from loftq_cli.nn.loftq_linear import LoftQLinear, QLoRALinear
+from loftq_cli.nn.lora_weights import replace_lora_weights
+from loftq_cli.nn.qalora_linear import QALoRALinear, QuantizationStats
 from loftq_cli.nn.quantized_linear import QuantizedLinear
 
 __all__ = [
+    "AdaptedLinear",
+    "FakeQuantizedLinear",
     "LoftQLinear",
     "QALoRALinear",
     "QLoRALinear",
     "QuantizationStats",
     "QuantizedLinear",
+    "attach",
     "load_adapted",
+    "replace_lora_weights",
     "save_adapter",
 ]

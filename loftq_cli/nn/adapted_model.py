@@ -22,8 +22,10 @@ from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.merging.provenance import check_provenance
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
-from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, Origin, QALoRALinear, QLoRALinear
+from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
 from loftq_cli.nn.adapter_directory import origin_of
+from loftq_cli.nn.loftq_linear import LoftQLinear, QLoRALinear
+from loftq_cli.nn.qalora_linear import QALoRALinear
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.tensors.specs import LoraSpec
 
@@ -114,7 +116,7 @@ class _Linear:
         _check_finite(base.path, self.name, layer.state_dict().values())
         built: nn.Module = layer
         if self.lora is not None and self.spec is not None and source is not None:
-            kind = QALoRALinear if self.spec.pooling else _CLASSES.get(str(method), LoftQLinear)
+            kind = adapted_class(method, self.spec)
             lora_A, lora_B = source.weights.load(self.lora.lora_A), source.weights.load(self.lora.lora_B)
             _check_finite(source.weights.path, self.lora.lora_A, (lora_A, lora_B))
             built = kind(layer, lora_A, lora_B, self.spec, origin=origin)
@@ -122,6 +124,11 @@ class _Linear:
 
 
 _CLASSES: dict[str, type[AdaptedLinear]] = {"loftq": LoftQLinear, "qlora": QLoRALinear}
+
+
+def adapted_class(method: str | None, lora: LoraSpec) -> type[AdaptedLinear]:
+    """The class of an adapted linear, by the method of its start and by how the adapter reads inputs."""
+    return QALoRALinear if lora.pooling else _CLASSES.get(str(method), LoftQLinear)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Trained adapters of a model as a directory, in the form in which `loftq quantize` writes them before training."""
+"""Trained adapters of a model become a directory, in the form of the adapters that `loftq quantize` writes."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch import nn
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.json_files import read_json_object
-from loftq_cli.errors import NumericError
+from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
+from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
 from loftq_cli.output.records import PROVENANCE_NAME, TOOL, dump_json, write_texts
 from loftq_cli.output.staging import Staging, check_apart, check_output
 from loftq_cli.output.writer import OutputFiles
 
-_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # what torch.compile puts into the names of a model's parts
+_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # torch.compile puts these words into the names of modules
 
 
 def origin_of(adapter: Path, base: Path | None) -> Origin:
-    """What the directory `adapter` says of itself."""
+    """The config and the provenance of the directory `adapter`, an adapter of the directory `base`."""
     provenance = adapter / PROVENANCE_NAME
     return Origin(
         None if base is None else base.resolve(),
@@ -35,26 +36,34 @@ def origin_of(adapter: Path, base: Path | None) -> Origin:
 def save_adapter(
     model: nn.Module, directory: str | Path, source_adapter: str | Path | None = None, *, overwrite: bool = False
 ) -> None:
-    """Write the adapters of `model` as `loftq merge`, `load_adapted` and PEFT read them; complete, or not at all.
+    """Write the adapters of `model` for `loftq merge`, `load_adapted` and PEFT; a failure leaves no partial directory.
 
-    source_adapter   the adapter that training started from, by default the one that was loaded: its base's name, task
-                     and provenance are written down again, so that merging can tell whether a base is the right one
-    overwrite        replace what an earlier call wrote there
+    model            a model with LoftQLinear, QLoRALinear or QALoRALinear modules
+    directory        a new directory, with adapter_config.json and adapter_model.safetensors after the call
+    source_adapter   the adapter before training, the loaded adapter by default: the name of the base, the task and the
+                     provenance are copied, so that `loftq merge` can recognize the right base
+    overwrite        replace the result of an earlier call
 
-    Raises ValueError for a model without adapters, UsageError or StorageError where `directory` cannot be written, or
-    is the base or a part of it, NumericError for a factor with NaN or infinite values.
+    Raises ValueError for a model without adapters, UsageError for a base that trains, UsageError or StorageError where
+    `directory` cannot be written, or is the base or a part of it, NumericError for a factor with NaN or infinite
+    values.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         model = model.module
     layers = {_COMPILED.sub("", name): m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     if not layers:
         raise ValueError("the model has no adapter to save")
+    for name, layer in layers.items():
+        if isinstance(layer.base_layer, FakeQuantizedLinear):
+            message = "the base trains too, and an adapter directory holds no base"
+            hint = "freeze_base() keeps the codes of the trained weight; save the whole with model.state_dict()"
+            raise UsageError(message, tensor=name, hint=hint)
     output, origins = Path(directory), [layer.origin for layer in layers.values() if layer.origin is not None]
     check_apart(output, [origin.base for origin in origins[:1] if origin.base is not None])
     check_output(output, overwrite=overwrite)
     origin = next(iter(origins), None) if source_adapter is None else origin_of(Path(source_adapter), None)
     adapted = [_adapted_module(name, layer) for name, layer in layers.items()]
-    # The config says how inputs are pooled by what is said of its first module.
+    # The first module's entry in the config says how inputs are pooled.
     adapted.sort(key=lambda module: module.lora.pooling is None)
     if len({(module.lora.pooling or adapted[0].lora.pooling, module.lora.rslora) for module in adapted}) > 1:
         raise ValueError("one adapter directory holds one pooling and one kind of scaling")
@@ -76,7 +85,7 @@ def _adapted_module(name: str, layer: AdaptedLinear) -> adapter_config.AdaptedMo
 
 
 def _texts(adapted: Sequence[adapter_config.AdaptedModule], origin: Origin | None) -> dict[str, str]:
-    """The small files of the adapter, by name."""
+    """The texts of the small files of the adapter, by file name."""
     values = {} if origin is None else origin.config
     config = adapter_config.adapter_config(
         adapted,

@@ -1,4 +1,4 @@
-"""A frozen linear whose weight stays quantized, and is decoded for each pass. No adapter here."""
+"""A frozen linear with a quantized weight, which every pass decodes. No adapter here."""
 
 from __future__ import annotations
 
@@ -17,13 +17,20 @@ from loftq_cli.triton_kernels.dequant_matmul.contract import dequant_matmul, deq
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear whose weight is stored quantized: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
+    """A frozen linear with a quantized weight Q [out, in]: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
 
-    The weight is decoded as a loader of the stored tensors decodes it: in every pass, and again for the gradient of the
-    input, so that nothing dense is kept for backward; with `cache`, once. On a GPU, what multiplies by NF4 codes
-    decodes them: see dequant_matmul.py. What it decodes from are buffers, which keep their dtypes when the module is
-    cast: codes are packed, int32 [out, ceil(in * bits / 32)] or uint8 in pairs.
-    The bias is a Parameter that is not trained.
+    Every pass decodes Q to the numbers of a loader, and the gradient of the input decodes Q again, so that no dense
+    weight waits for backward; `cache` decodes once. GPU kernels multiply by NF4 codes directly, see dequant_matmul.
+    Codes and constants are buffers, and keep their dtypes when the module is cast: codes are packed, int32
+    [out, ceil(in * bits / 32)] for integers, or uint8 [ceil(out * in / 2)] for a codebook.
+    The bias [out] is a Parameter that does not train.
+
+    >>> from loftq_cli.quant.formats import make_quantizer
+    >>> from loftq_cli.tensors.rows import TensorRows
+    >>> quantizer = make_quantizer(CodebookSpec(), "float32")
+    >>> linear = QuantizedLinear(quantizer.quantize(TensorRows(torch.randn(32, 64))))
+    >>> linear(torch.randn(2, 64)).shape, linear.packed.shape
+    (torch.Size([2, 32]), torch.Size([1024]))
     """
 
     def __init__(
@@ -34,7 +41,7 @@ class QuantizedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         cache: bool = False,
     ) -> None:
-        """`bias` [out], kept as it is; `dtype` is what `weight` appears in, by default what a loader decodes to."""
+        """`bias` [out] becomes a frozen Parameter; `dtype` is the dtype of `weight`, the decoded dtype by default."""
         super(nn.Linear, self).__init__()  # nn.Linear's own would allocate a dense weight
         self.spec: QuantSpec = quantized.spec
         self.cache = cache
@@ -48,9 +55,8 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The decoded weight [out, in], for reading: dtype, device and shape cost nothing, anything else decodes.
-
-        Changing it in place or assigning its data raises RuntimeError.
+        """The decoded weight [out, in], for reading. Reading dtype, device and shape costs nothing; reading numbers
+        decodes. Raises RuntimeError for a change in place and for assigned data.
         """
         return ReadOnlyWeight(lambda: self.dequantized().to(self._dtype), self._shape, self._dtype, self._device)
 
@@ -59,18 +65,18 @@ class QuantizedLinear(nn.Linear):
         raise RuntimeError(READ_ONLY)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module; raises RuntimeError for a weight, which assigning a Parameter to it comes to."""
+        """nn.Module's, but raises RuntimeError for a Parameter called "weight"."""
         if name == "weight":
             raise RuntimeError(READ_ONLY)
         super().register_parameter(name, param)
 
     def quantized(self) -> QuantizedTensor:
-        """The stored weight; integer codes are unpacked into new memory."""
+        """The quantized weight; integer codes are unpacked into new memory, uint8 [out, in]."""
         buffers = dict(self.named_buffers(recurse=False))
         return tensor_from_buffers(buffers, self.spec, self._shape, self._decoded_dtype)
 
     def dequantized(self) -> torch.Tensor:
-        """float32 [out, in], rounded to the dtype that a loader decodes to."""
+        """float32 [out, in], rounded to the dtype of a loader."""
         return self.quantized().dequantize()
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -82,7 +88,7 @@ class QuantizedLinear(nn.Linear):
         return output
 
     def output(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """`forward` with a weight that is decoded for it; nothing is differentiated."""
+        """`forward` without autograd: decodes the weight, or multiplies by codes."""
         codes = self._codes_for(input)
         if codes is None:
             return functional.linear(input, self._weight_as(input.dtype), bias)
@@ -90,14 +96,14 @@ class QuantizedLinear(nn.Linear):
         return output if bias is None else output.add_(bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
-        """[..., in] of the gradient of `output` [..., out], in its dtype."""
+        """[..., in]: the gradient of the input, in the dtype of `gradient` [..., out] of the output."""
         codes = self._codes_for(gradient)
         if codes is None:
             return gradient @ self._weight_as(gradient.dtype)
         return self._multiplied(dequant_matmul_input_gradient, gradient, codes)
 
     def extra_repr(self) -> str:
-        """As nn.Linear's, and the number format."""
+        """The text of nn.Linear, and the number format."""
         return f"{super().extra_repr()}, {self.spec.quant_type}, {self.spec.size_text}"
 
     @property
@@ -138,7 +144,7 @@ class QuantizedLinear(nn.Linear):
         return self._cached
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        # What is decoded would be other numbers after a cast of the constants, so only the weight's own dtype changes.
+        # Cast constants decode to different numbers, so that a cast changes only the dtype of `weight`.
         stored = dict(self.named_buffers(recurse=False))
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -155,7 +161,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _DecodedLinear(torch.autograd.Function):
-    """A linear whose weight is decoded for each pass; the gradient goes to input and bias alone."""
+    """A linear that decodes the weight in each pass. Only input and bias have gradients."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, linear: QuantizedLinear) -> torch.Tensor:
@@ -170,7 +176,7 @@ class _DecodedLinear(torch.autograd.Function):
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen linear with this weight and this bias."""
+    """A frozen nn.Linear with `weight` [out, in] and `bias` [out]."""
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -179,7 +185,7 @@ def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def frozen(bias: torch.Tensor | None) -> Any:
-    """A parameter that is not trained; one that is a parameter already stays the same object."""
+    """`bias` as a Parameter that does not train; a Parameter stays the same object."""
     if isinstance(bias, nn.Parameter):
         return bias.requires_grad_(False)
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

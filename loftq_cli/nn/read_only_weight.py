@@ -1,4 +1,4 @@
-"""A weight to look at that is computed when its numbers are asked for, and refuses to be changed."""
+"""A weight for reading: a read of numbers computes the weight, and a change is refused."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ READ_ONLY = (
 
 
 class ReadOnlyWeight(torch.Tensor):
-    """A weight that is computed when its numbers are asked for, and refuses to be changed: PEFT's merging would add to
-    a temporary, and drop what was trained.
+    """A weight for reading: a read of numbers calls `decode`, and a change raises RuntimeError. PEFT's merging would
+    otherwise add the adapter to a temporary tensor, and the training would be lost.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -47,7 +47,7 @@ class ReadOnlyWeight(torch.Tensor):
 
     @property
     def data(self) -> torch.Tensor:
-        """The weight itself, still for reading only."""
+        """The weight, for reading."""
         return self
 
     @data.setter
