@@ -21,9 +21,8 @@ from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.records import TOOL, dump_json, source_name, write_texts
 from loftq_cli.output.staging import Staging, check_apart, check_output, check_space
 from loftq_cli.output.writer import OutputFiles
-from loftq_cli.planning.jobs import LayerJob
-from loftq_cli.planning.planner import possible_jobs
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import QuantizableMatrix
+from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.tensors.headers import OutTensor
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class Prepared:
     directory: Path
     output: Path
     options: CalibrationOptions
-    jobs: tuple[LayerJob, ...]
+    jobs: tuple[QuantizableMatrix, ...]
     texts: tuple[TextFile, ...]
     overwrite: bool
 
@@ -110,11 +109,10 @@ def prepare_calibration(
     return Prepared(checkpoint, checkpoint.directory, output, options, jobs, read, overwrite)
 
 
-def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
+def measurable(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]:
     """The weights that `quantize` takes by default, whatever the container: a dense one fits every shape."""
-    recipe = Recipe(method="qlora", rank=1, layout="dense")
-    jobs = possible_jobs(checkpoint.tensors, checkpoint.config(), recipe)
-    return tuple(job for job in jobs if isinstance(job, LayerJob))
+    jobs = quantizable_matrices(checkpoint.tensors, checkpoint.config(), layout="dense")
+    return tuple(job for job in jobs if isinstance(job, QuantizableMatrix))
 
 
 def run_calibration(prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1) -> Calibration:
@@ -324,13 +322,13 @@ class _Sum:
         return (self._sum + self._sum.T).mul_(0.5 / self._rows)
 
 
-def _modules(streamed: StreamedModel, jobs: Sequence[LayerJob]) -> dict[str, tuple[Any, int]]:
+def _modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> dict[str, tuple[Any, int]]:
     """The module and the inputs of each weight; one that the loaded model has in another form is left out."""
     modules = dict(streamed.model.named_modules())
     return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
 
 
-def _blocks(streamed: StreamedModel, jobs: Sequence[LayerJob]) -> set[str]:
+def _blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> set[str]:
     modules = dict(streamed.model.named_modules())
     found = {streamed.block_of(job.module) for job in jobs if job.module in modules}
     return {block for block in found if block is not None}

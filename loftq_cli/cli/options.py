@@ -9,8 +9,7 @@ import typer
 
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
-from loftq_cli.planning.recipe import SVD_MODES
+from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS, SVD_MODES
 from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.runtime.gpu import DEVICES

@@ -56,8 +56,9 @@ def _loading_lines(plan: Plan, base_model: str) -> str:
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
-    peft_pools = plan.layout == "gptq" and plan.recipe.pooling == "peft"
-    if plan.layout == "mlx" or (plan.recipe.pooling is not None and not peft_pools):
+    pooling = plan.recipe.pooling
+    peft_pools = plan.layout == "gptq" and pooling is not None and pooling.convention == "peft"
+    if plan.layout == "mlx" or (pooling is not None and not peft_pools):
         make = "from_config" if auto.startswith("Auto") else "_from_config"
         return f"""from transformers import AutoConfig, {auto}
 from loftq_cli.nn import load_adapted

@@ -34,7 +34,7 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
-            if is_streamed(plan.recipe, job):  # its error is that of what was read back already
+            if is_streamed(job):  # its error is that of what was read back already
                 continue
             weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
             name_A, name_B = adapter_config.tensor_names(job.module)

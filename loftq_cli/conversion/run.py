@@ -138,7 +138,7 @@ def _run_jobs(
     results: list[LayerResult] = []
     entries: dict[str, JournalEntry] = {}
     resumed = 0
-    runner = JobRunner(conversion.checkpoint, plan.recipe, files, staging.entries, conversion.statistics)
+    runner = JobRunner(conversion.checkpoint, files, staging.entries, conversion.statistics)
 
     def announce(job: LayerJob | CopyJob) -> None:
         if isinstance(job, LayerJob):
@@ -150,7 +150,7 @@ def _run_jobs(
             return in_order(plan.jobs, steps, lambda job: job.numel, workers, announce)
         from loftq_cli.conversion.gpu_jobs import DeviceRunner, run_on_device
 
-        return run_on_device(DeviceRunner(runner, gpu, plan.recipe), plan.jobs, workers.threads, announce)
+        return run_on_device(DeviceRunner(runner, gpu), plan.jobs, workers.threads, announce)
 
     # The jobs end before the recording does: by then nothing is being written any more.
     with staging.recording(files.sync) as record, closing(finished()) as done:

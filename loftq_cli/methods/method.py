@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.quant.formats import QuantizedTensor, Quantizer
 from loftq_cli.runtime.workers import SERIAL, Workers
@@ -43,17 +43,22 @@ STARTS = ("zero", "principal")
 
 # What is fitted: an adapter to quantization errors in turns, as in the paper, or codes, constants and adapter together.
 FITS = ("loftq", "joint")
+PAPER_FIT, JOINT_FIT = FITS
+
+# How the low-rank step is solved, and how many alternations that asks for: cheap ones, more of them.
+SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitting:
-    """How a method looks for its result; of methods that do not iterate, only `rounds` means something.
+    """How a method looks for base and adapter. Which fields mean something for a method stands in METHODS; the others
+    have their defaults.
 
     iterations   alternations of quantizing and fitting the adapter
     svd          the low-rank solver
     start, fit   see STARTS and FITS
     rounds       of refining codes and constants, after the alternations
-    init         of QA-LoRA, see INITS
+    init         how the adapter starts; None for a method with one start only
     """
 
     iterations: int = 1
@@ -85,16 +90,36 @@ class Method(Protocol):
         ...
 
 
-# How a QA-LoRA adapter starts: fitted to the group means of the quantization error, or adding nothing as in the paper.
-INITS = ("residual", "standard")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InitEntry:
+    """One way in which the adapter of a method starts.
+
+    is_fitted   whether the adapter holds a part of the weights that its own base lacks, so that the adapter is wrong on
+                every other base; else the adapter adds nothing before training
+    takes       the options that mean something, of "fit", "start", "iterations", "svd", "rounds" and "calibration"
+    """
+
+    is_fitted: bool
+    takes: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MethodEntry:
-    """One row of the table.
+    """One row of the table: every fact about a method that other modules need.
 
-    adapter_dir          LoftQ's models on the hub keep their adapter in "loftq_init"; QLoRA follows
-    iterates             whether --iterations means something; else each row is looked at once
+    module               the module whose `initialize` is the method
+    adapter_dir          folder of the adapter inside the output: LoftQ's models on the hub keep theirs in "loftq_init"
+    summary              half a sentence for help texts and model cards
+    linear_class         the class in `loftq_cli.nn` that trains the adapter
+    inits                by the name of each way to start, the default first; None: a method has one way without a name
+    is_pooled            whether the adapter reads groups of inputs pooled to one number: the base is then of integers
+                         in groups of one size, with zero points
+    draws_adapter        whether numbers of the adapter are drawn at random: the seed matters with every solver
+    joint_start          what the joint fit begins with, without statistics of the inputs
+    iterations           alternations by default; None: as many as the fit and the solver are good for
+    streams              whether `initialize` gives codes to a `sink`, since the method looks at each row once
+    stacks               the fits that `stacked.py` makes of many equal matrices on a GPU; a method that fits nothing
+                         has the fit of the paper
     nbytes_per_weight    peak memory for each weight of a matrix, measured
     exact_nbytes         what an exact SVD adds for each weight, and for each entry of the smaller Gram matrix
     """
@@ -102,17 +127,34 @@ class MethodEntry:
     module: str
     adapter_dir: str
     summary: str
-    iterates: bool
+    linear_class: str
+    inits: Mapping[str | None, InitEntry]
     nbytes_per_weight: int
     exact_nbytes: tuple[int, int] = (0, 0)
+    is_pooled: bool = False
+    draws_adapter: bool = False
+    joint_start: str = "zero"
+    iterations: int | None = None
+    streams: bool = False
+    stacks: tuple[str, ...] = ()
 
+    def is_fitted(self, init: str | None) -> bool:
+        """Whether an adapter that starts by `init`, a key of `inits`, belongs to its own base only."""
+        return self.inits[init].is_fitted
+
+
+_FITTED = InitEntry(is_fitted=True, takes=frozenset({"fit", "start", "iterations", "svd", "rounds", "calibration"}))
+_ZERO = InitEntry(is_fitted=False, takes=frozenset({"rounds", "calibration"}))
 
 METHODS: dict[str, MethodEntry] = {
     "loftq": MethodEntry(
         module="loftq_cli.methods.loftq",
         adapter_dir="loftq_init",
         summary="adapter fitted to the quantization error (arXiv 2310.08659)",
-        iterates=True,
+        linear_class="LoftQLinear",
+        inits={None: _FITTED},
+        joint_start="principal",
+        stacks=(PAPER_FIT,),
         nbytes_per_weight=9,
         exact_nbytes=(8, 32),
     ),
@@ -120,17 +162,44 @@ METHODS: dict[str, MethodEntry] = {
         module="loftq_cli.methods.qalora",
         adapter_dir="qalora_init",
         summary="adapter over pooled inputs that merges into the zero points (arXiv 2309.14717)",
-        iterates=True,
+        linear_class="QALoRALinear",
+        # Fitted to the group means of the quantization error, or adding nothing as in the paper.
+        inits={"residual": _FITTED, "standard": _ZERO},
+        is_pooled=True,
+        draws_adapter=True,
         nbytes_per_weight=10,
     ),
     "qlora": MethodEntry(
         module="loftq_cli.methods.qlora",
         adapter_dir="qlora_init",
         summary="adapter that starts at zero (arXiv 2305.14314)",
-        iterates=False,
+        linear_class="QLoRALinear",
+        inits={None: _ZERO},
+        draws_adapter=True,
+        streams=True,
+        stacks=(PAPER_FIT,),
         nbytes_per_weight=5,
     ),
 }
+DEFAULT_METHOD = next(iter(METHODS))
+
+# Every way to start that has a name.
+INITS = tuple(init for entry in METHODS.values() for init in entry.inits if init is not None)
+
+
+def find_init(method: object, init: object) -> InitEntry | None:
+    """What the table says of a method and a way to start, as a record of an adapter names the two; None for names that
+    this version does not know.
+
+    >>> find_init("qlora", None).is_fitted
+    False
+    >>> find_init("of tomorrow", None) is None
+    True
+    """
+    if not isinstance(method, str) or not (init is None or isinstance(init, str)):
+        return None
+    entry = METHODS.get(method)
+    return None if entry is None else entry.inits.get(init)
 
 
 def load_method(name: str) -> Method:
@@ -151,8 +220,3 @@ def zero_adapter(weight: Rows, lora: LoraSpec, generator: torch.Generator) -> Lo
     lora_A = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
     lora_B = torch.zeros(out_features, lora.rank, dtype=dtype, device=weight.device)
     return lora_pair(lora_A.to(weight.device, dtype), lora_B, lora.scaling, lora.pooling)
-
-
-def is_fitted(values: Mapping[str, Any]) -> bool:
-    """Whether an adapter of this method and init, from a recipe or a provenance, holds its own base's error."""
-    return bool(values["method"] == "loftq" or values.get("init") == "residual")

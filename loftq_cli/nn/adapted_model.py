@@ -22,7 +22,8 @@ from loftq_cli.merging.provenance import check_provenance
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
-from loftq_cli.nn.adapted_linear import AdaptedLinear, LoftQLinear, Origin, QALoRALinear, QLoRALinear
+from loftq_cli.nn import adapted_linear
+from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
 from loftq_cli.nn.adapter_directory import origin_of
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.tensors.specs import LoraSpec
@@ -114,14 +115,22 @@ class _Linear:
         _check_finite(base.path, self.name, layer.state_dict().values())
         built: nn.Module = layer
         if self.lora is not None and self.spec is not None and source is not None:
-            kind = QALoRALinear if self.spec.pooling else _CLASSES.get(str(method), LoftQLinear)
+            kind = linear_class(method, is_pooled=self.spec.pooling is not None)
             lora_A, lora_B = source.weights.load(self.lora.lora_A), source.weights.load(self.lora.lora_B)
             _check_finite(source.weights.path, self.lora.lora_A, (lora_A, lora_B))
             built = kind(layer, lora_A, lora_B, self.spec, origin=origin)
         return built.to(weight.device).train(self.module.training)
 
 
-_CLASSES: dict[str, type[AdaptedLinear]] = {"loftq": LoftQLinear, "qlora": QLoRALinear}
+def linear_class(method: str | None, *, is_pooled: bool) -> type[AdaptedLinear]:
+    """The class that trains adapters of a method, from the method's row. An adapter without a record, or one that reads
+    its inputs in another way than the method's, gets the class of the first method that reads inputs so.
+    """
+    rows = [entry for entry in METHODS.values() if entry.is_pooled == is_pooled]
+    entry = METHODS.get(str(method))
+    row = entry if entry in rows else rows[0]
+    kind: type[AdaptedLinear] = getattr(adapted_linear, row.linear_class)
+    return kind
 
 
 @dataclass(frozen=True)

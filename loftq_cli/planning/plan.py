@@ -60,7 +60,7 @@ class Plan:
     @property
     def layout(self) -> str:
         """The container of the base."""
-        return str(self.recipe.layout)
+        return self.recipe.layout
 
     @property
     def adapter_dir(self) -> str:
@@ -86,7 +86,7 @@ class Plan:
     def peak_nbytes(self) -> int:
         """About how much memory the conversion takes: it depends on the largest matrix, not on their number."""
         method = METHODS[self.recipe.method]
-        per_weight, per_gram = method.exact_nbytes if self.recipe.svd == "exact" else (0, 0)
+        per_weight, per_gram = method.exact_nbytes if self.recipe.fitting.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
         per_input = _WEIGHTED_NBYTES if self.recipe.calibration is not None else 0
         compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
@@ -103,9 +103,9 @@ class Plan:
     def work(self) -> int:
         """Weights times the passes over them."""
         recipe = self.recipe
-        passes = int(recipe.iterations or 1) if METHODS[recipe.method].iterates else 1
+        passes = recipe.fitting.iterations
         passes *= _SEARCH_PASSES if recipe.scales == "search" else 1
-        passes += _ROUND_PASSES * (recipe.rounds or 0)
+        passes += _ROUND_PASSES * recipe.fitting.rounds
         return passes * sum(job.numel for job in self.layers)
 
     @property
@@ -118,7 +118,7 @@ class Plan:
         names = [module_of(job.name) for job in self.jobs]
         kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
-        spec, others = spec_of(self.recipe, self.dtype), dict[str, QuantSpec]()
+        spec, others = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
         if isinstance(spec, AffineSpec):  # of a codebook, each weight says its own
             spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
         facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others)

@@ -7,22 +7,22 @@ import re
 from dataclasses import replace
 
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.recipe import CodebookOptions, FormatOptions, Recipe
 from loftq_cli.quant.formats import FORMATS, QuantSpec
-from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec, Pooling
+from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec
 
 
-def spec_of(recipe: Recipe, dtype: str) -> QuantSpec:
-    """The number format of a recipe for a model of `dtype`."""
-    if not FORMATS[recipe.quant_type].is_affine:
-        return CodebookSpec(recipe.quant_type, int(recipe.block_size or 0), bool(recipe.double_quant))
+def spec_of(options: FormatOptions, layout: str, dtype: str) -> QuantSpec:
+    """The number format of `options` as the container called `layout` holds it, in a model of `dtype`."""
+    if isinstance(options, CodebookOptions):
+        return CodebookSpec(options.quant_type, options.block_size, options.double_quant)
     return affine_spec(
-        str(recipe.layout),
-        recipe.quant_type,
-        int(recipe.group_size or 0),
-        symmetric=bool(recipe.symmetric),
+        layout,
+        options.quant_type,
+        options.group_size,
+        symmetric=options.symmetric,
         dtype=dtype,
-        scale_dtype=recipe.scale_dtype,
+        scale_dtype=options.scale_dtype,
     )
 
 
@@ -44,9 +44,8 @@ def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
 
 def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
     """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
-    spec, quantize = spec_of(recipe, dtype), True
-    pooling = Pooling(recipe.pooling, int(recipe.group_size or 0)) if recipe.pooling else None
-    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, pooling)
+    spec, quantize = spec_of(recipe.quant, recipe.layout, dtype), True
+    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, recipe.pooling)
     rank, alpha = recipe.rank, None
     for override in recipe.override:
         if re.search(override.match, module):

@@ -38,7 +38,7 @@ from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors.specs import POOLINGS
 
@@ -206,7 +206,7 @@ def converted(request: pytest.FixtureRequest, convert_once: Converter) -> Conver
 
 
 def test_the_files_hold_the_planned_tensors_and_have_the_reported_size(converted: Converted) -> None:
-    plan = prepare_conversion(str(converted.source), converted.output, Recipe(**converted.recipe)).plan
+    plan = prepare_conversion(str(converted.source), converted.output, make_recipe(**converted.recipe)).plan
     stored = {}
     for path in converted.output.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -730,7 +730,7 @@ def test_what_a_container_does_not_hold_is_refused_before_anything_is_written(
     refusal, output = REFUSALS[name], tmp_path / "out"
     model = built(refusal.build)
     with pytest.raises(UsageError, match=refusal.says):
-        prepare_conversion(str(model), output, Recipe(**refusal.recipe))
+        prepare_conversion(str(model), output, make_recipe(**refusal.recipe))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
 
@@ -744,7 +744,7 @@ def test_what_a_container_does_not_hold_is_refused_before_anything_is_written(
 
 def test_the_remedy_for_rows_that_are_no_whole_groups_is_one(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        prepare_conversion(str(source), tmp_path / "out", Recipe(quant_type="int4", group_size=256))
+        prepare_conversion(str(source), tmp_path / "out", make_recipe(quant_type="int4", group_size=256))
     # The same recipe with --layout dense is refused too: a group has to end with its row.
     assert "group" in str(caught.value.hint)
 

@@ -17,6 +17,7 @@ from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.report import MergedLayer
 from loftq_cli.merging.run import merge_adapter
 from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 
 
 class Silent:
@@ -87,7 +88,7 @@ def quick_recipe(**recipe: Any) -> Recipe:
     """The recipe of `run_conversion`."""
     if recipe.get("method") != "qlora" and recipe.get("init") != "standard" and "calibration" not in recipe:
         recipe = {"fit": "loftq", **recipe}
-    return Recipe(**recipe)
+    return make_recipe(**recipe)
 
 
 def run_merge(base: Path, adapter: Path, output: Path, **options: Any) -> Path:
