@@ -9,19 +9,17 @@ import typer
 
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS, SVD_MODES
+from loftq_cli.methods.method import DEFAULT_METHOD, FITS, INITS, METHODS, STARTS, SVD_MODES
 from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.runtime.gpu import DEVICES
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS
 
-
-def _one_of(names: object) -> str:
-    return "|".join(names)  # type: ignore[arg-type]
-
-
+_one_of = "|".join
 _ADAPTER, _QUANT, _SELECT, _RUN = "Adapter", "Quantized base", "Which weights", "Running"
+_METHODS = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
+_OWN_ITERATIONS = "".join(f"; {name} {entry.iterations}" for name, entry in METHODS.items() if entry.iterations)
 _PRESETS = ", ".join(f"{name} ({summary})" for name, summary in presets().items())
 
 Model = Annotated[
@@ -40,7 +38,7 @@ Recipe = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(metavar=_one_of(METHODS), help="How the adapter starts. [default: loftq]", rich_help_panel=_ADAPTER),
+    typer.Option(metavar=_one_of(METHODS), help=f"{_METHODS}. [default: {DEFAULT_METHOD}]", rich_help_panel=_ADAPTER),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=_ADAPTER)]
 Alpha = Annotated[
@@ -71,8 +69,8 @@ Start = Annotated[
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of LoftQ (and of --init residual). [default: 11, with --calibration 2; with --fit loftq 8, "
-        "or 5 with another --svd than fast]",
+        help="Alternations of quantizing and fitting the adapter. [default: 11, with --calibration 2; with --fit loftq "
+        f"8, or 5 with another --svd than fast{_OWN_ITERATIONS}]",
         rich_help_panel=_ADAPTER,
     ),
 ]
@@ -122,7 +120,7 @@ AdapterDtype = Annotated[
     typer.Option(metavar=_one_of(MODEL_DTYPES), help="[default: float32, as PEFT trains]", rich_help_panel=_ADAPTER),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="For random adapters, together with tensor names.", rich_help_panel=_ADAPTER)
+    int | None, typer.Option(help="For random starts of adapters and of --svd fast|faithful.", rich_help_panel=_ADAPTER)
 ]
 QuantType = Annotated[
     str | None,
@@ -181,9 +179,7 @@ Layout = Annotated[
         rich_help_panel=_QUANT,
     ),
 ]
-MaxShardSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="[default: 5GB]", rich_help_panel=_QUANT, show_default=False)
-]
+MaxShardSize = Annotated[str | None, typer.Option(metavar="SIZE", help="[default: 5GB]", rich_help_panel=_QUANT)]
 TargetBpw = Annotated[
     float | None,
     typer.Option(
@@ -216,8 +212,8 @@ Include = Annotated[
     list[str] | None,
     typer.Option(
         metavar="REGEX",
-        help="Quantize the matrices whose module name this finds, instead of all linear layers of the blocks. "
-        "Heads only when it spells their name. Repeatable.",
+        help="Quantize the matrices whose module name this finds, instead of all linear layers of the blocks. Heads "
+        "only when it spells their name. Repeatable.",
         rich_help_panel=_SELECT,
     ),
 ]
@@ -245,7 +241,7 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Of the GPU's memory, at most; larger matrices pass through it in parts. [default: most of what is free]",
+        help="Of the memory of --device cuda, at most; larger matrices pass in parts. [default: most of what is free]",
         rich_help_panel=_RUN,
         show_default=False,
     ),

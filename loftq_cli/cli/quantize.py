@@ -67,8 +67,8 @@ def quantize(
 ) -> None:
     """Convert MODEL to quantized base weights plus a LoRA adapter.
 
-    OUTPUT becomes a model directory that transformers loads as it is, with the adapter for PEFT in OUTPUT/loftq_init
-    (qlora_init for QLoRA, qalora_init for QA-LoRA) and every layer's error in OUTPUT/loftq_report.json.
+    OUTPUT becomes a model directory that transformers loads as it is, with the adapter for PEFT in OUTPUT/METHOD_init
+    and every layer's error in OUTPUT/loftq_report.json.
     """
     flags = {
         "method": method,
@@ -97,8 +97,8 @@ def quantize(
         "include": tuple(include) if include else None,
         "exclude": tuple(exclude) if exclude else None,
     }
-    check_device_name(device)
     memory = None if max_memory is None else parse_size(max_memory, "max_memory")
+    check_device_name(device, memory)
     target = Budget(
         bits_per_weight=target_bpw,
         total_nbytes=None if target_size is None else parse_size(target_size, "target_size", least=1),

@@ -12,7 +12,7 @@ from pathlib import Path
 from loftq_cli.adapter.beside import AdapterBeside, matrix_shape_of
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
-from loftq_cli.inspecting.devices import chosen_device, loaded_rows, small_numel
+from loftq_cli.inspecting.devices import check_idle_device, chosen_device, loaded_rows, small_numel
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
 from loftq_cli.output.records import REPORT_NAME
@@ -61,9 +61,11 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     """Every quantized layer of `base`; with `against`, its error recomputed from the files of both, on a GPU where it
     fits that: see `open_device`.
 
-    Raises UsageError for a GPU that is not there, MismatchError when `against` lacks a layer or has it in another
-    shape, InputError when the report names a layer that `base` lacks.
+    Raises UsageError for a GPU that is not there or has nothing to compute, MismatchError when `against` lacks a layer
+    or has it in another shape, InputError when the report names a layer that `base` lacks.
     """
+    if against is None:
+        check_idle_device(device, "--against ORIGINAL")
     report = read_report(base.folder)
     known = {layer.name: layer for layer in report[1]} if report else {}
     for name in known:

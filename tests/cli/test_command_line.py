@@ -93,7 +93,7 @@ def test_underscores_are_as_good_as_dashes(run, source):
 
 def test_every_option_reaches_the_recipe(run, source):
     _, out, _ = run(
-        *("quantize", source, "out", "--dry-run", "--json", "--method", "qlora", "--quant-type", "nf4"),
+        *("quantize", source, "out", "--dry-run", "--json", "--method", "loftq", "--quant-type", "nf4"),
         *(
             "--scales",
             "search",
@@ -108,11 +108,26 @@ def test_every_option_reaches_the_recipe(run, source):
             "--iterations",
             2,
         ),
-        *("--svd", "exact", "--adapter-dtype", "bfloat16", "--seed", 3, "--include", "mlp", "--include", "attn"),
+        *(
+            "--fit",
+            "loftq",
+            "--start",
+            "principal",
+            "--svd",
+            "faithful",
+            "--adapter-dtype",
+            "bfloat16",
+            "--seed",
+            3,
+            "--include",
+            "mlp",
+            "--include",
+            "attn",
+        ),
         *("--exclude", "down", "--max-shard-size", "2MB", "--layout", "dense"),
     )
     assert json.loads(out)["recipe"] == {
-        "method": "qlora",
+        "method": "loftq",
         "quant_type": "nf4",
         "block_size": 128,
         "double_quant": False,
@@ -120,8 +135,10 @@ def test_every_option_reaches_the_recipe(run, source):
         "rank": 8,
         "alpha": 12.5,
         "rslora": True,
+        "start": "principal",
+        "fit": "loftq",
         "iterations": 2,
-        "svd": "exact",
+        "svd": "faithful",
         "adapter_dtype": "bfloat16",
         "seed": 3,
         "include": ["mlp", "attn"],
