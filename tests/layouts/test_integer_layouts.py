@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import models
 from support.adapters import edit_json, edit_tensors, tensors_of
-from support.conversions import Silent, StopAfter, files_of, run_conversion
+from support.conversions import Silent, StopAfter, files_of, quick_recipe, run_conversion
 from support.loading import Loaded, matrix, matrix_of_lora, relative_error
 from torch import nn
 
@@ -206,7 +206,7 @@ def converted(request: pytest.FixtureRequest, convert_once: Converter) -> Conver
 
 
 def test_the_files_hold_the_planned_tensors_and_have_the_reported_size(converted: Converted) -> None:
-    plan = prepare_conversion(str(converted.source), converted.output, make_recipe(**converted.recipe)).plan
+    plan = prepare_conversion(str(converted.source), converted.output, quick_recipe(**converted.recipe)).plan
     stored = {}
     for path in converted.output.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:

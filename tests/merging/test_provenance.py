@@ -135,8 +135,8 @@ def test_force_merges_into_another_conversion_and_says_so(original, converted, t
 
 
 def test_the_same_conversion_made_twice_is_the_same_base(original, converted, tmp_path, capsys):
-    # LoftQ draws nothing, so another seed gives the same bytes.
-    run_conversion(original, tmp_path / "again", rank=4, iterations=2, seed=7, svd="exact")
+    # Where files are cut changes the conversion, and no byte of a tensor.
+    run_conversion(original, tmp_path / "again", rank=4, iterations=2, max_shard_size="4GB", svd="exact")
 
     status, said = merge(capsys, tmp_path / "again", converted / "loftq_init", tmp_path / "out")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.methods.method import Fitting
+from loftq_cli.methods.method import METHODS, Fitting
 from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, Override
 from loftq_cli.planning.recipe_files import presets, recipe_toml, resolve_recipe
 from loftq_cli.planning.settle import make_recipe
@@ -73,7 +73,7 @@ def test_a_whole_number_is_a_number(tmp_path):
         ("alpha = 0.0", "alpha must be a positive number"),
         ("alpha = inf", "alpha must be a positive number"),
         ("alpha = nan", "alpha must be a positive number"),
-        ("method = 'lofq'", r"method 'lofq' does not exist \(one of loftq, qalora, qlora\)"),
+        ("method = 'lofq'", rf"method 'lofq' does not exist \(one of {', '.join(METHODS)}\)"),
         ("quant_type = 'int5'", "quant_type 'int5' does not exist"),
         ("layout = 'gguf'", "layout 'gguf' does not exist"),
         ("adapter_dtype = 'int8'", "adapter_dtype 'int8' does not exist"),
