@@ -20,6 +20,7 @@ _one_of = "|".join
 _ADAPTER, _QUANT, _SELECT, _RUN = "Adapter", "Quantized base", "Which weights", "Running"
 _METHODS = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
 _OWN_ITERATIONS = "".join(f"; {name} {entry.iterations}" for name, entry in METHODS.items() if entry.iterations)
+_OWN_SVD = "".join(f"; {name} {entry.svd}" for name, entry in METHODS.items() if entry.svd != "fast")
 _PRESETS = ", ".join(f"{name} ({summary})" for name, summary in presets().items())
 
 Model = Annotated[
@@ -95,7 +96,7 @@ Svd = Annotated[
     str | None,
     typer.Option(
         metavar=_one_of(SVD_MODES),
-        help="Low-rank solver: subspace iteration, the same within 0.2 % of exact, or the paper's. [default: fast]",
+        help=f"Low-rank solver: subspace iteration, within 0.2 % of exact, or the paper's. [default: fast{_OWN_SVD}]",
         rich_help_panel=_ADAPTER,
     ),
 ]

@@ -116,6 +116,7 @@ class MethodEntry:
                          in groups of one size, with zero points
     draws_adapter        whether numbers of the adapter are drawn at random: the seed matters with every solver
     joint_start          what the joint fit begins with, without statistics of the inputs
+    svd                  the solver by default
     iterations           alternations by default; None: as many as the fit and the solver are good for
     streams              whether `initialize` gives codes to a `sink`, since the method looks at each row once
     stacks               the fits that `stacked.py` makes of many equal matrices on a GPU; a method that fits nothing
@@ -134,6 +135,7 @@ class MethodEntry:
     is_pooled: bool = False
     draws_adapter: bool = False
     joint_start: str = "zero"
+    svd: str = "fast"
     iterations: int | None = None
     streams: bool = False
     stacks: tuple[str, ...] = ()

@@ -54,11 +54,11 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
     Traceback (most recent call last):
     loftq_cli.errors.UsageError: iterations means nothing with method qlora (leave iterations out)
     """
-    fields = replace(fields, method=fields.method or DEFAULT_METHOD, svd=fields.svd or "fast")
-    quant_type = fields.quant_type or "nf4"
-    method, rank, seed = str(fields.method), _default(fields.rank, 16), _default(fields.seed, 0)
-    adapter_dtype = fields.adapter_dtype or "float32"
+    method, quant_type = fields.method or DEFAULT_METHOD, fields.quant_type or "nf4"
     check_choice("method", method, METHODS)
+    fields = replace(fields, method=method, svd=fields.svd or METHODS[method].svd)
+    rank, seed = _default(fields.rank, 16), _default(fields.seed, 0)
+    adapter_dtype = fields.adapter_dtype or "float32"
     check_choice("quant_type", quant_type, FORMATS)
     check_choice("svd", fields.svd, SVD_MODES)
     check_choice("adapter_dtype", adapter_dtype, MODEL_DTYPES)

@@ -16,6 +16,7 @@ from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.report import MergedLayer
 from loftq_cli.merging.run import merge_adapter
+from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
 from loftq_cli.planning.recipe import Recipe
 from loftq_cli.planning.settle import make_recipe
 
@@ -88,9 +89,11 @@ def quick_recipe(**recipe: Any) -> Recipe:
     """The recipe of `run_conversion`. Tests that convert with every method say how many alternations those take that
     have some.
     """
-    if recipe.get("method") == "qlora" or recipe.get("init") == "standard":
+    entry = METHODS[recipe.get("method", DEFAULT_METHOD)]
+    takes = entry.inits[recipe.get("init") or next(iter(entry.inits))].takes
+    if "iterations" not in takes:
         recipe = {name: value for name, value in recipe.items() if name != "iterations"}
-    if recipe.get("method") != "qlora" and recipe.get("init") != "standard" and "calibration" not in recipe:
+    if "fit" in takes and "calibration" not in recipe:
         recipe = {"fit": "loftq", **recipe}
     return make_recipe(**recipe)
 
