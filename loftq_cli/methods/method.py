@@ -160,6 +160,17 @@ METHODS: dict[str, MethodEntry] = {
         nbytes_per_weight=9,
         exact_nbytes=(8, 32),
     ),
+    "pissa": MethodEntry(
+        module="loftq_cli.methods.pissa",
+        adapter_dir="pissa_init",
+        summary="adapter of the principal part of the weights, over the quantized rest (arXiv 2404.02948)",
+        linear_class="LoftQLinear",
+        inits={None: InitEntry(is_fitted=True, takes=frozenset({"iterations", "svd"}))},
+        svd="faithful",
+        iterations=1,
+        nbytes_per_weight=11,
+        exact_nbytes=(8, 32),
+    ),
     "qalora": MethodEntry(
         module="loftq_cli.methods.qalora",
         adapter_dir="qalora_init",
