@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Initialization:
-    """What a method makes of one weight.
+    """Base and adapter of one weight W, as a method initializes the two.
 
-    quantization_error   relative Frobenius error of quantizing W alone, once: what any adapter has to start from; None
-                         where `quantized` is just that
-    iteration_errors     relative error with the adapter after each iteration and round, by Frobenius norms, or by what
-                         errors cost with statistics; empty where nothing iterates
-    best_iteration       which of them is returned, counted from 1; 0 where nothing iterates
+    quantization_error   relative Frobenius error of quantizing W alone, once; None where `quantized` is W alone
+    iteration_errors     relative error with the adapter after each iteration and round: Frobenius norms, or costs by
+                         statistics of the inputs; empty where nothing iterates
+    best_iteration       the iteration that is returned, counted from 1; 0 where nothing iterates
     """
 
     quantized: QuantizedTensor
@@ -38,14 +37,14 @@ class Initialization:
     best_iteration: int = 0
 
 
-# How the alternation begins: with an adapter that adds nothing, as the paper's, or with the best one of the weights.
+# How the alternation begins: with an adapter that adds nothing, as in the paper, or with the principal part of W.
 STARTS = ("zero", "principal")
 
-# What is fitted: an adapter to quantization errors in turns, as in the paper, or codes, constants and adapter together.
+# Kinds of fit: quantization and adapter in turns, as in the paper, or codes, constants and adapter together.
 FITS = ("loftq", "joint")
 PAPER_FIT, JOINT_FIT = FITS
 
-# How the low-rank step is solved, and how many alternations that asks for: cheap ones, more of them.
+# Solvers of the low-rank step, and how many alternations suit each: a cheaper solver gets more.
 SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
 
@@ -84,8 +83,13 @@ class Method(Protocol):
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Initialization:
-        """Of a weight [out, in]; random draws come from `generator` alone. `weighting` says what errors cost; else
-        their squares. `sink` gets the codes instead of the result, of a method that looks at each row once.
+        """Base and adapter of a weight [out, in].
+
+        quantizer   the number format
+        lora        rank, scaling and dtype of the adapter
+        generator   the source of every random draw
+        weighting   the cost of an error; None: the sum of squares
+        sink        receives the codes of each slab of rows, which the result then lacks; for methods that stream
         """
         ...
 
@@ -222,9 +226,10 @@ def load_method(name: str) -> Method:
 
 
 def zero_adapter(weight: Rows, lora: LoraSpec, generator: torch.Generator) -> LoraPair:
-    """lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√inputs), lora_B zero: it adds nothing yet.
+    """The adapter that adds nothing: lora_A uniform as in PEFT (Kaiming, a = √5: bound 1/√inputs), lora_B zero.
 
-    lora_A has a column for every input, or for every pooled group of inputs. Drawn on the CPU, whatever the device is.
+    lora_A [r, inputs] has a column for every input, or for every pooled group of inputs. The draw is made on the CPU,
+    so that every device gets equal numbers.
     """
     import torch
 

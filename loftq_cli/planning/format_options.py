@@ -1,4 +1,4 @@
-"""The number format that options ask for, settled: what was not asked gets a default, what means nothing is refused."""
+"""The number format of a recipe: missing options get a default, options of the other kind of format are refused."""
 
 from __future__ import annotations
 

@@ -42,9 +42,9 @@ class Procedure:
 class QuantizableMatrix:
     """A weight that fits a container.
 
-    matrix   what is stored; `matrix.name` is the tensor's name in the source
-    module   the linear's name in the loaded model
-    note     what differs from the format that was asked for, and why
+    matrix   shape and number format in the container; `matrix.name` is the tensor's name in the source
+    module   name of the linear in the loaded model
+    note     the difference from the wanted format and the reason; None where the matrix has the wanted format
     """
 
     matrix: StoredMatrix
@@ -66,12 +66,13 @@ class QuantizableMatrix:
 class LayerJob:
     """One weight to quantize.
 
-    matrix            what is stored; `matrix.name` is the tensor's name in the source
-    module            the linear's name in the loaded model, by which the adapter knows it
+    matrix            shape and number format in the base; `matrix.name` is the tensor's name in the source
+    module            name of the linear in the loaded model, and in the adapter
     layout            the container of the base
     procedure         how base and adapter are computed
-    base_tensors      what goes into the base; adapter_tensors what goes into the adapter
-    note              what differs from the recipe, and why
+    base_tensors      the tensors in the base
+    adapter_tensors   the tensors in the adapter
+    note              the difference from the recipe and the reason; None where the recipe is followed
     """
 
     matrix: StoredMatrix
@@ -99,12 +100,14 @@ class LayerJob:
         return 8 * sum(t.nbytes for t in self.base_tensors) / self.numel
 
     def quantizer(self, weighting: Weighting | None = None) -> Quantizer:
-        """The quantizer of the layer; a `weighting` says what the errors of its columns count."""
+        """The quantizer of the layer. A `weighting` gives the columns of the matrix different importance."""
         importance = None if weighting is None else weighting.importance
         return make_quantizer(self.matrix.spec, self.matrix.dtype, self.procedure.scales, importance)
 
     def generator(self) -> torch.Generator:
-        """A generator for this layer alone: the order of the jobs cannot change what is drawn."""
+        """A generator for the layer alone, seeded by the recipe's seed and the tensor's name: the order of the jobs
+        cannot change the draws.
+        """
         import torch
 
         digest = hashlib.sha256(f"{self.procedure.seed}:{self.name}".encode()).digest()
@@ -113,9 +116,10 @@ class LayerJob:
 
 @dataclass(frozen=True, slots=True)
 class CopyJob:
-    """One tensor that is written as it is, or in the model's dtype; and why it is not quantized.
+    """One tensor that is copied, in the stored dtype or in the model's.
 
-    note   what has to be said about it, beside its reason
+    reason   why the tensor is not quantized
+    note     a sentence for the user, beside the reason
     """
 
     name: str
@@ -125,7 +129,7 @@ class CopyJob:
 
     @property
     def base_tensors(self) -> tuple[OutTensor, ...]:
-        """What goes into the base."""
+        """The tensor, as a tuple."""
         return (self.output,)
 
     @property
@@ -136,14 +140,19 @@ class CopyJob:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file of the base, and its tensors."""
+    """One output file of the base, and the tensors in the file."""
 
     file: str
     tensors: tuple[OutTensor, ...]
 
 
 def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:
-    """Files for `units` in their order, each as full as `max_nbytes` allows; the tensors of one unit stay together."""
+    """Files for the tensors of `units`, in order, each file as full as `max_nbytes` allows. Tensors of one unit stay
+    together, even where the unit is larger than `max_nbytes`.
+
+    >>> [shard.file for shard in pack_shards([[], []], 10)]
+    ['model.safetensors']
+    """
     groups: list[list[OutTensor]] = [[]]
     filled = 0
     for unit in units:

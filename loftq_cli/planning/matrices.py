@@ -43,16 +43,16 @@ def quantizable_matrices(
 
 
 def model_dtype(tensors: Mapping[str, TensorRef], targets: Mapping[str, Target], family: Family) -> str:
-    """The dtype of the model: that of its config, or the most common one of its linears."""
+    """The dtype of the model: the one in the config, or the most common dtype among the linears."""
     return family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
 
 
 class MatrixPlanner:
-    """Turns one tensor after the other into a matrix or a copy; collects what has to be said about them.
+    """Turns one tensor after the other into a matrix or a copy, and collects notes for the user.
 
-    notes    of tensors that are stored once for two
-    recast   how many copies are converted to the model's dtype
-    unfit    why the first matrix that does not fit the container does not
+    notes    about tensors that are stored once for two
+    recast   number of copies that are converted to the model's dtype
+    unfit    the reason of the first matrix that does not fit the container
     """
 
     def __init__(
@@ -64,8 +64,13 @@ class MatrixPlanner:
         spec: QuantSpec,
         spec_for: Callable[[str], QuantSpec | None] | None = None,
     ) -> None:
-        """`spec` is the format of the model; `spec_for` gives that of a module, None for a module that an override
-        leaves in full precision.
+        """Arguments:
+
+        dtype      of the model
+        modules    names of all modules of the source
+        spec       the number format of the model
+        spec_for   gives the format of a module, None for a module that an override leaves in full precision; by default
+                   the format of the model
         """
         self._family, self._layout_name, self._dtype, self._modules = family, layout, dtype, modules
         self._spec, self._spec_for = spec, spec_for or (lambda module: spec)
@@ -75,9 +80,9 @@ class MatrixPlanner:
         self.unfit: Fit | None = None
 
     def plan(self, ref: TensorRef, target: Target) -> QuantizableMatrix | CopyJob | None:
-        """What becomes of a tensor; None for the second name of a tied tensor.
+        """The matrix or the copy that a tensor becomes; None for the second name of a tied tensor.
 
-        Raises UsageError for integers of a layer's own that the container does not hold.
+        Raises UsageError for an override with integers that the container does not hold.
         """
         if ref.alias_of is not None and self._family.ties_embeddings():
             self.notes.append(f"{ref.name} is {ref.alias_of} (tied): stored once")
@@ -103,7 +108,9 @@ class MatrixPlanner:
     def _check_own_format(
         self, name: str, spec: QuantSpec, fit: Fit, shape: tuple[int, int], *, transposed: bool
     ) -> None:
-        """Raises UsageError for integers of a layer's own that the container does not hold: they were asked for."""
+        """Raises UsageError for an override with integers that the container does not hold, where a copy in full
+        precision would be silent disobedience.
+        """
         common, layout = self._spec, self._layout_name
         if spec == common or not isinstance(spec, AffineSpec):
             return
@@ -119,8 +126,8 @@ class MatrixPlanner:
 
     def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
         dtype = ref.dtype
-        # transformers keeps what is called "weight" in a quantized checkpoint in its stored dtype, and two float dtypes
-        # in one model do not compute: so these are stored in the model's own.
+        # transformers loads a "weight" of a quantized checkpoint in the stored dtype, and a model with two float dtypes
+        # does not compute. So every weight is stored in the dtype of the model.
         parameter = (".weight", ".bias") if LAYOUTS[self._layout_name].one_dtype else ".weight"
         if self.layout.QUANTIZED_ON_DISK and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:
             dtype = self._dtype

@@ -1,4 +1,4 @@
-"""Headers and a recipe become a plan; or one error that names the tensor and the option. Needs no torch."""
+"""Headers and a recipe become a plan, or one error that names the tensor and the option. Needs no torch."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
 
 
 def _stored_dtype(recipe: Recipe, dtype: str) -> str:
-    """The dtype of the stored model: that of the scales where the container's loaders need all tensors in one."""
+    """The dtype of the stored model. Some loaders need all tensors in one dtype: then the dtype of the scales."""
     if LAYOUTS[recipe.layout].one_dtype and isinstance(recipe.quant, AffineOptions):
         return recipe.quant.scale_dtype or dtype
     return dtype
@@ -70,7 +70,7 @@ def _job(
         return unit
     module, shape = module_of(ref.name), unit.matrix.shape
     _, lora, _ = layer_settings(recipe, module, dtype)
-    # A pooled adapter may have more rank than its input has groups: PEFT trains such ones.
+    # A pooled adapter may have more rank than an input has groups: PEFT trains such adapters.
     if lora.rank > min(shape):
         raise UsageError(
             f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
@@ -112,7 +112,9 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
 
 
 def _fused_notes(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> Iterator[str]:
-    """What servers that fuse layers do not load: other loaders do, so it is said and not refused."""
+    """A note on layers that vLLM makes one matrix of, where the formats differ. Other loaders read such layers, so the
+    model is not refused.
+    """
     layout = recipe.layout
     specs = {module_of(job.name): job.matrix.spec if isinstance(job, LayerJob) else None for job in jobs}
     uneven = [group for group in fused_modules(layout, specs) if len({specs[module] for module in group}) > 1]

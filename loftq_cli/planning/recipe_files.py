@@ -55,7 +55,7 @@ def _without(override: Override, names: set[str]) -> Override:
 
 
 def _changed_family(override: Override, typed: Mapping[str, Any]) -> set[str]:
-    """The name of an override's quant_type where `typed` names one of the other kind for the model."""
+    """{"quant_type"} for an override of integers where `typed` names a codebook for the model, or vice versa."""
     model, own = FORMATS.get(typed.get("quant_type", "")), FORMATS.get(override.quant_type or "")
     return {"quant_type"} if model and own and model.is_affine != own.is_affine else set()
 
@@ -68,7 +68,7 @@ def _outdated(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
         layout = LAYOUTS.get(values.get("layout", ""))
         if layout is not None and quant_type not in layout.quant_types:
             names.add("layout")
-    # How often something is done, and from where, was meant for the fit that was named beside it.
+    # Counts and starts were meant for the fit that the file names beside them.
     changed = {n for n in ("method", "init", "fit", "calibration") if n in typed and typed[n] != values.get(n)}
     if changed:
         names |= {"start", "rounds", "iterations", "scales"}
@@ -101,7 +101,7 @@ def preset_directory() -> Path:
 
 
 def presets() -> dict[str, str]:
-    """Name of each preset -> the first line of its comment."""
+    """The first line of the comment in each preset, by the preset's name."""
     return {
         path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         for path in sorted(preset_directory().glob("*.toml"))
@@ -125,7 +125,7 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as JSON values; what is None is left out."""
+    """The whole recipe as JSON values, without options that are None."""
     values = _set_fields(fields_of(recipe))
     values["override"] = [_set_fields(override) for override in recipe.override]
     return values
@@ -143,7 +143,7 @@ def _read_recipe(source: str) -> dict[str, Any]:
         raise StorageError(error.strerror or "cannot be read", file=path) from None
     try:
         table = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # beside its own, that of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError too for a number with thousands of digits
         raise UsageError(f"not valid TOML: {error}", file=path) from None
     overrides = table.pop("override", [])
     if not isinstance(overrides, list) or not all(isinstance(entry, dict) for entry in overrides):
@@ -160,7 +160,7 @@ def _override(entry: dict[str, Any], path: Path) -> Override:
 
 
 def _typed(record: type, table: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`table` with its keys and types checked against the fields of `record`."""
+    """The values of `table` by the names of the fields of `record`. Raises UsageError for another key or type."""
     hints = get_type_hints(record)
     values = {}
     for name, value in table.items():

@@ -1,4 +1,4 @@
-"""A recipe applied to one layer: its number format, its adapter, and whether it is quantized at all."""
+"""A recipe applied to one layer: the number format, the adapter, and whether the layer is quantized at all."""
 
 from __future__ import annotations
 
@@ -36,14 +36,16 @@ def affine_spec(
 
 
 def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
-    """What the loaders of a container decode a matrix to, in a model of `dtype`."""
+    """The dtype that loaders of the container called `layout` decode a matrix to, in a model of `dtype`."""
     if LAYOUTS[layout].keeps_dtype or not isinstance(spec, AffineSpec):
         return dtype
     return spec.scale_dtype
 
 
 def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
-    """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
+    """Number format, adapter, and whether to quantize, for the layer called `module` in a model of `dtype`: values of
+    the recipe, then of every override that matches the name, in order.
+    """
     spec, quantize = spec_of(recipe.quant, recipe.layout, dtype), True
     default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, recipe.pooling)
     rank, alpha = recipe.rank, None
@@ -59,6 +61,6 @@ def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, 
             else:
                 bits = spec.bits if override.quant_type is None else FORMATS[override.quant_type].bits
                 spec = replace(spec, bits=bits, group_size=override.group_size or spec.group_size)
-    # Servers apply one scaling to the whole model, so another rank brings the alpha that keeps it.
-    kept = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
-    return spec, replace(default, rank=rank, alpha=kept if alpha is None else alpha), quantize
+    # Servers apply one scaling to the whole model: another rank brings the alpha that keeps the scaling.
+    equal_alpha = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
+    return spec, replace(default, rank=rank, alpha=equal_alpha if alpha is None else alpha), quantize

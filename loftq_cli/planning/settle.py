@@ -1,5 +1,5 @@
-"""What was asked becomes a settled recipe: every option gets a value, and an option that means nothing beside the
-others is refused. Which options mean something for a method stands in the method's row.
+"""Asked options become a settled recipe: every option gets a value, and an option that means nothing beside the others
+is refused. The row of a method lists the options that mean something.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def _settle_method(
 
 
 def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, typed: Collection[str]) -> Fitting:
-    """What is searched and fitted, and how often."""
+    """The fit, the solver and the counts: asked values, or values that suit the method, the fit and a calibration."""
     takes = entry.inits[init].takes
     where = f"method {fields.method}" + (f" and init {init}" if init else "")
     for name in ("start", "fit", "iterations", "svd", "calibration"):
