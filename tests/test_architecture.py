@@ -129,6 +129,13 @@ def test_every_row_of_every_table_names_a_module_that_exists():
     assert all(find_spec(row.module) for row in rows)
 
 
+def test_every_method_names_a_class_that_trains_its_adapters():
+    from loftq_cli.nn import adapted_linear
+
+    for entry in METHODS.values():
+        assert getattr(adapted_linear, entry.linear_class)._is_pooled is entry.is_pooled
+
+
 def test_every_preset_is_a_complete_recipe_with_a_summary():
     assert presets()
     for name, summary in presets().items():

@@ -22,9 +22,8 @@ from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.records import TOOL, dump_json, source_name, write_texts
 from loftq_cli.output.staging import Staging, check_apart, check_output, check_space
 from loftq_cli.output.writer import OutputFiles
-from loftq_cli.planning.jobs import LayerJob
-from loftq_cli.planning.planner import possible_jobs
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import QuantizableMatrix
+from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.headers import OutTensor
 
@@ -88,7 +87,7 @@ class Prepared:
     directory: Path
     output: Path
     options: CalibrationOptions
-    jobs: tuple[LayerJob, ...]
+    jobs: tuple[QuantizableMatrix, ...]
     texts: tuple[TextFile, ...]
     overwrite: bool
 
@@ -115,11 +114,10 @@ def prepare_calibration(
     return Prepared(checkpoint, checkpoint.directory, output, options, jobs, read, overwrite)
 
 
-def measurable(checkpoint: Checkpoint) -> tuple[LayerJob, ...]:
+def measurable(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]:
     """The weights that `quantize` takes by default, whatever the container: a dense one fits every shape."""
-    recipe = Recipe(method="qlora", rank=1, layout=DENSE)
-    jobs = possible_jobs(checkpoint.tensors, checkpoint.config(), recipe)
-    return tuple(job for job in jobs if isinstance(job, LayerJob))
+    jobs = quantizable_matrices(checkpoint.tensors, checkpoint.config(), layout=DENSE)
+    return tuple(job for job in jobs if isinstance(job, QuantizableMatrix))
 
 
 @transformers_models.silenced()
@@ -335,13 +333,13 @@ class _Sum:
         return (self._sum + self._sum.T).mul_(0.5 / self._rows)
 
 
-def _modules(streamed: StreamedModel, jobs: Sequence[LayerJob]) -> dict[str, tuple[Any, int]]:
+def _modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> dict[str, tuple[Any, int]]:
     """The module and the inputs of each weight; one that the loaded model has in another form is left out."""
     modules = dict(streamed.model.named_modules())
     return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
 
 
-def _blocks(streamed: StreamedModel, jobs: Sequence[LayerJob]) -> set[str]:
+def _blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> set[str]:
     modules = dict(streamed.model.named_modules())
     found = {streamed.block_of(job.module) for job in jobs if job.module in modules}
     return {block for block in found if block is not None}

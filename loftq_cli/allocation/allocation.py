@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from loftq_cli.allocation.candidates import Budget, Candidate, Options
@@ -24,6 +24,7 @@ from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import Override, Recipe
 from loftq_cli.planning.settings import layer_settings
+from loftq_cli.planning.settle import revise
 from loftq_cli.quant.formats import QuantSpec, spec_json
 
 _MAX_UNIFORM = 5  # alternatives that are reported
@@ -154,9 +155,7 @@ def allocate(
         observe(name, done["layers"], len(layers))
 
     measured = {name: found if options.counts_adapters else (0,) * len(found) for name, found in ranks.items()}
-    curves = error_curves(
-        checkpoint, recipe, layers, matrices, measured, threads=threads, statistics=statistics, observe=count
-    )
+    curves = error_curves(checkpoint, layers, matrices, measured, threads=threads, statistics=statistics, observe=count)
     candidates = {
         job.name: list(options.candidates(job, matrices[job.name], ranks[job.name], curves[job.name])) for job in layers
     }
@@ -302,7 +301,7 @@ def resolved_recipe(recipe: Recipe, layers: Sequence[LayerJob], chosen: Sequence
     # With another rank, a given alpha would mean another scaling.
     if recipe.alpha is None and not recipe.rslora:
         values["rank"] = Counter(candidate.rank for candidate in picked.values()).most_common(1)[0][0]
-    base = replace(recipe, **values)
+    base = revise(recipe, **values)
     formats: dict[QuantSpec, list[str]] = {}
     ranks: dict[int, list[str]] = {}
     for job in layers:
@@ -314,7 +313,7 @@ def resolved_recipe(recipe: Recipe, layers: Sequence[LayerJob], chosen: Sequence
             ranks.setdefault(candidate.rank, []).append(module)
     by_format = [Override(match=exactly(names), **spec.layer_options) for spec, names in formats.items()]
     by_rank = [Override(match=exactly(names), rank=rank) for rank, names in sorted(ranks.items())]
-    return replace(base, override=(*recipe.override, *by_format, *by_rank))
+    return revise(base, override=(*recipe.override, *by_format, *by_rank))
 
 
 def exactly(names: Sequence[str]) -> str:

@@ -13,11 +13,12 @@ from loftq_cli.adapter import config as adapter_config
 from loftq_cli.allocation.error_curves import ErrorCurve
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, either, fused_modules, load_layout, mixing_layouts
-from loftq_cli.methods.method import is_fitted
+from loftq_cli.methods.method import METHODS
 from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import LayerJob
-from loftq_cli.planning.recipe import Recipe
-from loftq_cli.quant.formats import FORMATS, QuantSpec, specs_of_sizes
+from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, Recipe
+from loftq_cli.planning.settle import revise
+from loftq_cli.quant.formats import QuantSpec, specs_of_sizes
 
 _GROUP_SIZES = (32, 64, 128)
 _BLOCK_SIZES = (32, 64, 128, 256)
@@ -71,29 +72,30 @@ class Options:
     def __init__(self, recipe: Recipe, target: Budget) -> None:
         _check_layout(recipe, target)
         self.recipe, self.target = recipe, target
-        self._layout, self._row = load_layout(str(recipe.layout)), LAYOUTS[str(recipe.layout)]
+        self._layout, self._row = load_layout(recipe.layout), LAYOUTS[recipe.layout]
         # An adapter that starts at zero takes nothing off the error; its rank is for what training can put into it.
-        self.counts_adapters = target.chooses_ranks or is_fitted({"method": recipe.method, "init": recipe.init})
+        self.counts_adapters = target.chooses_ranks or METHODS[recipe.method].is_fitted(recipe.init)
 
     @property
     def sizes(self) -> list[int]:
         """Of groups or blocks, ascending, the recipe's among them; a pooled adapter has one for all layers."""
-        if self.recipe.group_size is None:
-            return sorted({*_BLOCK_SIZES, int(self.recipe.block_size or 0)})
-        if self.recipe.method == "qalora":
-            return [self.recipe.group_size]
+        quant = self.recipe.quant
+        if isinstance(quant, CodebookOptions):
+            return sorted({*_BLOCK_SIZES, quant.block_size})
+        if self.recipe.pooling is not None:
+            return [quant.group_size]
         held = [size for size in _GROUP_SIZES if not self._row.group_sizes or size in self._row.group_sizes]
-        return sorted({*held, self.recipe.group_size})
+        return sorted({*held, quant.group_size})
 
     @property
     def widest(self) -> Recipe:
         """The recipe that quantizes every layer that one of the sizes fits, with a rank that all matrices have."""
         recipe = self.recipe
         if self.target.chooses_ranks and recipe.alpha is None:
-            recipe = replace(recipe, rank=min(recipe.rank, _RANKS[0]))
-        if recipe.group_size is None or not self.target.chooses_formats:
+            recipe = revise(recipe, rank=min(recipe.rank, _RANKS[0]))
+        if isinstance(recipe.quant, CodebookOptions) or not self.target.chooses_formats:
             return recipe
-        return replace(recipe, group_size=self.sizes[0])
+        return revise(recipe, group_size=self.sizes[0])
 
     def matrices(self, job: LayerJob) -> list[StoredMatrix]:
         """The layer in every format that it may have."""
@@ -109,7 +111,7 @@ class Options:
         override says the format of one, it need not be that of the others.
         """
         places = {module_of(job.name): i for i, job in enumerate(layers)}
-        groups = [tuple(map(places.__getitem__, g)) for g in fused_modules(str(self.recipe.layout), places)]
+        groups = [tuple(map(places.__getitem__, g)) for g in fused_modules(self.recipe.layout, places)]
         fused = [group for group in groups if all(self._has_choice(layers[i]) for i in group)]
         alone = set(places.values()).difference(*fused)
         return sorted([*fused, *((i,) for i in alone)])
@@ -148,7 +150,7 @@ class Options:
 
 
 def _check_layout(recipe: Recipe, target: Budget) -> None:
-    row = LAYOUTS[str(recipe.layout)]
+    row = LAYOUTS[recipe.layout]
     if not target.chooses_formats:
         return
     if not row.stores_codes:
@@ -156,17 +158,17 @@ def _check_layout(recipe: Recipe, target: Budget) -> None:
             f"layout {recipe.layout} stores decoded values, whose size no format changes",
             hint="another --layout, or leave out --target-bpw and --target-size",
         )
-    if not FORMATS[recipe.quant_type].is_affine:
+    if not isinstance(recipe.quant, AffineOptions):
         return
     if row.mixed == "none":
         what = f"layout {recipe.layout} has one quant_type and group size for all layers"
         raise UsageError(what, hint=f"--layout {_mixing(recipe, with_offsets=False)}")
-    if row.mixed == "symmetric" and not recipe.symmetric:
+    if row.mixed == "symmetric" and not recipe.quant.symmetric:
         what = f"loaders of {recipe.layout} read layers of several formats without zero points only"
         raise UsageError(what, hint=f"--symmetric, or --layout {_mixing(recipe, with_offsets=True)}")
 
 
 def _mixing(recipe: Recipe, *, with_offsets: bool) -> str:
     """Containers of several formats in one model, whose size a format changes."""
-    mixing = mixing_layouts(recipe.quant_type, with_offsets=with_offsets)
+    mixing = mixing_layouts(recipe.quant.quant_type, with_offsets=with_offsets)
     return either([name for name in mixing if LAYOUTS[name].stores_codes])

@@ -13,8 +13,7 @@ from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import Statistics
 from loftq_cli.errors import LoftqError
 from loftq_cli.layouts.layout import StoredMatrix
-from loftq_cli.planning.jobs import LayerJob, generator_for, quantizer_of
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import in_turn
@@ -42,7 +41,6 @@ class ErrorCurve:
 
 def error_curves(
     checkpoint: Checkpoint,
-    recipe: Recipe,
     layers: Sequence[LayerJob],
     matrices: Mapping[str, Sequence[StoredMatrix]],
     ranks: Mapping[str, Sequence[int]],
@@ -62,7 +60,7 @@ def error_curves(
     def measure(job: LayerJob, workers: Workers) -> ErrorCurve:
         weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
         try:
-            return _curve(recipe, job, weight, matrices[job.name], ranks[job.name], statistics, workers)
+            return _curve(job, weight, matrices[job.name], ranks[job.name], statistics, workers)
         except LoftqError as error:
             if error.tensor:
                 raise
@@ -77,7 +75,6 @@ def error_curves(
 
 
 def _curve(
-    recipe: Recipe,
     job: LayerJob,
     weight: TensorRows,
     matrices: Sequence[StoredMatrix],
@@ -101,15 +98,13 @@ def _curve(
     squared_errors = {}
     for matrix in matrices:
         as_other = replace(job, matrix=matrix)
-        quantizer = quantizer_of(recipe, as_other, weighting)
+        quantizer = as_other.quantizer(weighting)
         quantizer.residual(weight, quantizer.quantize(weight, workers=workers), residual, workers=workers)
-        squared_errors[matrix.spec] = _left_by_rank(weighted(residual), as_other, recipe, ranks, workers)
+        squared_errors[matrix.spec] = _left_by_rank(weighted(residual), as_other, ranks, workers)
     return ErrorCurve(squared_weight, squared_errors)
 
 
-def _left_by_rank(
-    residual: torch.Tensor, job: LayerJob, recipe: Recipe, ranks: Sequence[int], workers: Workers
-) -> tuple[float, ...]:
+def _left_by_rank(residual: torch.Tensor, job: LayerJob, ranks: Sequence[int], workers: Workers) -> tuple[float, ...]:
     """||residual||² less that of its best approximation of each rank; of a pooled adapter, among what that can hold."""
     total, size = _squares(residual), job.lora.group_size
     if not any(ranks):
@@ -117,12 +112,12 @@ def _left_by_rank(
     if size > 1:  # equal within a group, so that the best one approximates the means
         residual = residual.view(len(residual), -1, size).mean(dim=2)
     held = [0.0]
-    for square in _leading_squares(residual, min(max(ranks), *residual.shape), job, recipe, workers):
+    for square in _leading_squares(residual, min(max(ranks), *residual.shape), job, workers):
         held.append(held[-1] + size * square)
     return tuple(max(total - held[min(rank, len(held) - 1)], 0.0) for rank in ranks)
 
 
-def _leading_squares(matrix: torch.Tensor, count: int, job: LayerJob, recipe: Recipe, workers: Workers) -> list[float]:
+def _leading_squares(matrix: torch.Tensor, count: int, job: LayerJob, workers: Workers) -> list[float]:
     """Squares of the largest singular values, descending: from a Gram matrix, or for large matrices by iteration, which
     finds about a hundredth less.
     """
@@ -131,7 +126,7 @@ def _leading_squares(matrix: torch.Tensor, count: int, job: LayerJob, recipe: Re
     from loftq_cli.methods.lowrank import make_solver
 
     if min(matrix.shape) > _EXACT_SIDE:
-        found = make_solver("fast", count, matrix.shape, generator_for(recipe, job), workers)(matrix)
+        found = make_solver("fast", count, matrix.shape, job.generator(), workers)(matrix)
         squares = torch.linalg.vector_norm(found.right.double(), dim=1).pow(4)  # of the rows of √S·Vᵀ
     else:
         wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T

@@ -9,14 +9,16 @@ import typer
 
 from loftq_cli.cli.options import ADAPTER, QUANT, RUN, SELECT, one_of
 from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
-from loftq_cli.methods.method import FITS, INITS, METHODS, STARTS
-from loftq_cli.planning.recipe import SVD_MODES
+from loftq_cli.methods.method import DEFAULT_METHOD, FITS, INITS, METHODS, STARTS, SVD_MODES
 from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS
 
 _PRESETS = ", ".join(f"{name} ({summary})" for name, summary in presets().items())
+_METHODS = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
+_OWN_ITERATIONS = "".join(f"; {name} {entry.iterations}" for name, entry in METHODS.items() if entry.iterations)
+_OWN_SVD = "".join(f"; {name} {entry.svd}" for name, entry in METHODS.items() if entry.svd != "fast")
 
 Recipe = Annotated[
     str | None,
@@ -24,7 +26,7 @@ Recipe = Annotated[
 ]
 Method = Annotated[
     str | None,
-    typer.Option(metavar=one_of(METHODS), help="How the adapter starts. [default: loftq]", rich_help_panel=ADAPTER),
+    typer.Option(metavar=one_of(METHODS), help=f"{_METHODS}. [default: {DEFAULT_METHOD}]", rich_help_panel=ADAPTER),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=ADAPTER)]
 Alpha = Annotated[
@@ -55,8 +57,8 @@ Start = Annotated[
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of LoftQ (and of --init residual). [default: 11, with --calibration 2; with --fit loftq 8, "
-        "or 5 with another --svd than fast]",
+        help="Alternations of quantizing and fitting the adapter. [default: 11, with --calibration 2; with --fit loftq "
+        f"8, or 5 with another --svd than fast{_OWN_ITERATIONS}]",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -81,7 +83,7 @@ Svd = Annotated[
     str | None,
     typer.Option(
         metavar=one_of(SVD_MODES),
-        help="Low-rank solver: subspace iteration, the same within 0.2 % of exact, or the paper's. [default: fast]",
+        help=f"Low-rank solver: subspace iteration, within 0.2 % of exact, or the paper's. [default: fast{_OWN_SVD}]",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -106,7 +108,7 @@ AdapterDtype = Annotated[
     typer.Option(metavar=one_of(MODEL_DTYPES), help="[default: float32, as PEFT trains]", rich_help_panel=ADAPTER),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="For random adapters, together with tensor names.", rich_help_panel=ADAPTER)
+    int | None, typer.Option(help="For random starts of adapters and of --svd fast|faithful.", rich_help_panel=ADAPTER)
 ]
 QuantType = Annotated[
     str | None,
@@ -209,7 +211,7 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Of the GPU's memory, at most; larger matrices pass through it in parts. [default: most of what is free]",
+        help="Of the memory of --device cuda, at most; larger matrices pass in parts. [default: most of what is free]",
         rich_help_panel=RUN,
         show_default=False,
     ),

@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, TypeAlias
 from loftq_cli.conversion.jobs import Converted, JobRunner, LoadedMatrix
 from loftq_cli.errors import LoftqError, MemoryShortage
 from loftq_cli.methods.lowrank import is_exact
-from loftq_cli.methods.method import Initialization, zero_adapter
+from loftq_cli.methods.method import METHODS, STARTS, Initialization, zero_adapter
 from loftq_cli.output.journal import JournalEntry
-from loftq_cli.planning.jobs import CopyJob, LayerJob, generator_for
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.quant.codebook_stack import unstacked
-from loftq_cli.quant.formats import QuantizedTensor
+from loftq_cli.quant.formats import SCALES, QuantizedTensor
 from loftq_cli.runtime.gpu import Device, Download, pinned
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import StackSteps, in_stacks
@@ -90,8 +89,8 @@ _WAYS = (_Way(1 << 26, is_whole=True), _Way(1 << 22, is_whole=True), _Way(1 << 2
 class DeviceRunner:
     """The steps of the jobs of a plan on a device: `load` and `write` for threads of their own, `compute` for one."""
 
-    def __init__(self, runner: JobRunner, device: Device, recipe: Recipe) -> None:
-        self._runner, self._device, self._recipe = runner, device, recipe
+    def __init__(self, runner: JobRunner, device: Device) -> None:
+        self._runner, self._device = runner, device
 
     def stacks(self, jobs: Sequence[LayerJob | CopyJob]) -> list[list[int]]:
         """The places of the layers in the order in which they are to run: those of a list are made at once.
@@ -158,25 +157,26 @@ class DeviceRunner:
             return None
         if job.numel * _STACKED_NBYTES * IN_FLIGHT > self._device.max_nbytes:
             return None
-        recipe, shape, lora = self._recipe, job.matrix.shape, job.lora
-        if recipe.scales == "search" or recipe.start == "principal" or recipe.fit == "joint" or recipe.calibration:
+        procedure, shape, lora = job.procedure, job.matrix.shape, job.lora
+        entry, fitting = METHODS[procedure.method], procedure.fitting
+        if fitting.fit not in entry.stacks or fitting.start != STARTS[0]:
             return None
-        if recipe.method == "loftq":
-            is_iterated = recipe.svd == "fast" and not is_exact(recipe.svd, lora.rank, shape)
+        if procedure.scales != SCALES[0] or procedure.is_calibrated:
+            return None
+        if entry.is_fitted(fitting.init):
+            is_iterated = fitting.svd == "fast" and not is_exact(fitting.svd, lora.rank, shape)
             if not is_iterated or lora.dtype != "float32":
                 return None
-        elif recipe.method != "qlora":
-            return None
         return shape, job.matrix.spec, job.matrix.dtype, job.matrix.transposed, lora
 
     def _start(self, job: LayerJob) -> torch.Tensor | None:
         """Random vectors [in, rank] that an alternation of this matrix starts from, the same on any device."""
         import torch
 
-        if self._recipe.method != "loftq" or self._key(job) is None:
+        is_fitted = METHODS[job.procedure.method].is_fitted(job.procedure.fitting.init)
+        if not is_fitted or self._key(job) is None:
             return None
-        generator = generator_for(self._recipe, job)
-        return pinned(torch.randn(job.matrix.shape[1], job.lora.rank, generator=generator))
+        return pinned(torch.randn(job.matrix.shape[1], job.lora.rank, generator=job.generator()))
 
     def _together(self, work: Mapping[int, tuple[LayerJob, DeviceWeight]]) -> StackOnDevice | None:
         """The stack on its way back; None where the device's memory is not enough for it."""
@@ -207,7 +207,7 @@ class DeviceRunner:
             weight = weight.float()
         if not starts:
             return quantize_once(weight, matrix.spec, matrix.dtype)
-        iterations = int(self._recipe.iterations or 1)
+        iterations = jobs[0].procedure.fitting.iterations
         return alternate_stack(weight, matrix.spec, matrix.dtype, lora, iterations, torch.stack(starts))
 
     def _alone(self, job: LayerJob, weight: DeviceWeight) -> Download[Converted]:
@@ -243,13 +243,13 @@ class DeviceRunner:
         """A matrix of a stack, described as jobs.py does it. What is unusual is left to jobs.py, on the processor."""
         host, i = made.download.wait(), made.places.index(place)
         if not bool(host.is_ordinary[i]):
-            choose_kernels(job.numel * int(self._recipe.iterations or 1))
+            choose_kernels(job.numel * job.procedure.fitting.iterations)
             return self._runner.compute(job, LoadedMatrix(weight.stored, weight.sha256), SERIAL)
         quantized = unstacked(host.packed, host.constants, job.matrix.spec, job.matrix.shape, job.matrix.dtype, i)
         error = LayerError(*host.sums[i, :5].tolist())
         if host.alternation is None:
             rows = TensorRows(weight.stored, job.matrix.transposed)
-            initial = Initialization(quantized, zero_adapter(rows, job.lora, generator_for(self._recipe, job)))
+            initial = Initialization(quantized, zero_adapter(rows, job.lora, job.generator()))
         else:
             initial = _initialization(quantized, host.alternation, i, job.lora.scaling, error.squared_weight)
         return self._runner.described(job, initial, error, weight.sha256)

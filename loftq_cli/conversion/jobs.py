@@ -16,12 +16,11 @@ from loftq_cli.checkpoint.statistics import Statistics
 from loftq_cli.conversion.report import layer_result
 from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts.layout import load_layout
-from loftq_cli.methods.method import METHODS, Fitting, Initialization, load_method
+from loftq_cli.methods.method import METHODS, Initialization, load_method
 from loftq_cli.output.copies import NOT_FINITE, WatchedChunks, is_intact, recast_chunks
 from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.writer import OutputFiles, tensor_bytes
-from loftq_cli.planning.jobs import CopyJob, LayerJob, generator_for, quantizer_of
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.runtime.workers import Workers, beside
 from loftq_cli.tensors.metrics import LayerError, is_finite, layer_error
 from loftq_cli.tensors.rows import Rows, TensorRows, stored_rows
@@ -64,12 +63,11 @@ class JobRunner:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        recipe: Recipe,
         files: OutputFiles,
         entries: Mapping[str, JournalEntry],
         statistics: Statistics | None = None,
     ) -> None:
-        self._checkpoint, self._recipe, self._files, self._entries = checkpoint, recipe, files, entries
+        self._checkpoint, self._files, self._entries = checkpoint, files, entries
         self._statistics = statistics
 
     def load(self, job: LayerJob | CopyJob, *, for_gpu: bool = False) -> LoadedMatrix | JournalEntry:
@@ -79,7 +77,7 @@ class JobRunner:
         entry = self._entries.get(job.name)
         if entry is not None and is_intact(self._checkpoint, entry, self._files):
             return entry
-        if isinstance(job, CopyJob) or (not for_gpu and is_streamed(self._recipe, job)):
+        if isinstance(job, CopyJob) or (not for_gpu and is_streamed(job)):
             return LoadedMatrix()
         try:
             stored = self._checkpoint.load(job.name, pinned=for_gpu)
@@ -110,8 +108,8 @@ class JobRunner:
         weighting = None
         if self._statistics is not None and job.name in self._statistics.names:
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
-        initial = _initialize(self._recipe, job, weight, weighting, None, workers)
-        decoded = quantizer_of(self._recipe, job).decoded(initial.quantized)
+        initial = _initialize(job, weight, weighting, None, workers)
+        decoded = job.quantizer().decoded(initial.quantized)
         lost = None if weighting is None else output_error(weighting, weight, decoded, initial.lora, workers)
         return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, lost)
 
@@ -119,7 +117,7 @@ class JobRunner:
         self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str, lost: float | None = None
     ) -> Converted:
         """The tensors to write of a layer and what is said of it; `lost` is the error of its outputs, if known."""
-        return Converted(_packed(self._recipe, job, initial), sha256, _result(job, initial, error, lost))
+        return Converted(_packed(job, initial), sha256, _result(job, initial, error, lost))
 
     def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:
         """Put it into its places. What the journal is to say, and whether it said so before."""
@@ -156,7 +154,7 @@ class JobRunner:
         """A layer of which only a few rows are in memory: they are read, and their codes written, one after the other;
         then both are read again, for the error of what the file holds.
         """
-        lying = load_layout(str(self._recipe.layout)).code_rows(job.matrix)
+        lying = load_layout(job.layout).code_rows(job.matrix)
         assert lying is not None
         checkpoint, file = self._checkpoint, self._files[lying.name]
         weight = stored_rows(checkpoint.load_rows, job.name, job.matrix.shape)
@@ -166,54 +164,46 @@ class JobRunner:
             place.append(tensor_bytes(lying.pack(codes)))
 
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
-            initial = _initialize(self._recipe, job, weight, None, put, workers)
-            decoded = quantizer_of(self._recipe, job).decoded(initial.quantized, lying.reader(file.load_rows))
+            initial = _initialize(job, weight, None, put, workers)
+            decoded = job.quantizer().decoded(initial.quantized, lying.reader(file.load_rows))
             error = layer_error(weight, decoded, initial.lora, workers)
-            tensors = _packed(self._recipe, job, initial)
+            tensors = _packed(job, initial)
             return Converted(tensors, input_sha256(), _result(job, initial, error), written={lying.name: place.close()})
 
 
-def is_streamed(recipe: Recipe, job: LayerJob) -> bool:
+def is_streamed(job: LayerJob) -> bool:
     """Whether only a few rows of a weight are in memory at once: where each is looked at once, and codes lie row after
     row. A small weight is read whole, which is faster.
     """
-    if METHODS[recipe.method].iterates or recipe.calibration is not None or job.numel <= _WHOLE_NUMEL:
+    procedure = job.procedure
+    if not METHODS[procedure.method].streams or procedure.is_calibrated or job.numel <= _WHOLE_NUMEL:
         return False
-    return load_layout(str(recipe.layout)).code_rows(job.matrix) is not None
+    return load_layout(job.layout).code_rows(job.matrix) is not None
 
 
 def _initialize(
-    recipe: Recipe,
     job: LayerJob,
     weight: Rows,
     weighting: Weighting | None,
     sink: Callable[[slice, torch.Tensor], None] | None,
     workers: Workers,
 ) -> Initialization:
-    fitting = Fitting(
-        iterations=int(recipe.iterations or 1),
-        svd=recipe.svd,
-        start=recipe.start or "zero",
-        fit=recipe.fit or "loftq",
-        rounds=recipe.rounds or 0,
-        init=recipe.init,
-    )
-    return load_method(recipe.method)(
+    return load_method(job.procedure.method)(
         weight,
-        quantizer_of(recipe, job, weighting),
+        job.quantizer(weighting),
         job.lora,
-        fitting,
-        generator=generator_for(recipe, job),
+        job.procedure.fitting,
+        generator=job.generator(),
         weighting=weighting,
         sink=sink,
         workers=workers,
     )
 
 
-def _packed(recipe: Recipe, job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
+def _packed(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
     """The tensors to write. Raises InputError for what would not be finite."""
 
-    tensors = load_layout(str(recipe.layout)).pack(job.matrix, initial.quantized)
+    tensors = load_layout(job.layout).pack(job.matrix, initial.quantized)
     tensors |= adapter_config.pack(job.module, initial.lora)
     for name, tensor in tensors.items():
         if not is_finite(tensor):

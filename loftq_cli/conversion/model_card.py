@@ -57,8 +57,9 @@ def _loading_lines(plan: Plan, base_model: str) -> str:
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
     row = LAYOUTS[plan.layout]
-    peft_pools = row.peft_pools and plan.recipe.pooling == "peft"
-    if not row.in_transformers or (plan.recipe.pooling is not None and not peft_pools):
+    pooling = plan.recipe.pooling
+    peft_pools = row.peft_pools and pooling is not None and pooling.convention == "peft"
+    if not row.in_transformers or (pooling is not None and not peft_pools):
         make = "from_config" if auto.startswith("Auto") else "_from_config"
         return f"""from transformers import AutoConfig, {auto}
 from loftq_cli.nn import load_adapted

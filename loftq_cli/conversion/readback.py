@@ -34,7 +34,7 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
-            if is_streamed(plan.recipe, job):  # the reported error is already of codes that were read back
+            if is_streamed(job):  # the reported error is already of codes that were read back
                 continue
             weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
             pair = adapter.pair(job.module, job.matrix.shape)

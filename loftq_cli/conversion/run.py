@@ -129,14 +129,13 @@ class ConversionWork:
     ) -> Generator[tuple[JournalEntry, bool]]:
         """The jobs of the plan, each with the journal entry and whether `finished` held the entry."""
         conversion, plan = self._conversion, self._conversion.plan
-        runner = JobRunner(conversion.checkpoint, plan.recipe, files, finished, conversion.statistics)
+        runner = JobRunner(conversion.checkpoint, files, finished, conversion.statistics)
         if self._gpu is None:
             steps = Steps(runner.load, runner.compute, runner.write)
             return in_order(plan.jobs, steps, lambda job: job.numel, workers, self._announce_layer)
         from loftq_cli.conversion.gpu_jobs import DeviceRunner, run_on_device
 
-        device_runner = DeviceRunner(runner, self._gpu, plan.recipe)
-        return run_on_device(device_runner, plan.jobs, workers.threads, self._announce_layer)
+        return run_on_device(DeviceRunner(runner, self._gpu), plan.jobs, workers.threads, self._announce_layer)
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
         """Collect the result of a layer; tell of a copied tensor that is not finite."""

@@ -25,9 +25,8 @@ from loftq_cli.inspecting.findings import Findings
 from loftq_cli.layouts.layout import DENSE
 from loftq_cli.model.stored import BaseModel, faults
 from loftq_cli.output.records import MERGE_REPORT_NAME, PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
-from loftq_cli.planning.jobs import LayerJob
-from loftq_cli.planning.planner import possible_jobs
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import QuantizableMatrix
+from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.planning.recipe_files import recipe_json, resolve_recipe
 
 _MAX_RECIPE_NBYTES = 1_000_000
@@ -69,9 +68,8 @@ class Opened:
         """Names of the stored tensors of which quantize and merge write, and read, finite numbers only."""
         if self.base is None:
             return frozenset()
-        recipe = Recipe(method="qlora", rank=1, layout=DENSE)
-        jobs = possible_jobs(self.base.tensors, self.base.config, recipe)
-        layers = {job.name for job in jobs if isinstance(job, LayerJob)} | self.base.quantized.keys()
+        units = quantizable_matrices(self.base.tensors, self.base.config, layout=DENSE)
+        layers = {unit.name for unit in units if isinstance(unit, QuantizableMatrix)} | self.base.quantized.keys()
         parts = {part.name for name in layers for part in self.base.parts(name)}
         return frozenset(parts) | frozenset(self.fingerprinted())
 

@@ -15,7 +15,7 @@ from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
-from loftq_cli.inspecting.devices import chosen_device, loaded_rows, small_numel
+from loftq_cli.inspecting.devices import check_idle_device, chosen_device, loaded_rows, small_numel
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.quant.formats import QuantSpec
@@ -69,9 +69,11 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
 
     device   see `open_device`; a layer that does not fit the GPU is compared on the processor
 
-    Raises UsageError for a GPU that is not there, MismatchError when `against` lacks a layer or has it in another
-    shape, InputError when the report names a layer that `base` lacks.
+    Raises UsageError for a GPU that is not there or has nothing to compute, MismatchError when `against` lacks a layer
+    or has it in another shape, InputError when the report names a layer that `base` lacks.
     """
+    if against is None:
+        check_idle_device(device, "--against ORIGINAL")
     report = read_report(base.folder)
     known = {layer.name: layer for layer in report[1]} if report else {}
     for name in known:

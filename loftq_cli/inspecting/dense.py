@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.inspecting.converted import check_sort_key
-from loftq_cli.inspecting.devices import chosen_device, loaded_rows, small_numel
+from loftq_cli.inspecting.devices import check_idle_device, chosen_device, loaded_rows, small_numel
 from loftq_cli.layouts.layout import DENSE, StoredMatrix
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.jobs import CopyJob, LayerJob
-from loftq_cli.planning.planner import possible_jobs
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import CopyJob, QuantizableMatrix
+from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.quant.formats import FORMATS, make_quantizer
 from loftq_cli.quant.gpu_matrix import tries_on
 from loftq_cli.runtime.gpu import SharedDevice
@@ -43,14 +42,14 @@ def inspect_checkpoint(
         if quant_type not in FORMATS:
             raise UsageError(f"--try {quant_type!r} does not exist", hint=f"one of {', '.join(FORMATS)}")
     formats = {quant_type: _matrices(base, quant_type) for quant_type in quant_types}
-    # Rank 1 fits every matrix: the adapter does not matter here.
-    jobs = possible_jobs(base.tensors, base.config, Recipe(method="qlora", rank=1))
+    jobs = quantizable_matrices(base.tensors, base.config)
     if not formats:
+        check_idle_device(device, "--try nf4")
         yield from (_tensor_row(base, job, {}) for job in jobs)
         return
-    gpu = chosen_device(device, sum(job.numel * len(formats) for job in jobs if isinstance(job, LayerJob)))
+    gpu = chosen_device(device, sum(job.numel * len(formats) for job in jobs if isinstance(job, QuantizableMatrix)))
 
-    def look(job: LayerJob | CopyJob, sharing: Workers) -> TensorRow:
+    def look(job: QuantizableMatrix | CopyJob, sharing: Workers) -> TensorRow:
         matrices = {t: found[job.name] for t, found in formats.items() if job.name in found}
         return _tensor_row(base, job, _tried(base, job.name, matrices, sharing, gpu) if matrices else {})
 
@@ -58,10 +57,10 @@ def inspect_checkpoint(
         yield from in_turn(jobs, look, lambda job: job.numel, workers, small_numel(gpu))
 
 
-def _tensor_row(base: BaseModel, job: LayerJob | CopyJob, errors: dict[str, LayerError]) -> TensorRow:
+def _tensor_row(base: BaseModel, job: QuantizableMatrix | CopyJob, errors: dict[str, LayerError]) -> TensorRow:
     ref = base.tensors[job.name]
     becomes = f"copied: {job.reason}" if isinstance(job, CopyJob) else job.matrix.spec.quant_type
-    if isinstance(job, LayerJob):
+    if isinstance(job, QuantizableMatrix):
         becomes += f", {job.matrix.spec.size_text}"
     return TensorRow(job.name, ref.shape, ref.dtype, becomes, errors)
 
@@ -81,9 +80,8 @@ def sorted_tensors(rows: Sequence[TensorRow], key: str) -> list[TensorRow]:
 def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
     """What a format with its default options would hold, by name; integers as any container could hold them."""
     layout = DENSE if FORMATS[quant_type].is_affine else None
-    recipe = Recipe(method="qlora", rank=1, quant_type=quant_type, layout=layout)
-    jobs = possible_jobs(base.tensors, base.config, recipe)
-    return {job.name: job.matrix for job in jobs if isinstance(job, LayerJob)}
+    jobs = quantizable_matrices(base.tensors, base.config, quant_type=quant_type, layout=layout)
+    return {job.name: job.matrix for job in jobs if isinstance(job, QuantizableMatrix)}
 
 
 def _tried(

@@ -19,11 +19,12 @@ from loftq_cli.layouts.layout import (
     mixing_layouts,
 )
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.recipe import Recipe
-from loftq_cli.planning.settings import affine_spec
+from loftq_cli.planning.format_options import check_layout, settle_format
+from loftq_cli.planning.recipe import RecipeFields
+from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.tensors.headers import MODEL_DTYPES
-from loftq_cli.tensors.specs import POOLINGS, CodebookSpec
+from loftq_cli.tensors.specs import POOLINGS
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,27 +126,10 @@ def _requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
     layout = options.layout or default_layout(quant_type)
     if not LAYOUTS[layout].stores_codes:
         raise UsageError(f"--requantize writes codes, and --layout {layout} has none", hint="one of the two")
-    # A recipe knows which of these belong together, and says it if they do not.
-    recipe = Recipe(
-        method="qlora",
-        quant_type=quant_type,
-        layout=layout,
-        group_size=options.group_size,
-        symmetric=options.symmetric,
-        scale_dtype=options.scale_dtype,
-    )
-    if recipe.group_size is None:
-        return MergeForm(layout, CodebookSpec(quant_type))
-    dtype = options.dtype or base.family.dtype(base.tensors.values())
-    spec = affine_spec(
-        layout,
-        quant_type,
-        recipe.group_size,
-        symmetric=bool(recipe.symmetric),
-        dtype=dtype,
-        scale_dtype=options.scale_dtype,
-    )
-    return MergeForm(layout, spec)
+    fields = RecipeFields(group_size=options.group_size, symmetric=options.symmetric, scale_dtype=options.scale_dtype)
+    quant = settle_format(fields, quant_type, layout)
+    check_layout(quant, layout)
+    return MergeForm(layout, spec_of(quant, layout, options.dtype or base.family.dtype(base.tensors.values())))
 
 
 def _rounded(options: MergeOptions, base: BaseModel, specs: Sequence[QuantSpec], *, can_move: bool) -> MergeForm:

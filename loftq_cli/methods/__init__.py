@@ -6,6 +6,7 @@ weighting.py    the cost of an error, with statistics of the inputs
 method.py       the contract of a method, and the table
 alternation.py  quantize, fit the adapter, repeat
 loftq.py        LoftQ: the adapter holds the quantization error
+pissa.py        QPiSSA: the adapter holds the principal part of the weights
 qalora.py       QA-LoRA: the adapter reads pooled inputs
 qlora.py        QLoRA: the adapter starts at zero
 stacked.py      LoftQ and QLoRA of many equal matrices on a GPU

@@ -34,23 +34,23 @@ def initialize(
 ) -> Initialization:
     """The best of the alternations and rounds of `fitting`; see `alternate`.
 
-    The loop sees what will be stored: constants after double quantization and in their dtype, lora_A and lora_B in
-    theirs, and the scaling divided out of them.
+    The loop sees the stored numbers: constants after double quantization and rounded to the stored dtype, lora_A and
+    lora_B rounded to the adapter's dtype, with the scaling divided out.
     """
     del sink
     weighting = weighting or make_weighting(None, 1)
     coordinates = None if weighting.is_plain else weighting
     solve = make_solver(fitting.svd, lora.rank, weight.shape, generator, workers, coordinates)
-    # A bfloat16 residual changes what iteration finds by less than it misses anyway, and takes half the memory; but
-    # for inputs some of which are far larger than others.
+    # A bfloat16 residual takes half the memory and changes the result by less than the iteration misses anyway, except
+    # where some inputs are far larger than others.
     decomposes = is_exact(fitting.svd, lora.rank, weight.shape)
     is_small = decomposes or weighting.importance is not None or math.prod(weight.shape) <= _SMALL_NUMEL
     dtype = torch.float32 if is_small else torch.bfloat16
-    # Rounding depends on how the factors are balanced: what is not stored in float32 has to be so at every step.
+    # Rounding depends on the balance of the factors: factors in a 16-bit dtype are balanced at every step.
     balances = lora.dtype != "float32"
     adapting = Adapting(lambda residual: fit_adapter(residual, lora, solve, balances, coordinates), solve)
-    found = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
-    return found if balances or decomposes else replace(found, lora=balanced_pair(found.lora))
+    best = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
+    return best if balances or decomposes else replace(best, lora=balanced_pair(best.lora))
 
 
 def fit_adapter(
@@ -60,19 +60,22 @@ def fit_adapter(
     balances: bool = True,
     weighting: Weighting | None = None,
 ) -> tuple[LoraPair, float]:
-    """The adapter with s·B·A = the rank-r approximation of `residual` that `solve` finds, in the adapter's dtype, and
-    by how much it lowers the squared error, or what that costs by a `weighting` whose coordinates `solve` is in.
+    """The adapter with s·B·A = the rank-r approximation of `residual` [out, in], in the adapter's dtype; and the gain:
+    how much the adapter lowers the squared error of the residual, or the cost by `weighting`.
+
+    solve      the solver, in the coordinates of `weighting` where one is given
+    balances   whether √S stands in both factors
     """
-    found = solve(residual, balances=balances)
-    right = found.right if weighting is None else weighting.adapter_rows(found.right)
-    # Both public implementations fit B·A and forget s, which most loaders then multiply by: the gain is lost.
+    factors = solve(residual, balances=balances)
+    right = factors.right if weighting is None else weighting.adapter_rows(factors.right)
+    # Both public implementations fit B·A and forget s; most loaders multiply by s, and the gain is lost.
     root = math.sqrt(lora.scaling)
     dtype = getattr(torch, lora.dtype)
-    pair = LoraPair((right / root).to(dtype), (found.left / root).to(dtype), lora.scaling)
-    return pair, found.gain
+    pair = LoraPair((right / root).to(dtype), (factors.left / root).to(dtype), lora.scaling)
+    return pair, factors.gain
 
 
 def balanced_pair(lora: LoraPair) -> LoraPair:
     """The same adapter with equal norms in both factors; lora_B is orthonormal, up to the scaling."""
-    found = balanced(Factors(lora.lora_B, lora.lora_A, 0.0))
-    return replace(lora, lora_A=found.right, lora_B=found.left)
+    factors = balanced(Factors(lora.lora_B, lora.lora_A, 0.0))
+    return replace(lora, lora_A=factors.right, lora_B=factors.left)

@@ -1,7 +1,7 @@
 """QA-LoRA (Xu et al., arXiv 2309.14717): quantize in groups; the adapter reads the inputs of a group pooled to one
-number, so what it adds is the same for every weight of a group, and merges into the zero points.
+number. So the adapter adds one number to all weights of a group, and merges into the zero points.
 
-Beyond the paper, the adapter can start holding the part of the quantization error that has this form.
+Beyond the paper, the adapter can start with the mean quantization error of every group.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def initialize(
     sink: Callable[[slice, torch.Tensor], None] | None = None,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """Standard: Q = quantize(W), and the adapter of QLoRA over pooled inputs. Residual: the best of the alternations
-    and rounds of `fitting` with the best adapter of this form, or the standard start where none is better.
+    """Init "standard": Q = quantize(W), and the adapter of QLoRA over pooled inputs. Init "residual": the best of the
+    alternations and rounds of `fitting` with a pooled adapter, or the standard start where no alternation is better.
     """
     del sink
     start = zero_adapter(weight, lora, generator)
@@ -51,7 +51,7 @@ def initialize(
     dtype = torch.bfloat16 if fitting.svd != "exact" and coordinates is None else torch.float32
     adapting = Adapting(lambda residual: fit_adapter(residual, lora, start, solve, coordinates), solve)
     found = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
-    # What is fitted by other costs is better by them, and they do not compare with a Frobenius norm.
+    # A weighted fit is better by weighted costs, and weighted costs do not compare with a Frobenius norm.
     if weighting.importance is not None or min(found.iteration_errors) < (found.quantization_error or math.inf):
         return found
     return replace(found, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)

@@ -1,4 +1,4 @@
-"""QLoRA (Dettmers et al., arXiv 2305.14314): quantize once; the adapter adds nothing until it is trained."""
+"""QLoRA (Dettmers et al., arXiv 2305.14314): quantize once; the adapter adds nothing before training."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def initialize(
     sink: Callable[[slice, torch.Tensor], None] | None = None,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """Q = quantize(W); lora_A uniform as PEFT draws it (Kaiming, a = √5: bound 1/√in), lora_B zero. With a `weighting`,
-    codes and constants are then refined, `fitting.rounds` times: each lowers what errors do to the layer's outputs.
+    """Q = quantize(W); lora_A is uniform as PEFT draws lora_A (Kaiming, a = √5: bound 1/√in), lora_B is zero. Given a
+    `weighting`, `fitting.rounds` rounds refine codes and constants; each round lowers the error of the layer's outputs.
     """
     quantized = quantizer.quantize(weight, sink=sink, workers=workers)
     adapter = zero_adapter(weight, lora, generator)

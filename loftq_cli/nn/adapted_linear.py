@@ -101,10 +101,8 @@ class AdaptedLinear(nn.Module):
                 transposed=facts.transposed,
                 is_container_named=options.get("layout") is not None,
             )
-            with computing(work_of(recipe, job)) as workers:
-                return cls.of_start(
-                    start_of(linear, job, recipe, workers, freeze_base=freeze_base, cache=cache), linear
-                )
+            with computing(work_of(job)) as workers:
+                return cls.of_start(start_of(linear, job, workers, freeze_base=freeze_base, cache=cache), linear)
 
     @property
     def weight(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.merging.provenance import check_provenance
+from loftq_cli.methods.method import METHODS
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
@@ -123,12 +124,19 @@ class _Linear:
         return built.to(weight.device).train(self.module.training)
 
 
-_CLASSES: dict[str, type[AdaptedLinear]] = {"loftq": LoftQLinear, "qlora": QLoRALinear}
+_CLASSES: dict[str, type[AdaptedLinear]] = {kind.__name__: kind for kind in (LoftQLinear, QLoRALinear, QALoRALinear)}
 
 
 def adapted_class(method: str | None, lora: LoraSpec) -> type[AdaptedLinear]:
-    """The class of an adapted linear, by the method of its start and by how the adapter reads inputs."""
-    return QALoRALinear if lora.pooling else _CLASSES.get(str(method), LoftQLinear)
+    """The class that trains adapters of a method, by `linear_class` in the row of the method.
+
+    Without a known method, or for an adapter that pools inputs unlike the method, the first method with the pooling of
+    the adapter decides.
+    """
+    rows = [entry for entry in METHODS.values() if entry.is_pooled == (lora.pooling is not None)]
+    entry = METHODS.get(str(method))
+    row = entry if entry in rows else rows[0]
+    return _CLASSES[row.linear_class]
 
 
 @dataclass(frozen=True)

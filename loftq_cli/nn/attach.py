@@ -95,7 +95,6 @@ def _attach(model: nn.Module, settled: Recipe, *, freeze_base: bool, cache: bool
             start = start_of(
                 target.linear,
                 target.job,
-                settled,
                 workers,
                 freeze_base=freeze_base,
                 cache=cache,

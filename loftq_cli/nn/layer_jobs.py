@@ -14,15 +14,15 @@ import torch
 
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.layout import StoredMatrix, load_layout
-from loftq_cli.methods.method import Fitting, Initialization, load_method
+from loftq_cli.methods.method import SVD_MODES, Fitting, Initialization, load_method
 from loftq_cli.methods.weighting import Weighting
 from loftq_cli.nn.option_types import check_options
-from loftq_cli.planning.jobs import LayerJob, generator_for, quantizer_of
+from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
-from loftq_cli.planning.planner import build_plan, possible_jobs
-from loftq_cli.planning.recipe import SVD_MODES, Override, Recipe
+from loftq_cli.planning.planner import build_plan, plan_jobs
+from loftq_cli.planning.recipe import Override, Recipe, RecipeFields
 from loftq_cli.planning.recipe_files import resolve_recipe
-from loftq_cli.planning.settings import decoded_dtype, layer_settings
+from loftq_cli.planning.settings import decoded_dtype, layer_settings, procedure_of
 from loftq_cli.quant.formats import FORMATS, Cost, QuantizedTensor, Quantizer, QuantSpec
 from loftq_cli.runtime.kernel_choice import is_worth_compiling
 from loftq_cli.runtime.workers import SERIAL, Workers, available_threads, started
@@ -42,7 +42,7 @@ def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recip
 
     Raises UsageError for an unknown name, a value of another type, and an option that means nothing beside the others.
     """
-    checked = check_options(options, Recipe, without=_OF_FILES)
+    checked = check_options(options, RecipeFields, without=_OF_FILES)
     if overrides := checked.get("override"):
         checked["override"] = tuple(map(_override, overrides))
     return resolve_recipe(None if source is None else str(source), checked)
@@ -50,7 +50,7 @@ def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recip
 
 def layer_recipe(options: Mapping[str, Any]) -> Recipe:
     """The recipe of one linear from options by keyword. Raises as `model_recipe` does."""
-    return resolve_recipe(None, check_options(options, Recipe, without=_OF_FILES + _OF_MODELS))
+    return resolve_recipe(None, check_options(options, RecipeFields, without=_OF_FILES + _OF_MODELS))
 
 
 def layer_job(
@@ -72,14 +72,23 @@ def layer_job(
     spec, lora, _ = layer_settings(recipe, name, model_dtype)
     _check_rank(lora.rank, shape, name)
     _check_groups(spec, shape, name)
-    layout = str(recipe.layout)
+    layout = recipe.layout
     fit = load_layout(layout).fit(spec, shape, transposed=transposed)
     if fit.spec is None and is_container_named:
         hint = "layout='dense' holds every matrix"
         raise UsageError(f"layout {layout} does not hold it: {fit.reason}", tensor=name or None, hint=hint)
     spec = fit.spec or spec
     matrix = StoredMatrix(name, shape, spec, decoded_dtype(layout, spec, model_dtype), transposed)
-    return LayerJob(matrix=matrix, module=name, lora=lora, base_tensors=(), adapter_tensors=(), note=fit.reason)
+    return LayerJob(
+        matrix=matrix,
+        module=name,
+        lora=lora,
+        layout=layout,
+        procedure=procedure_of(recipe),
+        base_tensors=(),
+        adapter_tensors=(),
+        note=fit.reason,
+    )
 
 
 def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
@@ -87,7 +96,7 @@ def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe:
 
     Raises UsageError with the reasons when no tensor is quantized, and when an option does not fit a tensor.
     """
-    jobs = possible_jobs(tensors, config, recipe)
+    jobs = plan_jobs(tensors, config, recipe)
     if not any(isinstance(job, LayerJob) for job in jobs):
         matrices = [job for job in jobs if not isinstance(job, LayerJob) and len(job.output.shape) == 2]
         reasons = ", ".join(f"{job.name} ({job.note or job.reason})" for job in matrices[:3])
@@ -96,16 +105,14 @@ def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe:
     return build_plan(tensors, config, recipe)
 
 
-def initialize(
-    recipe: Recipe, job: LayerJob, weight: Rows, weighting: Weighting | None, workers: Workers = SERIAL
-) -> Initialization:
+def initialize(job: LayerJob, weight: Rows, weighting: Weighting | None, workers: Workers = SERIAL) -> Initialization:
     """The base and the adapter of a job, bit for bit as `loftq quantize` writes both.
 
     Raises NumericError for a weight with NaN or infinite values and for a weight that the number format cannot hold,
     InputError for factors that overflow the adapter's dtype.
     """
-    quantizer = quantizer_of(recipe, job, weighting)
-    return _finite(_initialize(recipe, job, weight, quantizer, _fitting(recipe), weighting, workers))
+    quantizer = job.quantizer(weighting)
+    return _finite(_initialize(job, weight, quantizer, job.procedure.fitting, weighting, workers))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +132,7 @@ class TrainableStart:
 
 
 def initialize_trainable(
-    recipe: Recipe, job: LayerJob, weight: TensorRows, weighting: Weighting | None, workers: Workers = SERIAL
+    job: LayerJob, weight: TensorRows, weighting: Weighting | None, workers: Workers = SERIAL
 ) -> TrainableStart:
     """The last alternation of a job, with the matrix P that the last alternation quantizes: P = W − s·B·A with the
     adapter of the alternation before, Q = quantize(P), and the adapter of W − dequant(Q). A single alternation and a
@@ -134,9 +141,9 @@ def initialize_trainable(
     Rounds of refinement happen before the last alternation: refined codes are not the codes of any matrix.
     Raises NumericError and InputError like `initialize`.
     """
-    quantizer, fitting = quantizer_of(recipe, job, weighting), _fitting(recipe)
+    quantizer, fitting = job.quantizer(weighting), job.procedure.fitting
     all_but_last = replace(fitting, iterations=max(fitting.iterations - 1, 1))
-    initial = _initialize(recipe, job, weight, quantizer, all_but_last, weighting, workers)
+    initial = _initialize(job, weight, quantizer, all_but_last, weighting, workers)
     dtype = weight.tensor.dtype
     target = weight.rows(slice(0, weight.shape[0])).clone().to(dtype)
     if fitting.iterations > 1 or not initial.iteration_errors:
@@ -145,10 +152,8 @@ def initialize_trainable(
             target[part] = (weight.rows(part).float() - delta(part)).to(dtype)
     quantized = quantizer.quantize(TensorRows(target), workers=workers)
     single = Fitting(iterations=1, svd=fitting.svd, init=fitting.init)
-    fitted = _finite(
-        _initialize(recipe, job, weight, _AlreadyQuantized(quantizer, quantized), single, weighting, workers)
-    )
-    return TrainableStart(target, job.matrix.spec, job.matrix.dtype, str(recipe.scales), fitted.lora)
+    fitted = _finite(_initialize(job, weight, _AlreadyQuantized(quantizer, quantized), single, weighting, workers))
+    return TrainableStart(target, job.matrix.spec, job.matrix.dtype, job.procedure.scales, fitted.lora)
 
 
 @contextmanager
@@ -177,9 +182,9 @@ def check_solver(svd: str) -> None:
         raise UsageError(f"svd {svd!r} does not exist", hint=f"one of {', '.join(SVD_MODES)}")
 
 
-def work_of(recipe: Recipe, job: LayerJob) -> int:
+def work_of(job: LayerJob) -> int:
     """Weights of the matrix times alternations."""
-    return job.numel * int(recipe.iterations or 1)
+    return job.numel * job.procedure.fitting.iterations
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +216,6 @@ class _AlreadyQuantized:
 
 
 def _initialize(
-    recipe: Recipe,
     job: LayerJob,
     weight: Rows,
     quantizer: Quantizer,
@@ -219,25 +223,14 @@ def _initialize(
     weighting: Weighting | None,
     workers: Workers,
 ) -> Initialization:
-    return load_method(recipe.method)(
+    return load_method(job.procedure.method)(
         weight,
         quantizer,
         job.lora,
         fitting,
-        generator=generator_for(recipe, job),
+        generator=job.generator(),
         weighting=weighting,
         workers=workers,
-    )
-
-
-def _fitting(recipe: Recipe) -> Fitting:
-    return Fitting(
-        iterations=int(recipe.iterations or 1),
-        svd=recipe.svd,
-        start=recipe.start or "zero",
-        fit=recipe.fit or "loftq",
-        rounds=recipe.rounds or 0,
-        init=recipe.init,
     )
 
 

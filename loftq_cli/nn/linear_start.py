@@ -14,7 +14,6 @@ from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
 from loftq_cli.nn.layer_jobs import initialize, initialize_trainable
 from loftq_cli.nn.quantized_linear import QuantizedLinear
 from loftq_cli.planning.jobs import LayerJob
-from loftq_cli.planning.recipe import Recipe
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
 from loftq_cli.tensors.rows import TensorRows
@@ -92,7 +91,6 @@ def check_linear(linear: object, name: str = "") -> LinearFacts:
 def start_of(
     linear: nn.Module,
     job: LayerJob,
-    recipe: Recipe,
     workers: Workers,
     *,
     freeze_base: bool = True,
@@ -110,11 +108,11 @@ def start_of(
     base: nn.Linear
     try:
         if freeze_base:
-            initial = initialize(recipe, job, rows, weighting, workers)
+            initial = initialize(job, rows, weighting, workers)
             pair = initial.lora
             base = QuantizedLinear(initial.quantized, bias, dtype=weight.dtype, cache=cache)
         else:
-            start = initialize_trainable(recipe, job, rows, weighting, workers)
+            start = initialize_trainable(job, rows, weighting, workers)
             pair = start.lora
             base = FakeQuantizedLinear(start.weight, bias, start.spec, start.dtype, start.scales)
     except LoftqError as error:

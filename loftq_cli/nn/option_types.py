@@ -24,8 +24,8 @@ def check_options(options: Mapping[str, Any], record: type, without: Sequence[st
 
     Raises UsageError for an unknown name, with the nearest option, and for a value of another type.
 
-    >>> from loftq_cli.planning.recipe import Recipe
-    >>> check_options({"rank": 8, "alpha": 16}, Recipe)
+    >>> from loftq_cli.planning.recipe import RecipeFields
+    >>> check_options({"rank": 8, "alpha": 16}, RecipeFields)
     {'rank': 8, 'alpha': 16.0}
     """
     hints = get_type_hints(record)

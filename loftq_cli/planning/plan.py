@@ -1,5 +1,5 @@
-"""Headers and a recipe become a plan: every job, every output tensor in its file, every size; or one error that names
-the tensor and the option. Needs no torch: `--dry-run` prints what this module returns.
+"""The plan of a conversion: every job, every output tensor in its file, every size, the small JSON files. Needs no
+torch: `--dry-run` prints a plan.
 """
 
 from __future__ import annotations
@@ -27,17 +27,21 @@ from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.runtime.kernel_choice import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.tensors.headers import OutTensor, TensorRef
 
-_TORCH_NBYTES = 280_000_000  # importing torch and its first operations, measured on Linux
-_WEIGHTED_NBYTES = (
-    20  # for each entry of the statistics of a layer's inputs: they, their root, and what is made of them
-)
-# What a search for constants, and a round of refinement, takes in passes of plain quantizing over the weights.
+_TORCH_NBYTES = 280_000_000  # importing torch and the first operations, measured on Linux
+_WEIGHTED_NBYTES = 20  # for each entry of the statistics of a layer's inputs: the entry, a root, products, measured
+# Cost of a search for constants, and of a round of refinement, in passes of plain quantizing over the weights.
 _SEARCH_PASSES, _ROUND_PASSES = 4, 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion will do."""
+    """Everything a conversion will do.
+
+    dtype    of the stored model
+    jobs     one for each tensor of the source, in the order of the source
+    shards   the files of the base
+    notes    sentences for the user, before the work starts
+    """
 
     recipe: Recipe
     family: Family
@@ -48,18 +52,18 @@ class Plan:
 
     @cached_property
     def layers(self) -> tuple[LayerJob, ...]:
-        """The jobs that quantize."""
+        """The weights to quantize."""
         return tuple(job for job in self.jobs if isinstance(job, LayerJob))
 
     @cached_property
     def copies(self) -> tuple[CopyJob, ...]:
-        """The jobs that copy."""
+        """The tensors to copy."""
         return tuple(job for job in self.jobs if isinstance(job, CopyJob))
 
     @property
     def layout(self) -> str:
         """The container of the base."""
-        return str(self.recipe.layout)
+        return self.recipe.layout
 
     @property
     def adapter_dir(self) -> str:
@@ -83,9 +87,9 @@ class Plan:
 
     @property
     def peak_nbytes(self) -> int:
-        """About how much memory the conversion takes: it depends on the largest matrix, not on their number."""
+        """About how many bytes of memory the conversion takes: the largest matrix decides, not their number."""
         method = METHODS[self.recipe.method]
-        per_weight, per_gram = method.exact_nbytes if self.recipe.svd == "exact" else (0, 0)
+        per_weight, per_gram = method.exact_nbytes if self.recipe.fitting.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
         per_input = _WEIGHTED_NBYTES if self.recipe.calibration is not None else 0
         compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
@@ -100,28 +104,29 @@ class Plan:
 
     @property
     def work(self) -> int:
-        """Weights times the passes over them."""
+        """Weights of all layers, times the passes over every weight."""
         recipe = self.recipe
-        passes = int(recipe.iterations or 1) if METHODS[recipe.method].iterates else 1
+        passes = recipe.fitting.iterations
         passes *= _SEARCH_PASSES if recipe.scales == "search" else 1
-        passes += _ROUND_PASSES * (recipe.rounds or 0)
+        passes += _ROUND_PASSES * recipe.fitting.rounds
         return passes * sum(job.numel for job in self.layers)
 
     @property
     def shard_of(self) -> dict[str, str]:
-        """Output tensor name -> file, as a safetensors index has it."""
+        """File of each output tensor by name, as a safetensors index lists the files."""
         return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
 
     def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the output."""
         names = [module_of(job.name) for job in self.jobs]
-        kept = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
+        unquantized = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
-        spec, others = spec_of(self.recipe, self.dtype), dict[str, QuantSpec]()
-        if spec.is_affine:  # of a codebook, each weight says its own
+        spec, others = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
+        if spec.is_affine:  # a codebook stands beside each weight
             spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
         refused_by = self.family.row.refused_by
-        facts = ModelFacts(self.dtype, spec, [job.module for job in self.layers], kept, has_experts, others, refused_by)
+        modules = [job.module for job in self.layers]
+        facts = ModelFacts(self.dtype, spec, modules, unquantized, has_experts, others, refused_by)
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to what the config says; nothing else would name it.
         named = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.dtype}
@@ -140,8 +145,11 @@ class Plan:
         )
 
     def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str, statistics: str | None = None) -> str:
-        """A hash of all that decides the bytes of the result, other than the numbers in the input; `statistics` is that
-        of a calibration, wherever it lies.
+        """A hash of everything that decides the bytes of the result, but for the numbers in the input.
+
+        tensors      headers of the source
+        base_model   name of the base in the adapter's config
+        statistics   sha256 of a calibration; the path of the calibration does not count
         """
         recipe = {name: value for name, value in recipe_json(self.recipe).items() if name != "calibration"}
         return hashlib.sha256(
@@ -156,7 +164,7 @@ class Plan:
 
 
 def _unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
-    """Modules that a loader might take for linears to quantize: matrices, and the prefixes of experts."""
+    """Names of copied modules that a loader might take for linears to quantize: matrices, and prefixes of experts."""
     seen = set()
     for job in copies:
         module = module_of(job.name)

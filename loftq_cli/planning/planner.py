@@ -1,4 +1,4 @@
-"""Headers and a recipe become a plan; or one error that names the tensor and the option. Needs no torch."""
+"""Headers and a recipe become a plan, or one error that names the tensor and the option. Needs no torch."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import (
-    DENSE_HINT,
-    LAYOUTS,
-    Fit,
-    Layout,
-    StoredMatrix,
-    either,
-    fused_modules,
-    load_layout,
-    mixing_layouts,
-)
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
-from loftq_cli.model.targets import Target, choose_targets, module_of
-from loftq_cli.planning.jobs import CopyJob, LayerJob, pack_shards
+from loftq_cli.model.targets import choose_targets, module_of
+from loftq_cli.planning.jobs import CopyJob, LayerJob, QuantizableMatrix, pack_shards
+from loftq_cli.planning.matrices import MatrixPlanner, model_dtype
 from loftq_cli.planning.plan import Plan
-from loftq_cli.planning.recipe import Recipe
-from loftq_cli.planning.settings import decoded_dtype, layer_settings, spec_of
+from loftq_cli.planning.recipe import AffineOptions, Recipe
+from loftq_cli.planning.settings import layer_settings, procedure_of, spec_of
 from loftq_cli.quant.formats import QuantSpec
-from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
+from loftq_cli.tensors.headers import TensorRef, config_file_beside
 
 
 def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
@@ -36,7 +27,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     a value of the wrong type.
     """
     family = Family(config, config_file_beside(tensors.values()))
-    planner, jobs = _jobs(tensors, family, recipe)
+    dtype, planner, jobs = _planned(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
@@ -46,107 +37,70 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     _check_overrides(recipe, jobs)
     notes = [*planner.notes, *_summary_notes(jobs, planner.recast), *_fused_notes(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
-    plan = Plan(recipe, planner.family, planner.dtype, tuple(jobs), shards, tuple(notes))
+    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
     plan.model_config(config)  # refuses a model that the container's loaders do not read
     return plan
 
 
-def possible_jobs(
-    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe
-) -> list[LayerJob | CopyJob]:
-    """The jobs of a plan, for looking at a checkpoint: it is no error when there is nothing to quantize."""
-    return _jobs(tensors, Family(config, config_file_beside(tensors.values())), recipe)[1]
+def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> list[LayerJob | CopyJob]:
+    """The jobs of the plan that `build_plan` makes, also where no weight is quantized. Raises as `build_plan` does for
+    an option that does not fit a tensor.
+    """
+    return _planned(tensors, Family(config, config_file_beside(tensors.values())), recipe)[2]
 
 
-def _jobs(
+def _planned(
     tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
-) -> tuple[_Planner, list[LayerJob | CopyJob]]:
+) -> tuple[str, MatrixPlanner, list[LayerJob | CopyJob]]:
+    """The dtype of the stored model, the planner with its notes, and the jobs."""
     targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
-    dtype = family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
-    if LAYOUTS[str(recipe.layout)].one_dtype:
-        dtype = recipe.scale_dtype or dtype
-    planner = _Planner(recipe, family, dtype, load_layout(str(recipe.layout)), [module_of(name) for name in tensors])
-    return planner, [job for name, ref in tensors.items() if (job := planner.job(ref, targets[name])) is not None]
+    dtype = _stored_dtype(recipe, model_dtype(tensors, targets, family))
+    planner = _matrix_planner(tensors, family, recipe, dtype)
+    units = ((ref, planner.plan(ref, targets[name])) for name, ref in tensors.items())
+    return dtype, planner, [_job(recipe, planner, dtype, ref, unit) for ref, unit in units if unit is not None]
 
 
-class _Planner:
-    """Turns one tensor after the other into a job; collects what has to be said about it."""
+def _stored_dtype(recipe: Recipe, dtype: str) -> str:
+    """The dtype of the stored model. Some loaders need all tensors in one dtype: then the dtype of the scales."""
+    if LAYOUTS[recipe.layout].one_dtype and isinstance(recipe.quant, AffineOptions):
+        return recipe.quant.scale_dtype or dtype
+    return dtype
 
-    def __init__(self, recipe: Recipe, family: Family, dtype: str, layout: Layout, modules: Sequence[str]) -> None:
-        self.recipe, self.family, self.dtype, self.layout, self.modules = recipe, family, dtype, layout, modules
-        self.notes: list[str] = []
-        self.recast = 0
-        self.unfit: Fit | None = None
 
-    def job(self, ref: TensorRef, target: Target) -> LayerJob | CopyJob | None:
-        if ref.alias_of is not None and self.family.ties_embeddings():
-            self.notes.append(f"{ref.name} is {ref.alias_of} (tied): stored once")
-            return None
-        if not target.quantize:
-            return self._copy(ref, target.reason)
-        return self._layer(ref)
+def _matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe, dtype: str) -> MatrixPlanner:
+    def spec_for(module: str) -> QuantSpec | None:
+        spec, _, is_quantized = layer_settings(recipe, module, dtype)
+        return spec if is_quantized else None
 
-    def _layer(self, ref: TensorRef) -> LayerJob | CopyJob:
-        module = module_of(ref.name)
-        transposed = self.family.is_transposed(module)
-        shape = (ref.shape[1], ref.shape[0]) if transposed else (ref.shape[0], ref.shape[1])
-        asked, lora, quantize = layer_settings(self.recipe, module, self.dtype)
-        if not quantize:
-            return self._copy(ref, "excluded by an override")
-        fit = self.layout.fit(asked, shape, transposed=transposed)
-        self._check_own_format(ref.name, asked, fit, shape, transposed=transposed)
-        if fit.spec is None:
-            self.unfit = self.unfit or fit
-            reason = fit.reason or "does not fit the container"
-            return self._copy(ref, reason, note=f"kept in full precision: {reason}")
-        # A pooled adapter may have more rank than its input has groups: PEFT trains such ones.
-        if lora.rank > min(shape):
-            raise UsageError(
-                f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
-                tensor=ref.name,
-                hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
-            )
-        dtype = decoded_dtype(str(self.recipe.layout), fit.spec, self.dtype)
-        matrix = StoredMatrix(ref.name, shape, fit.spec, dtype, transposed)
-        loaded = self.family.loaded_name(module, self.modules)
-        return LayerJob(
-            matrix=matrix,
-            module=loaded,
-            lora=lora,
-            base_tensors=self.layout.planned(matrix),
-            adapter_tensors=adapter_config.planned(adapter_config.AdaptedModule(loaded, shape, lora)),
-            note=fit.reason,
+    modules = [module_of(name) for name in tensors]
+    return MatrixPlanner(family, recipe.layout, dtype, modules, spec_of(recipe.quant, recipe.layout, dtype), spec_for)
+
+
+def _job(
+    recipe: Recipe, planner: MatrixPlanner, dtype: str, ref: TensorRef, unit: QuantizableMatrix | CopyJob
+) -> LayerJob | CopyJob:
+    """The job of a tensor. Raises UsageError for a rank that the matrix does not have."""
+    if isinstance(unit, CopyJob):
+        return unit
+    module, shape = module_of(ref.name), unit.matrix.shape
+    _, lora, _ = layer_settings(recipe, module, dtype)
+    # A pooled adapter may have more rank than an input has groups: PEFT trains such adapters.
+    if lora.rank > min(shape):
+        raise UsageError(
+            f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
+            tensor=ref.name,
+            hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
         )
-
-    def _check_own_format(
-        self, name: str, asked: QuantSpec, fit: Fit, shape: tuple[int, int], *, transposed: bool
-    ) -> None:
-        """Raises UsageError for integers of a layer's own that the container does not hold: they were asked for."""
-        common, layout = spec_of(self.recipe, self.dtype), str(self.recipe.layout)
-        if asked == common or not asked.is_affine:
-            return
-        mixed = self.layout.row.mixed
-        if mixed == "none":
-            what = f"layout {layout} has one quant_type and group size for all layers, and an override has another"
-            mixing = either(mixing_layouts(asked.quant_type, with_offsets=False))
-            raise UsageError(what, tensor=name, hint=f"--layout {mixing}")
-        if mixed == "symmetric" and asked.zero_point_kind != "none":
-            what = f"an override has another format, and loaders of {layout} mix formats without zero points only"
-            mixing = either(mixing_layouts(asked.quant_type, with_offsets=True))
-            raise UsageError(what, tensor=name, hint=f"--symmetric, or --layout {mixing}")
-        if fit.spec is None and self.layout.fit(common, shape, transposed=transposed).spec is not None:
-            raise UsageError(f"an override does not fit it: {fit.reason}", tensor=name, hint=fit.hint)
-
-    def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
-        dtype = ref.dtype
-        # transformers keeps what is called "weight" in a quantized checkpoint in its stored dtype, and two float dtypes
-        # in one model do not compute: so these are stored in the model's own.
-        row = self.layout.row
-        parameter = (".weight", ".bias") if row.one_dtype else ".weight"
-        if row.stores_codes and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:
-            dtype = self.dtype
-        self.recast += dtype != ref.dtype
-        return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)
+    return LayerJob(
+        matrix=unit.matrix,
+        module=unit.module,
+        lora=lora,
+        layout=recipe.layout,
+        procedure=procedure_of(recipe),
+        base_tensors=planner.layout.planned(unit.matrix),
+        adapter_tensors=adapter_config.planned(adapter_config.AdaptedModule(unit.module, shape, lora)),
+        note=unit.note,
+    )
 
 
 def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
@@ -172,8 +126,10 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
 
 
 def _fused_notes(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> Iterator[str]:
-    """What servers that fuse layers do not load: other loaders do, so it is said and not refused."""
-    layout = str(recipe.layout)
+    """A note on layers that vLLM makes one matrix of, where the formats differ. Other loaders read such layers, so the
+    model is not refused.
+    """
+    layout = recipe.layout
     specs = {module_of(job.name): job.matrix.spec if isinstance(job, LayerJob) else None for job in jobs}
     uneven = [group for group in fused_modules(layout, specs) if len({specs[module] for module in group}) > 1]
     if uneven:

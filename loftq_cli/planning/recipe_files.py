@@ -14,27 +14,37 @@ from typing import Any, get_args, get_type_hints
 
 from loftq_cli.errors import StorageError, UsageError
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.planning.recipe import _AFFINE_DEFAULTS, _CODEBOOK_DEFAULTS, _QALORA_DEFAULTS, Override, Recipe
+from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
+from loftq_cli.planning.format_options import AFFINE_OPTIONS, CODEBOOK_OPTIONS
+from loftq_cli.planning.recipe import AffineOptions, Override, Recipe, RecipeFields
+from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
 from loftq_cli.quant.formats import FORMATS
 
 
 def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool = False) -> Recipe:
-    """Defaults < `source` (a preset's name or a TOML file) < `flags` (field name -> value; None is not given).
+    """The settled recipe of defaults < `source` (a preset's name or a TOML file) < `flags`.
 
-    With `mixes`, defaults are those of a model whose layers have several formats, though no override says so yet. Where
-    a flag names another quant_type or method, what `source` says of the one that it replaces goes with it.
+    flags   values by the names of RecipeFields; None: the flag was not typed
+    mixes   whether defaults are those of a model whose layers have several formats, though no override says so yet
+
+    Where a flag names another quant_type or method, what `source` says of the replaced one is dropped. Raises
+    UsageError for a source that is no recipe, and for options that do not exist, contradict each other or mean nothing.
+
+    >>> resolve_recipe("qlora-nf4", {"rank": 4}).rank
+    4
     """
-    given = {name: value for name, value in flags.items() if value is not None}
+    typed = {name: value for name, value in flags.items() if value is not None}
     values = {} if source is None else _read_recipe(source)
-    outdated = _outdated(values, given)
+    outdated = _outdated(values, typed)
     values["override"] = tuple(
-        _without(override, outdated | _changed_family(override, given)) for override in values.get("override", ())
+        _without(override, outdated | _changed_family(override, typed)) for override in values.get("override", ())
     )
-    merged = {**{name: value for name, value in values.items() if name not in outdated}, **given}
-    recipe = Recipe(**merged)
-    if mixes and "symmetric" not in merged and recipe.symmetric is False:
-        return replace(recipe, symmetric=recipe.method != "qalora" and LAYOUTS[str(recipe.layout)].mixed == "symmetric")
+    fields = RecipeFields(**{**{name: value for name, value in values.items() if name not in outdated}, **typed})
+    recipe = settle(fields, typed)
+    is_asymmetric = isinstance(recipe.quant, AffineOptions) and not recipe.quant.symmetric
+    if mixes and fields.symmetric is None and is_asymmetric and recipe.pooling is None:
+        return settle(replace(fields, symmetric=LAYOUTS[recipe.layout].mixed == "symmetric"), typed)
     return recipe
 
 
@@ -44,29 +54,43 @@ def _without(override: Override, names: set[str]) -> Override:
     return replace(override, **nothing)
 
 
-def _changed_family(override: Override, given: Mapping[str, Any]) -> set[str]:
-    """The name of an override's quant_type where `given` names one of the other kind for the model."""
-    model, own = FORMATS.get(given.get("quant_type", "")), FORMATS.get(override.quant_type or "")
+def _changed_family(override: Override, typed: Mapping[str, Any]) -> set[str]:
+    """{"quant_type"} for an override of integers where `typed` names a codebook for the model, or vice versa."""
+    model, own = FORMATS.get(typed.get("quant_type", "")), FORMATS.get(override.quant_type or "")
     return {"quant_type"} if model and own and model.is_affine != own.is_affine else set()
 
 
-def _outdated(values: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
-    """Names of options that mean nothing any more once `given` has changed the format or the method of `values`."""
+def _outdated(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
+    """Names of options that mean nothing any more once `typed` has changed the format or the method of `values`."""
     names: set[str] = set()
-    if (quant_type := given.get("quant_type")) in FORMATS:
-        names |= (_CODEBOOK_DEFAULTS if FORMATS[quant_type].is_affine else _AFFINE_DEFAULTS).keys()
+    if (quant_type := typed.get("quant_type")) in FORMATS:
+        names.update(CODEBOOK_OPTIONS if FORMATS[quant_type].is_affine else AFFINE_OPTIONS)
         layout = LAYOUTS.get(values.get("layout", ""))
         if layout is not None and quant_type not in layout.quant_types:
             names.add("layout")
-    if given.get("method", "qalora") != "qalora":
-        names |= _QALORA_DEFAULTS.keys()
-    # How often something is done, and from where, was meant for the fit that was named beside it.
-    changed = {n for n in ("method", "init", "fit", "calibration") if n in given and given[n] != values.get(n)}
+    # Counts and starts were meant for the fit that the file names beside them.
+    changed = {n for n in ("method", "init", "fit", "calibration") if n in typed and typed[n] != values.get(n)}
     if changed:
         names |= {"start", "rounds", "iterations", "scales"}
     if changed & {"method", "init"}:
-        names.add("fit")
+        names |= {"fit"} | _untaken(values, typed)
+    entry = METHODS.get(typed.get("method", values.get("method", DEFAULT_METHOD)))
+    if typed.get("svd") == "exact" and entry is not None and not entry.draws_adapter:
+        names.add("seed")  # nothing is drawn any more
     return names
+
+
+def _untaken(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
+    """Names of options of `values` that mean nothing for the method or the start in `typed`."""
+    entry = METHODS.get(typed.get("method", values.get("method", DEFAULT_METHOD)))
+    if entry is None:
+        return set()
+    names = set() if entry.is_pooled else {"pooling"}
+    init = typed.get("init", values.get("init"))
+    if init not in entry.inits:
+        names.add("init")
+        init = next(iter(entry.inits))
+    return names | {name for name in ("svd", "calibration") if name not in entry.inits[init].takes}
 
 
 def preset_directory() -> Path:
@@ -77,7 +101,7 @@ def preset_directory() -> Path:
 
 
 def presets() -> dict[str, str]:
-    """Name of each preset -> the first line of its comment."""
+    """The first line of the comment in each preset, by the preset's name."""
     return {
         path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         for path in sorted(preset_directory().glob("*.toml"))
@@ -85,9 +109,13 @@ def presets() -> dict[str, str]:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """The whole recipe as TOML that `--recipe` reads back to an equal one."""
+    """The whole recipe as TOML that `--recipe` reads back to an equal one.
+
+    >>> recipe_toml(resolve_recipe("qlora-nf4", {})).splitlines()[0]
+    'method = "qlora"'
+    """
     lines = []
-    for name, value in _set_fields(recipe).items():
+    for name, value in _set_fields(fields_of(recipe)).items():
         if name != "override":
             lines.append(f"{name} = {_toml_value(value)}")
     for override in recipe.override:
@@ -97,8 +125,8 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as JSON values; what is None is left out."""
-    values = _set_fields(recipe)
+    """The whole recipe as JSON values, without options that are None."""
+    values = _set_fields(fields_of(recipe))
     values["override"] = [_set_fields(override) for override in recipe.override]
     return values
 
@@ -115,12 +143,12 @@ def _read_recipe(source: str) -> dict[str, Any]:
         raise StorageError(error.strerror or "cannot be read", file=path) from None
     try:
         table = tomllib.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # beside its own, that of a number with thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError too for a number with thousands of digits
         raise UsageError(f"not valid TOML: {error}", file=path) from None
     overrides = table.pop("override", [])
     if not isinstance(overrides, list) or not all(isinstance(entry, dict) for entry in overrides):
         raise UsageError("override must be a list of tables", file=path, hint="write [[override]]")
-    values = _typed(Recipe, table, path)
+    values = _typed(RecipeFields, table, path)
     values["override"] = tuple(_override(entry, path) for entry in overrides)
     return values
 
@@ -132,7 +160,7 @@ def _override(entry: dict[str, Any], path: Path) -> Override:
 
 
 def _typed(record: type, table: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`table` with its keys and types checked against the fields of `record`."""
+    """The values of `table` by the names of the fields of `record`. Raises UsageError for another key or type."""
     hints = get_type_hints(record)
     values = {}
     for name, value in table.items():
@@ -167,7 +195,7 @@ def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
 _KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _set_fields(record: Recipe | Override) -> dict[str, Any]:
+def _set_fields(record: RecipeFields | Override) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return {name: value for name, value in values.items() if value is not None}
 

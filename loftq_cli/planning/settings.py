@@ -1,4 +1,4 @@
-"""A recipe applied to one layer: its number format, its adapter, and whether it is quantized at all."""
+"""A recipe applied to one layer: the number format, the adapter, and whether the layer is quantized at all."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ import re
 from dataclasses import replace
 
 from loftq_cli.layouts.layout import LAYOUTS
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.jobs import Procedure
+from loftq_cli.planning.recipe import CodebookOptions, FormatOptions, Recipe
 from loftq_cli.quant.formats import FORMATS, QuantSpec, override_spec
-from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec, Pooling
+from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec
 
 
-def spec_of(recipe: Recipe, dtype: str) -> QuantSpec:
-    """The number format of a recipe for a model of `dtype`."""
-    if not FORMATS[recipe.quant_type].is_affine:
-        return CodebookSpec(recipe.quant_type, int(recipe.block_size or 0), bool(recipe.double_quant))
+def spec_of(options: FormatOptions, layout: str, dtype: str) -> QuantSpec:
+    """The number format of `options` as the container called `layout` holds it, in a model of `dtype`."""
+    if isinstance(options, CodebookOptions):
+        return CodebookSpec(options.quant_type, options.block_size, options.double_quant)
     return affine_spec(
-        str(recipe.layout),
-        recipe.quant_type,
-        int(recipe.group_size or 0),
-        symmetric=bool(recipe.symmetric),
+        layout,
+        options.quant_type,
+        options.group_size,
+        symmetric=options.symmetric,
         dtype=dtype,
-        scale_dtype=recipe.scale_dtype,
+        scale_dtype=options.scale_dtype,
     )
 
 
@@ -40,11 +41,18 @@ def decoded_dtype(layout: str, spec: QuantSpec, dtype: str) -> str:
     return LAYOUTS[layout].decoded_dtype(spec, dtype)
 
 
+def procedure_of(recipe: Recipe) -> Procedure:
+    """The way in which `recipe` computes base and adapter of every layer."""
+    is_calibrated = recipe.calibration is not None
+    return Procedure(recipe.method, recipe.fitting, recipe.scales, recipe.seed, is_calibrated)
+
+
 def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:
-    """The specification, the adapter and whether to quantize, after the overrides that match `module`."""
-    spec, quantize = spec_of(recipe, dtype), True
-    pooling = Pooling(recipe.pooling, int(recipe.group_size or 0)) if recipe.pooling else None
-    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, pooling)
+    """Number format, adapter, and whether to quantize, for the layer called `module` in a model of `dtype`: values of
+    the recipe, then of every override that matches the name, in order.
+    """
+    spec, quantize = spec_of(recipe.quant, recipe.layout, dtype), True
+    default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, recipe.pooling)
     rank, alpha = recipe.rank, None
     for override in recipe.override:
         if re.search(override.match, module):
@@ -57,6 +65,6 @@ def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, 
                 block_size=override.block_size,
                 double_quant=override.double_quant,
             )
-    # Servers apply one scaling to the whole model, so another rank brings the alpha that keeps it.
-    kept = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
-    return spec, replace(default, rank=rank, alpha=kept if alpha is None else alpha), quantize
+    # Servers apply one scaling to the whole model: another rank brings the alpha that keeps the scaling.
+    equal_alpha = default.scaling * (math.sqrt(rank) if recipe.rslora else rank)
+    return spec, replace(default, rank=rank, alpha=equal_alpha if alpha is None else alpha), quantize

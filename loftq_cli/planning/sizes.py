@@ -6,14 +6,21 @@ import re
 
 from loftq_cli.errors import UsageError, printable
 
-MAX_INT = 2**63 - 1  # TOML's own limit, which Python's reader leaves open
+MAX_INT = 2**63 - 1  # the limit of TOML; Python's reader has none
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str, name: str = "max_shard_size", least: int = 10**6) -> int:
-    """Bytes of "5GB", "500 MB", "1GiB" or "1000000". Raises UsageError for anything else, and for less than `least`, in
-    which `name` is what has the size.
+    """Bytes of a size as people write sizes: "5GB", "500 MB", "1GiB" or "1000000".
+
+    name    the option that has the size, for the error
+    least   the smallest size allowed, in bytes
+
+    Raises UsageError for a text that is no size, and for a size under `least`.
+
+    >>> parse_size("1.5GB")
+    1500000000
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:

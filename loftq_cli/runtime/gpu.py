@@ -28,10 +28,13 @@ _WORTH_STARTING = 1 << 31
 _FREE_SHARE = 0.8  # of the memory that is free at the start; the rest is for what torch and its libraries add
 
 
-def check_device_name(name: str) -> None:
-    """Raises UsageError for a name that no device has."""
+def check_device_name(name: str, max_nbytes: int | None = None) -> None:
+    """Raises UsageError for a name that no device has, and for a bound on the memory of a GPU where none computes."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise UsageError(f"--device {name!r} does not exist", hint=f"one of {DEVICES}")
+    if name == "cpu" and max_nbytes is not None:
+        message = "--max-memory bounds the memory of a GPU, and --device cpu computes on none"
+        raise UsageError(message, hint="--device cuda, or leave --max-memory out")
 
 
 def open_device(name: str, work: int, max_nbytes: int | None = None) -> Device | None:
@@ -40,7 +43,7 @@ def open_device(name: str, work: int, max_nbytes: int | None = None) -> Device |
 
     Raises UsageError for a GPU that is not there.
     """
-    check_device_name(name)
+    check_device_name(name, max_nbytes)
     if name == "cpu" or (name == "auto" and work < _WORTH_STARTING):
         return None
     import torch

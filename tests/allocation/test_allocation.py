@@ -30,7 +30,8 @@ from loftq_cli.conversion.report import bits_per_weight
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe import Override
+from loftq_cli.planning.settle import fields_of, make_recipe
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.tensors.rows import TensorRows
 
@@ -130,7 +131,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def allocation_of(source: Path, target: Budget, threads: int = 1, **recipe: Any) -> tuple[Allocation, Conversion]:
     values = {"quant_type": "int4", "layout": "compressed-tensors", "symmetric": True, "rank": 8, **recipe}
     done = prepare_within_target(
-        str(source), source.parent / "never", Recipe(**values), target, threads=threads, observe=lambda *said: None
+        str(source), source.parent / "never", make_recipe(**values), target, threads=threads, observe=lambda *said: None
     )
     assert done.allocation is not None
     return done.allocation, done
@@ -139,12 +140,11 @@ def allocation_of(source: Path, target: Budget, threads: int = 1, **recipe: Any)
 @pytest.mark.parametrize("method", ["loftq", "qalora"])
 def test_curves_are_what_the_best_adapter_leaves(method: str, source: Path) -> None:
     layout = "mlx" if method == "qalora" else "compressed-tensors"
-    recipe = Recipe(quant_type="int3", method=method, layout=layout, group_size=32, fit="loftq")
+    recipe = make_recipe(quant_type="int3", method=method, layout=layout, group_size=32, fit="loftq")
     prepared = prepare_conversion(str(source), source.parent / "never", recipe)
     layers, ranks = prepared.plan.layers, (0, 1, 4, 64)
     curves = error_curves(
         prepared.checkpoint,
-        recipe,
         layers,
         {job.name: [job.matrix] for job in layers},
         {job.name: ranks for job in layers},
@@ -175,7 +175,7 @@ def test_the_larger_a_matrix_the_less_exact_its_decomposition_needs_to_be(
     weight = torch.randn(side, 40, generator=generator) @ torch.randn(40, side, generator=generator) * 1e-3
     weight += torch.randn(side, side, generator=generator) * 1e-3
     save_file({"layers.0.proj.weight": weight}, tmp_path / "w.safetensors")
-    recipe = Recipe(quant_type="int2", group_size=32, fit="loftq")
+    recipe = make_recipe(quant_type="int2", group_size=32, fit="loftq")
     prepared = prepare_conversion(str(tmp_path / "w.safetensors"), tmp_path / "never", recipe)
     (job,) = prepared.plan.layers
     curves = error_curves(prepared.checkpoint, recipe, [job], {job.name: [job.matrix]}, {job.name: (16,)})
@@ -190,7 +190,7 @@ def test_the_larger_a_matrix_the_less_exact_its_decomposition_needs_to_be(
 
 def test_statistics_change_what_is_measured(source: Path) -> None:
     """Of a layer whose inputs have one channel, only the errors of that column count: relative to the column."""
-    prepared = prepare_conversion(str(source), source.parent / "never", Recipe(quant_type="int4", symmetric=True))
+    prepared = prepare_conversion(str(source), source.parent / "never", make_recipe(quant_type="int4", symmetric=True))
     jobs = prepared.plan.layers
     name = next(job.name for job in jobs if job.name.endswith("down_proj.weight"))
     columns = {job.name: job.matrix.shape[1] for job in jobs}
@@ -204,10 +204,9 @@ def test_statistics_change_what_is_measured(source: Path) -> None:
             return diagonal
 
     matrices, ranks = {job.name: [job.matrix] for job in jobs}, {job.name: (0,) for job in jobs}
-    recipe: Any = prepared.plan.recipe
     statistics: Any = OneChannel()
     plain, weighted = (
-        error_curves(prepared.checkpoint, recipe, jobs, matrices, ranks, statistics=s) for s in (None, statistics)
+        error_curves(prepared.checkpoint, jobs, matrices, ranks, statistics=s) for s in (None, statistics)
     )
     for job in jobs:
         curve, other = plain[job.name], weighted[job.name]
@@ -281,7 +280,7 @@ def fused_with(module: str, other: str) -> bool:
 
 def test_no_other_choice_would_have_been_better(source: Path) -> None:
     # Every exchange of the format of one layer, and of those that need the same one, tried from the measured curves.
-    recipe = Recipe(quant_type="int4", symmetric=True, rank=8, group_size=32)
+    recipe = make_recipe(quant_type="int4", symmetric=True, rank=8, group_size=32)
     prepared = prepare_conversion(str(source), source.parent / "never", recipe)
     allocation, _ = allocation_of(source, Budget(bits_per_weight=3.1))
     left = 3.1 * sum(layer.numel for layer in allocation.layers) / 8
@@ -297,7 +296,7 @@ def test_no_other_choice_would_have_been_better(source: Path) -> None:
                 spec = dataclasses.replace(job.matrix.spec, bits=bits, group_size=size)
                 matrix = dataclasses.replace(job.matrix, spec=spec)
                 more += sum(t.nbytes for t in convert_layout().planned(matrix)) - layer.candidate.base_nbytes
-                curves = error_curves(prepared.checkpoint, recipe, [job], {job.name: [matrix]}, {job.name: (8,)})
+                curves = error_curves(prepared.checkpoint, [job], {job.name: [matrix]}, {job.name: (8,)})
                 relative = curves[job.name].squared_errors[spec][0] / curves[job.name].squared_weight
                 cost += math.sqrt(layer.numel) * (relative - layer.candidate.relative_error)
             assert more > left or cost >= -1e-9
@@ -324,7 +323,7 @@ def test_what_mlx_holds_may_differ(source: Path) -> None:
     [Override(match=r"layers\.\d+\.self_attn\.k_proj", quant_type="int8"), Override(match="k_proj", quantize=False)],
 )
 def test_an_override_that_vllm_cannot_load_is_said(override: Override, source: Path) -> None:
-    recipe = Recipe(quant_type="int4", symmetric=True, rank=8, group_size=32, override=(override,))
+    recipe = make_recipe(quant_type="int4", symmetric=True, rank=8, group_size=32, override=(override,))
     (note,) = (n for n in prepare_conversion(str(source), source.parent / "never", recipe).plan.notes if "vLLM" in n)
     assert "q_proj, k_proj, v_proj of model.layers.0.self_attn" in note
 
@@ -570,12 +569,12 @@ def test_the_built_in_model_loses_less_at_no_more_bytes(tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"quant_type": "int3", "rank": 16, "layout": "mlx"}
     recipe |= {"fit": "loftq", "iterations": 1, "svd": "exact"}
     errors = []
-    uniform = prepare_conversion("builtin:tiny-llama", tmp_path / "uniform", Recipe(**recipe))
+    uniform = prepare_conversion("builtin:tiny-llama", tmp_path / "uniform", make_recipe(**recipe))
     bits = bits_per_weight(uniform.plan)
     found = allocate(uniform.checkpoint, uniform.plan.recipe, Budget(bits_per_weight=bits))
     assert found.bits_per_weight <= bits
-    for name, values in (("uniform", Recipe(**recipe)), ("chosen", found.recipe)):
-        fields = {field.name: getattr(values, field.name) for field in dataclasses.fields(values)}
+    for name, values in (("uniform", make_recipe(**recipe)), ("chosen", found.recipe)):
+        fields = dataclasses.asdict(fields_of(values)) | {"override": values.override}
         outcome = run_conversion("builtin:tiny-llama", tmp_path / name, **fields)
         layers = [(math.prod(layer.shape), layer.error.error) for layer in outcome.layers]
         errors.append(sum(math.sqrt(numel) * error**2 for numel, error in layers))

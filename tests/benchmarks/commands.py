@@ -13,13 +13,13 @@ from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.run import merge_adapter
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 from tests.support.conversions import Silent
 
 
 def run_convert(source: Path, output: Path, threads: int = 1, *, verify: bool = True, method: str = "qlora") -> None:
     """Into an `output` that is not there yet."""
-    prepared = prepare_conversion(str(source), output, Recipe(method=method))
+    prepared = prepare_conversion(str(source), output, make_recipe(method=method))
     convert_checkpoint(prepared, Silent(), overwrite=False, restart=False, verify=verify, threads=threads)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from loftq_cli.conversion.prepare import prepare_conversion
 from loftq_cli.conversion.run import convert_checkpoint
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 from tests.benchmarks.gpu_card import failure
 from tests.benchmarks.gpu_checkpoint import LlamaShape, drop_from_cache, reading_seconds, write_llama
 from tests.benchmarks.gpu_timeline import RESOURCES, busy, chart, recorded
@@ -174,7 +174,7 @@ def _converted(
         recipe if run.method == "loftq" else {key: recipe[key] for key in recipe if key not in ("fit", "iterations")}
     )
     start, phases = time.perf_counter(), Phases()
-    prepared = prepare_conversion(str(source), output, Recipe(method=run.method, **options))
+    prepared = prepare_conversion(str(source), output, make_recipe(method=run.method, **options))
     outcome = convert_checkpoint(
         prepared,
         phases,

@@ -14,10 +14,11 @@ from tempfile import TemporaryDirectory
 import torch
 
 from loftq_cli.checkpoint.statistics import open_statistics
-from loftq_cli.methods.method import Fitting, Initialization, load_method
+from loftq_cli.methods.method import Initialization, load_method
 from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.planning.recipe import Recipe
 from loftq_cli.planning.settings import spec_of
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.tensors.metrics import adapter_delta
 from loftq_cli.tensors.rows import TensorRows
@@ -43,10 +44,10 @@ _NOTES = (
 def recipes(quant_type: str) -> dict[str, Recipe]:
     """The contenders; `calibration` only says that there is one."""
     return {
-        FAST: Recipe(quant_type=quant_type, fit="loftq"),
-        EXACT: Recipe(quant_type=quant_type, fit="loftq", svd="exact"),
-        JOINT: Recipe(quant_type=quant_type),
-        CALIBRATED: Recipe(quant_type=quant_type, calibration="statistics"),
+        FAST: make_recipe(quant_type=quant_type, fit="loftq"),
+        EXACT: make_recipe(quant_type=quant_type, fit="loftq", svd="exact"),
+        JOINT: make_recipe(quant_type=quant_type),
+        CALIBRATED: make_recipe(quant_type=quant_type, calibration="statistics"),
     }
 
 
@@ -113,13 +114,6 @@ def _compared(
 
 def _fit(recipe: Recipe, weights: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> list[Initialization]:
     """What a conversion makes of matrices that are in memory."""
-    fitting = Fitting(
-        iterations=int(recipe.iterations or 1),
-        svd=recipe.svd,
-        start=str(recipe.start),
-        fit=str(recipe.fit),
-        rounds=recipe.rounds or 0,
-    )
     made = []
     for weight, statistic in zip(weights, inputs, strict=True):
         weighting = None if recipe.calibration is None else make_weighting(statistic, 1)
@@ -127,7 +121,7 @@ def _fit(recipe: Recipe, weights: Sequence[torch.Tensor], inputs: Sequence[torch
             TensorRows(weight),
             _quantizer(recipe, weighting),
             LoraSpec(recipe.rank, recipe.rank),
-            fitting,
+            recipe.fitting,
             generator=torch.Generator().manual_seed(0),
             weighting=weighting,
         )
@@ -153,4 +147,4 @@ def _errors(
 
 def _quantizer(recipe: Recipe, weighting: Weighting | None) -> Quantizer:
     importance = None if weighting is None else weighting.importance
-    return make_quantizer(spec_of(recipe, DTYPE), DTYPE, str(recipe.scales), importance)
+    return make_quantizer(spec_of(recipe.quant, recipe.layout, DTYPE), DTYPE, str(recipe.scales), importance)

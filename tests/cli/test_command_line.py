@@ -23,6 +23,7 @@ def source(tmp_path_factory):
 
 
 FAST = ("--rank", 4, "--iterations", 1)
+OPTIONS = {"loftq": FAST, "qlora": ("--rank", 4)}
 
 
 def test_results_go_to_stdout_and_everything_else_to_stderr(run, source):
@@ -93,7 +94,7 @@ def test_underscores_are_as_good_as_dashes(run, source):
 
 def test_every_option_reaches_the_recipe(run, source):
     _, out, _ = run(
-        *("quantize", source, "out", "--dry-run", "--json", "--method", "qlora", "--quant-type", "nf4"),
+        *("quantize", source, "out", "--dry-run", "--json", "--method", "loftq", "--quant-type", "nf4"),
         *(
             "--scales",
             "search",
@@ -108,11 +109,26 @@ def test_every_option_reaches_the_recipe(run, source):
             "--iterations",
             2,
         ),
-        *("--svd", "exact", "--adapter-dtype", "bfloat16", "--seed", 3, "--include", "mlp", "--include", "attn"),
+        *(
+            "--fit",
+            "loftq",
+            "--start",
+            "principal",
+            "--svd",
+            "faithful",
+            "--adapter-dtype",
+            "bfloat16",
+            "--seed",
+            3,
+            "--include",
+            "mlp",
+            "--include",
+            "attn",
+        ),
         *("--exclude", "down", "--max-shard-size", "2MB", "--layout", "dense"),
     )
     assert json.loads(out)["recipe"] == {
-        "method": "qlora",
+        "method": "loftq",
         "quant_type": "nf4",
         "block_size": 128,
         "double_quant": False,
@@ -120,8 +136,10 @@ def test_every_option_reaches_the_recipe(run, source):
         "rank": 8,
         "alpha": 12.5,
         "rslora": True,
+        "start": "principal",
+        "fit": "loftq",
         "iterations": 2,
-        "svd": "exact",
+        "svd": "faithful",
         "adapter_dtype": "bfloat16",
         "seed": 3,
         "include": ["mlp", "attn"],
@@ -194,7 +212,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(run, source, tmp_path, v
     weight = load_file(source / "model.safetensors")[NAME]
     weight[3, 5] = value
     model = damaged(source, tmp_path / "model", **{NAME: weight})
-    status, out, err = run("quantize", model, "out", *FAST, "--method", method, "-q")
+    status, out, err = run("quantize", model, "out", *OPTIONS[method], "--method", method, "-q")
     assert (status, out) == (2, "")
     assert err.startswith(f"error: {model}/model.safetensors: tensor {NAME}: holds NaN or infinite values")
     assert len(err.splitlines()) == 1
@@ -204,11 +222,13 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(run, source, tmp_path, v
 def test_weights_too_large_for_double_quantization_are_refused_with_the_remedy(run, source, tmp_path):
     huge = torch.full((192, 128), 3.3e38, dtype=torch.bfloat16)
     model = damaged(source, tmp_path / "model", **{NAME: huge})
-    status, _, err = run("quantize", model, "out", *FAST, "--method", "qlora", "-q")
+    status, _, err = run("quantize", model, "out", *OPTIONS["qlora"], "--method", "qlora", "-q")
     assert status == 2
     assert f"tensor {NAME}" in err
     assert "--no-double-quant" in err
-    status, _, _ = run("quantize", model, "out", *FAST, "--method", "qlora", "-q", "--no-double-quant", "--restart")
+    status, _, _ = run(
+        "quantize", model, "out", *OPTIONS["qlora"], "--method", "qlora", "-q", "--no-double-quant", "--restart"
+    )
     assert status == 0
 
 
@@ -293,7 +313,7 @@ def test_two_runs_give_the_same_bytes(source, tmp_path):
     results = []
     for place, method in (("a", "loftq"), ("b", "loftq"), ("c", "qlora"), ("d", "qlora")):
         (tmp_path / place).mkdir()
-        done = loftq("quantize", source, "out", *FAST, "--method", method, "-q", cwd=tmp_path / place)
+        done = loftq("quantize", source, "out", *OPTIONS[method], "--method", method, "-q", cwd=tmp_path / place)
         assert done.returncode == 0, done.stderr
         results.append(files_of(tmp_path / place / "out"))
     assert results[0] == results[1]
@@ -302,15 +322,15 @@ def test_two_runs_give_the_same_bytes(source, tmp_path):
 
 def test_another_seed_draws_another_qlora_adapter_and_the_same_base(run, source, tmp_path):
     for seed in (0, 1):
-        run("quantize", source, f"out{seed}", *FAST, "--method", "qlora", "--seed", seed, "-q")
+        run("quantize", source, f"out{seed}", *OPTIONS["qlora"], "--method", "qlora", "--seed", seed, "-q")
     one, two = (load_file(tmp_path / f"out{seed}" / "qlora_init" / "adapter_model.safetensors") for seed in (0, 1))
     assert all(not torch.equal(one[name], two[name]) for name in one if "lora_A" in name)
     assert (tmp_path / "out0/model.safetensors").read_bytes() == (tmp_path / "out1/model.safetensors").read_bytes()
 
 
 def test_what_is_drawn_for_a_layer_does_not_depend_on_the_others(run, source, tmp_path):
-    run("quantize", source, "all", *FAST, "--method", "qlora", "-q")
-    run("quantize", source, "few", *FAST, "--method", "qlora", "-q", "--include", "layers.1.mlp")
+    run("quantize", source, "all", *OPTIONS["qlora"], "--method", "qlora", "-q")
+    run("quantize", source, "few", *OPTIONS["qlora"], "--method", "qlora", "-q", "--include", "layers.1.mlp")
     few = load_file(tmp_path / "few/qlora_init/adapter_model.safetensors")
     all_layers = load_file(tmp_path / "all/qlora_init/adapter_model.safetensors")
     assert len(few) == 6

@@ -21,7 +21,7 @@ from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.conversion.prepare import prepare_conversion, prepare_within_target
 from loftq_cli.errors import LoftqError, MismatchError, UsageError
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 
 TEXT = "".join(f"Row {i} of the table has {i * i} squares, and {i % 7} of them are blue.\n" for i in range(200))
 
@@ -125,14 +125,14 @@ def test_the_diagonal_alone_does_too(model, tmp_path):
 def test_statistics_of_another_model_are_refused_before_anything_is_written(statistics, tmp_path):
     other = models.gpt2(tmp_path / "gpt2")
     with pytest.raises(MismatchError, match="has no statistics there") as caught:
-        prepare_conversion(str(other), tmp_path / "out", Recipe(calibration=str(statistics)))
+        prepare_conversion(str(other), tmp_path / "out", make_recipe(calibration=str(statistics)))
     assert caught.value.exit_code == 4
     assert not (tmp_path / "out").exists()
 
 
 def test_so_are_those_of_a_model_of_another_width_before_formats_are_chosen(statistics, tmp_path):
     other = models.llama(tmp_path / "narrow", hidden=64)
-    recipe = Recipe(quant_type="int4", group_size=32, layout="mlx", calibration=str(statistics))
+    recipe = make_recipe(quant_type="int4", group_size=32, layout="mlx", calibration=str(statistics))
     told: list[str] = []
     with pytest.raises(MismatchError, match="has 96 inputs, and statistics of 192"):
         prepare_within_target(
@@ -153,7 +153,7 @@ def test_layers_that_text_does_not_reach_are_said_and_converted(model, statistic
     fewer.mkdir()
     (fewer / "calibration.json").write_text(json.dumps(values))
     (fewer / "statistics.safetensors").write_bytes((statistics / "statistics.safetensors").read_bytes())
-    prepared = prepare_conversion(str(model), tmp_path / "out", Recipe(calibration=str(fewer), rank=4))
+    prepared = prepare_conversion(str(model), tmp_path / "out", make_recipe(calibration=str(fewer), rank=4))
     assert "1 layers have no statistics, and all of their weights count the same" in prepared.plan.notes
     outcome = run_conversion(model, tmp_path / "out", rank=4, calibration=str(fewer))
     assert [layer.name for layer in outcome.layers if layer.output_error is None] == [gone]
@@ -166,18 +166,19 @@ def test_where_the_statistics_lie_changes_nothing_and_what_they_say_does(model, 
     for name, data in statistics_files.items():
         (moved / name).write_bytes(data)
     first, second = (
-        prepare_conversion(str(model), tmp_path / "out", Recipe(calibration=str(path))) for path in (statistics, moved)
+        prepare_conversion(str(model), tmp_path / "out", make_recipe(calibration=str(path)))
+        for path in (statistics, moved)
     )
     assert first.fingerprint == second.fingerprint
     values = json.loads((moved / "calibration.json").read_text())
     (moved / "calibration.json").write_text(json.dumps({**values, "tokens": 7}))
-    third = prepare_conversion(str(model), tmp_path / "out", Recipe(calibration=str(moved)))
+    third = prepare_conversion(str(model), tmp_path / "out", make_recipe(calibration=str(moved)))
     assert third.fingerprint != first.fingerprint
 
 
 def test_a_calibration_that_is_none_is_named(model, tmp_path):
     with pytest.raises(LoftqError, match="STATS"):
-        prepare_conversion(str(model), tmp_path / "out", Recipe(calibration=str(tmp_path / "STATS")))
+        prepare_conversion(str(model), tmp_path / "out", make_recipe(calibration=str(tmp_path / "STATS")))
 
 
 @pytest.mark.parametrize(
@@ -196,4 +197,4 @@ def test_a_calibration_that_is_none_is_named(model, tmp_path):
 )
 def test_options_that_mean_nothing_together_are_refused(recipe, message):
     with pytest.raises(UsageError, match=message):
-        Recipe(**recipe)
+        make_recipe(**recipe)

@@ -202,7 +202,7 @@ class TestStacks:
         plan = prepare_conversion(str(model), model.parent / "out", quick_recipe(**recipe)).plan
         with a_gpu():
             device = Device(torch.device("cuda", 0), max_nbytes)
-            return plan.jobs, DeviceRunner(None, device, plan.recipe).stacks(plan.jobs)
+            return plan.jobs, DeviceRunner(None, device).stacks(plan.jobs)
 
     def test_equal_matrices_are_made_together_wherever_they_stand(self, tmp_path):
         jobs, stacks = self.stacks(llama(tmp_path / "model"), method="loftq", rank=4)

@@ -17,8 +17,8 @@ from loftq_cli.model.family import Family
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import dump_json
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import Recipe
 from loftq_cli.planning.settings import affine_spec
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.tensors.headers import TensorRef
 from loftq_cli.tensors.rows import TensorRows
@@ -42,12 +42,12 @@ _SHAPE = (32, 64)
 _FAMILIES = ("gpt2", "t5", "falcon", "qwen2_vl", "bert", "mamba", "deepseek_v3", "llava", "LlamaModel")
 _VALUES = (*HOSTILE, *_FAMILIES, ["BertModel"], {"quant_method": "gptq"}, {"bits": 4, "group_size": 32})
 _RECIPES = (
-    Recipe(rank=4),
-    Recipe(rank=4, quant_type="int4", group_size=32),
-    Recipe(rank=4, quant_type="int4", group_size=32, layout="gptq", method="qlora"),
-    Recipe(rank=4, quant_type="int4", group_size=32, layout="metal", method="qalora"),
-    Recipe(rank=4, quant_type="int4", group_size=32, layout="mlx", method="qlora"),
-    Recipe(rank=4, layout="dense"),
+    make_recipe(rank=4),
+    make_recipe(rank=4, quant_type="int4", group_size=32),
+    make_recipe(rank=4, quant_type="int4", group_size=32, layout="gptq", method="qlora"),
+    make_recipe(rank=4, quant_type="int4", group_size=32, layout="metal", method="qalora"),
+    make_recipe(rank=4, quant_type="int4", group_size=32, layout="mlx", method="qlora"),
+    make_recipe(rank=4, layout="dense"),
 )
 
 

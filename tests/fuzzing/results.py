@@ -14,8 +14,9 @@ from loftq_cli.merging.provenance import check_provenance
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.checksums import read_checksums
 from loftq_cli.output.journal import parse_journal
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe import Override
 from loftq_cli.planning.recipe_files import recipe_toml, resolve_recipe
+from loftq_cli.planning.settle import make_recipe
 from tests.fuzzing.engine import Session
 from tests.fuzzing.models import LAYER, quantized_model
 from tests.fuzzing.mutations import HOSTILE, edited, json_bytes, pick
@@ -146,8 +147,8 @@ def recipe(directory: Path) -> Session:
     """A recipe of any content, in TOML."""
     path = directory / "recipe.toml"
     texts = [
-        recipe_toml(Recipe(include=("q_proj",), override=(Override(match="k_proj", rank=8, alpha=2.0),))),
-        recipe_toml(Recipe(method="qalora", quant_type="int4", override=(Override(match="v", quantize=False),))),
+        recipe_toml(make_recipe(include=("q_proj",), override=(Override(match="k_proj", rank=8, alpha=2.0),))),
+        recipe_toml(make_recipe(method="qalora", quant_type="int4", override=(Override(match="v", quantize=False),))),
     ]
     originals = [text.splitlines() for text in texts]
 

@@ -29,8 +29,9 @@ from loftq_cli.conversion.prepare import prepare_conversion
 from loftq_cli.errors import InputError, LoftqError, MismatchError, UsageError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.nn import load_adapted
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe import Override
 from loftq_cli.planning.recipe_files import recipe_toml, resolve_recipe
+from loftq_cli.planning.settle import make_recipe
 
 FAST = {"rank": 4, "alpha": 8.0, "iterations": 2}
 MIX = (
@@ -131,7 +132,7 @@ def test_overrides_that_leave_the_format_alone_leave_the_config_alone(
     recipe: dict[str, Any] = {**FAST, "quant_type": "int4", "layout": layout, "symmetric": layout != "mlx"}
     configs = []
     for override in ((), same):
-        prepared = prepare_conversion(str(source), tmp_path / "out", Recipe(**recipe, override=override))
+        prepared = prepare_conversion(str(source), tmp_path / "out", make_recipe(**recipe, override=override))
         configs.append(prepared.plan.model_config(prepared.config))
     assert configs[0] == configs[1]
 
@@ -338,7 +339,7 @@ def test_qalora_merges_into_layers_of_several_bits(source: Path, tmp_path: Path)
 
 
 def test_a_mixed_recipe_reads_back_to_an_equal_one(tmp_path: Path) -> None:
-    recipe = Recipe(quant_type="int4", override=MIX)
+    recipe = make_recipe(quant_type="int4", override=MIX)
     (tmp_path / "recipe.toml").write_text(recipe_toml(recipe))
     assert resolve_recipe(str(tmp_path / "recipe.toml"), {}) == recipe
 
@@ -355,11 +356,11 @@ def test_a_mixed_recipe_reads_back_to_an_equal_one(tmp_path: Path) -> None:
 def test_integers_are_symmetric_by_default_where_loaders_mix_no_others(
     layout: str, override: tuple[Override, ...], symmetric: bool
 ) -> None:
-    assert Recipe(quant_type="int4", layout=layout, override=override).symmetric is symmetric
+    assert make_recipe(quant_type="int4", layout=layout, override=override).quant.symmetric is symmetric
 
 
 def test_a_flag_of_the_other_kind_of_format_takes_the_formats_of_overrides_along(tmp_path: Path) -> None:
-    (tmp_path / "recipe.toml").write_text(recipe_toml(Recipe(quant_type="int4", symmetric=True, override=MIX)))
+    (tmp_path / "recipe.toml").write_text(recipe_toml(make_recipe(quant_type="int4", symmetric=True, override=MIX)))
     recipe = resolve_recipe(str(tmp_path / "recipe.toml"), {"quant_type": "nf4"})
     assert [(override.quant_type, override.group_size, override.rank) for override in recipe.override] == [
         (None, None, None),
@@ -388,7 +389,7 @@ def test_an_override_that_no_layer_can_have_is_refused(
     recipe: dict[str, Any], override: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
-        Recipe(**{"quant_type": "int4", "override": (Override(match="q_proj", **override),), **recipe})
+        make_recipe(**{"quant_type": "int4", "override": (Override(match="q_proj", **override),), **recipe})
 
 
 FIRST = "model.layers.0.self_attn.k_proj.weight"
@@ -412,6 +413,8 @@ def test_what_the_container_does_not_mix_is_refused_by_name(
     recipe: dict[str, Any], override: Override, tensor: str, message: str, source: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(LoftqError, match=re.escape(message)) as caught:
-        prepare_conversion(str(source), tmp_path / "out", Recipe(quant_type="int4", override=(override,), **recipe))
+        prepare_conversion(
+            str(source), tmp_path / "out", make_recipe(quant_type="int4", override=(override,), **recipe)
+        )
     assert caught.value.tensor == tensor
     assert caught.value.exit_code == 2

@@ -24,6 +24,8 @@ from support.conversions import run_conversion
 from support.loading import load
 
 from loftq_cli.cli.main import _run
+from loftq_cli.errors import InputError
+from loftq_cli.nn import load_adapted
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -135,8 +137,8 @@ def test_force_merges_into_another_conversion_and_says_so(original, converted, t
 
 
 def test_the_same_conversion_made_twice_is_the_same_base(original, converted, tmp_path, capsys):
-    # LoftQ draws nothing, so another seed gives the same bytes.
-    run_conversion(original, tmp_path / "again", rank=4, iterations=2, seed=7, svd="exact")
+    # Where files are cut changes the conversion, and no byte of a tensor.
+    run_conversion(original, tmp_path / "again", rank=4, iterations=2, max_shard_size="4GB", svd="exact")
 
     status, said = merge(capsys, tmp_path / "again", converted / "loftq_init", tmp_path / "out")
 
@@ -224,6 +226,35 @@ def test_a_damaged_side_file_is_refused(content, converted, tmp_path, capsys):
     status, said = merge(capsys, base, base / "loftq_init", tmp_path / "out")
 
     assert (status, "is not a provenance file of this tool" in said) == (2, True), said
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize("start", [{"method": "of tomorrow"}, {"method": "loftq", "init": "of tomorrow"}])
+def test_a_method_that_this_version_does_not_know_is_refused_and_not_taken_for_one_that_fits_nothing(
+    start, force, original, converted, tmp_path, capsys
+):
+    base = copy_of(converted, tmp_path / "base")
+    side_file = base / "loftq_init" / "loftq_provenance.json"
+    edit_json(side_file, version="9.8.7", **start)
+
+    for place in (original, base):
+        status, said = merge(capsys, place, base / "loftq_init", tmp_path / "out", *force)
+
+        assert status == 2, said
+        assert "of tomorrow, and this version knows loftq, " in said
+        assert "(use loftq-cli 9.8.7, which wrote it)" in said
+    with pytest.raises(InputError, match="of tomorrow"):
+        load_adapted(torch.nn.Linear(2, 2), base)
+
+
+def test_a_report_of_an_unknown_method_does_not_make_its_adapter_fit_the_original(original, trained, tmp_path, capsys):
+    base, adapter = (copy_of(path, tmp_path / path.name) for path in trained)
+    edit_json(base / "loftq_report.json", recipe={"method": "of tomorrow"})
+    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
+
+    status, said = merge(capsys, original, adapter, tmp_path / "out")
+
+    assert (status, "method of tomorrow" in said) == (2, True), said
 
 
 def test_a_damaged_report_is_refused(converted, tmp_path, capsys):

@@ -25,7 +25,7 @@ from support.conversions import files_of, run_conversion
 from loftq_cli.cli.main import _run
 from loftq_cli.errors import UsageError
 from loftq_cli.methods.method import Fitting, Initialization, load_method
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import LayerError, adapter_delta, layer_error, total_error
@@ -407,8 +407,8 @@ def test_a_residual_conversion_is_the_default_and_reports_its_iterations(llama, 
 
 
 def test_eight_bits_are_asymmetric_for_qalora():
-    assert Recipe(method="qalora", quant_type="int8").symmetric is False
-    assert Recipe(method="qlora", quant_type="int8").symmetric is True
+    assert make_recipe(method="qalora", quant_type="int8").quant.symmetric is False
+    assert make_recipe(method="qlora", quant_type="int8").quant.symmetric is True
 
 
 REFUSED = {
@@ -445,7 +445,7 @@ REFUSED = {
 def test_a_recipe_that_cannot_be_is_refused(case):
     recipe, says = REFUSED[case]
     with pytest.raises(UsageError) as raised:
-        Recipe(**recipe)
+        make_recipe(**recipe)
     assert all(part in str(raised.value) for part in says), str(raised.value)
 
 
@@ -456,6 +456,7 @@ def test_the_command_line_refuses_it_in_one_line(case, tmp_path, capsys):
     flags += ["--symmetric"] if recipe.get("symmetric") else []
     status = _run(["quantize", "builtin:tiny-llama", str(tmp_path / "out"), *flags])
     captured = capsys.readouterr()
+    says = tuple(part.replace("leave ", "leave --") for part in says)
     assert (status, captured.out) == (2, "")
     assert len(captured.err.splitlines()) == 1
     assert all(part in captured.err for part in says), captured.err

@@ -36,7 +36,8 @@ from loftq_cli.nn import (
     save_adapter,
 )
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe import Override
+from loftq_cli.planning.settle import make_recipe
 
 OVERRIDE = {"match": r"layers\.0\.mlp\.down_proj", "rank": 2}
 FULL = {"match": r"layers\.1\.self_attn", "quantize": False}
@@ -122,7 +123,7 @@ def test_a_model_gets_what_loading_the_converted_directory_gives(case, checkpoin
 def test_of_a_model_with_fused_experts_the_linears_of_the_command_line_get_adapters(tmp_path):
     path = models.qwen2_moe(tmp_path / "model")
     with open_checkpoint(path) as checkpoint:
-        plan = build_plan(checkpoint.tensors, checkpoint.config(), Recipe(method="qlora", rank=4))
+        plan = build_plan(checkpoint.tensors, checkpoint.config(), make_recipe(method="qlora", rank=4))
 
     model = attach(loaded(path), method="qlora", rank=4)
 

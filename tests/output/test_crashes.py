@@ -27,9 +27,9 @@ from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.run import is_merge_done, merge_adapter
 from loftq_cli.output import staging
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 
-RECIPE = Recipe(method="qlora", rank=2, max_shard_size="1MB")
+RECIPE = make_recipe(method="qlora", rank=2, max_shard_size="1MB")
 
 
 def checkpoint(directory: Path) -> Path:
@@ -165,7 +165,7 @@ def scenario(
         folder.mkdir()
         monkeypatch.chdir(folder)
         if "overwrite" in name:
-            earlier = Recipe(method="qlora", rank=3, layout="dense")
+            earlier = make_recipe(method="qlora", rank=3, layout="dense")
             convert_checkpoint(
                 prepare_conversion(str(source), Path("out"), earlier),
                 Silent(),

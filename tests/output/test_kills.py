@@ -21,7 +21,7 @@ from support.conversions import Silent
 from loftq_cli.conversion.prepare import is_conversion_done, prepare_conversion
 from loftq_cli.conversion.run import convert_checkpoint
 from loftq_cli.output.checksums import file_sha256, files_in
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.triton_kernels.backend import use_reference_kernels
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def kernels() -> Iterator[None]:
 
 def quantize(source: Path, threads: int) -> None:
     """Into `out` of the working directory, in as many files as the size allows to have written in part."""
-    recipe = Recipe(method="qlora", rank=8, max_shard_size="20MB")
+    recipe = make_recipe(method="qlora", rank=8, max_shard_size="20MB")
     conversion = prepare_conversion(str(source), Path("out"), recipe)
     if not is_conversion_done(conversion, overwrite=False):
         convert_checkpoint(conversion, Silent(), overwrite=False, restart=False, verify=True, threads=threads)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from loftq_cli.errors import StorageError, UsageError
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.methods.method import METHODS, Fitting
+from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, Override
 from loftq_cli.planning.recipe_files import presets, recipe_toml, resolve_recipe
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import FORMATS
 
@@ -20,23 +22,23 @@ def recipe_file(tmp_path, text):
 def test_flags_override_the_file_and_the_file_overrides_defaults(tmp_path):
     source = recipe_file(tmp_path, 'rank = 8\nmethod = "qlora"\nblock_size = 128\n')
     recipe = resolve_recipe(source, {"rank": 4, "alpha": None})
-    assert (recipe.rank, recipe.method, recipe.block_size, recipe.iterations) == (4, "qlora", 128, 8)
+    assert (recipe.rank, recipe.method, recipe.quant.block_size) == (4, "qlora", 128)
 
 
 def test_what_a_file_says_of_its_fit_goes_with_the_fit(tmp_path):
     """How often, and from where: what is right for one fit, or without statistics, is not for another, or with them."""
     paper = resolve_recipe("loftq-nf4", {"fit": "loftq"})
-    assert (paper.start, paper.scales, paper.iterations, paper.rounds) == ("zero", "absmax", 8, None)
+    assert (paper.fitting, paper.scales) == (Fitting(fit="loftq", start="zero", iterations=8), "absmax")
     calibrated = resolve_recipe("loftq-nf4", {"calibration": "STATS"})
-    assert calibrated == Recipe(calibration="STATS")
-    assert resolve_recipe("loftq-paper", {"calibration": "STATS"}).fit == "loftq"
-    assert resolve_recipe("loftq-nf4", {"method": "qlora"}) == Recipe(method="qlora")
+    assert calibrated == make_recipe(calibration="STATS")
+    assert resolve_recipe("loftq-paper", {"calibration": "STATS"}).fitting.fit == "loftq"
+    assert resolve_recipe("loftq-nf4", {"method": "qlora"}) == make_recipe(method="qlora")
     source = recipe_file(tmp_path, 'fit = "joint"\nrounds = 3\n')
-    assert resolve_recipe(source, {"rank": 4}).rounds == 3
+    assert resolve_recipe(source, {"rank": 4}).fitting.rounds == 3
 
 
 def test_the_default_preset_is_the_default():
-    assert resolve_recipe("loftq-nf4", {}) == Recipe()
+    assert resolve_recipe("loftq-nf4", {}) == make_recipe()
 
 
 @pytest.mark.parametrize("name", presets())
@@ -46,12 +48,12 @@ def test_a_saved_recipe_reads_back_to_an_equal_one(name, tmp_path):
 
 
 def test_overrides_read_back_too(tmp_path):
-    recipe = Recipe(override=(Override(match=r"mlp\.", rank=4), Override(match="x", quantize=False, alpha=1.5)))
+    recipe = make_recipe(override=(Override(match=r"mlp\.", rank=4), Override(match="x", quantize=False, alpha=1.5)))
     assert resolve_recipe(recipe_file(tmp_path, recipe_toml(recipe)), {}) == recipe
 
 
 def test_dashes_are_as_good_as_underscores(tmp_path):
-    assert resolve_recipe(recipe_file(tmp_path, "block-size = 32\n"), {}).block_size == 32
+    assert resolve_recipe(recipe_file(tmp_path, "block-size = 32\n"), {}).quant.block_size == 32
 
 
 def test_a_whole_number_is_a_number(tmp_path):
@@ -71,7 +73,7 @@ def test_a_whole_number_is_a_number(tmp_path):
         ("alpha = 0.0", "alpha must be a positive number"),
         ("alpha = inf", "alpha must be a positive number"),
         ("alpha = nan", "alpha must be a positive number"),
-        ("method = 'lofq'", r"method 'lofq' does not exist \(one of loftq, qalora, qlora\)"),
+        ("method = 'lofq'", rf"method 'lofq' does not exist \(one of {', '.join(METHODS)}\)"),
         ("quant_type = 'int5'", "quant_type 'int5' does not exist"),
         ("layout = 'gguf'", "layout 'gguf' does not exist"),
         ("adapter_dtype = 'int8'", "adapter_dtype 'int8' does not exist"),
@@ -108,9 +110,11 @@ def test_a_flag_that_changes_the_format_takes_along_what_the_file_says_of_the_ol
     text = 'rank = 8\nblock_size = 128\ndouble_quant = false\nlayout = "bitsandbytes"\n' + override
     recipe = resolve_recipe(recipe_file(tmp_path, text), {"quant_type": "int4"})
     assert recipe.override == (Override(match="mlp", rank=4),)
-    assert (recipe.rank, recipe.block_size, recipe.group_size, recipe.layout) == (8, None, 64, "compressed-tensors")
+    assert recipe.quant == AffineOptions("int4", 64, symmetric=False, scale_dtype=None)
+    assert (recipe.rank, recipe.layout) == (8, "compressed-tensors")
     back = resolve_recipe("qalora-int4", {"quant_type": "nf4", "method": "loftq"})
-    assert (back.quant_type, back.group_size, back.pooling, back.layout) == ("nf4", None, None, "bitsandbytes")
+    assert back.quant == CodebookOptions("nf4", 64, double_quant=True)
+    assert (back.pooling, back.init, back.layout) == (None, None, "bitsandbytes")
     # Without such a flag, a file that contradicts itself is refused.
     with pytest.raises(UsageError, match="block_size means nothing with quant_type int4"):
         resolve_recipe(recipe_file(tmp_path, 'quant_type = "int4"\nblock_size = 128\n'), {})

@@ -10,7 +10,8 @@ from loftq_cli.errors import InputError, UsageError
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import Override, Recipe
+from loftq_cli.planning.recipe import Override
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.tensors.headers import TensorRef
 
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
@@ -24,7 +25,7 @@ def tensors(*entries: tuple[str, tuple[int, ...]] | tuple[str, tuple[int, ...], 
 
 
 def plan(*entries, config=LLAMA, **recipe) -> Plan:
-    return build_plan(tensors(*entries), config, Recipe(**recipe))
+    return build_plan(tensors(*entries), config, make_recipe(**recipe))
 
 
 def quantized(made: Plan) -> list[str]:
@@ -134,10 +135,10 @@ def test_a_tied_alias_of_a_torch_file_is_stored_once():
     refs = tensors(*BLOCK)
     head = refs["lm_head.weight"]
     refs["lm_head.weight"] = TensorRef(head.name, head.dtype, head.shape, head.file, "model.embed_tokens.weight")
-    tied = build_plan(refs, {**LLAMA, "tie_word_embeddings": True}, Recipe())
+    tied = build_plan(refs, {**LLAMA, "tie_word_embeddings": True}, make_recipe())
     assert "lm_head.weight" not in tied.shard_of
     assert any("tied" in note for note in tied.notes)
-    untied = build_plan(refs, {**LLAMA, "tie_word_embeddings": False}, Recipe())
+    untied = build_plan(refs, {**LLAMA, "tie_word_embeddings": False}, make_recipe())
     assert "lm_head.weight" in untied.shard_of
 
 

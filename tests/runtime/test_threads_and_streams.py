@@ -26,7 +26,7 @@ from loftq_cli.inspecting.converted import inspect_converted
 from loftq_cli.inspecting.dense import inspect_checkpoint
 from loftq_cli.merging import jobs as merging_jobs
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 from loftq_cli.runtime import schedule
 from loftq_cli.triton_kernels import backend
 
@@ -69,7 +69,7 @@ def converted(
 ) -> dict[str, bytes]:
     """The files of a conversion; the output, whose name they contain, is `out` in each directory."""
     with contextlib.chdir(directory):
-        conversion = prepare_conversion(str(model), Path("out"), Recipe(**recipe))
+        conversion = prepare_conversion(str(model), Path("out"), make_recipe(**recipe))
         convert_checkpoint(
             conversion, observer or Silent(), overwrite=False, restart=False, verify=True, threads=threads
         )

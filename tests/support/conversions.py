@@ -16,7 +16,9 @@ from loftq_cli.conversion.run import Outcome, convert_checkpoint
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import prepare_merge
 from loftq_cli.merging.run import merge_adapter
+from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
 from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 
 
 class Silent(Observer):
@@ -72,10 +74,16 @@ def run_conversion(
 
 
 def quick_recipe(**recipe: Any) -> Recipe:
-    """The recipe of `run_conversion`."""
-    if recipe.get("method") != "qlora" and recipe.get("init") != "standard" and "calibration" not in recipe:
+    """The recipe of `run_conversion`. Tests that convert with every method say how many alternations those take that
+    have some.
+    """
+    entry = METHODS[recipe.get("method", DEFAULT_METHOD)]
+    takes = entry.inits[recipe.get("init") or next(iter(entry.inits))].takes
+    if "iterations" not in takes:
+        recipe = {name: value for name, value in recipe.items() if name != "iterations"}
+    if "fit" in takes and "calibration" not in recipe:
         recipe = {"fit": "loftq", **recipe}
-    return Recipe(**recipe)
+    return make_recipe(**recipe)
 
 
 def run_merge(base: Path, adapter: Path, output: Path, **options: Any) -> Path:

@@ -6,8 +6,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 NAME = "layers.0.proj.weight"
-FAST = ("--rank", 1, "--iterations", 1, "-q")
 ONCE = ("--rank", 1, "--method", "qlora", "-q")
+
+
+def fast(options=(), rank=1, iterations=1):
+    """Options of a conversion in the least time, before `options`; qlora has no alternations to count."""
+    count = () if "qlora" in options else ("--iterations", iterations)
+    return ("--rank", rank, *count, "-q", *options)
 
 
 def save(tensors, path):

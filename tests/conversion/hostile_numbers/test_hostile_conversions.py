@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.hostile_conversions import FAST, NAME, ONCE, published, refused, save
+from support.hostile_conversions import NAME, ONCE, fast, published, refused, save
 from support.hostile_matrices import LARGE, MATRICES, normal, with_one
 
 from loftq_cli.model.stored import BaseModel
@@ -23,7 +23,7 @@ def test_what_is_not_finite_is_refused_wherever_it_is(run, tmp_path, value, plac
     weight = (normal(64, 128) * 0.02).to(getattr(torch, dtype))
     weight[PLACES[place]] = value
     file = save({NAME: weight}, tmp_path / f"w.{suffix}")
-    ran = run("quantize", file, "out", *(ONCE if place == "middle" else FAST))
+    ran = run("quantize", file, "out", *(ONCE if place == "middle" else fast()))
     refused(ran, tmp_path / "out", file, "holds NaN or infinite values")
 
 
@@ -47,7 +47,7 @@ def test_what_is_not_finite_is_refused_in_every_format(run, tmp_path, value, opt
     weight = normal(64, 128) * 0.02
     weight[63, 127] = value
     file = save({NAME: weight}, tmp_path / "w.safetensors")
-    refused(run("quantize", file, "out", *FAST, *options), tmp_path / "out", file, "holds NaN or infinite values")
+    refused(run("quantize", file, "out", *fast(options)), tmp_path / "out", file, "holds NaN or infinite values")
 
 
 @pytest.mark.parametrize("options", [(), ("--quant-type", "int4"), ("--method", "qlora")], ids=" ".join)
@@ -63,7 +63,7 @@ def test_a_float64_weight_beyond_float32_is_called_too_large_and_not_infinite(ru
 
 def test_a_float64_weight_below_float32_becomes_zero(run, tmp_path):
     file = save({NAME: normal(64, 128).double() * 1e-300}, tmp_path / "w.safetensors")
-    assert run("quantize", file, "out", *FAST) == (0, "")
+    assert run("quantize", file, "out", *fast()) == (0, "")
     published(tmp_path / "out")
     assert not bool(BaseModel.open(tmp_path / "out").matrix(NAME).any())
 
@@ -102,7 +102,7 @@ def test_a_conversion_of_any_finite_matrix_is_finite_or_refused_in_one_line(run,
         matrix = MATRICES[name]
         weight = torch.cat([matrix] * 4)  # 96 rows: containers want multiples of 32
         file, output = save({NAME: weight}, tmp_path / f"{number}.safetensors"), tmp_path / f"out{number}"
-        ran = run("quantize", file, output.name, "--rank", 2, "--iterations", 2, "-q", *options)
+        ran = run("quantize", file, output.name, *fast(options, 2, 2))
         if ran[0] == 0:
             published(output)
             values = BaseModel.open(output).matrix(NAME)
@@ -177,13 +177,13 @@ def test_a_matrix_of_any_shape_is_quantized_or_kept_or_refused(run, tmp_path, sh
     # A base of the joint fit is near to its weights only with its adapter.
     for number, form in enumerate([(), ("--quant-type", "int4"), ("--layout", "dense")]):
         options = ("--fit", "loftq", *form)
-        status, err = run("quantize", alone, f"alone{number}", *FAST, *options)
+        status, err = run("quantize", alone, f"alone{number}", *fast(options))
         assert status in (0, 2)
         if status:
             assert len(err.splitlines()) == 1
             assert "no weight to quantize: " in err
             assert not (tmp_path / f"alone{number}").exists()
-        assert run("quantize", beside, f"beside{number}", *FAST, *options)[0] == 0
+        assert run("quantize", beside, f"beside{number}", *fast(options))[0] == 0
         published(tmp_path / f"beside{number}")
         values = BaseModel.open(tmp_path / f"beside{number}").matrix(NAME)
         assert values.shape == weight.shape
@@ -206,7 +206,7 @@ def test_inspect_says_the_same_of_hostile_weights(run, tmp_path):
     assert f"tensor {NAME}: its block constants differ too much" in err
     for options in ((), ("--quant-type", "int4")):
         save({NAME: weight.clamp(-4, 4)}, tmp_path / "u.safetensors")
-        run("quantize", "u.safetensors", "out", *FAST, *options, "--overwrite")
+        run("quantize", "u.safetensors", "out", *fast(options), "--overwrite")
         status, err = run("inspect", "out", "--against", "w.safetensors")
         assert (status, len(err.splitlines())) == (2, 1)
         assert f"w.safetensors: tensor {NAME}: has numbers too large for float32" in err

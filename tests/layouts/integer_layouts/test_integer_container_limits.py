@@ -19,7 +19,7 @@ from support.integer_files import CONTAINERS, Converter, bfloat16_llama, combina
 from loftq_cli.cli.main import _run
 from loftq_cli.conversion.prepare import prepare_conversion
 from loftq_cli.errors import InputError, UsageError
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.settle import make_recipe
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_what_a_container_does_not_hold_is_refused_before_anything_is_written(
     refusal, output = REFUSALS[name], tmp_path / "out"
     model = built(refusal.build)
     with pytest.raises(UsageError, match=refusal.says):
-        prepare_conversion(str(model), output, Recipe(**refusal.recipe))
+        prepare_conversion(str(model), output, make_recipe(**refusal.recipe))
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
 
@@ -159,7 +159,7 @@ def test_what_a_container_does_not_hold_is_refused_before_anything_is_written(
 
 def test_the_remedy_for_rows_that_are_no_whole_groups_is_one(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError) as caught:
-        prepare_conversion(str(source), tmp_path / "out", Recipe(quant_type="int4", group_size=256))
+        prepare_conversion(str(source), tmp_path / "out", make_recipe(quant_type="int4", group_size=256))
     # The same recipe with --layout dense is refused too: a group has to end with its row.
     assert "group" in str(caught.value.hint)
 

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support.conversions import Silent, StopAfter, files_of, run_conversion
+from support.conversions import Silent, StopAfter, files_of, quick_recipe, run_conversion
 from support.integer_files import CONTAINERS, FAST, Converted, Converter, assert_reported_errors, combination, decoded
 
 from loftq_cli.conversion.prepare import prepare_conversion
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.model.stored import BaseModel
-from loftq_cli.planning.recipe import Recipe
 from loftq_cli.tensors.specs import POOLINGS
 
 
 def test_the_files_hold_the_planned_tensors_and_have_the_reported_size(converted: Converted) -> None:
-    plan = prepare_conversion(str(converted.source), converted.output, Recipe(**converted.recipe)).plan
+    plan = prepare_conversion(str(converted.source), converted.output, quick_recipe(**converted.recipe)).plan
     stored = {}
     for path in converted.output.rglob("*.safetensors"):
         with safe_open(path, "pt") as file:

@@ -1,0 +1,137 @@
+"""Headers become the matrices that a container can hold, and the tensors that are copied. Knows no method and no
+adapter: whoever looks at a checkpoint learns here what would be quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from loftq_cli.errors import UsageError
+from loftq_cli.layouts.layout import Fit, StoredMatrix, default_layout, either, load_layout, mixing_layouts
+from loftq_cli.model.family import Family
+from loftq_cli.model.targets import Target, choose_targets, module_of
+from loftq_cli.planning.format_options import settle_format
+from loftq_cli.planning.jobs import CopyJob, QuantizableMatrix
+from loftq_cli.planning.recipe import RecipeFields
+from loftq_cli.planning.settings import decoded_dtype, spec_of
+from loftq_cli.quant.formats import QuantSpec
+from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config_file_beside
+
+
+def quantizable_matrices(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], *, quant_type: str = "nf4", layout: str | None = None
+) -> list[QuantizableMatrix | CopyJob]:
+    """What `quantize` takes by default, and what would be copied and why, for a look at a checkpoint. Nothing to
+    quantize is no error.
+
+    tensors      the headers of the checkpoint; config: its config.json, empty where there is none
+    quant_type   the number format, with its default block size or group size
+    layout       the container; by default the usual one of the format. "dense" holds every shape.
+
+    Raises InputError for a config with a value of the wrong type.
+    """
+    layout = layout or default_layout(quant_type)
+    family = Family(config, config_file_beside(tensors.values()))
+    targets = choose_targets(tensors, family, (), ())
+    dtype = model_dtype(tensors, targets, family)
+    spec = spec_of(settle_format(RecipeFields(), quant_type, layout), layout, dtype)
+    planner = MatrixPlanner(family, layout, dtype, [module_of(name) for name in tensors], spec)
+    units = (planner.plan(ref, targets[name]) for name, ref in tensors.items())
+    return [unit for unit in units if unit is not None]
+
+
+def model_dtype(tensors: Mapping[str, TensorRef], targets: Mapping[str, Target], family: Family) -> str:
+    """The dtype of the model: the one in the config, or the most common dtype among the linears."""
+    return family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
+
+
+class MatrixPlanner:
+    """Turns one tensor after the other into a matrix or a copy, and collects notes for the user.
+
+    notes    about tensors that are stored once for two
+    recast   number of copies that are converted to the model's dtype
+    unfit    the reason of the first matrix that does not fit the container
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        layout: str,
+        dtype: str,
+        modules: Sequence[str],
+        spec: QuantSpec,
+        spec_for: Callable[[str], QuantSpec | None] | None = None,
+    ) -> None:
+        """Arguments:
+
+        dtype      of the model
+        modules    names of all modules of the source
+        spec       the number format of the model
+        spec_for   gives the format of a module, None for a module that an override leaves in full precision; by default
+                   the format of the model
+        """
+        self._family, self._layout_name, self._dtype, self._modules = family, layout, dtype, modules
+        self._spec, self._spec_for = spec, spec_for or (lambda module: spec)
+        self.layout = load_layout(layout)
+        self.notes: list[str] = []
+        self.recast = 0
+        self.unfit: Fit | None = None
+
+    def plan(self, ref: TensorRef, target: Target) -> QuantizableMatrix | CopyJob | None:
+        """The matrix or the copy that a tensor becomes; None for the second name of a tied tensor.
+
+        Raises UsageError for an override with integers that the container does not hold.
+        """
+        if ref.alias_of is not None and self._family.ties_embeddings():
+            self.notes.append(f"{ref.name} is {ref.alias_of} (tied): stored once")
+            return None
+        if not target.quantize:
+            return self._copy(ref, target.reason)
+        module = module_of(ref.name)
+        spec = self._spec_for(module)
+        if spec is None:
+            return self._copy(ref, "excluded by an override")
+        transposed = self._family.is_transposed(module)
+        shape = (ref.shape[1], ref.shape[0]) if transposed else (ref.shape[0], ref.shape[1])
+        fit = self.layout.fit(spec, shape, transposed=transposed)
+        self._check_own_format(ref.name, spec, fit, shape, transposed=transposed)
+        if fit.spec is None:
+            self.unfit = self.unfit or fit
+            reason = fit.reason or "does not fit the container"
+            return self._copy(ref, reason, note=f"kept in full precision: {reason}")
+        dtype = decoded_dtype(self._layout_name, fit.spec, self._dtype)
+        matrix = StoredMatrix(ref.name, shape, fit.spec, dtype, transposed)
+        return QuantizableMatrix(matrix, self._family.loaded_name(module, self._modules), fit.reason)
+
+    def _check_own_format(
+        self, name: str, spec: QuantSpec, fit: Fit, shape: tuple[int, int], *, transposed: bool
+    ) -> None:
+        """Raises UsageError for an override with integers that the container does not hold, where a copy in full
+        precision would be silent disobedience.
+        """
+        common, layout = self._spec, self._layout_name
+        if spec == common or not spec.is_affine:
+            return
+        mixed = self.layout.row.mixed
+        if mixed == "none":
+            message = f"layout {layout} has one quant_type and group size for all layers, and an override has another"
+            mixing = either(mixing_layouts(spec.quant_type, with_offsets=False))
+            raise UsageError(message, tensor=name, hint=f"--layout {mixing}")
+        if mixed == "symmetric" and spec.zero_point_kind != "none":
+            message = f"an override has another format, and loaders of {layout} mix formats without zero points only"
+            mixing = either(mixing_layouts(spec.quant_type, with_offsets=True))
+            raise UsageError(message, tensor=name, hint=f"--symmetric, or --layout {mixing}")
+        if fit.spec is None and self.layout.fit(common, shape, transposed=transposed).spec is not None:
+            raise UsageError(f"an override does not fit it: {fit.reason}", tensor=name, hint=fit.hint)
+
+    def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
+        dtype = ref.dtype
+        # transformers loads a "weight" of a quantized checkpoint in the stored dtype, and a model with two float dtypes
+        # does not compute. So every weight is stored in the dtype of the model.
+        row = self.layout.row
+        parameter = (".weight", ".bias") if row.one_dtype else ".weight"
+        if row.stores_codes and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:
+            dtype = self._dtype
+        self.recast += dtype != ref.dtype
+        return CopyJob(ref.name, OutTensor(ref.name, dtype, ref.shape), reason, note)
