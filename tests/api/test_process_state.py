@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -23,7 +23,6 @@ from support.conversions import files_of
 
 import loftq_cli as loftq
 from loftq_cli.activations import transformers_models
-from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.triton_kernels import backend
 
 ONE_LAYER: dict[str, Any] = {"rank": 4, "iterations": 1, "include": r"layers\.0\.self_attn\.q_proj"}
@@ -79,11 +78,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def directory(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it as the working directory."""
+def directory(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it as the working directory, in a process whose settings are none that a call makes by itself."""
     shutil.copytree(prepared, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
+    threads, verbosity = torch.get_num_threads(), transformers.utils.logging.get_verbosity()
+    torch.set_num_threads(3)
+    in_a_new_thread(lambda: torch.set_num_threads(2))  # of threads to come, and not of this one
+    transformers.utils.logging.set_verbosity_info()
+    yield tmp_path / "copy"
+    torch.set_num_threads(threads)
+    transformers.utils.logging.set_verbosity(verbosity)
 
 
 CALLS: dict[str, Callable[[], object]] = {
@@ -137,22 +142,20 @@ FAILURES: dict[str, Callable[[], object]] = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_call_leaves_the_process_as_it_was(call, directory, monkeypatch):
     monkeypatch.setattr("loftq_cli.runtime.kernel_choice._WORTH_COMPILING", 0)
-    with torch_threads(3):
-        before = process_state()
-        call()
-        gc.collect()
-        assert process_state() == before
+    before = process_state()
+    call()
+    gc.collect()
+    assert process_state() == before
 
 
 @pytest.mark.parametrize("call", FAILURES.values(), ids=FAILURES)
 def test_a_call_that_fails_leaves_the_process_as_it_was(call, directory, monkeypatch):
     monkeypatch.setattr("loftq_cli.runtime.kernel_choice._WORTH_COMPILING", 0)
-    with torch_threads(3):
-        before = process_state()
-        with pytest.raises((loftq.LoftqError, KeyboardInterrupt)):
-            call()
-        gc.collect()
-        assert process_state() == before
+    before = process_state()
+    with pytest.raises((loftq.LoftqError, KeyboardInterrupt)):
+        call()
+    gc.collect()
+    assert process_state() == before
 
 
 def test_the_caller_keeps_the_kernels_that_it_chose(directory):
@@ -181,7 +184,7 @@ def test_two_calls_at_once_have_kernels_of_their_own_and_write_what_each_writes_
     pytest.importorskip("numba")
     monkeypatch.setattr("loftq_cli.runtime.kernel_choice.is_worth_compiling", lambda work: work > 100_000)
     observers = [Meeting(barrier := threading.Barrier(2)), Meeting(barrier)]
-    with torch_threads(3), ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:
         before = process_state()
         # One pass over 36,864 weights is too little to compile for, and eight are enough.
         few = pool.submit(_convert, Path("one/out"), 1, 1, observers[0])

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,10 +17,11 @@ import torch
 
 from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.quant.formats import make_quantizer
-from loftq_cli.runtime.workers import SERIAL, Workers, available_threads, started
+from loftq_cli.runtime.workers import SERIAL, Workers, available_threads, started, torch_threads
 from loftq_cli.tensors.metrics import adapter_delta, delta_rows, layer_error
 from loftq_cli.tensors.rows import SLAB_NUMEL, ComputedRows, TensorRows, row_multiple, slabs
 from loftq_cli.tensors.specs import AffineSpec, CodebookSpec, LoraSpec, Pooling
+from loftq_cli.triton_kernels import backend
 
 # One thread in the thread that asks, one beside it, and several.
 KINDS = {"inline": (1, True), "one": (1, False), "two": (2, True), "three": (3, True), "seven": (7, True)}
@@ -260,6 +262,34 @@ def test_started_workers_end_with_their_block_and_torch_is_as_it_was(threads):
         assert loftq_threads() == []
     finally:
         torch.set_num_threads(before)
+
+
+def test_workers_run_the_kernels_that_were_chosen_where_they_are_asked(workers):
+    def kernels(_: object = None) -> str:
+        return backend.implementation("codebook", "cpu").__name__.rpartition(".")[2]
+
+    assert set(workers.map(kernels, range(6))) == {"reference"}  # the threads have been started
+    backend.use_backend("cpu", "triton")
+    try:
+        assert set(workers.map(kernels, range(6))) == {"triton"}
+        if not is_inline(workers):
+            assert workers.submit(kernels).result() == "triton"
+    finally:
+        backend.use_reference_kernels()
+    assert set(workers.map(kernels, range(6))) == {"reference"}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_torch_threads_are_those_of_the_calling_thread_alone(count):
+    def elsewhere() -> int:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.get_num_threads).result()
+
+    before, of_new_threads = torch.get_num_threads(), elsewhere()
+    with pytest.raises(KeyError), torch_threads(count):
+        assert (torch.get_num_threads(), elsewhere()) == (count, of_new_threads)
+        raise KeyError
+    assert (torch.get_num_threads(), elsewhere()) == (before, of_new_threads)
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="no processor affinity on this system")
