@@ -285,6 +285,13 @@ def test_lines_of_one_token_are_no_text(tmp_path):
         calibrate(TINY_LLAMA, text, tmp_path / "stats", lines=True)
 
 
+def test_lines_of_two_tokens_are_texts(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("a\nbc\n\ndef")
+    done = calibrate(TINY_LLAMA, text, tmp_path / "stats", lines=True)
+    assert (done.windows, done.tokens) == (2, 5)
+
+
 def test_layers_that_text_does_not_reach_are_named(text, tmp_path):
     observer = Remembering()
     model = models.with_tokenizer(models.qwen2_vl(tmp_path / "model"))
@@ -427,6 +434,13 @@ class TestReadingStatistics:
         self.write(stats, torch.full((4, 4), float("inf")))
         with pytest.raises(InputError, match=r"tensor a: holds NaN or infinite values"):
             open_statistics(stats).load("b")
+
+
+def test_the_command_line_asks_for_65536_tokens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("A short text.")
+    assert _run(["calibrate", "builtin:tiny-llama", "--text", "short.txt", "-o", "stats", "--diagonal"]) == 0
+    assert "the text gives 13 tokens, fewer than --tokens 65536" in capsys.readouterr().err
 
 
 def test_the_command_line_says_what_it_wrote(text, tmp_path, monkeypatch, capsys):

@@ -5,6 +5,7 @@ float64 decompositions, and that what is chosen keeps its bounds, explains itsel
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -128,6 +129,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return models.llama(tmp_path_factory.mktemp("source") / "llama", layers=1)
 
 
+@functools.cache
 def allocation_of(source: Path, target: Budget, threads: int = 1, **recipe: Any) -> tuple[Allocation, Conversion]:
     values = {"quant_type": "int4", "layout": "compressed-tensors", "symmetric": True, "rank": 8, **recipe}
     done = prepare_within_target(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import models
-from support.conversions import run_conversion
+from support.conversions import Silent, quick_recipe, run_conversion
 from support.loading import Loaded, load, matrix, peft_delta, relative_error
 
+from loftq_cli.conversion.prepare import prepare_conversion
+from loftq_cli.conversion.readback import verify_layers
+from loftq_cli.conversion.run import convert_checkpoint
+from loftq_cli.errors import StorageError
 from loftq_cli.planning.recipe import Override
+from loftq_cli.runtime.workers import SERIAL
 
 ALPHAS = (None, 1.0, 16.0, 64.0)
 RANKS = (4, 16)
@@ -129,3 +136,17 @@ def test_the_best_iteration_is_the_one_that_is_loaded(convert_once: Converter, s
     for layer in convert_once(alpha=None, rank=16, rslora=False, svd=svd).report["layers"]:
         assert len(layer["iteration_errors"]) == 3
         assert layer["error"]["error"] == pytest.approx(min(layer["iteration_errors"]), rel=accuracy)
+
+
+@pytest.mark.parametrize(("off", "is_faulty"), [(5e-7, False), (2e-6, True), (-2e-6, True)])
+def test_a_layer_whose_error_is_another_one_as_read_back_is_called_faulty(
+    off: float, is_faulty: bool, source: Path, tmp_path: Path
+) -> None:
+    conversion = prepare_conversion(str(source), tmp_path / "out", quick_recipe(rank=4, iterations=1))
+    outcome = convert_checkpoint(conversion, Silent(), overwrite=False, restart=False, verify=False)
+    *others, last = outcome.layers
+    squared = (last.error.error + off) ** 2 * last.error.squared_weight
+    results = [*others, replace(last, error=replace(last.error, squared_error=squared))]
+
+    with pytest.raises(StorageError, match="as read back") if is_faulty else nullcontext():
+        verify_layers(conversion, tmp_path / "out", results, SERIAL)
