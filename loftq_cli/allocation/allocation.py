@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from loftq_cli.allocation.candidates import Budget, Candidate, Options
 from loftq_cli.allocation.choice import Choice, select
 from loftq_cli.allocation.error_curves import error_curves
+from loftq_cli.allocation.integer_program import load_solver
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import Statistics
 from loftq_cli.errors import UsageError
@@ -72,8 +73,7 @@ class Uniform:
 class Allocation:
     """A choice for every layer, and the recipe that makes it.
 
-    objective      sum of the layers' `importance` times their relative squared errors
-    bound          what no choice falls below
+    objective      sum of the layers' `importance` times their relative squared errors; proven to be the least
     copied_nbytes  of the tensors that are not quantized
     uniform        the best models of one format and rank within the bounds, the best one first
     """
@@ -82,7 +82,6 @@ class Allocation:
     recipe: Recipe
     layers: tuple[Chosen, ...]
     objective: float
-    bound: float
     copied_nbytes: int
     uniform: tuple[Uniform, ...]
 
@@ -115,7 +114,7 @@ class Allocation:
             "base_nbytes": self.base_nbytes,
             "adapter_nbytes": self.adapter_nbytes,
             "objective": self.objective,
-            "objective_bound": self.bound,
+            "objective_bound": self.objective,  # the solver proves that no choice falls below
             "uniform": [other.to_json() for other in self.uniform],
             "layers": [layer.to_json() for layer in self.layers],
         }
@@ -134,8 +133,10 @@ def allocate(
     what its overrides say of a layer. With `statistics` of their inputs, errors count by what they do to
     the layers' outputs. `observe` is told of each measured layer, how many are done, and of how many.
 
-    Raises UsageError for a layout that holds one format, for bounds that nothing fits, and as `build_plan` does.
+    Raises UsageError for a layout that holds one format, for bounds that nothing fits, without scipy, and as
+    `build_plan` does.
     """
+    load_solver()  # a missing package shows before hours of measuring
     options = Options(recipe, target)
     plan = build_plan(checkpoint.tensors, checkpoint.config(), options.widest)
     layers = plan.layers
@@ -173,7 +174,6 @@ def allocate(
         resolved_recipe(options.recipe, layers, chosen, plan.dtype),
         chosen,
         found.cost,
-        found.bound,
         copied,
         tuple(sorted(_uniform(layers, candidates, limits, copied), key=lambda u: u.objective)[:_MAX_UNIFORM]),
     )

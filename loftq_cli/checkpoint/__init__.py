@@ -1,6 +1,7 @@
 """Reading files that nobody vouches for. Only this package opens weight files. The package knows no number
 format and no method.
 
+record_schema.py     records of JSON values, checked by type hints
 patterns.py          regular expressions that come with a file, matched in bounded time
 watched_file.py      a file that must not change while it is read
 json_files.py        strict JSON

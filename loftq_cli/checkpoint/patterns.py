@@ -1,98 +1,114 @@
-"""Regular expressions that come with an adapter, matched in bounded time: one can be made to run for years.
+"""Regular expressions that come with an adapter, matched in bounded time, in any thread.
 
-The matcher of the standard library lets signals through while it runs, so a timer ends it. Only the main thread gets
-signals: elsewhere only names are taken, dots included, and those are matched in no time.
+A stranger's expression can run for years. Python's `re` has no time limit; the package `regex` has one for matching
+and none for compiling. So an expression passes three gates: `_SYNTAX` lists the syntax that both packages read alike
+and compile quickly; `re` compiles, since PEFT would; `regex` matches within a time limit. Plain names need no limit.
+
+`re` and `regex` disagree about characters that module names do not have: numbers such as "²" are \\w for `re` only, and
+(?i)[a-z] has the Turkish letters "ı" and "İ" for `re` only.
 """
 
 from __future__ import annotations
 
+import math
 import re
-import signal
-import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from loftq_cli.errors import printable
 
-_SECONDS = 0.5  # of processor time; real patterns take a few µs a name
-_SECONDS_PER_PAIR = 2e-6  # an adapter of many ranks has a key for each of its modules
+_SECONDS = 0.5  # of processor time; expressions of real adapters take microseconds for a name
+_SECONDS_PER_PAIR = 5e-6  # an adapter of many ranks has a key for each of its modules
 _MOST_SECONDS = 10.0
 _MAX_NCHARS = 10_000
-_PLAIN = re.compile(r"[\w.\-]*")
-
-
-class _TimeUp(Exception):
-    pass
+_MAX_EXPANDED = 100_000  # `regex` writes out x{1000} as 1000 nodes; a million nodes take 1.2 s and 275 MB to compile
+_PLAIN = re.compile(r"(?:[\w.\-]|\\\.)*")  # a name; its dots may be escaped
+_PIECES = (
+    r"[^\\\[({]",  # a character, an anchor, *, +, ?, | or )
+    r"\\(?:[^A-Za-z0-9]|[1-9dDsSwWbBAZfnrtv])",
+    # Sets of ASCII characters: `re` needs a second for each range over all of Unicode where case is ignored.
+    r"\[\^?\]?(?:[ -Z^-~]|\\[ -/:-@\[-`{-~dDsSwWfnrtv])*\]",
+    r"\((?!\?)",
+    r"\(\?(?:[:=!>]|<[=!]|P<[A-Za-z_][A-Za-z_0-9]*>|[aimsu]+\)|[ims]*(?:-[ims]+)?:)",
+    r"\{[0-9]{1,4}(?:,[0-9]{0,4})?\}",  # `regex` reads other braces as "about this text", `re` as braces
+)
+_SYNTAX = re.compile(f"(?:{'|'.join(_PIECES)})*+", re.DOTALL)
+_COUNT = re.compile(r"\{([0-9]+)")
 
 
 def first_matches(expressions: Mapping[str, str], names: Sequence[str], *, whole: bool = False) -> dict[str, str]:
-    """Name -> the key of the first of `expressions` (key -> regular expression) that matches its beginning, or the
-    `whole` of it; names that none matches are left out.
+    """Return for each of `names` the key of the first of `expressions` (key -> regular expression) that matches the
+    beginning of the name, or the `whole` of the name. Names that no expression matches are left out.
 
-    Raises ValueError naming the key of an expression that is none, or that takes too long.
+    Raises ValueError naming the key of an expression that is none, that is too long, that uses syntax which is not
+    read here, or that takes too long.
+
+    >>> first_matches({"attention": r".*\\.[qkv]_proj", "rest": ".*"}, ["layers.0.q_proj", "lm_head"])
+    {'layers.0.q_proj': 'attention', 'lm_head': 'rest'}
     """
-    _refuse_slow_ones(expressions)
+    for key, expression in expressions.items():
+        _check(key, expression)
     seconds = min(_MOST_SECONDS, _SECONDS + _SECONDS_PER_PAIR * len(expressions) * len(names))
-    current = ""
-    matchers: dict[str, Callable[[str], Any]] = {}
-    found: dict[str, str] = {}
-    try:
-        with _at_most(seconds):
-            for current, expression in expressions.items():
-                matchers[current] = _matcher(expression, whole=whole)
-            for name in names:
-                for current, match in matchers.items():
-                    if match(name):
-                        found[name] = current
-                        break
-    except (re.error, OverflowError, RecursionError):
-        raise ValueError(f"the key {_shown(current)}, no regular expression") from None
-    except _TimeUp:
-        raise ValueError(f"the key {_shown(current)}, a regular expression that takes too long to match") from None
-    return found
+    deadline = time.process_time() + seconds
+    matchers = {key: _matcher(key, expression, deadline, whole=whole) for key, expression in expressions.items()}
+    matches: dict[str, str] = {}
+    for name in names:
+        for key, match in matchers.items():
+            if match(name):
+                matches[name] = key
+                break
+    return matches
 
 
-def _refuse_slow_ones(expressions: Mapping[str, str]) -> None:
-    for key in expressions:
-        if len(key) > _MAX_NCHARS:
-            raise ValueError(f"the key {_shown(key)} of {len(key)} characters")
-        if not _PLAIN.fullmatch(key) and not _has_timer():
-            raise ValueError(f"the key {_shown(key)}, no plain name, and only the main thread matches expressions")
-
-
-def _matcher(expression: str, *, whole: bool) -> Callable[[str], Any]:
-    with warnings.catch_warnings(action="ignore"):  # of what other versions of Python may read differently
-        compiled = re.compile(expression)
-    return compiled.fullmatch if whole else compiled.match
-
-
-def _has_timer() -> bool:
-    return threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
-
-
-@contextmanager
-def _at_most(seconds: float) -> Iterator[None]:
-    """Raises _TimeUp inside when it took that much processor time; in other threads there is no bound."""
-    if not _has_timer():
-        yield
+def _check(key: str, expression: str) -> None:
+    """Raises ValueError for an expression whose length, syntax or counts `regex` cannot compile in bounded time."""
+    if len(key) > _MAX_NCHARS:
+        raise ValueError(f"the key {_shown(key)} of {len(key)} characters")
+    if _PLAIN.fullmatch(key):
         return
-    before = signal.signal(signal.SIGVTALRM, _end)
-    try:
-        # Again and again: the first one may come where Python drops exceptions.
-        signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 0.05)
-        yield
-    finally:
+    if not _SYNTAX.fullmatch(expression):
+        raise ValueError(f"the key {_shown(key)}, no regular expression in the syntax that is read here")
+    counts = (max(1, int(count)) for count in _COUNT.findall(expression))
+    if math.prod(counts) * len(expression) > _MAX_EXPANDED:
+        raise _too_slow(key)
+
+
+def _matcher(key: str, expression: str, deadline: float, *, whole: bool) -> Callable[[str], Any]:
+    """Return a function that matches a name. The function raises ValueError at the `deadline`, in seconds of
+    time.process_time.
+    """
+    with warnings.catch_warnings(action="ignore"):  # of what other versions of Python may read differently
         try:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        finally:
-            signal.signal(signal.SIGVTALRM, before)
+            compiled = re.compile(expression)
+        except (re.error, OverflowError, RecursionError):
+            raise ValueError(f"the key {_shown(key)}, no regular expression") from None
+    if _PLAIN.fullmatch(key):
+        return compiled.fullmatch if whole else compiled.match
+    return _timed_matcher(key, expression, deadline, whole=whole)
 
 
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    raise _TimeUp
+def _timed_matcher(key: str, expression: str, deadline: float, *, whole: bool) -> Callable[[str], Any]:
+    import regex  # most adapters list plain names
+
+    try:
+        timed = regex.compile(expression, regex.VERSION0, cache_pattern=False)
+    except (regex.error, RecursionError):
+        raise ValueError(f"the key {_shown(key)}, no regular expression") from None
+    match = timed.fullmatch if whole else timed.match
+
+    def match_in_time(name: str) -> Any:
+        try:
+            return match(name, timeout=max(0.0, deadline - time.process_time()))
+        except (TimeoutError, MemoryError):
+            raise _too_slow(key) from None
+
+    return match_in_time
+
+
+def _too_slow(key: str) -> ValueError:
+    return ValueError(f"the key {_shown(key)}, a regular expression that takes too long to match")
 
 
 def _shown(key: str) -> str:

@@ -4,13 +4,13 @@ them. Names and reads the files; computes nothing.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
+from loftq_cli.checkpoint.record_schema import PositiveInt, RecordError, Sha256, read_record
 from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
 from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError
@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 CALIBRATION_NAME, STATISTICS_NAME = "calibration.json", "statistics.safetensors"
 FORMAT = 1
-KINDS = ("full", "diagonal")
 _AGAIN = "run loftq calibrate again"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,8 @@ def open_statistics(path: Path) -> Statistics:
         raise InputError(f"is larger than the {MAX_JSON_NBYTES} bytes allowed here", file=file.path, hint=_AGAIN)
     data = file.read(0, file.nbytes)
     values = parse_json_object(data, file=file.path)
-    kind, tokens, inputs = _checked(values, file.path)
+    calibration = _checked(values, file.path)
+    kind, inputs = calibration.kind, calibration.inputs
     numbers = SafetensorsFile(path / STATISTICS_NAME)
     for name, stored in inputs.items():
         ref = numbers.tensors.get(stored)
@@ -88,25 +87,29 @@ def open_statistics(path: Path) -> Statistics:
         if ref.dtype != "float32" or not square or 0 in ref.shape:
             what = f"is {ref.dtype} {list(ref.shape)}, which is no {kind} statistic"
             raise InputError(what, file=numbers.path, tensor=stored, hint=_AGAIN)
-    return Statistics(path, file.sha256(0, file.nbytes), kind, tokens, inputs, numbers)
+    return Statistics(path, file.sha256(0, file.nbytes), kind, calibration.tokens, inputs, numbers)
 
 
-def _checked(values: Mapping[str, Any], file: Path) -> tuple[str, int, dict[str, str]]:
+@dataclass(frozen=True, slots=True)
+class _Calibration:
+    """The values of calibration.json that are read here; `inputs` as in Statistics."""
+
+    kind: Literal["full", "diagonal"]
+    tokens: PositiveInt
+    inputs: dict[str, str]
+    statistics_sha256: Sha256
+
+
+def _checked(values: Mapping[str, Any], file: Path) -> _Calibration:
     if values.get("tool") != "loftq-cli" or "format" not in values:
         raise InputError("is not of a calibration of this tool", file=file, hint=_AGAIN)
     if values["format"] != FORMAT:
         raise InputError(f"is of format {values['format']!r}, and {FORMAT} is read here", file=file, hint=_AGAIN)
-    kind, tokens, inputs, sha256 = (values.get(key) for key in ("kind", "tokens", "inputs", "statistics_sha256"))
-    is_whole = (
-        kind in KINDS
-        and type(tokens) is int
-        and tokens > 0
-        and isinstance(inputs, dict)
-        and inputs
-        and all(isinstance(stored, str) for stored in inputs.values())
-        and isinstance(sha256, str)
-        and _SHA256.fullmatch(sha256)
-    )
-    if not is_whole:
-        raise InputError("lacks kind, tokens, inputs or statistics_sha256, or has wrong ones", file=file, hint=_AGAIN)
-    return str(kind), int(str(tokens)), dict(inputs or {})
+    message = "lacks kind, tokens, inputs or statistics_sha256, or has wrong ones"
+    try:
+        calibration = read_record(_Calibration, values)
+    except RecordError as error:
+        raise InputError(f"{message}: {error}", file=file, hint=_AGAIN) from None
+    if not calibration.inputs:
+        raise InputError(f"{message}: inputs is empty", file=file, hint=_AGAIN)
+    return calibration

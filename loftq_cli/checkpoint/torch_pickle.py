@@ -1,5 +1,11 @@
 """The pickle of a torch checkpoint, read as data: a machine for the few opcodes that torch.save emits, and a fixed list
 of names that it may mention. Nothing named in it is imported or called; the bytes of the tensors are elsewhere.
+
+Why not torch.load(weights_only=True): that unpickler calls the functions that a file names, and files have made it run
+code (CVE-2025-32434, mended in torch 2.6) and write outside of its memory (CVE-2026-24747, mended in torch 2.10). The
+unpickler also allocates what a file claims: with torch 2.13, a compressed file of 8 MB takes 8.3 GB of memory, and a
+file of 1.5 KB gives a tensor of 200,000 x 200,000 numbers. PyTorch documents that the mode is no complete boundary of
+trust. A plan needs names, shapes and places only, and this interpreter gives those without torch.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.checkpoint.record_schema import AtLeast, NonNegative, PositiveInt, RecordError, read_fields, read_record
 from loftq_cli.errors import InputError, NumericError
 from loftq_cli.output.records import REPORT_NAME, TOOL
 from loftq_cli.planning.jobs import LayerJob
@@ -29,18 +30,18 @@ class LayerResult:
 
     name: str
     module: str
-    shape: tuple[int, int]
+    shape: tuple[PositiveInt, PositiveInt]
     transposed: bool
     spec: QuantSpec
-    bits_per_weight: float
-    rank: int
-    alpha: float
-    scaling: float
-    quantization_error: float
-    iteration_errors: tuple[float, ...]
-    best_iteration: int
+    bits_per_weight: NonNegative
+    rank: PositiveInt
+    alpha: NonNegative
+    scaling: NonNegative
+    quantization_error: NonNegative
+    iteration_errors: tuple[NonNegative, ...]
+    best_iteration: Annotated[int, AtLeast(0)]
     error: LayerError
-    output_error: float | None = None
+    output_error: NonNegative | None = None
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the derived errors stand beside the sums they come from."""
@@ -53,16 +54,10 @@ class LayerResult:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LayerResult:
         """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for values of another shape."""
-        _check_layer(values)
-        sums = {field.name: float(values["error"][field.name]) for field in dataclasses.fields(LayerError)}
-        found: dict[str, Any] = {field.name: values.get(field.name) for field in dataclasses.fields(cls)}
-        found |= {
-            "spec": spec_from_json(values),
-            "shape": tuple(values["shape"]),
-            "iteration_errors": tuple(values["iteration_errors"]),
-            "error": LayerError(**sums),
-        }
-        return cls(**found)
+        layer = cls(**read_fields(cls, values, without="spec"), spec=spec_from_json(values))
+        if any(value < 0 for value in dataclasses.astuple(layer.error)):
+            raise RecordError("error has a number below 0")
+        return layer
 
 
 def layer_result(
@@ -165,30 +160,27 @@ def read_report(directory: Path) -> tuple[dict[str, Any], list[LayerResult]] | N
         return None
     values = read_json_object(path)
     try:
-        texts = [values[key] for key in ("base_fingerprint", "base_model", "adapter_dir")]
-        if not all(isinstance(text, str) for text in (*texts, values["recipe"]["method"])):
-            raise ValueError
+        read_record(_Report, values)
         return values, [LayerResult.from_json(layer) for layer in values["layers"]]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise InputError("is not a report of this tool", file=path, hint="convert again") from None
+    except (KeyError, TypeError, ValueError) as error:
+        detail = f": {error}" if isinstance(error, RecordError) else ""
+        raise InputError(f"is not a report of this tool{detail}", file=path, hint="convert again") from None
 
 
-def _check_layer(values: Mapping[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError unless `values` has the types that `to_json` gives."""
-    numbers = [values[key] for key in ("bits_per_weight", "alpha", "scaling", "quantization_error", "best_iteration")]
-    numbers += [*values["iteration_errors"], *(values["error"][f.name] for f in dataclasses.fields(LayerError))]
-    numbers += [values["output_error"]] if values.get("output_error") is not None else []
-    shape = values["shape"]
-    is_ours = (
-        all(isinstance(values[key], str) for key in ("name", "module", "quant_type"))
-        and isinstance(shape, (list, tuple))
-        and len(shape) == 2
-        and all(type(size) is int and size > 0 for size in (*shape, values["rank"]))
-        and isinstance(values["transposed"], bool)
-        and all(type(number) in (int, float) and number >= 0 for number in numbers)
-    )
-    if not is_ours:
-        raise ValueError
+@dataclass(frozen=True, slots=True)
+class _Method:
+    method: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """The values of loftq_report.json that other commands read."""
+
+    base_fingerprint: str
+    base_model: str
+    adapter_dir: str
+    recipe: _Method
+    layers: list[Any]
 
 
 def provenance_json(plan: Plan, *, base_model: str, base_fingerprint: str) -> dict[str, Any]:

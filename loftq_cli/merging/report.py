@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loftq_cli.checkpoint.record_schema import read_record
 from loftq_cli.merging.plan import Merge
 from loftq_cli.output.records import (
     MERGE_REPORT_NAME,
@@ -48,11 +49,10 @@ class MergedLayer:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MergedLayer:
-        """The inverse of `to_json`."""
+        """The inverse of `to_json`. Raises RecordError for values of another shape."""
         from loftq_cli.quant.affine import OffsetDifference
 
-        found = values["difference"]
-        return cls(**{**values, "difference": None if found is None else OffsetDifference(**found)})
+        return read_record(cls, values, OffsetDifference=OffsetDifference)
 
     @property
     def retention(self) -> float | None:

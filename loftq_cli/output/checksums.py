@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.json_files import read_json_object
+from loftq_cli.checkpoint.record_schema import RecordError, Sha256, read_record
 from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError
 
 CHECKSUMS = "checksums.json"
 _TOOL = "loftq-cli"
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +33,8 @@ class Checksums:
 
     fingerprint: str
     input_sha256: str | None
-    files: Mapping[str, str]
-    tensors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    files: Mapping[str, Sha256]
+    tensors: Mapping[str, Mapping[str, Sha256]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The values of checksums.json, without tool and version."""
@@ -52,21 +51,19 @@ def read_checksums(directory: Path) -> Checksums | None:
     if not os.path.lexists(path):
         return None
     values = read_json_object(path)
-    files: Any = values.get("files")
-    fingerprint: Any = values.get("fingerprint")
-    tensors, inputs = values.get("tensors", {}), values.get("input_sha256")
+    try:
+        checksums = read_record(Checksums, {"input_sha256": None, **values})
+    except RecordError:
+        checksums = None
     is_ours = (
-        values.get("tool") == _TOOL
-        and isinstance(fingerprint, str)
-        and (inputs is None or isinstance(inputs, str))
-        and _are_sums(files)
-        and all(_is_relative(name) for name in files)
-        and isinstance(tensors, dict)
-        and all(name in files and _are_sums(sums) for name, sums in tensors.items())
+        checksums is not None
+        and values.get("tool") == _TOOL
+        and all(_is_relative(name) for name in checksums.files)
+        and checksums.files.keys() >= checksums.tensors.keys()
     )
     if not is_ours:
         raise InputError("is not a list of checksums of this tool", file=path, hint="convert again")
-    return Checksums(fingerprint, inputs, files, tensors)
+    return checksums
 
 
 def file_sha256(path: Path) -> str:
@@ -81,10 +78,6 @@ def files_in(directory: Path) -> list[str]:
     for root, _, found in os.walk(directory):
         names += [(Path(root) / name).relative_to(directory).as_posix() for name in found]
     return sorted(names)
-
-
-def _are_sums(sums: object) -> bool:
-    return isinstance(sums, dict) and all(isinstance(s, str) and _SHA256.fullmatch(s) for s in sums.values())
 
 
 def _is_relative(name: str) -> bool:

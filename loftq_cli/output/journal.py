@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.record_schema import RecordError, read_record
 from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError
 from loftq_cli.output import disk
@@ -153,13 +154,10 @@ def _value(line: bytes) -> Any:
 def _entry(value: Any) -> JournalEntry | None:
     if not isinstance(value, list) or len(value) != 4:
         return None
-    unit, input_sha256, outputs, result = value
-    is_whole = isinstance(unit, str) and isinstance(input_sha256, str) and _are_texts(outputs)
-    return JournalEntry(unit, input_sha256, outputs, result) if is_whole and isinstance(result, dict) else None
-
-
-def _are_texts(values: Any) -> bool:
-    return isinstance(values, dict) and all(isinstance(value, str) for value in values.values())
+    try:
+        return read_record(JournalEntry, dict(zip(("unit", "input_sha256", "outputs", "result"), value, strict=True)))
+    except RecordError:
+        return None
 
 
 def _line_hash(text: bytes) -> str:

@@ -43,7 +43,7 @@ _CONFIG: dict[str, Any] = {
 _PREFIX = f"base_model.model.{LAYER}"
 _TENSORS = {f"{_PREFIX}.lora_A.weight": torch.zeros(4, 64), f"{_PREFIX}.lora_B.weight": torch.zeros(32, 4)}
 _VALUES = (*HOSTILE, "repo", "loftq", "pissa", "IA3", {"(.+)+x": 4}, {"q_proj|k": 4}, [0], [1], ["layers"], "layers")
-_BOMBS = ("(.*.*)*x", "(([a-z_.0-9]+)+)+!", "(.+)+.+.+.+x", "(?i)[\0-\U0010ffff]" * 50)
+_BOMBS = ("(.|..)*[!?]", "(([a-z_.0-9]+)+)+!", "(.+)+.+.+.+x", "(?i)[\0-\U0010ffff]" * 50)
 _HEADER_VALUES = (*HOSTILE, [4, 64], [32, 4], [64, 4], "F16", "I8", "BF16")
 
 

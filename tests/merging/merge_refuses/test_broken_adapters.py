@@ -150,20 +150,20 @@ BROKEN = {
     ),
     # expressions made to run for years
     "a rank pattern that never ends": Broken(
-        config={"rank_pattern": {"(.*.*)*x": 4}},
-        says=("adapter_config.json", "rank_pattern", "'(.*.*)*x'", "takes too long to match"),
+        config={"rank_pattern": {"(.|..)*[XYZ]": 4}},
+        says=("adapter_config.json", "rank_pattern", "'(.|..)*[XYZ]'", "takes too long to match"),
         status=2,
     ),
     "an alpha pattern that never ends": Broken(
-        config={"alpha_pattern": {"([a-z_.0-9]+)+!": 4}},
-        says=("adapter_config.json", "alpha_pattern", "'([a-z_.0-9]+)+!'", "takes too long"),
+        config={"alpha_pattern": {"(.|..)+[^a-z]": 4}},
+        says=("adapter_config.json", "alpha_pattern", "'(.|..)+[^a-z]'", "takes too long"),
         status=2,
     ),
     "targets that never end": Broken(
-        config={"target_modules": "(.*.*)*x"}, says=("target_modules", "takes too long to match"), status=2
+        config={"target_modules": "(.|..)*[XYZ]"}, says=("target_modules", "takes too long to match"), status=2
     ),
     "excluded modules that never end": Broken(
-        config={"target_modules": ["q_proj"], "exclude_modules": "(.*.*)*x"},
+        config={"target_modules": ["q_proj"], "exclude_modules": "(.|..)*[XYZ]"},
         says=("exclude_modules", "takes too long"),
         status=2,
     ),
