@@ -35,7 +35,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from loftq_cli.runtime.version import VERSION as __version__
 
 # Installed, `triton_kernels` lies inside this package. In a source tree the folder lies beside the package.
 if not (Path(__file__).parent / "triton_kernels").is_dir():

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli import __version__
 from loftq_cli.cli.calibrate import calibrate
 from loftq_cli.cli.console import say
 from loftq_cli.cli.inspect import inspect
@@ -28,6 +27,7 @@ from loftq_cli.errors import (
     is_memory_shortage,
     memory_shortage,
 )
+from loftq_cli.runtime.version import VERSION
 
 # Typer contains a copy of click, and exports a subclass of the copy's error class.
 _CommandLineError: type[Exception] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
@@ -50,7 +50,7 @@ app.command(context_settings=_SETTINGS)(calibrate)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"loftq-cli {__version__}")
+        typer.echo(f"loftq-cli {VERSION}")
         raise typer.Exit
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 
-from loftq_cli import __version__
 from loftq_cli.conversion.report import LayerResult, bits_per_weight
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.output.records import RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.plan import Plan
+from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.metrics import total_error
 
 
@@ -35,7 +35,7 @@ Relative error of the weights: {total.base_error:.4f} without the adapter, {tota
 {_loading_lines(plan, base_model)}
 ```
 
-The adapter belongs to this base and to no other. Made by loftq-cli {__version__}; `{REPORT_NAME}` has every layer,
+The adapter belongs to this base and to no other. Made by loftq-cli {VERSION}; `{REPORT_NAME}` has every layer,
 `{RECIPE_NAME}` every option.
 """
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from loftq_cli import __version__
 from loftq_cli.errors import printable
 from loftq_cli.output import disk
+from loftq_cli.runtime.version import VERSION
 
 REPORT_NAME = "loftq_report.json"
 RECIPE_NAME = "loftq_recipe.toml"
 PROVENANCE_NAME = "loftq_provenance.json"
 MERGE_REPORT_NAME = "loftq_merge_report.json"
-TOOL = {"tool": "loftq-cli", "version": __version__}
+TOOL = {"tool": "loftq-cli", "version": VERSION}
 
 
 def write_texts(directory: Path, texts: Mapping[str, str]) -> None:

@@ -13,7 +13,6 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from loftq_cli import __version__
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.layouts.layout import ModelFacts, common_spec, load_layout
 from loftq_cli.methods.method import METHODS
@@ -25,6 +24,7 @@ from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.runtime.kernel_choice import COMPILER_NBYTES, is_worth_compiling
+from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.headers import OutTensor, TensorRef
 
 _TORCH_NBYTES = 280_000_000  # importing torch and the first operations, measured on Linux
@@ -155,7 +155,7 @@ class Plan:
         return hashlib.sha256(
             json.dumps(
                 [
-                    [__version__, version("torch"), recipe, dict(self.family.config), base_model, statistics],
+                    [VERSION, version("torch"), recipe, dict(self.family.config), base_model, statistics],
                     sorted([ref.name, ref.dtype, ref.shape] for ref in tensors.values()),
                 ],
                 sort_keys=True,
