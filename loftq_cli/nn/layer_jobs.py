@@ -36,6 +36,9 @@ from loftq_cli.triton_kernels.backend import has_kernels, use_compiled_kernels, 
 _OF_FILES = ("max_shard_size",)
 _OF_MODELS = ("calibration", "include", "exclude", "override")
 
+# Defaults in the signatures of `from_linear`. A method without a solver, or without random draws, has no such option.
+_SIGNATURE_DEFAULTS: dict[str, Any] = {"svd": "fast", "seed": 0}
+
 
 def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recipe:
     """The recipe of a model from a preset's name or a TOML file, and from options by keyword.
@@ -50,7 +53,10 @@ def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recip
 
 def layer_recipe(options: Mapping[str, Any]) -> Recipe:
     """The recipe of one linear from options by keyword. Raises as `model_recipe` does."""
-    return resolve_recipe(None, check_options(options, RecipeFields, without=_OF_FILES + _OF_MODELS))
+    if options.get("rank") is None:
+        raise UsageError("rank must be a whole number, not None", hint="rank=16")
+    settings = {name: value for name, value in options.items() if _SIGNATURE_DEFAULTS.get(name, ...) != value}
+    return resolve_recipe(None, check_options(settings, RecipeFields, without=_OF_FILES + _OF_MODELS))
 
 
 def layer_job(

@@ -85,6 +85,6 @@ def _keyword(match: re.Match[str]) -> str:
         return f"{_SWITCHES[match['name']]}{rest}"
     if name in _LISTS and value is not None and value.startswith("'"):
         return f"{name}=[{value}]"
-    if value is None or value in ("it", "as", "so", "they", "holds", "keeps"):
+    if value is None or value in ("it", "as", "so", "they", "holds", "keeps", "out"):
         return f"{name}{rest}"
     return f"{name}={value if re.fullmatch(r'[0-9.]+', value) else repr(value.strip(chr(39)))}"

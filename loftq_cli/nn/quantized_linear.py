@@ -27,6 +27,7 @@ class QuantizedLinear(nn.Linear):
 
     >>> from loftq_cli.quant.formats import make_quantizer
     >>> from loftq_cli.tensors.rows import TensorRows
+    >>> from loftq_cli.tensors.specs import CodebookSpec
     >>> quantizer = make_quantizer(CodebookSpec(), "float32")
     >>> linear = QuantizedLinear(quantizer.quantize(TensorRows(torch.randn(32, 64))))
     >>> linear(torch.randn(2, 64)).shape, linear.packed.shape
