@@ -7,7 +7,7 @@ import json
 from loftq_cli.api.results import MergePlan, MergeResult
 from loftq_cli.cli.console import by, megabytes, result, say, table
 from loftq_cli.errors import printable
-from loftq_cli.merging.report import finite, layer_json
+from loftq_cli.merging.report import finite_or_none, layer_json
 
 
 def summary(plan: MergePlan) -> str:
@@ -39,7 +39,7 @@ def print_result(outcome: MergeResult, *, as_json: bool) -> None:
             "requantize": plan.requantize,
             "nbytes": plan.nbytes,
             "retention": outcome.retention,
-            "lost": finite(outcome.lost),
+            "lost": finite_or_none(outcome.lost),
             "notes": outcome.notes,
             "layers": [layer_json(layer) for layer in outcome.layers],
         }
@@ -54,5 +54,5 @@ def print_result(outcome: MergeResult, *, as_json: bool) -> None:
             f"differs  by at most {outcome.max_difference:.1e} from base and adapter "
             f"({outcome.relative_difference:.1e} of the largest weight)"
         )
-        if finite(outcome.lost) is not None:
+        if finite_or_none(outcome.lost) is not None:
             result(f"lost     {outcome.lost:.2%} of the update")
