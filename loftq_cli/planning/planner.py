@@ -102,7 +102,7 @@ def _make_job(
         return unit
     module, shape = module_of(ref.name), unit.matrix.shape
     _, lora, _ = layer_settings(recipe, module, dtype)
-    # A pooled adapter may have more rank than an input has groups: PEFT trains adapters of any rank.
+    # A pooled adapter may have more rank than an input has groups: PEFT trains adapters of higher rank.
     if lora.rank > min(shape):
         raise UsageError(
             f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",

@@ -60,7 +60,7 @@ def _drop_options(override: Override, names: set[str]) -> Override:
 
 
 def _find_outdated_formats(override: Override, typed: Mapping[str, Any]) -> set[str]:
-    """Return {"quant_type"} for integers in the override and a codebook in `typed`, or vice versa; else an empty set."""
+    """Return {"quant_type"} for integers in the override and a codebook in `typed`, or vice versa; else no name."""
     model_row, override_row = FORMATS.get(typed.get("quant_type", "")), FORMATS.get(override.quant_type or "")
     is_outdated = model_row and override_row and model_row.is_affine != override_row.is_affine
     return {"quant_type"} if is_outdated else set()
