@@ -12,7 +12,7 @@ from loftq_cli.quant.formats import FORMATS
 _BLOCK_SIZE, _DOUBLE_QUANT = 64, True
 
 
-class AffineOptions(TypedDict, total=False):
+class AffineKeywords(TypedDict, total=False):
     """More options of `from_linear`, named as the command line's options.
 
     symmetric     integers without zero points
@@ -31,8 +31,8 @@ class AffineOptions(TypedDict, total=False):
     rounds: int | None
 
 
-class LinearOptions(AffineOptions, total=False):
-    """AffineOptions, and the group size of integer formats.
+class LinearOptions(AffineKeywords, total=False):
+    """AffineKeywords, and the group size of integer formats.
 
     group_size    neighbouring inputs that share a scale: 16, 32, 64 (the default), ..., 1024
     """

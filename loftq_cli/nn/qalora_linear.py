@@ -12,7 +12,7 @@ from torch.nn import functional
 from loftq_cli.errors import UsageError
 from loftq_cli.nn.adapted_linear import AdaptedLinear, copied, group_sums
 from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
-from loftq_cli.nn.loftq_linear import AffineOptions
+from loftq_cli.nn.loftq_linear import AffineKeywords
 from loftq_cli.nn.quantized_linear import QuantizedLinear
 from loftq_cli.quant.affine import move_offsets
 from loftq_cli.quant.formats import FORMATS, as_affine, as_affine_tensor
@@ -58,7 +58,7 @@ class QALoRALinear(AdaptedLinear):
         name: str = "",
         seed: int = 0,
         cache: bool = False,
-        **options: Unpack[AffineOptions],
+        **options: Unpack[AffineKeywords],
     ) -> Self:
         """A QALoRALinear with the numbers that `loftq quantize --method qalora --quant-type intN` writes for the
         matrix. `linear` does not change.
