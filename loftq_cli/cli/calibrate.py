@@ -29,7 +29,7 @@ def calibrate(
     """Measure what the linear layers of MODEL read on a text.
 
     Writes, for each layer that quantize takes, the mean of x·xᵀ over the tokens of the text. The model runs in float32
-    with one block of it in memory at a time. Needs transformers: pip install 'loftq-cli[hf]'.
+    with one block of it in memory at a time. Needs: pip install transformers accelerate.
     """
     with CommandProgress(quiet=quiet) as progress:
         statistics = calibrate_model(
