@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-_INSTALL, _UPGRADE = "pip install 'loftq-cli[hf]'", "pip install --upgrade transformers"
+_INSTALL, _UPGRADE = "pip install transformers accelerate", "pip install --upgrade transformers"
 # Exceptions of transformers for a folder without a model, config or tokenizer that transformers can load.
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 

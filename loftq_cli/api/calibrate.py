@@ -34,8 +34,8 @@ def calibrate(
 ) -> CalibrationResult:
     """Measure the inputs x of a model's linear layers on a text: the mean of x·xᵀ over the tokens.
 
-    The model runs in float32, and a single block of the model is in memory at a time. Needs transformers: pip install
-    'loftq-cli[hf]'.
+    The model runs in float32, and a single block of the model is in memory at a time. The call needs
+    transformers 5 and accelerate: pip install transformers accelerate.
 
     Args:
         model: a Hugging Face model directory with a tokenizer, or "builtin:NAME".

@@ -29,7 +29,7 @@ def calibrate(
     """Measure the inputs of MODEL's linear layers on a text.
 
     Writes, for each layer to quantize, the mean of x·xᵀ over the tokens of the text. The model runs in float32 with a
-    single block in memory. Needs transformers: pip install 'loftq-cli[hf]'.
+    single block in memory. Needs: pip install transformers accelerate.
     """
     with CommandProgress(quiet=quiet) as progress:
         statistics = calibrate_model(

@@ -252,7 +252,7 @@ _FUSED = (
 
 # The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
-    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", _CODEBOOKS),
+    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", ("nf4", "fp4")),
     "compressed-tensors": LayoutRow(
         "loftq_cli.layouts.compressed_tensors",
         "integers, for transformers and vLLM",
@@ -333,8 +333,11 @@ def default_layout(quant_type: str) -> str:
 
 def default_layouts_text() -> str:
     """The default containers of all number formats, as words for help texts."""
-    codebooks, integers = default_layout(_CODEBOOKS[0]), default_layout(_INTEGERS[0])
-    return f"{codebooks} for {' and '.join(_CODEBOOKS)}, {integers} for integers"
+    codebooks: dict[str, list[str]] = {}
+    for name in _CODEBOOKS:
+        codebooks.setdefault(default_layout(name), []).append(name)
+    defaults = [f"{layout} for {' and '.join(names)}" for layout, names in codebooks.items()]
+    return ", ".join([*defaults, f"{default_layout(_INTEGERS[0])} for integers"])
 
 
 def mixing_layouts(quant_type: str, *, with_offsets: bool) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import load_layout
+from loftq_cli.layouts.bitsandbytes import LAYOUT
 from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.nn.quantized_linear import QuantizedLinear
 from loftq_cli.quant.formats import QuantizedTensor
@@ -171,5 +171,4 @@ def _of_bitsandbytes(base: nn.Module, name: str) -> QuantizedTensor:
         raw=lambda key: tensors[key].numpy().tobytes(),
         path=_IN_MEMORY,
     )
-    container = load_layout("bitsandbytes")
-    return container.unpack(container.stored_matrix(weight, stored, transposed=False), stored)
+    return LAYOUT.unpack(LAYOUT.stored_matrix(weight, stored, transposed=False), stored)

@@ -463,4 +463,4 @@ def test_without_transformers_the_command_line_says_what_to_install(text, tmp_pa
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert _run(["calibrate", "builtin:tiny-llama", "--text", str(text), "-o", str(tmp_path / "stats")]) == 2
     said = capsys.readouterr().err.strip()
-    assert said == "error: this needs transformers 5 and accelerate (pip install 'loftq-cli[hf]')"
+    assert said == "error: this needs transformers 5 and accelerate (pip install transformers accelerate)"

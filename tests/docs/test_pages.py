@@ -119,6 +119,24 @@ def test_the_worked_examples_of_contributing_pass_their_tests(repository_with_ex
     assert run.returncode == 0, run.stdout[-3000:]
 
 
+def test_the_worked_examples_of_contributing_change_no_default(repository_with_examples, tmp_path):
+    command = [sys.executable, "-m", "loftq_cli", "quantize", "builtin:tiny-llama", "base", "--dry-run"]
+    plans = [
+        subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tree)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+        for tree in (ROOT, repository_with_examples[0])
+    ]
+    assert plans[0].stdout
+    assert (plans[0].stdout, plans[0].stderr) == (plans[1].stdout, plans[1].stderr)
+
+
 @pytest.mark.parametrize("name", pages())
 def test_every_link_between_pages_leads_to_a_file_and_a_heading(name):
     page = pages()[name]

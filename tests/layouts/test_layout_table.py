@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import loftq_cli
 from loftq_cli.errors import UsageError
+from loftq_cli.layouts import layout
 from loftq_cli.layouts.layout import (
     DENSE,
     FLOAT_OFFSETS,
@@ -120,6 +122,13 @@ def test_what_mixes_formats_depends_on_offsets():
 
 def test_defaults_are_told_as_a_sentence():
     assert default_layouts_text() == "bitsandbytes for nf4 and fp4, compressed-tensors for integers"
+
+
+def test_the_sentence_has_every_codebook_beside_its_own_default(monkeypatch):
+    monkeypatch.setattr(layout, "_CODEBOOKS", ("nf4", "af4", "fp4"))
+    dense = replace(LAYOUTS[DENSE], quant_types=(*LAYOUTS[DENSE].quant_types, "af4"))
+    monkeypatch.setitem(LAYOUTS, DENSE, dense)
+    assert default_layouts_text() == "bitsandbytes for nf4 and fp4, dense for af4, compressed-tensors for integers"
 
 
 def test_every_key_of_a_config_belongs_to_containers():
