@@ -35,7 +35,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from loftq_cli.runtime.version import VERSION as __version__
 
 # Installed, `triton_kernels` lies inside this package. In a source tree the folder lies beside the package.
 if not (Path(__file__).parent / "triton_kernels").is_dir():
@@ -67,7 +67,9 @@ _EXPORTS = {
     "LoftQLinear": "nn",
     "QLoRALinear": "nn",
     "QALoRALinear": "nn",
+    "attach": "nn",
     "load_adapted": "nn",
+    "replace_lora_weights": "nn",
     "save_adapter": "nn",
 }
 
@@ -98,7 +100,9 @@ if TYPE_CHECKING:
     from loftq_cli.nn import LoftQLinear as LoftQLinear
     from loftq_cli.nn import QALoRALinear as QALoRALinear
     from loftq_cli.nn import QLoRALinear as QLoRALinear
+    from loftq_cli.nn import attach as attach
     from loftq_cli.nn import load_adapted as load_adapted
+    from loftq_cli.nn import replace_lora_weights as replace_lora_weights
     from loftq_cli.nn import save_adapter as save_adapter
 else:
 

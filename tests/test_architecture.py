@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import loftq_cli
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.planning.recipe_files import presets, resolve_recipe
@@ -85,6 +86,10 @@ def test_packages_of_the_project_file_are_those_on_disk():
     assert sorted(listed) == sorted([*(name for name, _ in packages()), "loftq_cli.configs"])
 
 
+def test_the_version_is_that_of_the_project_file():
+    assert loftq_cli.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
 def test_files_are_short_enough_to_read_at_once():
     for module, path in modules():
         lines = len(path.read_text().splitlines())
@@ -134,10 +139,10 @@ def test_every_row_of_every_table_names_a_module_that_exists():
 
 
 def test_every_method_names_a_class_that_trains_its_adapters():
-    from loftq_cli.nn import adapted_linear
+    from loftq_cli import nn
 
     for entry in METHODS.values():
-        assert getattr(adapted_linear, entry.linear_class)._is_pooled is entry.is_pooled
+        assert getattr(nn, entry.linear_class)._is_pooled is entry.is_pooled
 
 
 def test_every_preset_is_a_complete_recipe_with_a_summary():

@@ -1,9 +1,9 @@
-"""Which implementation of an operation runs on which device: a table, the choice, and the function that reads both.
+"""The implementation of an operation on a device: a table of backends, the choice of a backend, and the lookup.
 
 The choice belongs to a context (contextvars), not to the process: two threads may run different backends, and a choice
-that a function makes inside `contextvars.copy_context().run` ends with the function.
+inside `contextvars.copy_context().run` ends with the function.
 
-A backend is a module `<op>/<backend>.py` beside the contract `<op>/contract.py`, with the same function names.
+A backend is a module `<op>/<backend>.py` beside the contract `<op>/contract.py`, with equal function names.
 """
 
 from __future__ import annotations
@@ -29,43 +29,53 @@ _TRITON = frozenset(
     }
 )
 
-# device type -> backend -> the operations that it has. The reference is plain torch, has all of them, and runs
-# wherever torch does. On a processor Triton only interprets, which is for tests. (AMD's cards are "cuda" to torch.)
+# device type -> backend -> the operations of the backend. The reference is plain torch, has all operations, and runs on
+# every device of torch. Triton only interprets on a processor, for tests. (AMD's cards are "cuda" to torch.)
 BACKENDS: dict[str, dict[str, frozenset[str]]] = {
     "cpu": {"cpu": frozenset({"affine", "codebook", "double_quant", "error_stats", "refinement"}), "triton": _TRITON},
     "cuda": {"triton": _TRITON},
 }
 
-# device type -> backend. A mapping is replaced as a whole and never changed: contexts share it.
+# device type -> backend. A new mapping replaces a mapping, and no mapping changes: contexts share mappings.
 _CHOICE: ContextVar[Mapping[str, str]] = ContextVar("loftq_backends", default=MappingProxyType({}))
 
 
 def use_compiled_kernels() -> str | None:
-    """Choose the compiled kernels for the CPU in the current context. Gives None, or the reason why they cannot run.
+    """Choose the compiled kernels for the CPU in the current context. Returns None, or the reason why the kernels
+    cannot run.
 
-    Loading the compiler takes half a second, and the first run of each kernel on a machine takes one second more: the
-    caller weighs that. The reference gives the same bytes.
+    Loading the compiler takes half a second, and the first run of each kernel on a machine takes a second more: the
+    caller weighs the cost. The reference gives equal bytes.
     """
     try:
         import_module(f"{__package__}.cpu_kernels")
     except ImportError as error:
         return f"numba is not there ({error})" if error.name == "numba" else str(error)
-    except OSError as error:  # its compiler is a library, which does not load where memory is short
+    except OSError as error:  # numba's compiler is a library: loading fails when memory is short
         return str(error)
     use_backend("cpu", "cpu")
     return None
 
 
 def use_reference_kernels() -> None:
-    """Undo `use_compiled_kernels` in the current context."""
+    """Choose the reference on the CPU in the current context, as before `use_compiled_kernels`.
+
+    >>> use_reference_kernels()
+    >>> has_kernels("codebook", "cpu")
+    False
+    """
     use_backend("cpu", None)
 
 
 def use_backend(device_type: str, backend: str | None) -> None:
-    """Choose `backend` for devices of this type in the current context; None chooses the default. An operation that
-    the backend lacks runs as the reference.
+    """Choose a backend for a device type in the current context. An operation outside of the backend runs as the
+    reference.
 
-    Raises ValueError for a backend that the table does not have.
+    device_type   "cpu" or "cuda"
+    backend       a backend of the table BACKENDS, or "reference"; None chooses the default: Triton on "cuda" when
+                  Triton is installed, else the reference
+
+    Raises ValueError for a backend outside of the table.
 
     >>> use_backend("cpu", "reference")
     >>> has_kernels("codebook", "cpu")
@@ -83,20 +93,32 @@ def use_backend(device_type: str, backend: str | None) -> None:
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed: without it a GPU runs the plain torch definitions."""
+    """True when Triton is installed: a GPU runs the reference without Triton."""
     return find_spec("triton") is not None
 
 
 def implementation(op: str, device_type: str) -> ModuleType:
-    """The module that implements `op` ("codebook", ...) for tensors on `device_type`.
+    """The module that implements the operation `op` for tensors on `device_type`.
 
-    Raises ValueError for a device type that no backend serves.
+    op            folder of the operation: "codebook", "affine", ...
+    device_type   "cpu" or "cuda"
+
+    Raises ValueError for a device type without a backend.
+
+    >>> implementation("codebook", "cpu").__name__.rpartition(".")[2]
+    'reference'
     """
     return import_module(f"{__package__}.{op}.{_backend_of(op, device_type)}")
 
 
 def has_kernels(op: str, device_type: str) -> bool:
-    """Whether something other than the definition implements `op` there. Raises as `implementation` does."""
+    """True when a backend implements `op` on `device_type`, and not the reference.
+
+    Raises ValueError for a device type without a backend.
+
+    >>> has_kernels("codebook", "cpu")
+    False
+    """
     return _backend_of(op, device_type) != "reference"
 
 

@@ -1,8 +1,10 @@
-"""The only package that runs models: statistics of what layers read, and outputs beside those of the original.
+"""The only package that runs models: statistics of the inputs of layers, and outputs beside those of the original.
 
 text_windows.py         text files as windows of tokens
 transformers_models.py  models and tokenizers as transformers loads them
 streamed_model.py       a model with one block in memory
-calibration.py          statistics of the inputs of layers
+input_sums.py           running sums of x·xᵀ over the inputs of layers
+calibration.py          statistics of the inputs of layers, written to files
+layer_outputs.py        output errors of quantized layers beside the original
 comparison.py           outputs and predictions beside the original
 """

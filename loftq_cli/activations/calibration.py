@@ -1,22 +1,22 @@
-"""Statistics of what a model's linears read: the mean of x·xᵀ over the tokens of a text, block by block, into a file.
-Quantizes nothing, and needs transformers to run the model.
+"""Statistics of the inputs x of a model's linears: the mean of x·xᵀ over the tokens of a text, block by block, into a
+file. Quantizes nothing, and needs transformers to run the model.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from loftq_cli.activations import transformers_models
-from loftq_cli.activations.text_windows import TextFile, Windows, read_text, text_windows
+from loftq_cli.activations.input_sums import InputSums, share_inputs
+from loftq_cli.activations.text_windows import TextFile, Windows, cut_windows, read_text
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
-from loftq_cli.errors import InputError, NumericError, UsageError
+from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.layout import DENSE
 from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.records import TOOL, dump_json, source_name, write_texts
@@ -27,19 +27,19 @@ from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.headers import OutTensor
 
-if TYPE_CHECKING:
-    import torch
-
-    from loftq_cli.activations.streamed_model import StreamedModel
-
-_TRACED = 16  # tokens of the forward that finds out who reads what
-_BATCH_TOKENS = 4096  # that go through a block at once: enough to use all processors, and small beside a block
-_ROWS = 4096  # of an input that are multiplied at once
+_TRACE_TOKENS = 16  # tokens of the forward that groups the weights by input
+_BATCH_TOKENS = 4096  # tokens per call of a block: enough to use all processors, and small beside a block
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationOptions:
-    """What a user asks for. `context` None is the model's own, at most 512; with `lines` each line is a text."""
+    """The options of a user.
+
+    tokens     most tokens to run, over all windows
+    context    tokens of a window; None is the model's longest input, at most 512
+    diagonal   measure mean squares of x in place of the mean of x·xᵀ
+    lines      each line of a file is a text
+    """
 
     tokens: int
     context: int | None = None
@@ -48,11 +48,12 @@ class CalibrationOptions:
 
     @property
     def kind(self) -> str:
+        """The kind of statistics in calibration.json: "full" or "diagonal"."""
         return "diagonal" if self.diagonal else "full"
 
 
 class CalibrationObserver(Protocol):
-    """What a calibration tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
+    """Hears of the progress of a calibration: a part of `loftq_cli.api.observer.Observer`."""
 
     def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None: ...
     def note(self, text: str) -> None: ...
@@ -61,10 +62,18 @@ class CalibrationObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class CalibrationResult:
-    """The statistics in the directory `output`, `nbytes` in all: matrices x·xᵀ where `kind` is "full", mean squares of
-    x where `kind` is "diagonal". There are `inputs` statistics for `layers` layers: layers that read the same tensor
-    share one. `unread` names the weights that no text reaches. The model read `tokens` tokens in `windows` windows of
-    at most `context`; with `lines`, each window is a line of the text.
+    """The written statistics.
+
+    output    the directory of the statistics
+    kind      "full" for matrices x·xᵀ [in, in], "diagonal" for mean squares of x [in]
+    layers    number of layers with a statistic
+    inputs    number of statistics; layers with a common input tensor share a statistic
+    unread    names of the weights that no text reaches
+    tokens    tokens that the model read, over all windows
+    windows   number of windows; with `lines`, each window is a line of the text
+    context   tokens of the longest window
+    lines     the option of the call
+    nbytes    bytes of all statistics
     """
 
     output: Path
@@ -81,7 +90,15 @@ class CalibrationResult:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A calibration that can begin: everything but the weights has been read."""
+    """A calibration that can begin: everything but the weights is in memory.
+
+    checkpoint   the source, open
+    directory    the folder of the source, with config.json and the tokenizer
+    output       the directory to write
+    jobs         the weights to measure
+    texts        the content of the text files
+    overwrite    replace an `output` that exists
+    """
 
     checkpoint: Checkpoint
     directory: Path
@@ -95,9 +112,18 @@ class Prepared:
 def prepare_calibration(
     model: Path, texts: Sequence[Path], output: Path, options: CalibrationOptions, *, overwrite: bool = False
 ) -> Prepared:
-    """Open the source and the texts, and see what there is to measure. Writes nothing; needs no torch.
+    """Open the checkpoint `model` and the files `texts`, and choose the weights to measure. Writes nothing; needs no
+    torch.
 
-    Raises LoftqError for everything that can be known to go wrong before the model is built.
+    Raises LoftqError for every error that shows before the model is built: InputError for a damaged checkpoint, a
+    weight file without config.json, or a file without UTF-8 text; UsageError when `output` exists and `overwrite` is
+    false, when `texts` is empty, when no linear can be quantized, or when transformers is not installed.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> model, text = resolve_model("builtin:tiny-llama"), Path("text.txt")
+    >>> _ = text.write_text("The quick brown fox jumps over the lazy dog.")
+    >>> len(prepare_calibration(model, [text], Path("statistics"), CalibrationOptions(tokens=64)).jobs)
+    28
     """
     checkpoint = open_checkpoint(model)
     if checkpoint.directory is None:
@@ -106,77 +132,94 @@ def prepare_calibration(
     check_output(output, overwrite=overwrite)
     if not texts:
         raise UsageError("no text to read", hint="--text FILE")
-    read = tuple(read_text(path) for path in texts)
-    jobs = measurable(checkpoint)
+    contents = tuple(read_text(path) for path in texts)
+    jobs = measurable_matrices(checkpoint)
     if not jobs:
         raise UsageError("no linear layer to measure", file=model, hint="loftq inspect shows every tensor")
     transformers_models.check_installed()
-    return Prepared(checkpoint, checkpoint.directory, output, options, jobs, read, overwrite)
+    return Prepared(checkpoint, checkpoint.directory, output, options, jobs, contents, overwrite)
 
 
-def measurable(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]:
-    """The weights that `quantize` takes by default, whatever the container: a dense one fits every shape."""
+def measurable_matrices(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]:
+    """The weights of `checkpoint` that `quantize` takes by default, in the order of the checkpoint. The dense container
+    holds every shape, so the statistics serve a conversion into any container.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> measurable_matrices(open_checkpoint(resolve_model("builtin:tiny-llama")))[0].name
+    'model.layers.0.mlp.down_proj.weight'
+    """
     jobs = quantizable_matrices(checkpoint.tensors, checkpoint.config(), layout=DENSE)
     return tuple(job for job in jobs if isinstance(job, QuantizableMatrix))
 
 
-@transformers_models.silenced()
+@transformers_models.silence()
 def run_calibration(
     prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1, batch_tokens: int = _BATCH_TOKENS
 ) -> CalibrationResult:
-    """Run the model over the text and write the statistics: complete, or not at all.
+    """Run the model over the text and write the statistics: all files, or none.
 
-    Windows of `batch_tokens` tokens go through a block at once. Takes the memory of one block in float32, of its
-    statistics, and of what all tokens carry from block to block.
+    threads        number of torch's threads
+    batch_tokens   tokens that go through a block at once
+
+    Memory holds one block in float32, the statistics of the block, and the hidden states of all tokens between two
+    blocks. Raises InputError for a model or tokenizer that transformers does not load, for a missing weight, or for a
+    text that is too short; UsageError for a model that does not run block by block; NumericError for an input that is
+    not finite; StorageError when the disk is full.
     """
     from loftq_cli.activations.streamed_model import StreamedModel
 
     directory = prepared.directory
-    config, tokenizer = transformers_models.model_config(directory), transformers_models.tokenizer(directory)
-    windows = _windows(prepared, config, tokenizer)
-    model = transformers_models.empty_model(directory, config)
-    weights = transformers_models.loaded_weights(model, prepared.checkpoint.tensors)
+    config, tokenizer = transformers_models.load_config(directory), transformers_models.load_tokenizer(directory)
+    windows = _cut_windows(prepared, config, tokenizer)
+    model = transformers_models.build_empty_model(directory, config)
+    weights = transformers_models.match_weights(model, prepared.checkpoint.tensors)
     streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
     with torch_threads(threads):
-        inputs = _trace(
-            streamed, prepared, transformers_models.text_inputs(config, windows.by_length[-1][:1, :_TRACED])
-        )
-        found = _Found(prepared, windows, inputs)
-        found.announce(observer)
-        check_space(prepared.output, found.nbytes)
-        staging = Staging(prepared.output, fingerprint=_fingerprint(found), overwrite=prepared.overwrite, restart=True)
+        feed = transformers_models.text_inputs(config, windows.by_length[-1][:1, :_TRACE_TOKENS])
+        measurement = _Measurement(prepared, windows, share_inputs(streamed, prepared.jobs, feed))
+        measurement.announce(observer)
+        check_space(prepared.output, measurement.nbytes)
+        fingerprint = _fingerprint(measurement)
+        staging = Staging(prepared.output, fingerprint=fingerprint, overwrite=prepared.overwrite, restart=True)
         with staging.whole(TOOL) as path:
-            with OutputFiles(path, {STATISTICS_NAME: found.tensors}) as files:
-                sums = _Sums(streamed, found, lambda name, mean: files[name].write(name, mean), observer)
-                with sums.watching():
+            with OutputFiles(path, {STATISTICS_NAME: measurement.tensors}) as files:
+                sums = InputSums(
+                    streamed,
+                    measurement.jobs,
+                    lambda name, mean: files[name].write(name, mean),
+                    observer.block_calibrated,
+                    diagonal=prepared.options.diagonal,
+                    path=directory,
+                )
+                with sums.watch():
                     feeds = [transformers_models.text_inputs(config, batch) for batch in windows.batches(batch_tokens)]
                     streamed.run(feeds, sums.blocks, sums.flush, threads=threads)
                 sums.check_complete()
             prepared.checkpoint.check_unchanged()
-            values = _calibration_json(found, file_sha256(path / STATISTICS_NAME))
+            values = _calibration_json(measurement, file_sha256(path / STATISTICS_NAME))
             write_texts(path, {CALIBRATION_NAME: dump_json(values)})
-    return found.calibration()
+    return measurement.result()
 
 
-def _windows(prepared: Prepared, config: Any, tokenizer: Any) -> Windows:
-    asked = prepared.options
-    return text_windows(
+def _cut_windows(prepared: Prepared, config: Any, tokenizer: Any) -> Windows:
+    options = prepared.options
+    return cut_windows(
         prepared.texts,
         tokenizer,
-        tokens=asked.tokens,
-        context=asked.context,
-        lines=asked.lines,
+        tokens=options.tokens,
+        context=options.context,
+        lines=options.lines,
         longest=transformers_models.longest_input(config, tokenizer),
         vocabulary=transformers_models.vocabulary_size(config),
     )
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What is known when the first tokens have gone through the model.
+class _Measurement:
+    """The task of a calibration, after the first tokens have gone through the model.
 
     windows   token ids
-    inputs    the weights that text reaches -> the first one that reads the same
+    inputs    name of each reached weight -> the first weight with a common input, which names the statistic
     """
 
     prepared: Prepared
@@ -184,40 +227,48 @@ class _Found:
     inputs: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Raises UsageError where text reaches nothing."""
+        """Raises UsageError when the text reaches no layer."""
         if not self.inputs:
             raise UsageError("the text reaches no linear layer of this model", file=self.prepared.directory)
 
     @property
+    def jobs(self) -> list[QuantizableMatrix]:
+        """The weights that name a statistic, in the order of the checkpoint."""
+        names = set(self.inputs.values())
+        return [job for job in self.prepared.jobs if job.name in names]
+
+    @property
     def tensors(self) -> list[OutTensor]:
-        """What is written."""
+        """Headers of the statistics: float32 [in, in], or [in] with `diagonal`."""
         ndim = 1 if self.prepared.options.diagonal else 2
         features = {job.name: job.matrix.shape[1] for job in self.prepared.jobs}
         return [OutTensor(name, "float32", (features[name],) * ndim) for name in dict.fromkeys(self.inputs.values())]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of it."""
+        """Bytes of all statistics."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Weights that no text reaches, or that the model multiplies by past the module that holds them."""
+        """Names of the weights without a statistic: no text reaches the weight, or the model multiplies by the weight
+        without a call of the module.
+        """
         return tuple(job.name for job in self.prepared.jobs if job.name not in self.inputs)
 
     def announce(self, observer: CalibrationObserver) -> None:
-        """Say what there is to do, and what a user may not expect."""
-        windows, asked = self.windows, self.prepared.options.tokens
+        """Tell the observer the amount of work, a text shorter than the option, and layers without a statistic."""
+        windows, tokens = self.windows, self.prepared.options.tokens
         lines = self.prepared.options.lines
         observer.calibration_started(len(self.tensors), windows.count, windows.longest, lines=lines)
-        if windows.tokens + windows.longest <= asked:
-            observer.note(f"the text gives {windows.tokens} tokens, fewer than --tokens {asked}")
+        if windows.tokens + windows.longest <= tokens:
+            observer.note(f"the text gives {windows.tokens} tokens, fewer than --tokens {tokens}")
         if self.unread:
-            others = " and others" if len(self.unread) > 1 else ""
-            observer.note(f"{len(self.unread)} layers read no text and have no statistic: {self.unread[0]}{others}")
+            ending = " and others" if len(self.unread) > 1 else ""
+            observer.note(f"{len(self.unread)} layers read no text and have no statistic: {self.unread[0]}{ending}")
 
-    def calibration(self) -> CalibrationResult:
-        """What was done, when it is."""
+    def result(self) -> CalibrationResult:
+        """The result of the finished calibration."""
         return CalibrationResult(
             output=self.prepared.output,
             kind=self.prepared.options.kind,
@@ -232,158 +283,21 @@ class _Found:
         )
 
 
-def _trace(streamed: StreamedModel, prepared: Prepared, feed: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """For each weight that text reaches, in the order of the plan, the first one that reads the same tensor."""
-    seen: list[tuple[torch.Tensor, int, str]] = []  # held until the block is left: an address is used again
-    groups: dict[str, str] = {}
-
-    def see(name: str, x: torch.Tensor) -> None:
-        same = next((other for y, version, other in seen if y is x and version == x._version), None)
-        groups.setdefault(name, same or name)
-        if same is None:
-            seen.append((x, x._version, name))
-
-    modules = _modules(streamed, prepared.jobs)
-    with _seeing(modules, see):
-        streamed.run([feed], _blocks(streamed, prepared.jobs), lambda block: seen.clear())
-    first: dict[str, str] = {}
-    names = [job.name for job in prepared.jobs if job.name in groups]
-    for name in names:
-        first.setdefault(groups[name], name)
-    return {name: first[groups[name]] for name in names}
-
-
-class _Sums:
-    """Sums of x·xᵀ of the block that batches are in, and where their means go."""
-
-    def __init__(
-        self,
-        streamed: StreamedModel,
-        found: _Found,
-        write: Callable[[str, torch.Tensor], object],
-        observer: CalibrationObserver,
-    ) -> None:
-        prepared, named = found.prepared, set(found.inputs.values())
-        jobs = [job for job in prepared.jobs if job.name in named]
-        self.blocks = _blocks(streamed, jobs)
-        self._modules = _modules(streamed, jobs)
-        self._diagonal, self._write, self._observer = prepared.options.diagonal, write, observer
-        self._missing = named
-        self._model = prepared.directory
-        self._sums: dict[str, _Sum] = {}
-
-    def watching(self) -> Any:
-        """Add up what the layers read, for the length of the block."""
-        return _seeing(self._modules, self._add)
-
-    def flush(self, block: str) -> None:
-        """Write the means of a block that all batches have left."""
-        for name, found in self._sums.items():
-            if name not in self._missing:
-                raise UsageError("runs again after other blocks, which is not supported", file=self._model, tensor=name)
-            mean = found.mean()
-            if not bool(mean.isfinite().all()):
-                raise NumericError("its input is not finite on this text").at(file=self._model, tensor=name)
-            self._write(name, mean)
-            self._missing.discard(name)
-        if self._sums:
-            self._observer.block_calibrated(block, len(self._sums))
-        self._sums.clear()
-
-    def check_complete(self) -> None:
-        """Raises UsageError for a layer that the first tokens reached and the text did not."""
-        if self._sums:
-            self.flush("outside of the blocks")
-        if self._missing:
-            what = "reads the beginning of the text and nothing of the rest"
-            raise UsageError(what, file=self._model, tensor=min(self._missing))
-
-    def _add(self, name: str, x: torch.Tensor) -> None:
-        if name not in self._sums:
-            self._sums[name] = _Sum(x.shape[-1], diagonal=self._diagonal)
-        self._sums[name].add(x)
-
-
-class _Sum:
-    """The sum of x·xᵀ over rows x, or of its diagonal. Products are float32; there are few of them to add up."""
-
-    def __init__(self, features: int, *, diagonal: bool) -> None:
-        import torch
-
-        self._diagonal, self._rows = diagonal, 0
-        dtype = torch.float64 if diagonal else torch.float32
-        self._sum = torch.zeros((features,) if diagonal else (features, features), dtype=dtype)
-
-    def add(self, x: torch.Tensor) -> None:
-        """x: [..., in]."""
-        import torch
-
-        rows = x.detach().reshape(-1, x.shape[-1]).float()
-        self._rows += len(rows)
-        for chunk in torch.split(rows, _ROWS):
-            if self._diagonal:
-                self._sum += chunk.double().square().sum(0)
-            else:
-                self._sum.addmm_(chunk.T, chunk)
-
-    def mean(self) -> torch.Tensor:
-        """float32, symmetric."""
-        if self._diagonal:
-            return (self._sum / self._rows).float()
-        return (self._sum + self._sum.T).mul_(0.5 / self._rows)
-
-
-def _modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> dict[str, tuple[Any, int]]:
-    """The module and the inputs of each weight; one that the loaded model has in another form is left out."""
-    modules = dict(streamed.model.named_modules())
-    return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
-
-
-def _blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> set[str]:
-    modules = dict(streamed.model.named_modules())
-    found = {streamed.block_of(job.module) for job in jobs if job.module in modules}
-    return {block for block in found if block is not None}
-
-
-@contextmanager
-def _seeing(modules: Mapping[str, tuple[Any, int]], see: Callable[[str, Any], None]) -> Iterator[None]:
-    """`see(name, input)` at each call of a module, for the length of the block."""
-
-    def hook(name: str, features: int) -> Callable[..., None]:
-        def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if x.shape[-1] == features and x.numel():
-                see(name, x)
-
-        return call
-
-    handles = [
-        module.register_forward_pre_hook(hook(name, features), with_kwargs=True)
-        for name, (module, features) in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _headers_sha256(checkpoint: Checkpoint) -> str:
-    """Of all that headers and config say."""
+    """The sha256 of the config and of the name, dtype and shape of every tensor."""
     refs = sorted([ref.name, ref.dtype, ref.shape] for ref in checkpoint.tensors.values())
     return hashlib.sha256(json.dumps([checkpoint.config(), refs], sort_keys=True).encode()).hexdigest()
 
 
-def _fingerprint(found: _Found) -> str:
-    prepared = found.prepared
-    windows = found.windows
+def _fingerprint(measurement: _Measurement) -> str:
+    prepared, windows = measurement.prepared, measurement.windows
     options = [prepared.options.kind, prepared.options.lines, windows.count, windows.longest, windows.tokens]
     values = [TOOL, _headers_sha256(prepared.checkpoint), options, [text.sha256 for text in prepared.texts]]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _calibration_json(found: _Found, sha256: str) -> dict[str, Any]:
-    prepared, windows = found.prepared, found.windows
+def _calibration_json(measurement: _Measurement, sha256: str) -> dict[str, Any]:
+    prepared, windows = measurement.prepared, measurement.windows
     texts = [{"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.texts]
     return {
         **TOOL,
@@ -397,5 +311,5 @@ def _calibration_json(found: _Found, sha256: str) -> dict[str, Any]:
         "lines": prepared.options.lines,
         "texts": texts,
         "statistics_sha256": sha256,
-        "inputs": dict(found.inputs),
+        "inputs": dict(measurement.inputs),
     }

@@ -1,6 +1,6 @@
-"""A model that runs with the weights of one block in memory: batches go through it side by side, all through one block
-before any enters the next, and a block's weights are read when the first comes and dropped when the last has left.
-Knows nothing of what is measured on the way.
+"""A model that runs with the weights of a single block in memory. All batches pass a block before any batch enters the
+next block: a block's weights are loaded when all batches wait before the block, and dropped when all batches have left.
+Measures nothing.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ if TYPE_CHECKING:
 
 
 class StreamedModel:
-    """`model`, whose parameters are on the meta device, and the checkpoint that they are read from in float32.
+    """A model with parameters on the meta device, and the checkpoint that gives the parameters in float32.
 
-    path      the checkpoint's, for errors
-    load      what gives a tensor of the checkpoint by its name
-    weights   what of the checkpoint makes each tensor of the model: see `loaded_weights`
+    model     a model of transformers, see `build_empty_model`
+    path      the checkpoint, for errors
+    load      loads a tensor of the checkpoint by name
+    weights   name of a tensor of the model -> the source in the checkpoint: see `match_weights`
     """
 
     def __init__(
         self, model: Any, path: Path, load: Callable[[str], torch.Tensor], weights: Mapping[str, LoadedWeight]
     ) -> None:
-        """Buffers that the checkpoint gives are read here."""
+        """Reads the buffers of the model that the checkpoint holds."""
         self.model, self._path, self._load_tensor, self._weights = model, path, load, weights
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-        self._same = _same_names(model)
+        self._shared = _names_of_shared(model)
         owners = [self.block_of(name.rpartition(".")[0]) for name, _ in model.named_parameters()]
         self._blocks = {block for block in owners if block is not None}
         self._ahead = set[str]()
-        self._loose: list[_Place] = []  # read by the module that needs them, and dropped after the step
+        self._loose: list[_Place] = []  # parameters outside of blocks: loaded by their module, dropped after the step
         for name, buffer in model.named_buffers():
             if name in weights:
                 buffer.copy_(self._read(name)[name])
 
     def block_of(self, module: str) -> str | None:
-        """The outermost numbered part of the model that the module called `module` lies in and that is called as a
-        whole; None outside of those.
+        """The name of the block around the module `module`: the outermost module with a numbered name that is no
+        container of modules. None outside of blocks.
         """
         parts = module.split(".")
         for count, part in enumerate(parts, 1):
@@ -55,7 +56,7 @@ class StreamedModel:
         return None
 
     def load_all(self) -> Any:
-        """The model with all its weights, for whoever has the memory. Raises InputError for one that is missing."""
+        """The model with all weights in memory, float32. Raises InputError for a weight that the checkpoint lacks."""
         for name, _ in self.model.named_parameters():
             source = self._source(name)
             if source is None:
@@ -63,8 +64,8 @@ class StreamedModel:
             if _Place.of(self._modules, name).is_empty:
                 self._load(name, [])
             loaded = self._modules[name.rpartition(".")[0]]._parameters[name.rpartition(".")[2]]
-            for other in self._same.get(name, ()):
-                path, _, leaf = other.rpartition(".")
+            for alias in self._shared.get(name, ()):
+                path, _, leaf = alias.rpartition(".")
                 self._modules[path]._parameters[leaf] = loaded
         return self.model
 
@@ -72,70 +73,77 @@ class StreamedModel:
         self,
         feeds: Sequence[Mapping[str, torch.Tensor]],
         blocks: Iterable[str],
-        left: Callable[[str], None],
+        block_done: Callable[[str], None],
         *,
         threads: int = 1,
     ) -> None:
-        """Call the model with each of `feeds`, without gradients and up to its output head; `left(block)` is called
-        when all of them have left a block. The model's own hooks see every call. After all of `blocks`, the run may
-        end where a weight is missing: loaders make up a pooler.
+        """Call the model with each of `feeds`, without gradients, up to the output head. Hooks of the model see every
+        call.
 
-        Raises InputError for a weight that is needed and not in the checkpoint, UsageError for a model that takes a
-        different way with each input.
+        feeds        keyword arguments of the forwards, a batch each
+        blocks       names of the blocks to reach. After the last of `blocks`, a missing weight outside of blocks ends
+                     the run: loaders make up a pooler.
+        block_done   takes the name of a block after all batches have left the block
+        threads      number of torch's threads in each forward
+
+        Raises InputError for a needed weight that the checkpoint lacks; UsageError for a model that takes a different
+        way with each input, or uses weights past their modules.
         """
-        handles = list(self._hooks())
+        handles = list(self._register_hooks())
         runners = [_Runner(self.model, feed, threads) for feed in feeds]
-        block, places = None, list[_Place]()
+        current, places = None, list[_Place]()
         self._ahead = set(blocks)
         try:
-            while (at := self._step(runners)) is not None:
-                if at != block:
-                    if block is not None:
-                        _drop(places)
-                        left(block)
-                    block, places = at, []
-                    self._ahead.discard(at)
-                    self._load_block(at, places)
-            if block is not None:
-                left(block)
+            while (block := self._step(runners)) is not None:
+                if block != current:
+                    if current is not None:
+                        _drop_parameters(places)
+                        block_done(current)
+                    current, places = block, []
+                    self._ahead.discard(block)
+                    self._load_block(block, places)
+            if current is not None:
+                block_done(current)
         finally:
             for runner in runners:
                 runner.stop()
             for handle in handles:
                 handle.remove()
-            _drop(places)
+            _drop_parameters(places)
             self._drop_loose(to_nothing=True)
 
     def _step(self, runners: Sequence[_Runner]) -> str | None:
-        """Let every batch run up to the next block; its name, or None at the end."""
+        """Let every batch run up to the next block. Returns the name of the block, or None at the end."""
         try:
-            at = [runner.resume() for runner in runners]
+            blocks = [runner.resume() for runner in runners]
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error):
                 raise
-            what = "the model uses weights past the modules that hold them, and cannot be run block by block"
-            raise UsageError(what, file=self._path) from error
+            message = "the model uses weights past the modules that hold them, and cannot be run block by block"
+            raise UsageError(message, file=self._path) from error
         self._drop_loose()
-        if len(set(at)) > 1:
-            what = "the model takes a different way with each input, and cannot be run block by block"
-            raise UsageError(what, file=self._path)
-        return at[0]
+        if len(set(blocks)) > 1:
+            message = "the model takes a different way with each input, and cannot be run block by block"
+            raise UsageError(message, file=self._path)
+        return blocks[0]
 
-    def _hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    def _register_hooks(self) -> Iterator[torch.utils.hooks.RemovableHandle]:
+        """Hooks that pause a forward before a block, load loose parameters, and end a forward at the output head."""
+
         def enter(name: str) -> Callable[..., None]:
-            return lambda module, args: _current().pause(name)
+            return lambda module, args: _current_runner().pause(name)
 
-        def need(name: str) -> Callable[..., None]:
+        def load_own(name: str) -> Callable[..., None]:
             return lambda module, args: self._load_own(name, module)
 
         for name, module in self.model.named_modules():
             if name in self._blocks:
                 yield module.register_forward_pre_hook(enter(name))
             if module._parameters:
-                yield module.register_forward_pre_hook(need(name))
-        head = _head(self.model)
+                yield module.register_forward_pre_hook(load_own(name))
+        head = _output_head(self.model)
         if head is not None:
-            yield head.register_forward_pre_hook(_end, prepend=True)
+            yield head.register_forward_pre_hook(_end_forward, prepend=True)
 
     def _load_block(self, block: str, places: list[_Place]) -> None:
         for name, parameter in self._modules[block].named_parameters(f"{block}", remove_duplicate=False):
@@ -143,51 +151,64 @@ class StreamedModel:
                 self._load(name, places)
 
     def _load_own(self, name: str, module: nn.Module) -> None:
-        """The parameters that lie directly in a module which is about to run, where no block has them."""
+        """Load the parameters of a module, without submodules, just before the module runs; a block's weights are in
+        memory already.
+        """
         for leaf, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                whole = f"{name}.{leaf}" if name else leaf
-                if self._source(whole) is None:
+                parameter_name = f"{name}.{leaf}" if name else leaf
+                if self._source(parameter_name) is None:
                     if not self._ahead and self.block_of(name) is None:
                         raise _End
-                    what = "is needed, and the checkpoint does not have it"
-                    raise InputError(what, file=self._path, tensor=whole)
-                self._load(whole, self._loose)
+                    message = "is needed, and the checkpoint does not have it"
+                    raise InputError(message, file=self._path, tensor=parameter_name)
+                self._load(parameter_name, self._loose)
 
     def _load(self, name: str, places: list[_Place]) -> None:
+        """Load the parameter `name`, and the parameters made from the same checkpoint tensors, and add the filled
+        places to `places`.
+        """
         source = str(self._source(name))
-        made = self._read(source)
-        for target, tensor in ({name: made[source]} if source != name else made).items():
+        tensors = self._read(source)
+        for target, tensor in ({name: tensors[source]} if source != name else tensors).items():
             place = _Place.of(self._modules, target)
             if place.empty is None or not place.is_empty:
                 continue
             if place.empty.shape != tensor.shape:
-                what = f"is {tuple(tensor.shape)}, and the model of its config has {tuple(place.empty.shape)}"
-                raise InputError(what, file=self._path, tensor=target)
+                message = f"is {tuple(tensor.shape)}, and the model of its config has {tuple(place.empty.shape)}"
+                raise InputError(message, file=self._path, tensor=target)
             place.fill(tensor)
             places.append(place)
 
     def _source(self, name: str) -> str | None:
-        """The name under which the checkpoint gives a parameter: its own, or that of one that is the same."""
+        """The name of a parameter in `weights`: `name`, or another name of a shared parameter. None when the checkpoint
+        lacks the parameter.
+        """
         if name in self._weights:
             return name
-        return next((other for other in self._same.get(name, ()) if other in self._weights), None)
+        return next((alias for alias in self._shared.get(name, ()) if alias in self._weights), None)
 
     def _read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of the model by name, float32, from the checkpoint tensors behind `name`."""
         weight = self._weights[name]
         tensors = {source: self._load_tensor(source) for source in weight.sources}
         tensors = {source: t.float() if t.is_floating_point() else t for source, t in tensors.items()}
         return weight.convert(tensors, self.model)
 
     def _drop_loose(self, *, to_nothing: bool = False) -> None:
-        """Parameters outside of blocks; those of a module that is still running around the blocks stay."""
-        kept = [] if to_nothing else [place for place in self._loose if place.is_around(self._blocks)]
-        _drop([place for place in self._loose if place not in kept])
-        self._loose = kept
+        """Drop the parameters outside of blocks. Parameters of a module around a block stay, because the module still
+        runs; `to_nothing` drops all parameters.
+        """
+        remaining = [] if to_nothing else [place for place in self._loose if place.is_around(self._blocks)]
+        _drop_parameters([place for place in self._loose if place not in remaining])
+        self._loose = remaining
 
 
 class _Place:
-    """A parameter of a module, and the empty one that stands there when it is not loaded."""
+    """A parameter of a module, and the meta parameter that stands in the module until the parameter is loaded.
+
+    empty   the parameter in the module when the place was made; None for a module without the parameter
+    """
 
     def __init__(self, module: nn.Module, path: str, leaf: str) -> None:
         self._module, self._path, self._leaf = module, path, leaf
@@ -213,17 +234,17 @@ class _Place:
 
 
 class _End(BaseException):
-    """Ends a forward from inside: nothing that follows is of interest."""
+    """Ends a forward from inside: the rest of the forward is of no interest."""
 
 
 class _Runner(threading.Thread):
-    """One forward in a thread of its own, which runs only while `resume` waits for it."""
+    """A forward in a separate thread, which runs only while `resume` waits."""
 
     def __init__(self, model: Any, feed: Mapping[str, torch.Tensor], threads: int) -> None:
         super().__init__(daemon=True)
         self._model, self._feed, self._threads = model, feed, threads
         self._go, self._parked = threading.Semaphore(0), threading.Semaphore(0)
-        self._at: str | None = None
+        self._block: str | None = None
         self._error: BaseException | None = None
         self._is_ending = self._is_over = False
 
@@ -236,13 +257,15 @@ class _Runner(threading.Thread):
                     self._model(**self._feed)
         except _End:
             pass
-        except BaseException as error:  # raised again where the forward is waited for
+        except BaseException as error:  # `resume` raises the error again
             self._error = error
-        self._at, self._is_over = None, True
+        self._block, self._is_over = None, True
         self._parked.release()
 
     def resume(self) -> str | None:
-        """Run up to the next block; its name, or None when the forward is over. Raises what the forward raised."""
+        """Run up to the next block. Returns the name of the block, or None when the forward is over. Raises the
+        forward's exception.
+        """
         if self.ident is None:
             self.start()
         if self._is_over:
@@ -251,35 +274,35 @@ class _Runner(threading.Thread):
         self._parked.acquire()
         if self._error is not None:
             raise self._error
-        return self._at
+        return self._block
 
-    def pause(self, at: str) -> None:
-        """Called in the forward: wait at the block called `at`."""
-        self._at = at
+    def pause(self, block: str) -> None:
+        """Wait before the block called `block`. Called inside the forward."""
+        self._block = block
         self._parked.release()
         self._go.acquire()
         if self._is_ending:
             raise _End
 
     def stop(self) -> None:
-        """End the forward where it waits, and return when it has."""
+        """End the waiting forward, and return when the thread has ended."""
         if self.ident is not None:
             self._is_ending = True
             self._go.release()
             self.join()
 
 
-def _current() -> _Runner:
+def _current_runner() -> _Runner:
     runner = threading.current_thread()
     assert isinstance(runner, _Runner)
     return runner
 
 
-def _end(module: nn.Module, args: Any) -> None:
+def _end_forward(module: nn.Module, args: Any) -> None:
     raise _End
 
 
-def _head(model: Any) -> nn.Module | None:
+def _output_head(model: Any) -> nn.Module | None:
     try:
         head = model.get_output_embeddings()
     except (AttributeError, NotImplementedError):
@@ -287,14 +310,14 @@ def _head(model: Any) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _same_names(model: nn.Module) -> dict[str, list[str]]:
-    """For each parameter that the model has under several names, all of them."""
+def _names_of_shared(model: nn.Module) -> dict[str, list[str]]:
+    """Name of each parameter with several names -> all names of the parameter."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return {name: group for group in names.values() if len(group) > 1 for name in group}
 
 
-def _drop(places: Sequence[_Place]) -> None:
+def _drop_parameters(places: Sequence[_Place]) -> None:
     for place in places:
         place.drop()

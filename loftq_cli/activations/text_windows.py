@@ -1,4 +1,4 @@
-"""Text files as windows of token ids, those of one length together, so that nothing is padded. Knows no model."""
+"""Text files as windows of token ids. A tensor holds windows of equal length, so nothing is padded. Knows no model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 65536
 DEFAULT_CONTEXT = 512
-_SHORTEST = 2  # tokens of a window: fewer predict nothing
+_SHORTEST = 2  # tokens of a window: a single token predicts nothing
 _EXAMPLE = "one word of an example"
 
 
 @dataclass(frozen=True, slots=True)
 class TextFile:
-    """A text that a user gave."""
+    """The content of a text file.
+
+    text     the decoded content
+    nbytes   size of the file
+    sha256   hex digest of the file's bytes
+    """
 
     path: Path
     text: str
@@ -31,7 +36,13 @@ class TextFile:
 
 
 def read_text(path: Path) -> TextFile:
-    """The UTF-8 file `path`. Raises InputError where it is empty or no text."""
+    """Read the UTF-8 file `path`. Raises InputError when the file is blank or not UTF-8, StorageError when the file
+    changes during the read.
+
+    >>> _ = Path("text.txt").write_text("A text.")
+    >>> read_text(Path("text.txt")).nbytes
+    7
+    """
     file = WatchedFile.open(path)
     data = file.read(0, file.nbytes)
     try:
@@ -44,7 +55,10 @@ def read_text(path: Path) -> TextFile:
 
 
 def _window_length(context: int | None, tokens: int, longest: int | None) -> int:
-    """The length of a window. Raises UsageError for one that the model does not take."""
+    """Tokens of a window: `context`, or DEFAULT_CONTEXT; at most `longest` and `tokens`.
+
+    Raises UsageError when `context` is more than `longest`, and for a window of fewer than two tokens.
+    """
     if context is not None and longest is not None and context > longest:
         raise UsageError(f"--context {context} is more than the model takes", hint=f"at most {longest}")
     wanted = context or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
@@ -55,34 +69,42 @@ def _window_length(context: int | None, tokens: int, longest: int | None) -> int
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """Token ids, int64 [windows, length]: a tensor for each length, the shortest first. Has at least one window."""
+    """Windows of token ids, a window or more.
+
+    by_length   int64 [windows, length]: a tensor for each length, the shortest windows first
+
+    >>> import torch
+    >>> windows = Windows((torch.zeros(3, 4, dtype=torch.int64), torch.zeros(1, 8, dtype=torch.int64)))
+    >>> windows.count, windows.tokens, windows.longest, [len(batch) for batch in windows.batches(8)]
+    (4, 20, 8, [2, 1, 1])
+    """
 
     by_length: tuple[torch.Tensor, ...]
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of windows."""
         return sum(map(len, self.by_length))
 
     @property
     def tokens(self) -> int:
-        """In all of them."""
+        """Tokens over all windows."""
         return sum(ids.numel() for ids in self.by_length)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest."""
+        """Tokens of the longest window."""
         return int(self.by_length[-1].shape[1])
 
     def batches(self, tokens: int) -> Iterator[torch.Tensor]:
-        """All windows, at most so many tokens at once, or one window."""
+        """All windows in batches [windows, length] of at most `tokens` tokens; a longer window is a batch."""
         import torch
 
         for ids in self.by_length:
             yield from torch.split(ids, max(1, tokens // ids.shape[1]))
 
 
-def text_windows(
+def cut_windows(
     texts: Sequence[TextFile],
     tokenizer: Any,
     *,
@@ -92,77 +114,92 @@ def text_windows(
     longest: int | None,
     vocabulary: int | None,
 ) -> Windows:
-    """Windows of at most `context` tokens, together at most `tokens`, each with what the tokenizer puts before and
-    after a text. Of a longer text they are spread evenly over it. `longest` and `vocabulary` are how many tokens, and
-    how many different ones, the model takes; None where nothing says so.
+    """Cut texts into windows. Each window includes the tokens that the tokenizer adds before and after a text.
 
-    All are of `context` tokens, but for a text shorter than that, which is one window; with `lines`, each line is a
-    text of its own, whose end is cut off where it is longer.
-    Raises InputError where the text is too short, or has tokens that the model has not; UsageError for a length of
-    windows that the model does not take.
+    tokenizer    a tokenizer of transformers
+    tokens       most tokens over all windows; windows of a longer text are spread evenly over the text
+    context      tokens of a window; None is the smaller of DEFAULT_CONTEXT and `longest`
+    lines        each line is a text: a window is the beginning of a line, at most `context` tokens
+    longest      most tokens that the model takes; None when unknown
+    vocabulary   number of token ids that the model has; None when unknown
+
+    Without `lines`, the texts are joined and every window has `context` tokens, at most `tokens`; a shorter text is a
+    single shorter window. Raises InputError
+    when the text is too short, or has a token id beyond `vocabulary`; UsageError when `context` is more than `longest`,
+    or leaves no room for text.
+
+    >>> text = TextFile(Path("text.txt"), "abcdefgh", nbytes=8, sha256="")
+    >>> spell = lambda text, **options: {"input_ids": [ord(letter) - 97 for letter in text]}
+    >>> cut_windows([text], spell, tokens=6, context=3, lines=False, longest=None, vocabulary=26).by_length
+    (tensor([[0, 1, 2],
+            [3, 4, 5]]),)
     """
     import torch
 
     context = _window_length(context, tokens, longest)
-    before, after = _around(tokenizer)
+    before, after = _find_added_tokens(tokenizer)
     inside = context - len(before) - len(after)
     if inside < 1:
         raise UsageError(f"windows of {context} tokens have no room for text", hint="a larger --context or --tokens")
     if lines:
-        found = _of_lines(texts, tokenizer, inside, tokens, len(before) + len(after))
+        pieces = _cut_lines(texts, tokenizer, inside, tokens, len(before) + len(after))
     else:
-        ids = [token for text in texts for token in _encoded(tokenizer, text.text)]
+        ids = [token for text in texts for token in _encode(tokenizer, text.text)]
         inside = min(inside, len(ids))
-        wanted = max(1, tokens // max(1, inside + len(before) + len(after)))
-        found = [ids[start : start + inside] for start in _starts(len(ids), inside, wanted)] if ids else []
-    kept = [[*before, *ids, *after] for ids in found if ids and len(before) + len(ids) + len(after) >= _SHORTEST]
-    if not kept:
-        what = "has no line of two tokens" if lines else f"is too short: it gives {sum(map(len, found))} tokens"
-        raise InputError(what, file=texts[0].path, hint="give a longer text")
-    if vocabulary is not None and max(map(max, kept)) >= vocabulary:
-        what = f"the tokenizer gives ids that the model, with {vocabulary}, has not"
-        raise InputError(what, file=texts[0].path, hint="the tokenizer files are of another model")
+        count = max(1, tokens // max(1, inside + len(before) + len(after)))
+        pieces = [ids[start : start + inside] for start in _window_starts(len(ids), inside, count)] if ids else []
+    windows = [[*before, *ids, *after] for ids in pieces if ids and len(before) + len(ids) + len(after) >= _SHORTEST]
+    if not windows:
+        message = "has no line of two tokens" if lines else f"is too short: it gives {sum(map(len, pieces))} tokens"
+        raise InputError(message, file=texts[0].path, hint="give a longer text")
+    if vocabulary is not None and max(map(max, windows)) >= vocabulary:
+        message = f"the tokenizer gives ids that the model, with {vocabulary}, has not"
+        raise InputError(message, file=texts[0].path, hint="the tokenizer files are of another model")
     by_length: dict[int, list[list[int]]] = {}
-    for window in kept:
+    for window in windows:
         by_length.setdefault(len(window), []).append(window)
     return Windows(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
 
 
-def _of_lines(texts: Sequence[TextFile], tokenizer: Any, inside: int, tokens: int, around: int) -> list[list[int]]:
-    """The first tokens of every line, or of as many, evenly spread, as have at most `tokens` in all."""
-    read = [line.strip() for text in texts for line in text.text.splitlines() if line.strip()]
-    found = [ids[:inside] for ids in tokenizer(read, add_special_tokens=False, verbose=False)["input_ids"]]
-    total = sum(len(ids) + around for ids in found)
-    wanted = len(found) if total <= tokens else max(1, len(found) * tokens // total)
-    kept: list[list[int]] = []
-    left = tokens
-    for place in range(wanted):
-        ids = found[place * len(found) // wanted]
-        left -= len(ids) + around
-        if left < 0 and kept:
+def _cut_lines(texts: Sequence[TextFile], tokenizer: Any, inside: int, tokens: int, around: int) -> list[list[int]]:
+    """The first `inside` tokens of every line, or of evenly spread lines when all lines have more than `tokens` tokens.
+    `around` counts the tokens that the tokenizer adds to a line.
+    """
+    line_texts = [line.strip() for text in texts for line in text.text.splitlines() if line.strip()]
+    lines = [ids[:inside] for ids in tokenizer(line_texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    total = sum(len(ids) + around for ids in lines)
+    count = len(lines) if total <= tokens else max(1, len(lines) * tokens // total)
+    pieces: list[list[int]] = []
+    budget = tokens
+    for place in range(count):
+        ids = lines[place * len(lines) // count]
+        budget -= len(ids) + around
+        if budget < 0 and pieces:
             break
-        kept.append(ids)
-    return kept
+        pieces.append(ids)
+    return pieces
 
 
-def _starts(length: int, window: int, wanted: int) -> list[int]:
-    """Where windows begin: one after the other, or, of more text than `wanted` of them, evenly spread."""
-    if length // window <= wanted:
+def _window_starts(length: int, window: int, count: int) -> list[int]:
+    """The places of the first tokens of at most `count` windows, each of `window` tokens, in a text of `length` tokens:
+    adjacent windows, or evenly spread windows when more than `count` windows fit.
+    """
+    if length // window <= count:
         return [window * number for number in range(length // window)]
-    if wanted == 1:
+    if count == 1:
         return [(length - window) // 2]
-    return [number * (length - window) // (wanted - 1) for number in range(wanted)]
+    return [number * (length - window) // (count - 1) for number in range(count)]
 
 
-def _encoded(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
-    # The text is longer than the model's context on purpose: no warning is due.
+def _encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
+    # verbose=False: a text longer than the context of the model is no reason to warn.
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _around(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer puts before and after any text."""
-    plain, whole = (_encoded(tokenizer, _EXAMPLE, special=special) for special in (False, True))
-    for begin in range(len(whole) - len(plain) + 1):
-        if whole[begin : begin + len(plain)] == plain:
-            return whole[:begin], whole[begin + len(plain) :]
+def _find_added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer adds before and after any text."""
+    plain, framed = (_encode(tokenizer, _EXAMPLE, special=special) for special in (False, True))
+    for begin in range(len(framed) - len(plain) + 1):
+        if framed[begin : begin + len(plain)] == plain:
+            return framed[:begin], framed[begin + len(plain) :]
     return [], []

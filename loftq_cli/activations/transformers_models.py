@@ -1,5 +1,5 @@
-"""What transformers knows and this tool does not: model classes, tokenizers, and the names and forms that the weights
-of a checkpoint get in a loaded model. The one place that imports it, and only when asked; it uses no network.
+"""Model classes and tokenizers of transformers, and the names and forms of a checkpoint's weights in a loaded model. No
+other module imports transformers. Every import waits for a call, and nothing uses the network.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 _INSTALL, _UPGRADE = "pip install transformers accelerate", "pip install --upgrade transformers"
-# What transformers raises for a folder that it does not understand.
+# Exceptions of transformers for a folder without a model, config or tokenizer that transformers can load.
 _FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
 def check_installed() -> None:
-    """Raises UsageError where transformers is not installed, or is older than its loader of converted weights."""
+    """Raises UsageError when transformers or accelerate is not installed, or transformers is older than 5 and cannot
+    convert weights while loading.
+    """
     try:
         import accelerate  # noqa: F401
         import transformers  # noqa: F401
@@ -37,7 +39,12 @@ def check_installed() -> None:
 
 @dataclass
 class _Silence:
-    """How many blocks want transformers silent, and how loud the library was before the first of them began."""
+    """The state of `silence`, shared by all threads.
+
+    lock        guards the fields below
+    blocks      number of running `silence` blocks
+    verbosity   log level of transformers before the first block
+    """
 
     lock: Lock = field(default_factory=Lock)
     blocks: int = 0
@@ -49,8 +56,10 @@ _BUILDING = Lock()  # accelerate replaces methods of torch's modules while a mod
 
 
 @contextmanager
-def silenced() -> Iterator[None]:
-    """transformers logs errors only, for the length of the block; then as before. Raises as `check_installed` does."""
+def silence() -> Iterator[None]:
+    """Let transformers log errors only until the context ends. Blocks of several threads may overlap: the last block
+    restores the log level. Raises UsageError when transformers or accelerate is not installed.
+    """
     check_installed()
     from transformers.utils import logging
 
@@ -68,74 +77,122 @@ def silenced() -> Iterator[None]:
                 logging.set_verbosity(_SILENCE.verbosity)
 
 
-def model_config(directory: Path) -> Any:
-    """The config of the model in `directory`, as transformers has it. Raises InputError for one it does not know."""
+def load_config(directory: Path) -> Any:
+    """The config of the model in `directory`, an object of transformers.
+
+    Raises InputError for a config that transformers cannot read.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> load_config(resolve_model("builtin:tiny-llama")).model_type
+    'llama'
+    """
     from transformers import AutoConfig
 
-    with _reported(directory / "config.json", "transformers cannot read it"):
+    with _report_failures(directory / "config.json", "transformers cannot read it"):
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
 
 
-def tokenizer(directory: Path) -> Any:
-    """The tokenizer in `directory`. Raises InputError where there is none."""
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of the model in `directory`, an object of transformers.
+
+    Raises InputError when `directory` has no tokenizer, or a tokenizer without a vocabulary.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> len(load_tokenizer(resolve_model("builtin:tiny-llama"))("A text.")["input_ids"])
+    7
+    """
     from transformers import AutoTokenizer
 
-    with _reported(directory, "holds no tokenizer that transformers reads", "copy the model's tokenizer files into it"):
-        found = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    if not found.get_vocab():
-        raise InputError("holds no tokenizer", file=directory, hint="copy the model's tokenizer files into it")
-    return found
+    hint = "copy the model's tokenizer files into it"
+    with _report_failures(directory, "holds no tokenizer that transformers reads", hint):
+        loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    if not loaded.get_vocab():
+        raise InputError("holds no tokenizer", file=directory, hint=hint)
+    return loaded
 
 
 def longest_input(config: Any, tokenizer: Any) -> int | None:
-    """How many tokens the model takes at most; None where nothing says so."""
+    """The number of tokens that the model takes at most: the least limit in the config and the tokenizer. None when
+    neither has a limit.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> model = resolve_model("builtin:tiny-llama")
+    >>> longest_input(load_config(model), load_tokenizer(model))
+    512
+    """
     text = config.get_text_config()
     limits = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
-    limits.append(tokenizer.model_max_length)  # of RoBERTa, fewer than it has positions
-    known = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30]
-    return min(known, default=None)
+    limits.append(tokenizer.model_max_length)  # RoBERTa: less than the number of positions
+    bounds = [limit for limit in limits if isinstance(limit, int) and 0 < limit < 1 << 30]
+    return min(bounds, default=None)
 
 
 def vocabulary_size(config: Any) -> int | None:
-    """How many token ids the model has a row for; None where nothing says so."""
+    """The number of token ids with a row in the embedding, as the config has the number; None when the config has none.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> vocabulary_size(load_config(resolve_model("builtin:tiny-llama")))
+    288
+    """
     size = getattr(config.get_text_config(), "vocab_size", None)
     return size if isinstance(size, int) else None
 
 
-def empty_model(directory: Path, config: Any) -> Any:
-    """The model of `config` in float32 and evaluation mode: parameters on the meta device, buffers as it computes them.
+def build_empty_model(directory: Path, config: Any) -> Any:
+    """The model of `config` in float32 and evaluation mode: parameters on the meta device, buffers with their values.
 
-    Raises InputError where transformers has no such class, UsageError for a model that takes something else than text.
+    directory   the model's folder, for errors
+    config      the result of `load_config`; `use_cache` is set to False
+
+    Raises InputError when transformers lacks the class or cannot build the model, UsageError for a model with an input
+    other than text.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> folder = resolve_model("builtin:tiny-llama")
+    >>> build_empty_model(folder, load_config(folder)).lm_head.weight.is_meta
+    True
     """
     from accelerate import init_empty_weights
 
     kind = _model_class(directory, config)
     config.use_cache = False
-    with _reported(directory / "config.json", "transformers cannot build the model"):
+    with _report_failures(directory / "config.json", "transformers cannot build the model"):
         with _BUILDING, init_empty_weights(include_buffers=False):
             model = kind(config)
         model.float().eval().requires_grad_(False)
         model.tie_weights()
     if model.main_input_name != "input_ids":
-        what = f"takes {model.main_input_name} and not text, which is all that is fed to it here"
-        raise UsageError(what, file=directory)
+        message = f"takes {model.main_input_name} and not text, which is all that is fed to it here"
+        raise UsageError(message, file=directory)
     return model
 
 
 def predicts_next_token(model: Any) -> bool:
-    """Whether the model is a language model that sees what comes before a token, and nothing of what follows."""
+    """True for a causal language model: the prediction of a token depends on earlier tokens only.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> folder = resolve_model("builtin:tiny-llama")
+    >>> predicts_next_token(build_empty_model(folder, load_config(folder)))
+    True
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if getattr(model.config, "is_encoder_decoder", False):
         return False
     name = type(model).__name__
-    # Models of images and text are no causal ones by name, and on text alone they are.
+    # Models of images and text have no causal class name, and are causal on text alone.
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForConditionalGeneration")
 
 
 def text_inputs(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What the model is called with for windows of token ids [windows, context]: a decoder beside an encoder gets the
-    same text, shifted by one.
+    """Keyword arguments of a forward for windows of token ids, int64 [windows, context]. The decoder of an
+    encoder-decoder model gets the text of the encoder, shifted by a token, after the start token of the config.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> config = SimpleNamespace(is_encoder_decoder=True, decoder_start_token_id=0)
+    >>> text_inputs(config, torch.tensor([[5, 6, 7]]))["decoder_input_ids"]
+    tensor([[0, 5, 6]])
     """
     if not getattr(config, "is_encoder_decoder", False):
         return {"input_ids": ids}
@@ -147,10 +204,13 @@ def text_inputs(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class LoadedWeight:
-    """Tensors of a checkpoint that become tensors of a model together: one and one, or several that are fused.
+    """Checkpoint tensors that become tensors of a loaded model: a renamed tensor, or several tensors that transformers
+    fuses.
 
-    sources   names in the checkpoint, in the order in which they are joined
-    targets   names in the model
+    sources     names in the checkpoint, in the order of fusing
+    targets     names in the model
+    patterns    the converter's pattern for each source; empty without a converter
+    converter   a WeightConverter of transformers; None for a tensor that keeps its form
     """
 
     sources: tuple[str, ...]
@@ -159,19 +219,29 @@ class LoadedWeight:
     converter: Any
 
     def convert(self, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        """The tensors of the model by name, from those of the checkpoint by name."""
+        """Turn the checkpoint tensors `tensors`, by source name, into tensors of `model`, by target name."""
         if self.converter is None:
             return {self.targets[0]: tensors[self.sources[0]]}
         converter = deepcopy(self.converter)
         for source, pattern in zip(self.sources, self.patterns, strict=True):
             converter.add_tensor(self.targets[0], source, pattern, tensors[source])
-        made = converter.convert(self.targets[0], model=model, config=model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        converted = converter.convert(self.targets[0], model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
-def loaded_weights(model: Any, names: Iterable[str]) -> dict[str, LoadedWeight]:
-    """For each tensor of `model`, what of a checkpoint with tensors called `names` makes it, as `from_pretrained` has
-    it. What the checkpoint does not give is not in it.
+def match_weights(model: Any, names: Iterable[str]) -> dict[str, LoadedWeight]:
+    """Map the name of each tensor of `model` to the checkpoint tensors that `from_pretrained` makes the tensor from.
+
+    model   see `build_empty_model`
+    names   names of the tensors in the checkpoint
+
+    Tensors of the model without a source in the checkpoint are absent.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> folder = resolve_model("builtin:tiny-llama")
+    >>> model = build_empty_model(folder, load_config(folder))
+    >>> match_weights(model, ["model.norm.weight", "unknown"])["model.norm.weight"].sources
+    ('model.norm.weight',)
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -180,13 +250,13 @@ def loaded_weights(model: Any, names: Iterable[str]) -> dict[str, LoadedWeight]:
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     converter_of = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    own = model.state_dict()
+    state = model.state_dict()
     parts: dict[str, list[tuple[str, str | None]]] = {}
     for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, own)
-        if target not in own and name in own:
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if target not in state and name in state:
             target, pattern = name, None
-        if target in own:
+        if target in state:
             parts.setdefault(target, []).append((name, pattern))
     return {
         target: weight
@@ -203,7 +273,7 @@ def _loaded_weight(
     if pattern is None:
         return LoadedWeight((sources[0][0],), (first,), (), None)
     converter = converter_of[pattern]
-    targets = (first.replace(converter.target_patterns[0], other) for other in converter.target_patterns[1:])
+    targets = (first.replace(converter.target_patterns[0], pattern) for pattern in converter.target_patterns[1:])
     names, patterns = tuple(name for name, _ in sources), tuple(str(pattern) for _, pattern in sources)
     return LoadedWeight(names, (first, *targets), patterns, converter)
 
@@ -214,15 +284,17 @@ def _model_class(directory: Path, config: Any) -> Any:
     names = config.architectures or []
     kind = getattr(transformers, names[0], None) if names else None
     if kind is None:
-        what = f"names the class {names[0]}, which transformers has not" if names else "names no class of model"
-        raise InputError(what, file=directory / "config.json", hint="models that bring code of their own are not run")
+        message = f"names the class {names[0]}, which transformers has not" if names else "names no class of model"
+        hint = "models that bring code of their own are not run"
+        raise InputError(message, file=directory / "config.json", hint=hint)
     return kind
 
 
 @contextmanager
-def _reported(file: Path, what: str, hint: str | None = None) -> Iterator[None]:
+def _report_failures(file: Path, message: str, hint: str | None = None) -> Iterator[None]:
     try:
         yield
     except _FAILURES as error:
-        said = str(error).strip().splitlines()
-        raise InputError(f"{what}: {said[0] if said else type(error).__name__}", file=file, hint=hint) from None
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"{message}: {reason}", file=file, hint=hint) from None

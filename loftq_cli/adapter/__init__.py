@@ -1,8 +1,8 @@
 """A PEFT adapter directory, written and read.
 
 config.py   tensor names and adapter_config.json
-targets.py  the modules that a config names
-sorting.py  the place of every tensor of an adapter file
+targets.py  the modules that a config adapts
+sorting.py  the role of every tensor of an adapter file
 source.py   the one reader of adapter directories
 beside.py   the adapter inside a converted directory
 """

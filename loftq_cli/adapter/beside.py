@@ -15,11 +15,11 @@ from loftq_cli.tensors.matrices import LoraPair
 
 
 def adapter_folders(reported: str | None) -> tuple[str, ...]:
-    """Names of the folders that may hold the adapter of a converted directory, in the order of the search.
+    """List the possible folders of the adapter in a converted directory, in the order of the search.
 
-    reported   the folder that the directory's report names; the last part of a path counts
+    reported   the adapter's folder in the directory's report, or None; the last part of a path counts
 
-    The folders that methods write to come first: a report that was changed cannot hide an adapter.
+    The methods' own folders come first: a changed report cannot hide an adapter.
 
     >>> adapter_folders("../elsewhere/my_adapter")[-1]
     'my_adapter'
@@ -29,24 +29,37 @@ def adapter_folders(reported: str | None) -> tuple[str, ...]:
 
 
 def find_adapter(directory: Path, reported: str | None) -> Path | None:
-    """The adapter's directory inside a converted `directory`; None where there is no adapter."""
+    """Find the adapter's directory inside a converted `directory`; None for a directory without an adapter.
+
+    reported   as in `adapter_folders`
+
+    >>> find_adapter(Path("no such folder"), None) is None
+    True
+    """
     folders = (directory / name for name in adapter_folders(reported))
     return next((folder for folder in folders if is_adapter_directory(folder)), None)
 
 
 def open_adapter_beside(base: BaseModel, reported: str | None) -> AdapterSource | None:
-    """Open the adapter inside the converted directory of `base`; None where there is no adapter.
+    """Open the adapter inside the converted directory of `base`; None for a directory without an adapter.
 
-    Raises what `open_adapter` raises.
+    reported   as in `adapter_folders`
+
+    Raises the errors of `open_adapter`.
     """
     path = find_adapter(base.folder, reported)
     return None if path is None else open_adapter(path)
 
 
 def load_adapter_pairs(base: BaseModel, names: Iterable[str], reported: str | None) -> dict[str, LoraPair]:
-    """Load the adapter inside a converted directory: the factors for each adapted weight among `names`.
+    """Load the adapter inside a converted directory: weight name -> factors for each adapted weight among `names`.
 
-    Raises MismatchError naming a factor that does not fit the weight.
+    base       the open base
+    names      names of weights of the base
+    reported   as in `adapter_folders`
+
+    The result is empty for a directory without an adapter. Raises MismatchError naming a factor of a wrong shape, and
+    the errors of `open_adapter`.
     """
     adapter = open_adapter_beside(base, reported)
     if adapter is None:
@@ -57,7 +70,7 @@ def load_adapter_pairs(base: BaseModel, names: Iterable[str], reported: str | No
 
 
 def matrix_shape_of(base: BaseModel, name: str) -> tuple[int, int]:
-    """The shape [out, in] of a layer that the report lists. Raises InputError for a tensor that is no matrix."""
+    """The shape [out, in] of a layer in the report. Raises InputError for an empty matrix and for no matrix."""
     shape = base.matrix_shape(name)
     if len(shape) != 2 or 0 in shape:
         raise InputError(f"is a layer in {REPORT_NAME} and no matrix in the files", file=base.path, tensor=name)

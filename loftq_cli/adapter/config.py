@@ -1,6 +1,6 @@
 """Tensor names and adapter_config.json of a PEFT LoRA adapter, written and read.
 
-A config lists exactly the modules that have tensors: PEFT gives a listed module without tensors a fresh random adapter.
+A config lists exactly the modules with tensors: PEFT gives a listed module without tensors a fresh random adapter.
 """
 
 from __future__ import annotations
@@ -29,7 +29,12 @@ CONFIG_NAME = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """One adapted linear: name in the loaded model, shape [out, in] of the weight, and form of the adapter."""
+    """One adapted linear.
+
+    module   name in the loaded model
+    shape    [out, in] of the weight
+    lora     rank, alpha, dtype and pooling of the adapter
+    """
 
     module: str
     shape: tuple[int, int]
@@ -46,7 +51,12 @@ def tensor_names(module: str) -> tuple[str, str]:
 
 
 def planned(adapted: AdaptedModule) -> tuple[OutTensor, OutTensor]:
-    """The two tensors of one module."""
+    """Plan the two tensors of a module: lora_A [rank, in / group_size] and lora_B [out, rank], in the adapter's dtype.
+
+    >>> lora_A, lora_B = planned(AdaptedModule("h.0.fc", (64, 32), LoraSpec(rank=8, alpha=8)))
+    >>> lora_A.shape, lora_B.shape
+    ((8, 32), (64, 8))
+    """
     name_A, name_B = tensor_names(adapted.module)
     out_features, in_features = adapted.shape
     rank, dtype, group_size = adapted.lora.rank, adapted.lora.dtype, adapted.lora.group_size
@@ -54,7 +64,11 @@ def planned(adapted: AdaptedModule) -> tuple[OutTensor, OutTensor]:
 
 
 def pack(module: str, lora: LoraPair) -> dict[str, torch.Tensor]:
-    """The tensors of `planned`, filled."""
+    """Name the factors of a module for an adapter file: the tensors of `planned` with numbers.
+
+    module   name in the loaded model
+    lora     lora_A [rank, in / group_size] and lora_B [out, rank]
+    """
     name_A, name_B = tensor_names(module)
     return {name_A: lora.lora_A, name_B: lora.lora_B}
 
@@ -62,12 +76,20 @@ def pack(module: str, lora: LoraPair) -> dict[str, torch.Tensor]:
 def adapter_config(
     modules: Sequence[AdaptedModule], *, base_model: str, task_type: str | None, fan_in_fan_out: bool
 ) -> dict[str, Any]:
-    """The values of adapter_config.json for `modules`, which share one pooling and one kind of scaling.
+    """Build the content of adapter_config.json, as JSON values.
 
-    The most common rank and alpha are the default; patterns list the modules with another rank or alpha.
-    `init_lora_weights` is true, never "loftq": PEFT would initialize again and ask for a loftq_config.
-    A pooled adapter says use_qalora only with PEFT's own pooling: PEFT has to fail on any other pooling, and not to
-    scale wrongly.
+    modules          the adapted modules, at least one; all modules have a common pooling and kind of scaling
+    base_model       name or path of the base
+    task_type        PEFT's task type, or None, from `task_type_of`
+    fan_in_fan_out   whether the model's linears store weights [in, out]
+
+    The most common rank and alpha are the default; patterns list modules of uncommon rank or alpha. `init_lora_weights`
+    is true, never "loftq": PEFT would initialize again and ask for a loftq_config. A pooled adapter says use_qalora
+    only with PEFT's own pooling: PEFT must fail on a foreign pooling, and not scale wrongly.
+
+    >>> module = AdaptedModule("h.0.fc", (64, 32), LoraSpec(rank=8, alpha=16))
+    >>> adapter_config([module], base_model="base", task_type=None, fan_in_fan_out=False)["lora_alpha"]
+    16
     """
     pooling = modules[0].lora.pooling
     (rank, alpha), _ = Counter((m.lora.rank, m.lora.alpha) for m in modules).most_common(1)[0]
@@ -77,11 +99,11 @@ def adapter_config(
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "r": rank,
-        "lora_alpha": _number(alpha),
+        "lora_alpha": _to_json_number(alpha),
         "use_rslora": modules[0].lora.rslora,
         "target_modules": [m.module for m in modules],
         "rank_pattern": {m.module: m.lora.rank for m in uncommon},
-        "alpha_pattern": {m.module: _number(m.lora.alpha) for m in uncommon},
+        "alpha_pattern": {m.module: _to_json_number(m.lora.alpha) for m in uncommon},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -89,20 +111,22 @@ def adapter_config(
         "inference_mode": True,
         "modules_to_save": None,
         "loftq_config": {},
-        **({} if pooling is None else _pooling_json(pooling)),
+        **({} if pooling is None else _describe_pooling(pooling)),
     }
 
 
-def _pooling_json(pooling: Pooling) -> dict[str, Any]:
+def _describe_pooling(pooling: Pooling) -> dict[str, Any]:
     if pooling.convention == "peft":
         return {"use_qalora": True, "qalora_group_size": pooling.group_size}
     return {"qalora_pooling": pooling.convention, "qalora_group_size": pooling.group_size}
 
 
 def pooling_of(config: Mapping[str, Any]) -> Pooling | None:
-    """How lora_A pools inputs, as a config says; None without pooling.
+    """The pooling of lora_A's inputs under a config; None for a config without pooling.
 
-    Raises ValueError for a pooling that does not exist.
+    config   the content of adapter_config.json
+
+    Raises ValueError for an unknown pooling and for a group size that is no positive whole number.
 
     >>> pooling_of({"use_qalora": True, "qalora_group_size": 32})
     Pooling(convention='peft', group_size=32)
@@ -117,11 +141,16 @@ def pooling_of(config: Mapping[str, Any]) -> Pooling | None:
 
 
 def values_of(config: Mapping[str, Any], key: str, modules: Sequence[str]) -> dict[str, int | float]:
-    """The rank ("r") or alpha ("lora_alpha") that PEFT takes for each of `modules`; `key` says which.
+    """PEFT's rank or alpha for each module: module name -> value.
 
-    rank_pattern and alpha_pattern win over the default: the first pattern, a regular expression, that matches the end
-    of a module's name, after a dot or from the beginning.
-    Raises ValueError naming the key of a value that is no positive number, or of a pattern that is no expression.
+    config    the content of adapter_config.json
+    key       "r" for ranks, "lora_alpha" for alphas
+    modules   names of modules
+
+    A pattern in rank_pattern or alpha_pattern wins over the default. A pattern is a regular expression for the end of a
+    module's name, after a dot or for the complete name; the first matching pattern counts.
+
+    Raises ValueError, naming the key, for a value that is no positive number and for a pattern that is no expression.
 
     >>> values_of({"r": 8, "rank_pattern": {"q_proj": 4}}, "r", ["layers.0.q_proj", "layers.0.k_proj"])
     {'layers.0.q_proj': 4, 'layers.0.k_proj': 8}
@@ -144,7 +173,7 @@ def values_of(config: Mapping[str, Any], key: str, modules: Sequence[str]) -> di
 
 
 def scaling_of(config: Mapping[str, Any], alpha: float, rank: int) -> float:
-    """The scaling of B·A: alpha / rank, or alpha / sqrt(rank) where the config says use_rslora.
+    """The scaling of B·A: alpha / rank, or alpha / sqrt(rank) for a config with use_rslora (arXiv 2312.03732).
 
     >>> scaling_of({"use_rslora": True}, alpha=8, rank=16)
     2.0
@@ -153,7 +182,14 @@ def scaling_of(config: Mapping[str, Any], alpha: float, rank: int) -> float:
 
 
 def task_type_of(architectures: Sequence[str], *, is_encoder_decoder: bool) -> str | None:
-    """PEFT's task type for a transformers class; None where PEFT would ask for a head that the model does not have."""
+    """PEFT's task type for a transformers class; None if PEFT would ask for a head that the model does not have.
+
+    architectures        class names of the model's config; the first name counts
+    is_encoder_decoder   the entry of the model's config
+
+    >>> task_type_of(["LlamaForCausalLM"], is_encoder_decoder=False)
+    'CAUSAL_LM'
+    """
     name = architectures[0] if architectures else ""
     # PEFT's class for this task passes `input_ids` on, and speech models take no `input_ids`.
     if is_encoder_decoder and re.search(r"(?<!Whisper)(?<!Speech)For(ConditionalGeneration|Seq2SeqLM)$", name):
@@ -163,10 +199,10 @@ def task_type_of(architectures: Sequence[str], *, is_encoder_decoder: bool) -> s
     return None
 
 
-def _number(value: float) -> int | float:
+def _to_json_number(value: float) -> int | float:
     return int(value) if float(value).is_integer() else value
 
 
 def is_adapter_directory(path: Path) -> bool:
-    """Whether `path` holds a PEFT adapter."""
+    """Whether the directory `path` holds an adapter_config.json."""
     return (path / CONFIG_NAME).is_file()

@@ -1,6 +1,6 @@
-"""The tensors of an adapter file, sorted: each tensor gets a place, or an error refuses the tensor by name.
+"""The tensors of an adapter file, sorted: each tensor gets a role, or an error refuses the tensor by name.
 
-Tensor names are those that PEFT 0.21 writes.
+Tensor names follow PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BIAS = "lora_B.bias"
 _LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS)))})")
 
-# PEFT wraps a module of the base: LoRA adds ".base_layer", and a trained copy lies beside the original.
+# PEFT wraps a module of the base: LoRA adds ".base_layer", and a trained copy has an untrained ".original_module".
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
 _TRAINED_COPY = ".modules_to_save."
 _ORIGINAL = ".original_module"
@@ -31,16 +31,16 @@ _ORIGINAL = ".original_module"
 
 @dataclass(frozen=True, slots=True)
 class LoraTensors:
-    """One adapted module: the names of the module's tensors, and how the factors are applied.
+    """One adapted module: the names of the module's tensors, and the application of the factors.
 
-    module        the module's name, as the adapter spells the name
-    lora_A        name of the first factor, [rank, in / group_size]; of an embedding, [rank, vocabulary]
-    lora_B        name of the second factor, [out, rank]; of an embedding, [width, rank]
-    lora_bias     name of the trained bias [out] of lora_B; None where there is none
-    rank, alpha   as the config says
+    module        the module's name in the adapter's spelling
+    lora_A        name of the first factor, [rank, in / group_size]; [rank, vocabulary] for an embedding
+    lora_B        name of the second factor, [out, rank]; [width, rank] for an embedding
+    lora_bias     name of the trained bias [out] of lora_B; None for a module without a trained bias
+    rank, alpha   the config's values for the module
     scaling       factor of the product B·A, without the factor of a pooling
     is_embedding  whether the module is an embedding
-    pooling       how lora_A pools inputs, as the config says; None where lora_A reads each input
+    pooling       the config's pooling of inputs; None: lora_A reads each input
     """
 
     module: str
@@ -54,10 +54,10 @@ class LoraTensors:
     pooling: Pooling | None = None
 
     def pooling_for(self, in_features: int, inputs: int) -> Pooling | None:
-        """The pooling over a weight of `in_features` columns, where lora_A has `inputs` columns.
+        """The pooling over a weight of `in_features` columns; `inputs` is the number of columns of lora_A.
 
-        PEFT pools on GPTQ layers only. On every other layer PEFT trains an ordinary adapter under the same config, and
-        the width of lora_A tells the two apart.
+        PEFT pools on GPTQ layers only. Any layer but a GPTQ layer gets an ordinary adapter from PEFT under an
+        equal config, and the width of lora_A tells the two cases apart.
         """
         return None if inputs == in_features else self.pooling
 
@@ -67,7 +67,7 @@ class SortedTensors:
     """The three tables of an adapter file; each tensor of the file is in exactly one table.
 
     lora     module name -> the tensors of the adapted module
-    whole    name of a tensor of the base in the loaded model -> the adapter's tensor that replaces the base's
+    whole    name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
     unused   tensor that PEFT writes and never reads -> the reason
     """
 
@@ -77,10 +77,14 @@ class SortedTensors:
 
 
 def sort_tensors(config: Mapping[str, Any], weights: WeightsFile, config_file: Path) -> SortedTensors:
-    """Sort the tensors of `weights` into tables, from headers alone.
+    """Sort the tensors of an adapter file into tables, from headers alone.
 
-    Raises MismatchError naming a tensor that has no place, whose place is taken, or whose shape contradicts `config`;
-    InputError naming `config_file` for a config whose values have other types than PEFT's.
+    config        the content of adapter_config.json
+    weights       the open weight file
+    config_file   the path of adapter_config.json, for errors
+
+    Raises MismatchError naming a tensor without a role, with the role of an earlier tensor, or with a shape that
+    contradicts `config`; InputError naming `config_file` for a config with values of unexpected types.
     """
     return _Sorter(config, weights, config_file).sort()
 
@@ -92,7 +96,7 @@ class _Sorter:
         self._config, self._weights, self._config_file = config, weights, config_file
         self._factors: dict[str, dict[str, str]] = {}  # module -> part -> tensor
         self._originals: list[str] = []
-        self._whole: dict[str, str] = {}
+        self._replacements: dict[str, str] = {}
         self._unused: dict[str, str] = {}
 
     def sort(self) -> SortedTensors:
@@ -105,7 +109,7 @@ class _Sorter:
             for module, parts in self._factors.items()
         }
         self._set_aside_originals()
-        return SortedTensors(lora, self._whole, self._unused)
+        return SortedTensors(lora, self._replacements, self._unused)
 
     def _place(self, name: str) -> None:
         key, dtype = name.removeprefix(PREFIX), self._weights.tensors[name].dtype
@@ -120,29 +124,29 @@ class _Sorter:
         elif f"{_ORIGINAL}." in key:
             self._originals.append(name)
         else:
-            self._place_whole(name, key)
+            self._place_replacement(name, key)
 
-    def _place_whole(self, name: str, key: str) -> None:
+    def _place_replacement(self, name: str, key: str) -> None:
         target = _WRAPPERS.sub("", key)
-        earlier = self._whole.setdefault(target, name)
+        earlier = self._replacements.setdefault(target, name)
         if earlier == name:
             return
-        # With bias="all" PEFT saves the bias of a trained copy under both names, and reads the plain one.
+        # PEFT with bias="all" saves the bias of a trained copy under two names, and reads the plain name.
         copies = [tensor for tensor in (name, earlier) if _TRAINED_COPY in tensor]
         if len(copies) != 1:
             raise self._mismatch(f"has the same place as {earlier}", name)
-        self._whole[target] = earlier if copies == [name] else name
-        self._unused[copies[0]] = f"PEFT reads {self._whole[target]} instead"
+        self._replacements[target] = earlier if copies == [name] else name
+        self._unused[copies[0]] = f"PEFT reads {self._replacements[target]} instead"
 
     def _set_aside_originals(self) -> None:
-        """List the originals beside trained copies as unused: with bias="all" PEFT saves both."""
+        """List the untrained modules of trained copies as unused: PEFT with bias="all" saves their biases too."""
         for name in self._originals:
-            if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in self._whole:
+            if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in self._replacements:
                 raise self._mismatch("is left over: no trained copy is beside it", name)
             self._unused[name] = "the untrained original beside its trained copy"
 
     def _check_targeted(self) -> None:
-        """Raises MismatchError for a tensor that PEFT would drop, since the config does not name the module."""
+        """Raises MismatchError for a tensor that PEFT would drop because the config does not adapt the module."""
         targeted = targeted_modules(self._config, list(self._factors), self._config_file)
         for module, parts in self._factors.items():
             if module not in targeted:
@@ -191,11 +195,18 @@ class _Sorter:
 
 
 def targeted_modules(config: Mapping[str, Any], modules: Sequence[str], config_file: Path) -> set[str]:
-    """The modules of `modules` on which PEFT puts an adapter, by the config's target_modules and exclude_modules.
+    """Choose the modules that PEFT adapts under a config, among `modules`.
+
+    config        the content of adapter_config.json
+    modules       names in the loaded model
+    config_file   the path of adapter_config.json, for errors
 
     Raises InputError naming `config_file` for an entry that PEFT does not understand.
+
+    >>> targeted_modules({"target_modules": ["fc"]}, ["h.0.fc", "h.0.attn"], Path("adapter_config.json"))
+    {'h.0.fc'}
     """
     try:
-        return TargetModules.of(config).named(modules)
+        return TargetModules.of(config).select(modules)
     except ValueError as error:
         raise InputError(str(error), file=config_file) from None

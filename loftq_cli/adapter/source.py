@@ -1,5 +1,5 @@
-"""The reader of PEFT LoRA adapter directories, for all who read adapters. Files are distrusted: a tensor that does not
-fit is refused by name.
+"""The single reader of PEFT LoRA adapter directories. Files are distrusted: an error names a tensor of a wrong shape or
+without a role.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loftq_cli.tensors.matrices import LoraPair, lora_pair
 
 _WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
-# Config values that ask for arithmetic beyond W + s·B·A on the stored base (PEFT 0.21).
+# Config values for arithmetic beyond W + s·B·A on the stored base (PEFT 0.21).
 _REFUSED = {
     "use_dora": "DoRA scales the merged weight by a magnitude",
     "use_bdlora": "its factors are block-diagonal",
@@ -41,10 +41,12 @@ _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations c
 class AdapterSource:
     """One adapter: config, weight file, and the sorted tensors of the file.
 
-    path     the adapter's directory
-    lora     module name, as the adapter spells the name -> the tensors of the adapted module
-    whole    name of a tensor of the base in the loaded model -> the adapter's tensor that replaces the base's
-    unused   tensor that PEFT writes and never reads -> the reason
+    path      the adapter's directory
+    config    the content of adapter_config.json; empty for the adapter of an unfinished conversion
+    weights   the open weight file
+    lora      module name in the adapter's spelling -> the tensors of the adapted module
+    whole     name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
+    unused    tensor that PEFT writes and never reads -> the reason
     """
 
     path: Path
@@ -55,10 +57,10 @@ class AdapterSource:
     unused: Mapping[str, str]
 
     def names_in(self, base: BaseModel) -> dict[str, str]:
-        """Map each tensor of `base` to the tensor's name as the adapter spells the name.
+        """Map each tensor name in the files of `base` to the name in the adapter's spelling.
 
-        An adapter that was trained through another class of the same model (the "LlamaModel" in a "LlamaForCausalLM")
-        has one leading part more or less in all names.
+        An adapter trained through a different class of the model (the "LlamaModel" in a "LlamaForCausalLM") has a
+        leading part more or less in all names.
         """
         names = base.loaded_names()
         modules, adapted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
@@ -73,17 +75,18 @@ class AdapterSource:
         return names
 
     def lora_in(self, base: BaseModel) -> dict[str, LoraTensors]:
-        """Map the weights of `base` that the adapter adapts to the tensors of the adapted module."""
+        """Map each adapted weight of `base` to the tensors of the adapted module."""
         modules = {name: module_of(loaded) for name, loaded in self.names_in(base).items() if name.endswith(".weight")}
         return {name: self.lora[module] for name, module in modules.items() if module in self.lora}
 
     def untrained_in(self, base: BaseModel) -> list[str]:
-        """Weights of `base` without a tensor in the adapter, although the config names the modules as adapted.
+        """List weights of `base` without a tensor in the adapter, although the config adapts the modules.
 
-        Raises InputError for a config that names modules in a way that PEFT does not.
+        The list is empty for a config without a list of target_modules. Raises InputError for an entry that PEFT does
+        not understand.
         """
         if not isinstance(self.config.get("target_modules"), list):
-            return []  # only a list was written by somebody who meant each entry
+            return []  # an expression may match modules by accident; an entry of a list is meant
         module_by_name = {
             name: module_of(loaded)
             for name, loaded in self.names_in(base).items()
@@ -94,9 +97,11 @@ class AdapterSource:
         return [name for name, module in module_by_name.items() if module in untrained]
 
     def fit(self, lora: LoraTensors, shape: tuple[int, int], *, rank: int | None = None) -> Iterator[MismatchError]:
-        """Compare the factors of a linear with a weight of `shape` [out, in]; yield an error for each misfit.
+        """Compare the factors of a linear with a weight, and yield an error for each wrong shape.
 
-        rank   the rank to expect, as a report says; by default the config's
+        lora    the tensors of the linear
+        shape   [out, in] of the weight
+        rank    the expected rank, from a report; None for the config's rank
         """
         tensors, (out_features, in_features) = self.weights.tensors, shape
         rank = lora.rank if rank is None else rank
@@ -111,12 +116,12 @@ class AdapterSource:
                 yield MismatchError(message, file=self.weights.path, tensor=name)
 
     def pair(self, module: str, shape: tuple[int, int]) -> LoraPair | None:
-        """Load the factors of the linear called `module`, whose weight is `shape` [out, in]; None without an adapter.
+        """Load the factors of a linear; None for a module without an adapter and for an embedding.
 
-        module   the name as the adapter spells the name, see `names_in`
+        module   the name in the adapter's spelling, see `names_in`
+        shape    [out, in] of the weight
 
-        The pair's scaling holds the factor of the pooling too. Raises MismatchError naming a factor that does not fit
-        the weight.
+        The pair's scaling includes the factor of the pooling. Raises MismatchError naming a factor of a wrong shape.
         """
         lora = self.lora.get(module)
         if lora is None or lora.is_embedding:
@@ -127,15 +132,21 @@ class AdapterSource:
         return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling_for(shape[1], lora_A.shape[1]))
 
     def is_same(self, name: str, other_name: str) -> bool:
-        """Whether two tensors have the same bytes."""
+        """Whether two tensors of the adapter have equal bytes."""
         return self.weights.sha256(name) == self.weights.sha256(other_name)
 
 
 def open_adapter(path: Path) -> AdapterSource:
-    """Open the adapter directory `path` and sort the tensors. Reads no numbers.
+    """Open an adapter directory and sort the tensors, from headers alone.
 
-    Raises InputError for a directory that holds no LoRA adapter, MismatchError for an adapter that W + s·B·A does not
-    represent, or whose tensors do not fit the config.
+    path   directory with adapter_config.json and adapter_model.safetensors or adapter_model.bin
+
+    Raises InputError for a directory without an adapter and for a config with unreadable values; MismatchError for an
+    adapter beyond W + s·B·A, for an adapter without tensors, and for tensors that contradict the config.
+
+    >>> open_adapter(Path("no such folder"))
+    Traceback (most recent call last):
+    loftq_cli.errors.InputError: no such folder: is no directory (name a PEFT adapter directory)
     """
     config_file = path / CONFIG_NAME
     if not config_file.is_file():
@@ -151,9 +162,12 @@ def open_adapter(path: Path) -> AdapterSource:
 
 
 def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> AdapterSource:
-    """Open the adapter that a conversion is writing to `path`, before adapter_config.json is written.
+    """Open the adapter of an unfinished conversion, before adapter_config.json exists.
 
-    The plan's `modules` take the place of the config. Raises InputError for a damaged weight file.
+    path      the adapter's directory
+    modules   the adapted modules of the plan, in place of the config
+
+    Raises InputError for a damaged weight file.
     """
     lora = {
         adapted.module: LoraTensors(
@@ -195,7 +209,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
             hint="save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT",
         )
     try:
-        # Without modules: a default that is no number at all is refused before any tensor is looked at.
+        # No modules: an invalid default is an error before any tensor is read.
         values_of(config, "r", ()), values_of(config, "lora_alpha", ())
         TargetModules.of(config), pooling_of(config)
     except ValueError as error:

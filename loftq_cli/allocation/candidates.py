@@ -1,5 +1,5 @@
-"""What a layer may become under a bound on size: number formats and ranks, what they store, and what they lose by
-measured curves. Chooses nothing.
+"""Candidates for a layer under a bound on size: number formats and ranks, with stored bytes and errors from measured
+curves. Chooses nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,17 @@ _RANKS = (4, 8, 16, 32, 64)  # PEFT has no adapter of rank 0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bounds: bits of the stored base per quantized weight, constants included; bytes of base and adapter; bytes of the
-    adapter. None is no bound; formats are chosen where one of the first two is given, ranks where the last is.
+    """Bounds on the size of a result; None is no bound.
+
+    bits_per_weight   bits of the stored base per quantized weight, constants included
+    total_nbytes      bytes of base and adapter, copied tensors included
+    adapter_nbytes    bytes of the adapter
+
+    Formats are chosen under `bits_per_weight` or `total_nbytes`, ranks under `adapter_nbytes`. Raises UsageError for
+    `bits_per_weight` beside `total_nbytes`, and for `bits_per_weight` outside of the positive finite numbers.
+
+    >>> Budget(bits_per_weight=3.5).chooses_formats, Budget(bits_per_weight=3.5).chooses_ranks
+    (True, False)
     """
 
     bits_per_weight: float | None = None
@@ -44,19 +53,24 @@ class Budget:
 
     @property
     def chooses_formats(self) -> bool:
-        """Whether layers may have other formats than the recipe's."""
+        """Whether the format of a layer may differ from the recipe's."""
         return self.bits_per_weight is not None or self.total_nbytes is not None
 
     @property
     def chooses_ranks(self) -> bool:
-        """Whether layers may have other ranks than the recipe's."""
+        """Whether the rank of a layer may differ from the recipe's."""
         return self.adapter_nbytes is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A number format and a rank for one layer: what they store, and the squared error that they leave, relative to
-    the squared weight.
+    """A number format and a rank for a layer.
+
+    spec             the number format
+    rank             the rank of the adapter
+    base_nbytes      bytes of the layer in the base
+    adapter_nbytes   bytes of the layer in the adapter
+    relative_error   squared error of the layer, relative to the squared weight
     """
 
     spec: QuantSpec
@@ -67,29 +81,38 @@ class Candidate:
 
 
 class Options:
-    """What there is to choose from, by a recipe and a target. Raises UsageError for a layout that holds one format."""
+    """Formats and ranks to choose from, by a recipe and a target.
+
+    recipe, target    as passed
+    counts_adapters   whether adapters lower the predicted errors
+
+    Raises UsageError for a target that chooses formats under an unfit container: the stored size does not depend on the
+    format, or loaders read a single format only.
+    """
 
     def __init__(self, recipe: Recipe, target: Budget) -> None:
         _check_layout(recipe, target)
         self.recipe, self.target = recipe, target
         self._layout, self._row = load_layout(recipe.layout), LAYOUTS[recipe.layout]
-        # An adapter that starts at zero takes nothing off the error; its rank is for what training can put into it.
+        # An adapter that starts at zero lowers no error. Ranks under a bound still count: training fills the adapter.
         self.counts_adapters = target.chooses_ranks or METHODS[recipe.method].is_fitted(recipe.init)
 
     @property
     def sizes(self) -> list[int]:
-        """Of groups or blocks, ascending, the recipe's among them; a pooled adapter has one for all layers."""
+        """Sizes of groups or blocks, ascending, the recipe's size included; a pooled adapter allows a single size."""
         quant = self.recipe.quant
         if isinstance(quant, CodebookOptions):
             return sorted({*_BLOCK_SIZES, quant.block_size})
         if self.recipe.pooling is not None:
             return [quant.group_size]
-        held = [size for size in _GROUP_SIZES if not self._row.group_sizes or size in self._row.group_sizes]
-        return sorted({*held, quant.group_size})
+        fitting = [size for size in _GROUP_SIZES if not self._row.group_sizes or size in self._row.group_sizes]
+        return sorted({*fitting, quant.group_size})
 
     @property
     def widest(self) -> Recipe:
-        """The recipe that quantizes every layer that one of the sizes fits, with a rank that all matrices have."""
+        """The recipe of the most quantizable layers: integers in the smallest groups where formats are chosen, and at
+        most the smallest rank to choose where ranks are chosen and no alpha is set.
+        """
         recipe = self.recipe
         if self.target.chooses_ranks and recipe.alpha is None:
             recipe = revise(recipe, rank=min(recipe.rank, _RANKS[0]))
@@ -97,8 +120,10 @@ class Options:
             return recipe
         return revise(recipe, group_size=self.sizes[0])
 
-    def matrices(self, job: LayerJob) -> list[StoredMatrix]:
-        """The layer in every format that it may have."""
+    def list_matrices(self, job: LayerJob) -> list[StoredMatrix]:
+        """The matrix of a layer in every format to choose from, or in the plan's format alone where an override sets
+        the format or the target chooses no formats.
+        """
         if not self._has_choice(job):
             return [job.matrix]
         spec, matrix = job.matrix.spec, job.matrix
@@ -106,42 +131,44 @@ class Options:
         fits = (s for s in specs if self._layout.fit(s, matrix.shape, transposed=matrix.transposed).spec == s)
         return [replace(matrix, spec=s) for s in fits]
 
-    def together(self, layers: Sequence[LayerJob]) -> list[tuple[int, ...]]:
-        """The places of `layers`, those in one tuple that need one format: servers make one matrix of them. Where an
-        override says the format of one, it need not be that of the others.
+    def group_fused(self, layers: Sequence[LayerJob]) -> list[tuple[int, ...]]:
+        """Indices into `layers`, a tuple for each set of layers in need of a common format, since servers fuse the
+        layers into a matrix. Layers fused with a layer of fixed format stand alone, each in a tuple.
         """
-        places = {module_of(job.name): i for i, job in enumerate(layers)}
-        groups = [tuple(map(places.__getitem__, g)) for g in fused_modules(self.recipe.layout, places)]
+        indices = {module_of(job.name): i for i, job in enumerate(layers)}
+        groups = [tuple(map(indices.__getitem__, g)) for g in fused_modules(self.recipe.layout, indices)]
         fused = [group for group in groups if all(self._has_choice(layers[i]) for i in group)]
-        alone = set(places.values()).difference(*fused)
+        alone = set(indices.values()).difference(*fused)
         return sorted([*fused, *((i,) for i in alone)])
 
-    def ranks(self, job: LayerJob) -> tuple[int, ...]:
-        """Ascending."""
-        if not self.target.chooses_ranks or self._has_own(job, ("rank", "alpha")):
+    def list_ranks(self, job: LayerJob) -> tuple[int, ...]:
+        """Ranks to choose from, ascending, up to the smaller side of the matrix; the plan's rank alone where an
+        override sets rank or alpha or the target chooses no ranks.
+        """
+        if not self.target.chooses_ranks or self._is_overridden(job, ("rank", "alpha")):
             return (job.lora.rank,)
         most = min(job.matrix.shape)
         return tuple(rank for rank in _RANKS if rank <= most) or (most,)
 
-    def nbytes(self, job: LayerJob, matrix: StoredMatrix, rank: int) -> tuple[int, int]:
-        """What a format and a rank store of a layer in the base and in the adapter."""
+    def count_nbytes(self, job: LayerJob, matrix: StoredMatrix, rank: int) -> tuple[int, int]:
+        """Bytes of a layer in the base and in the adapter, for the format of `matrix` and a rank."""
         adapted = adapter_config.AdaptedModule(job.module, matrix.shape, replace(job.lora, rank=rank))
         base, adapter = self._layout.planned(matrix), adapter_config.planned(adapted)
         return sum(tensor.nbytes for tensor in base), sum(tensor.nbytes for tensor in adapter)
 
-    def candidates(
+    def make_candidates(
         self, job: LayerJob, matrices: Sequence[StoredMatrix], ranks: Sequence[int], curve: ErrorCurve
     ) -> Iterator[Candidate]:
-        """Every format with every rank."""
+        """Yield a candidate for every format with every rank; `curve` has an error for each of `ranks`."""
         for matrix in matrices:
             for rank, squared in zip(ranks, curve.squared_errors[matrix.spec], strict=True):
                 relative = squared / curve.squared_weight if curve.squared_weight else 0.0
-                yield Candidate(matrix.spec, rank, *self.nbytes(job, matrix, rank), relative)
+                yield Candidate(matrix.spec, rank, *self.count_nbytes(job, matrix, rank), relative)
 
     def _has_choice(self, job: LayerJob) -> bool:
-        return self.target.chooses_formats and not self._has_own(job, ("quant_type", "group_size", "block_size"))
+        return self.target.chooses_formats and not self._is_overridden(job, ("quant_type", "group_size", "block_size"))
 
-    def _has_own(self, job: LayerJob, fields: Sequence[str]) -> bool:
+    def _is_overridden(self, job: LayerJob, fields: Sequence[str]) -> bool:
         module = module_of(job.name)
         return any(
             any(getattr(override, name) is not None for name in fields) and re.search(override.match, module)
@@ -161,14 +188,14 @@ def _check_layout(recipe: Recipe, target: Budget) -> None:
     if not isinstance(recipe.quant, AffineOptions):
         return
     if row.mixed == "none":
-        what = f"layout {recipe.layout} has one quant_type and group size for all layers"
-        raise UsageError(what, hint=f"--layout {_mixing(recipe, with_offsets=False)}")
+        message = f"layout {recipe.layout} has one quant_type and group size for all layers"
+        raise UsageError(message, hint=f"--layout {_name_mixing_layouts(recipe, with_offsets=False)}")
     if row.mixed == "symmetric" and not recipe.quant.symmetric:
-        what = f"loaders of {recipe.layout} read layers of several formats without zero points only"
-        raise UsageError(what, hint=f"--symmetric, or --layout {_mixing(recipe, with_offsets=True)}")
+        message = f"loaders of {recipe.layout} read layers of several formats without zero points only"
+        raise UsageError(message, hint=f"--symmetric, or --layout {_name_mixing_layouts(recipe, with_offsets=True)}")
 
 
-def _mixing(recipe: Recipe, *, with_offsets: bool) -> str:
-    """Containers of several formats in one model, whose size a format changes."""
+def _name_mixing_layouts(recipe: Recipe, *, with_offsets: bool) -> str:
+    """Name the containers that hold codes in several formats in a model, as a choice in a sentence."""
     mixing = mixing_layouts(recipe.quant.quant_type, with_offsets=with_offsets)
     return either([name for name in mixing if LAYOUTS[name].stores_codes])

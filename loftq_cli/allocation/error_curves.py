@@ -1,5 +1,5 @@
-"""What each layer of a plan would lose in other number formats, and how much of that an adapter of each rank could
-hold: one quantization of the weight a format, and the singular values of what it leaves. Chooses and writes nothing.
+"""Errors of each layer of a plan in several number formats, with the best adapter of each rank: a format costs a
+quantization of the weight and the singular values of the residual. Chooses and writes nothing.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from loftq_cli.tensors.rows import TensorRows
 if TYPE_CHECKING:
     import torch
 
-_ROWS = 1024  # whose squares are summed at once
-_EXACT_SIDE = 1024  # of a Gram matrix, whose eigenvalues take as long as a few quantizations of its matrix
+_ROWS = 1024  # rows in a partial sum of squares
+_EXACT_SIDE = 1024  # side of a Gram matrix; eigenvalues then take as long as a few quantizations of the weight
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorCurve:
-    """Squared errors of one layer.
+    """Squared errors of a layer. Statistics of the inputs turn each ||E||² into tr(E·H·Eᵀ), H = E[x·xᵀ].
 
     squared_weight   ||W||²
-    squared_errors   by number format, ||W − dequant(Q)||² less what the best adapter of each of the ranks holds of it
+    squared_errors   number format -> for each rank, ||W − dequant(Q)||² less the part in the best adapter of the rank
     """
 
     squared_weight: float
     squared_errors: dict[QuantSpec, tuple[float, ...]]
 
 
-def error_curves(
+def measure_error_curves(
     checkpoint: Checkpoint,
     layers: Sequence[LayerJob],
     matrices: Mapping[str, Sequence[StoredMatrix]],
@@ -49,18 +49,24 @@ def error_curves(
     statistics: Statistics | None = None,
     observe: Callable[[str], None] = lambda name: None,
 ) -> dict[str, ErrorCurve]:
-    """The curve of each of `layers` by tensor name: in the formats of its `matrices`, for its `ranks`, which ascend; a
-    rank of 0 holds nothing. With `statistics` of the layers' inputs, squares are those of outputs. `observe` is told of
-    each layer that is done. One layer is in memory, small ones several.
+    """Measure the error curve of each of `layers`. Returns the curves by tensor name.
 
-    Raises InputError naming the tensor for a weight that cannot be quantized so.
+    checkpoint   the original
+    layers       jobs of a plan; memory holds a single large layer, or several small layers
+    matrices     tensor name -> the matrix in each number format to measure
+    ranks        tensor name -> ranks of adapters, ascending; an adapter of rank 0 holds nothing
+    threads      number of threads; the curves are equal with any number
+    statistics   of the layers' inputs: squares are then of errors of outputs; None, or no entry: of errors of weights
+    observe      receives the name of each finished layer
+
+    Raises InputError naming the tensor when a weight does not fit a number format.
     """
     choose_kernels(sum(job.numel * len(matrices[job.name]) for job in layers))
 
     def measure(job: LayerJob, workers: Workers) -> ErrorCurve:
         weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
         try:
-            return _curve(job, weight, matrices[job.name], ranks[job.name], statistics, workers)
+            return _measure_curve(job, weight, matrices[job.name], ranks[job.name], statistics, workers)
         except LoftqError as error:
             if error.tensor:
                 raise
@@ -74,7 +80,7 @@ def error_curves(
     return curves
 
 
-def _curve(
+def _measure_curve(
     job: LayerJob,
     weight: TensorRows,
     matrices: Sequence[StoredMatrix],
@@ -90,54 +96,59 @@ def _curve(
     if statistics is not None and job.name in statistics.names:
         weighting = make_weighting(statistics.load(job.name), 1)
 
-    def weighted(values: torch.Tensor) -> torch.Tensor:
+    def weigh(values: torch.Tensor) -> torch.Tensor:
         return values if weighting is None else weighting.rooted(values)
 
-    squared_weight = _squares(weighted(weight.rows(slice(0, weight.shape[0])).float()))
+    squared_weight = _sum_squares(weigh(weight.rows(slice(0, weight.shape[0])).float()))
     residual = torch.empty(weight.shape)
     squared_errors = {}
     for matrix in matrices:
-        as_other = replace(job, matrix=matrix)
-        quantizer = as_other.quantizer(weighting)
+        matrix_job = replace(job, matrix=matrix)
+        quantizer = matrix_job.quantizer(weighting)
         quantizer.residual(weight, quantizer.quantize(weight, workers=workers), residual, workers=workers)
-        squared_errors[matrix.spec] = _left_by_rank(weighted(residual), as_other, ranks, workers)
+        squared_errors[matrix.spec] = _subtract_adapters(weigh(residual), matrix_job, ranks, workers)
     return ErrorCurve(squared_weight, squared_errors)
 
 
-def _left_by_rank(residual: torch.Tensor, job: LayerJob, ranks: Sequence[int], workers: Workers) -> tuple[float, ...]:
-    """||residual||² less that of its best approximation of each rank; of a pooled adapter, among what that can hold."""
-    total, size = _squares(residual), job.lora.group_size
+def _subtract_adapters(
+    residual: torch.Tensor, job: LayerJob, ranks: Sequence[int], workers: Workers
+) -> tuple[float, ...]:
+    """For each rank, ||residual||² less the square of the best approximation of the rank. `residual` is [out, in]; the
+    approximations of a pooled adapter are constant within each group of inputs.
+    """
+    total, size = _sum_squares(residual), job.lora.group_size
     if not any(ranks):
         return tuple(total for _ in ranks)
-    if size > 1:  # equal within a group, so that the best one approximates the means
+    if size > 1:  # constant within a group, the best update approximates the means of groups
         residual = residual.view(len(residual), -1, size).mean(dim=2)
-    held = [0.0]
-    for square in _leading_squares(residual, min(max(ranks), *residual.shape), job, workers):
-        held.append(held[-1] + size * square)
-    return tuple(max(total - held[min(rank, len(held) - 1)], 0.0) for rank in ranks)
+    adapter_squares = [0.0]  # by rank
+    for square in _compute_leading_squares(residual, min(max(ranks), *residual.shape), job, workers):
+        adapter_squares.append(adapter_squares[-1] + size * square)
+    most = len(adapter_squares) - 1
+    return tuple(max(total - adapter_squares[min(rank, most)], 0.0) for rank in ranks)
 
 
-def _leading_squares(matrix: torch.Tensor, count: int, job: LayerJob, workers: Workers) -> list[float]:
-    """Squares of the largest singular values, descending: from a Gram matrix, or for large matrices by iteration, which
-    finds about a hundredth less.
+def _compute_leading_squares(matrix: torch.Tensor, count: int, job: LayerJob, workers: Workers) -> list[float]:
+    """The `count` largest squared singular values, descending: from a Gram matrix, or by iteration when both sides
+    exceed _EXACT_SIDE. Iteration finds about a hundredth less.
     """
     import torch
 
     from loftq_cli.methods.lowrank import make_solver
 
     if min(matrix.shape) > _EXACT_SIDE:
-        found = make_solver("fast", count, matrix.shape, job.generator(), workers)(matrix)
-        squares = torch.linalg.vector_norm(found.right.double(), dim=1).pow(4)  # of the rows of √S·Vᵀ
+        factors = make_solver("fast", count, matrix.shape, job.generator(), workers)(matrix)
+        squares = torch.linalg.vector_norm(factors.right.double(), dim=1).pow(4)  # rows of √S·Vᵀ have norms √S
     else:
-        wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-        largest = float(wide.abs().max()) or 1.0  # squares of unit numbers are inside float32's range
-        unit = wide / largest
+        oriented = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T  # [short side, long side]
+        largest = float(oriented.abs().max()) or 1.0  # squares of unit numbers are inside float32's range
+        unit = oriented / largest
         squares = torch.linalg.eigvalsh((unit @ unit.T).double()).flip(0)[:count] * largest**2
     return [max(square, 0.0) for square in squares.tolist()]
 
 
-def _squares(values: torch.Tensor) -> float:
-    """Their sum, in float64."""
+def _sum_squares(values: torch.Tensor) -> float:
+    """The sum of the squares of float32 `values` [rows, columns], in float64."""
     from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
     parts = (values[start : start + _ROWS] for start in range(0, len(values), _ROWS))

@@ -1,6 +1,6 @@
-"""Integer programs that HiGHS solves: one choice for each item, least weight, limits on what the choices take.
+"""Integer programs for HiGHS: a choice for each item, of least weight, with limits on sums over the choices.
 
-The solver is scipy.optimize.milp, which proves the minimum. (Huangfu and Hall, Parallelizing the dual revised simplex
+The solver is scipy.optimize.milp; HiGHS proves the minimum. (Huangfu and Hall, Parallelizing the dual revised simplex
 method, Mathematical Programming Computation 10, 2018, https://highs.dev.)
 """
 
@@ -23,12 +23,16 @@ if TYPE_CHECKING:
     Floats = np.ndarray[Any, np.dtype[np.float64]]
     Ints = np.ndarray[Any, np.dtype[np.int64]]
 
-_MAX_ANSWERS = 100  # one answer in a hundred breaks a limit that a better selection exceeds by a billionth
-_STDOUT_LOCK = threading.Lock()  # one thread at a time may have moved the descriptor
+_MAX_ANSWERS = 100  # HiGHS may exceed a limit by a billionth: an answer in a hundred does
+_STDOUT_LOCK = threading.Lock()  # a single thread at a time may redirect the descriptor
 
 
 def load_solver() -> Callable[..., Any]:
-    """Return `scipy.optimize.milp`. Raises UsageError when scipy is not installed."""
+    """Return `scipy.optimize.milp`. Raises UsageError when scipy is not installed.
+
+    >>> load_solver().__name__
+    'milp'
+    """
     try:
         from scipy.optimize import milp
     except ImportError:
@@ -40,12 +44,17 @@ def load_solver() -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class IntegerProgram:
-    """A variable of 0 or 1 for each choice of each item; one choice of each item is 1.
+    """A variable of 0 or 1 for each choice of each item; the variables of an item sum to 1.
 
-    item_of   [choices] int64, the item of each choice, from 0 up without gaps
+    item_of   [choices] int64, the item of each choice, ascending from 0 without gaps
     costs     [choices] float64
-    takes     [limits, choices] int64, how much a choice takes of each limit
+    takes     [limits, choices] int64, the amount of each limit in a choice
     limits    [limits] int64
+
+    >>> import numpy as np
+    >>> program = IntegerProgram(np.array([0, 0]), np.array([4.0, 1.0]), np.array([[2, 3]]), np.array([2]))
+    >>> program.minimize(program.costs, seconds=10.0)
+    array([0])
     """
 
     item_of: Ints
@@ -54,26 +63,29 @@ class IntegerProgram:
     limits: Ints
 
     def minimize(self, weights: Floats, seconds: float, most: float = math.inf) -> Ints | None:
-        """Return the positions of the choices, ascending, whose sum of `weights` is the least; None when no solution
-        exists. The costs of a solution sum to `most` or less.
+        """Return the positions of the selected choices, [items] int64, ascending; None when no solution exists.
+
+        weights   [choices] float64; the selected weights have the least sum
+        seconds   time for a proof
+        most      the largest sum of costs of a solution
 
         HiGHS proves the minimum up to an absolute difference of 1e-6. HiGHS computes in floats and takes 0.999999 for
-        1, so integer arithmetic checks the answer; an answer that breaks a limit is forbidden, and HiGHS solves again.
+        1, so integer arithmetic checks the answer; HiGHS solves again without an answer that breaks a limit.
         Raises UsageError when `seconds` pass before the proof, or when HiGHS has no better answers.
         """
         solve = load_solver()
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint
 
-        bounds = Bounds(0, self._usable(most))
+        bounds = Bounds(0, self._find_usable(most))
         constraints = [
-            LinearConstraint(self._one_each(), 1, 1),
+            LinearConstraint(self._build_item_matrix(), 1, 1),
             LinearConstraint(self.takes, -np.inf, self.limits),
             LinearConstraint(self.costs[None], -np.inf, most),
         ]
         options = {"mip_rel_gap": 0.0, "time_limit": seconds}
         for _ in range(_MAX_ANSWERS):
-            with _silent_stdout():
+            with _silence_stdout():
                 answer = solve(weights, integrality=1, bounds=bounds, constraints=constraints, options=options)
             if answer.status == 2:
                 return None
@@ -88,25 +100,25 @@ class IntegerProgram:
         raise UsageError(message, hint="name the format of some layers in [[override]] of a recipe")
 
     def _is_solution(self, selected: Ints, most: float) -> bool:
-        """Whether exactly one choice of each item is selected, and the limits and `most` are kept."""
+        """Whether `selected` has exactly one choice of each item, within the limits and `most`."""
         import numpy as np
 
         is_one_each = np.array_equal(self.item_of[selected], np.arange(self.item_of[-1] + 1))
         is_within = bool((self.takes[:, selected].sum(axis=1) <= self.limits).all())
         return is_one_each and is_within and float(self.costs[selected].sum()) <= most
 
-    def _usable(self, most: float) -> Floats:
-        """Return 0.0 for each choice that no solution of costs up to `most` contains, and 1.0 for the others.
+    def _find_usable(self, most: float) -> Floats:
+        """Return 1.0 for each choice of possible use in a solution of costs up to `most`, else 0.0; [choices] float64.
 
-        Prices of the limits give a lower bound of the costs of all solutions (the Lagrangian bound). A choice whose
-        priced cost lies further above the item's least than `most` lies above the bound is in no such solution.
+        Prices of the limits give a lower bound of the costs of all solutions (the Lagrangian bound). A choice is
+        useless when the priced cost is further above the item's least than `most` is above the bound.
         """
         import numpy as np
         from scipy.optimize import linprog
 
         if most == math.inf:
             return np.ones(len(self.costs))
-        one_each = self._one_each()
+        one_each = self._build_item_matrix()
         items = one_each.shape[0]
         relaxed = linprog(self.costs, A_ub=self.takes, b_ub=self.limits, A_eq=one_each, b_eq=np.ones(items))
         prices = np.maximum(-relaxed.ineqlin.marginals, 0.0)  # any prices of 0 or more give a bound
@@ -116,7 +128,7 @@ class IntegerProgram:
         bound = least.sum() - prices @ self.limits
         return np.asarray(priced - least[self.item_of] <= most - bound, dtype=float)
 
-    def _one_each(self) -> Any:
+    def _build_item_matrix(self) -> Any:
         """Return the sparse matrix [items, choices] with a 1 where the choice belongs to the item."""
         import numpy as np
         from scipy.sparse import csr_array
@@ -126,8 +138,8 @@ class IntegerProgram:
 
 
 @contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep lines of HiGHS out of the program's results: HiGHS prints some to stdout whatever options say (1.12)."""
+def _silence_stdout() -> Iterator[None]:
+    """Keep lines of HiGHS out of the program's results: HiGHS 1.12 prints to stdout despite options."""
     with _STDOUT_LOCK:
         stdout = os.dup(1)
         nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,7 +1,7 @@
 """The Python API: a function for each command of the command line; the options of a command are keywords.
 
-A function plans, runs and returns a typed result. Nothing is printed, and the process is left as it was. Import the
-names from `loftq_cli`: a name is loaded at the first use.
+A function plans, runs and returns a typed result. Nothing is printed, and the process does not change. Import the names
+from `loftq_cli`: a name is loaded at the first use.
 
 arguments.py  paths, sizes and numbers as callers give them, and the frame of every call
 results.py    the records that the functions return

@@ -24,6 +24,9 @@ AnySize = str | int
 def api_call(function: Callable[Given, Result]) -> Callable[Given, Result]:
     """`function` for callers in any thread: the choice of kernels ends with the call, and a shortage of memory raises
     MemoryShortage.
+
+    >>> api_call(len)("abc")
+    3
     """
 
     @wraps(function)
@@ -62,7 +65,8 @@ def texts_of(value: str | Iterable[str] | None) -> tuple[str, ...]:
 
 
 def nbytes_of(value: AnySize | None, name: str, least: int = 10**6) -> int | None:
-    """A size in bytes; None stays None. Raises UsageError for text that is no size, and for a size below `least`.
+    """The size `value` of the option `name` in bytes; None stays None. Raises UsageError for text without a size, and
+    for a size below `least` bytes.
 
     >>> nbytes_of("5MB", "max_memory"), nbytes_of(2_000_000, "max_memory")
     (5000000, 2000000)
@@ -71,18 +75,31 @@ def nbytes_of(value: AnySize | None, name: str, least: int = 10**6) -> int | Non
 
 
 def size_text(value: AnySize | None) -> str | None:
-    """A size as recipes hold it: text."""
+    """A size in the form of recipes: text. None stays None.
+
+    >>> size_text(5_000_000), size_text("5MB")
+    ('5000000', '5MB')
+    """
     return None if value is None else str(value)
 
 
 def thread_count(threads: int | None) -> int:
-    """`threads`, or the number of processors for None. Raises UsageError below 1."""
+    """`threads`, or the number of processors for None. Raises UsageError below 1.
+
+    >>> thread_count(2), thread_count(None) >= 1
+    (2, True)
+    """
     check_least("threads", threads, 1)
     return threads or available_threads()
 
 
 def check_least(name: str, value: float | None, least: int) -> None:
-    """Raises UsageError for a number of the option `name` below `least`; None is no number."""
+    """Raises UsageError for a number of the option `name` below `least`; None is no number.
+
+    >>> check_least("tokens", 1, 2)
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: --tokens 1 is too small (2 or more)
+    """
     if value is not None and not value >= least:
         raise UsageError(f"--{name.replace('_', '-')} {value} is too small", hint=f"{least} or more")
 
@@ -90,10 +107,13 @@ def check_least(name: str, value: float | None, least: int) -> None:
 def check_gpu_memory(device: str, max_memory: AnySize | None) -> int | None:
     """The bound on a GPU's memory in bytes; None is no bound. Raises UsageError for an unknown device, and for a bound
     beside --device cpu.
+
+    >>> check_gpu_memory("cuda", "8GB")
+    8000000000
     """
     check_device_name(device)
     nbytes = nbytes_of(max_memory, "max_memory")
     if nbytes is not None and device == "cpu":
-        what = "--max-memory bounds the memory of a GPU, and --device cpu uses none"
-        raise UsageError(what, hint="--device cuda, or leave --max-memory out")
+        message = "--max-memory bounds the memory of a GPU, and --device cpu uses none"
+        raise UsageError(message, hint="--device cuda, or leave --max-memory out")
     return nbytes

@@ -39,7 +39,7 @@ def calibrate(
 
     Args:
         model: a Hugging Face model directory with a tokenizer, or "builtin:NAME".
-        text: a UTF-8 file, or several, with text like that of the model's later use.
+        text: a UTF-8 file, or several, with text like the text of the model's later use.
         output: the directory to write.
         tokens: how many tokens of the text to read at most, 2 or more.
         context: tokens of a window, 2 or more; None is the model's longest input, at most 512.

@@ -70,15 +70,15 @@ def inspect(
     shows the work of `quantize`, and `try_` computes the error of a number format.
 
     Args:
-        path: a converted directory, a full-precision checkpoint, or "builtin:NAME"; with `verify` also an adapter.
+        path: a converted directory, a full-precision checkpoint, or "builtin:NAME"; `verify` also takes an adapter.
         against: the original checkpoint: recompute every error from the files.
         try_: a number format or several, for a full-precision checkpoint.
-        sort: "name", "error", "base_error" or "numel"; with `reference` also "output_error".
+        sort: "name", "error", "base_error" or "numel"; `reference` also allows "output_error".
         top: number of layers to list, 1 or more; None lists all layers.
         fail_above: the largest allowed relative error of a layer.
         verify: check checksums, index, config and numbers, and compute no errors.
         threads: number of threads to compute with; None is the number of processors.
-        device: where `against` and `try_` compute: "cpu", "cuda", "cuda:N" or "auto".
+        device: the device of `against` and `try_`, "cpu", "cuda", "cuda:N" or "auto".
         reference: the original model, to run beside the converted model. Needs transformers.
         text: a UTF-8 file for `reference`, or several.
         tokens: for `reference`: number of tokens to read at most, 2 or more; None is 65536.
@@ -91,7 +91,7 @@ def inspect(
 
     Raises:
         UsageError: an option without meaning for the path, or beside another option.
-        InputError: a damaged checkpoint or report; with `verify`, a path that does not exist.
+        InputError: a damaged checkpoint or report; a missing path under `verify`.
         MismatchError: `against` or `reference` is another model.
         QualityError: the error of a layer is above `fail_above`.
         StorageError: reading failed.
@@ -127,7 +127,7 @@ def inspect(
         _check_only_verifies(request, fail_above)
         target = resolve_model(os.fspath(path))
         return verify_files(target, request.threads, lambda problem: observer.problem_found(problem, target))
-    inspection = _inspected(resolve_model(os.fspath(path)), request, observer, has_threads=threads is not None)
+    inspection = _inspect(resolve_model(os.fspath(path)), request, observer, has_threads=threads is not None)
     if fail_above is not None:
         check_errors(inspection, fail_above)
     return inspection
@@ -168,7 +168,7 @@ def _check_only_verifies(request: _Request, fail_above: float | None) -> None:
         raise UsageError(f"--verify computes no errors for {name}", hint="run inspect once for each")
 
 
-def _inspected(
+def _inspect(
     path: Path, request: _Request, observer: Observer, *, has_threads: bool
 ) -> ConvertedInspection | CheckpointInspection:
     with BaseModel.open(path) as base:
@@ -186,26 +186,26 @@ def _inspected(
 
 
 def _check_computes(request: _Request, remedy: str, *, has_work: bool, has_threads: bool) -> None:
-    """Raises UsageError for a device or threads where nothing is computed. `remedy` is an option that computes."""
+    """Raises UsageError for a device or threads where nothing is computed. `remedy` is an option with computing."""
     if has_work:
         return
     if request.device not in ("auto", "cpu"):
         if request.reference is not None:
-            what = f"--reference runs the models on the processor, and --device {request.device} is for --against"
-            raise UsageError(what, hint="leave --device out")
+            message = f"--reference runs the models on the processor, and --device {request.device} is for --against"
+            raise UsageError(message, hint="leave --device out")
         raise UsageError(f"--device {request.device} has nothing to compute", hint=f"{remedy}, or leave --device out")
     if has_threads and request.reference is None:
-        what = f"--threads {request.threads} has nothing to compute"
-        raise UsageError(what, hint=f"{remedy}, or leave --threads out")
+        message = f"--threads {request.threads} has nothing to compute"
+        raise UsageError(message, hint=f"{remedy}, or leave --threads out")
 
 
 def _converted(base: BaseModel, request: _Request, observer: Observer) -> ConvertedInspection:
     inspection = inspect_converted(base, request.against, request.threads, request.device)
-    outputs = _compared(base, inspection, request, observer)
+    outputs = _compare(base, inspection, request, observer)
     errors = [WorstError(row.name, row.error.error) for row in inspection.rows if row.error]
     return ConvertedInspection(
         path=base.path,
-        layers=tuple(_sorted_layers(inspection.rows, outputs, request.sort)[: request.top]),
+        layers=tuple(_sort_layers(inspection.rows, outputs, request.sort)[: request.top]),
         layer_count=len(inspection.rows),
         total=inspection.total,
         bits_per_weight=inspection.bits_per_weight,
@@ -215,7 +215,7 @@ def _converted(base: BaseModel, request: _Request, observer: Observer) -> Conver
     )
 
 
-def _compared(base: BaseModel, inspection: Inspection, request: _Request, observer: Observer) -> Comparison | None:
+def _compare(base: BaseModel, inspection: Inspection, request: _Request, observer: Observer) -> Comparison | None:
     """The comparison with the reference model; None without a reference."""
     if request.reference is None:
         return None
@@ -234,12 +234,12 @@ def _compared(base: BaseModel, inspection: Inspection, request: _Request, observ
     )
 
 
-def _sorted_layers(rows: Sequence[LayerRow], outputs: Comparison | None, sort: str) -> list[LayerRow]:
-    """The layers in order. The order "output_error" lists the layers that read text, the largest error first."""
+def _sort_layers(rows: Sequence[LayerRow], outputs: Comparison | None, sort: str) -> list[LayerRow]:
+    """The layers in order. The order "output_error" lists the layers with compared outputs, largest error first."""
     if outputs is None or sort != _BY_OUTPUT:
         return sorted_rows(rows, sort)
-    measured = [row for row in rows if row.name in outputs.layers]
-    return sorted(measured, key=lambda row: -outputs.layers[row.name].error)
+    rows_with_outputs = [row for row in rows if row.name in outputs.layers]
+    return sorted(rows_with_outputs, key=lambda row: -outputs.layers[row.name].error)
 
 
 def _checkpoint(base: BaseModel, request: _Request) -> CheckpointInspection:

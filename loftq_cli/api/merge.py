@@ -51,13 +51,13 @@ def merge(
         dtype: dtype of the merged weights; None is the model's dtype.
         layout: container of the merged weights; None is a container with float offsets for QA-LoRA, else
             "dense".
-        requantize: number format to quantize the merged weights to, such as "nf4" or "int4".
+        requantize: number format to quantize the merged weights to: "nf4", "int4", ...
         group_size, symmetric: format options where `requantize` is an integer format.
         scale_dtype: dtype of scales and offsets.
         round_zeros: merge a QA-LoRA adapter into integer zero points.
         pooling: the pooling of a QA-LoRA adapter, where the adapter's config is silent or wrong.
         max_shard_size: largest size of a weight file, in bytes or as "5GB"; None is 5 GB.
-        force: merge although the adapter was fitted to another base, or does not survive.
+        force: merge although the adapter belongs to another base, or does not survive.
         threads: number of threads to compute with; None is the number of processors.
         device: "cpu", "cuda", "cuda:N" or "auto".
         dry_run: plan only, and write nothing.
@@ -66,12 +66,12 @@ def merge(
         observer: hears of the progress.
 
     Returns:
-        A MergeResult; with `dry_run`, a MergePlan.
+        A MergeResult; a MergePlan under `dry_run`.
 
     Raises:
-        UsageError: options that contradict each other, the base or the adapter, or an output that exists.
+        UsageError: options in conflict with options, the base or the adapter, or an existing output.
         InputError: a damaged base or adapter.
-        MismatchError: an adapter that does not belong to the base.
+        MismatchError: an adapter of another base.
         QualityError: less than half of the adapter would survive, and `force` is false.
         StorageError: reading or writing failed.
         MemoryShortage: the memory does not suffice.
@@ -108,13 +108,13 @@ def merge(
 
 
 def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
-    kept = merge.form.layout if merge.form.keeps_codes else merge.dtype
+    form_of_weights = merge.form.layout if merge.form.keeps_codes else merge.dtype
     return MergePlan(
         output=merge.output,
         dtype=merge.dtype,
         layout=merge.form.layout,
         requantize=merge.options.requantize,
-        form=merge.options.requantize or kept,
+        form=merge.options.requantize or form_of_weights,
         tensors=tuple(tensor for job in merge.jobs for tensor in job.outputs),
         layers=len(merge.adapter.lora),
         nbytes=merge.nbytes,

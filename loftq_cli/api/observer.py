@@ -13,7 +13,7 @@ from loftq_cli.merging.report import MergedLayer
 class Observer:
     """Hears how a call goes on. Every method does nothing: a subclass overrides some of the methods.
 
-    The thread that called the API calls the methods, and the work waits meanwhile. An exception in a method ends the
+    The calling thread of the API calls the methods, and the work waits meanwhile. An exception in a method ends the
     call in order, as an interrupt does: repeating the call continues the work.
 
     >>> class Counter(Observer):
@@ -24,7 +24,7 @@ class Observer:
     """
 
     def started(self, plan: QuantizePlan | MergePlan) -> None:
-        """Everything that headers decide is decided, and the work on `plan` begins."""
+        """All decisions from headers are final, and the work on `plan` begins."""
 
     def phase(self, text: str) -> None:
         """The next part of the work begins: `text` names the part."""

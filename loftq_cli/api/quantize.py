@@ -80,18 +80,18 @@ def quantize(
     Args:
         model: a Hugging Face model directory, one weight file, or "builtin:NAME".
         output: the directory to write.
-        recipe: a TOML file or the name of a preset; the other options override it.
+        recipe: a TOML file or the name of a preset; the remaining options override the recipe.
         method: how the adapter starts, "loftq", "qlora" or "qalora".
         rank, alpha, rslora: rank of the adapter, lora_alpha, and whether the scaling is alpha/√rank.
         fit, start, iterations, rounds, svd: how base and adapter are fitted to each other.
-        pooling, init: how a QA-LoRA adapter reads groups of inputs, and how it starts.
+        pooling, init: how a QA-LoRA adapter reads groups of inputs, and how the adapter starts.
         adapter_dtype, seed: dtype of the adapter; seed of random factors.
-        quant_type: number format of the base, such as "nf4" or "int4".
-        block_size, double_quant: for codebook formats: weights that share an absmax; 8-bit block constants.
-        group_size, symmetric, scale_dtype: for integers: weights of a row that share a scale; no zero points; dtype of
-            the scales.
+        quant_type: number format of the base: "nf4", "int4", ...
+        block_size, double_quant: codebook formats only: weights with a common absmax; 8-bit block constants.
+        group_size, symmetric, scale_dtype: integers only: weights of a row with a common scale; no zero points; dtype
+            of the scales.
         scales: how constants are chosen: "absmax" or "search".
-        calibration: the directory that `calibrate` wrote.
+        calibration: the directory of an earlier `calibrate`.
         layout, max_shard_size: container of the base, and the largest size of a weight file.
         include, exclude: a regular expression or several: the modules to quantize, and not to.
         target_bpw, target_size, lora_budget: bounds for the choice of each layer's format and rank: bits of the base
@@ -101,15 +101,15 @@ def quantize(
         dry_run: plan only, and write nothing. Needs no torch, except under a target.
         overwrite: replace an earlier result under `output`.
         restart: discard an interrupted run.
-        verify: read the result back and check its errors.
+        verify: read the result back and check the reported errors.
         observer: hears of the progress.
 
     Returns:
-        A QuantizeResult; with `dry_run`, a QuantizePlan.
+        A QuantizeResult; a QuantizePlan under `dry_run`.
 
     Raises:
-        UsageError: an option without meaning for the model or the method, or an output that exists.
-        InputError: a damaged checkpoint, or a weight that cannot be quantized.
+        UsageError: an option without meaning for the model or the method, or an existing output.
+        InputError: a damaged checkpoint, or a weight without a quantized form.
         MismatchError: statistics of another model.
         StorageError: reading or writing failed.
         MemoryShortage: the memory does not suffice.
@@ -122,7 +122,7 @@ def quantize(
     >>> result.adapter.name, result.total.error < result.quantization_error
     ('loftq_init', True)
     """
-    asked: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "method": method, "rank": rank, "alpha": alpha, "rslora": rslora, "fit": fit, "start": start,
         "iterations": iterations, "rounds": rounds, "svd": svd, "pooling": pooling, "init": init,
         "adapter_dtype": adapter_dtype, "seed": seed, "quant_type": quant_type, "block_size": block_size,
@@ -139,7 +139,7 @@ def quantize(
         adapter_nbytes=nbytes_of(lora_budget, "lora_budget", least=1),
     )
     source = None if recipe is None else os.fspath(recipe)
-    conversion = _prepared(os.fspath(model), Path(output), source, asked, target, count, observer)
+    conversion = _prepare(os.fspath(model), Path(output), source, settings, target, count, observer)
     plan = _plan(conversion, already_done=is_conversion_done(conversion, overwrite=overwrite))
     if dry_run:
         return plan
@@ -159,17 +159,17 @@ def quantize(
     return _result(plan, outcome)
 
 
-def _prepared(
+def _prepare(
     model: str,
     output: Path,
     source: str | None,
-    asked: dict[str, Any],
+    settings: dict[str, Any],
     target: Budget,
     threads: int,
     observer: Observer,
 ) -> Conversion:
-    """The conversion, ready to run. A target needs the errors of every weight: they are measured here."""
-    recipe = resolve_recipe(source, asked, mixes=target.chooses_formats)
+    """The conversion, ready to run. A target needs the errors of every weight: the function measures the errors."""
+    recipe = resolve_recipe(source, settings, mixes=target.chooses_formats)
     if target == Budget():
         return prepare_conversion(model, output, recipe)
     return prepare_within_target(model, output, recipe, target, threads=threads, observe=observer.layer_measured)

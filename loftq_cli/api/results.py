@@ -1,4 +1,4 @@
-"""The records that the functions of the API return: all figures that the command line prints."""
+"""The results of the API's functions, with all figures of the command line's output."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class QuantizePlan:
     bits_per_weight  true bits of a quantized weight, constants included
     notes            sentences about unexpected facts
     allocation       the choice of formats and ranks under a target; None without a target
-    already_done     whether the output holds the complete, undamaged result of the plan
+    already_done     True if the output holds the complete, undamaged result of the plan
     """
 
     output: Path
@@ -63,12 +63,12 @@ class QuantizePlan:
 
     @property
     def layers(self) -> tuple[LayerJob, ...]:
-        """The weights that are quantized."""
+        """The jobs of the quantized weights."""
         return tuple(job for job in self.jobs if isinstance(job, LayerJob))
 
     @property
     def copies(self) -> tuple[CopyJob, ...]:
-        """The tensors that are copied."""
+        """The jobs of the copied tensors."""
         return tuple(job for job in self.jobs if isinstance(job, CopyJob))
 
     @property
@@ -88,9 +88,9 @@ class QuantizeResult:
     total               the error of all layers together
     quantization_error  relative error of quantizing every layer once, with no adapter
     output_error        relative error of the layers' outputs on the text of a calibration; None without a calibration
-    resumed_layers      number of layers that an interrupted run had finished
-    verified            whether this call read the result back and confirmed the reported errors
-    already_done        whether an earlier call wrote the result; then the figures come from the report in `output`
+    resumed_layers      number of layers from an interrupted run
+    verified            True if the call read the result back and confirmed the reported errors
+    already_done        True if an earlier call wrote the result; then the figures come from the report in `output`
     """
 
     output: Path
@@ -112,13 +112,13 @@ class MergePlan:
     output        the directory
     dtype         of the tensors in full precision
     layout        the container of the merged weights
-    requantize    the number format of weights that are quantized again; None for no such weights
+    requantize    the number format of weights after quantizing again; None without quantizing again
     form          the form in a word: the number format, else the container of codes, else the dtype
     tensors       every tensor of the result
-    layers        number of layers that the adapter changes
+    layers        number of layers under the adapter
     nbytes        of all tensors
     notes         sentences about the checks of base and adapter
-    already_done  whether the output holds the complete, undamaged result of the plan
+    already_done  True if the output holds the complete, undamaged result of the plan
     """
 
     output: Path
@@ -140,13 +140,13 @@ class MergeResult:
     output               the directory
     plan                 sizes, container, tensors
     layers               every merged layer; empty with `already_done`
-    retention            share of the adapter that survives quantizing again; None without `requantize`
-    lost                 share of the update that the groups' offsets do not hold, infinite for a zero update; None
-                         where the merge keeps no codes
+    retention            surviving share of the adapter after quantizing again; None without `requantize`
+    lost                 share of the update beyond the groups' offsets, infinite for a zero update; None where the
+                         merge keeps no codes
     max_difference       largest difference of a weight from base plus adapter; None where the merge keeps no codes
     relative_difference  largest difference of a layer over the largest weight of the layer; None likewise
     notes                sentences about the checks of base and adapter
-    already_done         whether an earlier call wrote the result; then no layer is measured
+    already_done         True if an earlier call wrote the result; then no layer is measured
     """
 
     output: Path
@@ -177,7 +177,7 @@ class ConvertedInspection:
     layer_count      number of all quantized layers
     total            the error of all layers together; None where the error of a layer is unknown
     bits_per_weight  true bits of a quantized weight, constants included
-    recomputed       whether the errors come from the files (True) or from the report of the conversion
+    recomputed       True if the errors come from the files, False if from the report of the conversion
     worst            the largest error of a layer; None where all errors are unknown
     outputs          errors of the outputs of layers and model on a text; None without `reference`
     """
@@ -213,7 +213,14 @@ class CheckpointInspection:
 
 
 def check_errors(inspection: ConvertedInspection | CheckpointInspection, fail_above: float) -> None:
-    """Raises QualityError where an error is above `fail_above`, UsageError where no error is known."""
+    """Raises QualityError where an error is above `fail_above`, UsageError where no error is known.
+
+    >>> worst = WorstError("lm_head.weight", 0.5)
+    >>> inspection = CheckpointInspection(Path("model"), (), tensor_count=0, nbytes=0, totals={}, worst=worst)
+    >>> check_errors(inspection, fail_above=0.4)
+    Traceback (most recent call last):
+    loftq_cli.errors.QualityError: tensor lm_head.weight: error 0.5000 is above 0.4 (--fail-above)
+    """
     worst = inspection.worst
     if worst is None:
         raise UsageError("--fail-above has no error to compare with", hint="--against ORIGINAL or --try TYPE gives one")

@@ -35,6 +35,10 @@ def read_json_object(path: Path, *, max_nbytes: int = MAX_JSON_NBYTES) -> dict[s
 
     Raises InputError when the file is missing, not regular, larger than `max_nbytes` or not a strict JSON object.
     Raises StorageError when reading fails.
+
+    >>> _ = Path("config.json").write_text('{"hidden_size": 64}')
+    >>> read_json_object(Path("config.json"))
+    {'hidden_size': 64}
     """
     descriptor = open_regular_file(path)
     with os.fdopen(descriptor, "rb") as stream:
@@ -51,8 +55,8 @@ def read_json_object(path: Path, *, max_nbytes: int = MAX_JSON_NBYTES) -> dict[s
 def parse_json_object(data: bytes | bytearray, *, file: Path, what: str = "the file") -> dict[str, Any]:
     """Parse the JSON object in `data` from `file`; `what` names the object in messages ("the header").
 
-    Raises InputError for data that is not UTF-8, not JSON or not an object, for a repeated key, NaN, Infinity or a
-    number beyond float range, for deep nesting, and for text that would take many times its size in memory.
+    Raises InputError when the data is not UTF-8, not JSON or not an object, for a repeated key, NaN, Infinity or a
+    number beyond float range, for deep nesting, and for text with a value of many times the text's size in memory.
 
     >>> parse_json_object(b'{"rank": 16}', file=Path("config.json"))
     {'rank': 16}
@@ -86,9 +90,9 @@ def _refuse_density(data: bytes | bytearray, file: Path, what: str) -> None:
     if data.count(b"[") + data.count(b"{") <= max_containers and data.count(b":") <= max_keys:
         return
     containers = keys = 0  # brackets inside texts are counted too: skipping texts takes time
-    for found in _STRING_OR_OPENING.finditer(data):
-        keys += found[0] == b":"
-        containers += found[0] in (b"[", b"{")
+    for match in _STRING_OR_OPENING.finditer(data):
+        keys += match[0] == b":"
+        containers += match[0] in (b"[", b"{")
         if containers > max_containers or keys > max_keys:
             raise InputError(f"{what} holds too many lists or objects for its size", file=file, hint=_DAMAGED)
 

@@ -1,10 +1,11 @@
-"""Regular expressions that come with an adapter, matched in bounded time, in any thread.
+"""Regular expressions from an adapter, matched in bounded time, in any thread.
 
-A stranger's expression can run for years. Python's `re` has no time limit; the package `regex` has one for matching
-and none for compiling. So an expression passes three gates: `_SYNTAX` lists the syntax that both packages read alike
-and compile quickly; `re` compiles, since PEFT would; `regex` matches within a time limit. Plain names need no limit.
+A stranger's expression can run for years. Python's `re` has no time limit; the package `regex` has a limit for matching
+and none for compiling. So an expression passes three gates: `_SYNTAX` lists the syntax with an equal meaning and quick
+compiling in `re` and `regex`; `re` compiles, since PEFT would; `regex` matches within a time limit. Plain names need no
+limit.
 
-`re` and `regex` disagree about characters that module names do not have: numbers such as "²" are \\w for `re` only, and
+`re` and `regex` disagree about characters outside of module names: numbers like "²" are \\w for `re` only, and
 (?i)[a-z] has the Turkish letters "ı" and "İ" for `re` only.
 """
 
@@ -19,12 +20,12 @@ from typing import Any
 
 from loftq_cli.errors import printable
 
-_SECONDS = 0.5  # of processor time; expressions of real adapters take microseconds for a name
-_SECONDS_PER_PAIR = 5e-6  # an adapter of many ranks has a key for each of its modules
+_SECONDS = 0.5  # processor time; expressions of real adapters take microseconds for a name
+_SECONDS_PER_PAIR = 5e-6  # an adapter of many ranks has a key for each module
 _MOST_SECONDS = 10.0
 _MAX_NCHARS = 10_000
 _MAX_EXPANDED = 100_000  # `regex` writes out x{1000} as 1000 nodes; a million nodes take 1.2 s and 275 MB to compile
-_PLAIN = re.compile(r"(?:[\w.\-]|\\\.)*")  # a name; its dots may be escaped
+_PLAIN = re.compile(r"(?:[\w.\-]|\\\.)*")  # a name; dots may be escaped
 _PIECES = (
     r"[^\\\[({]",  # a character, an anchor, *, +, ?, | or )
     r"\\(?:[^A-Za-z0-9]|[1-9dDsSwWbBAZfnrtv])",
@@ -32,18 +33,18 @@ _PIECES = (
     r"\[\^?\]?(?:[ -Z^-~]|\\[ -/:-@\[-`{-~dDsSwWfnrtv])*\]",
     r"\((?!\?)",
     r"\(\?(?:[:=!>]|<[=!]|P<[A-Za-z_][A-Za-z_0-9]*>|[aimsu]+\)|[ims]*(?:-[ims]+)?:)",
-    r"\{[0-9]{1,4}(?:,[0-9]{0,4})?\}",  # `regex` reads other braces as "about this text", `re` as braces
+    r"\{[0-9]{1,4}(?:,[0-9]{0,4})?\}",  # `regex` reads further braces as fuzzy matching, `re` as braces
 )
 _SYNTAX = re.compile(f"(?:{'|'.join(_PIECES)})*+", re.DOTALL)
 _COUNT = re.compile(r"\{([0-9]+)")
 
 
 def first_matches(expressions: Mapping[str, str], names: Sequence[str], *, whole: bool = False) -> dict[str, str]:
-    """Return for each of `names` the key of the first of `expressions` (key -> regular expression) that matches the
-    beginning of the name, or the `whole` of the name. Names that no expression matches are left out.
+    """Return for each of `names` the key of the first matching expression of `expressions` (key -> regular expression).
+    An expression matches the beginning of a name, or under `whole` the entire name. Names without a match are left out.
 
-    Raises ValueError naming the key of an expression that is none, that is too long, that uses syntax which is not
-    read here, or that takes too long.
+    Raises ValueError with the key of a broken or too long expression, of an expression with syntax outside `_SYNTAX`,
+    and of an expression without an answer within the time limit.
 
     >>> first_matches({"attention": r".*\\.[qkv]_proj", "rest": ".*"}, ["layers.0.q_proj", "lm_head"])
     {'layers.0.q_proj': 'attention', 'lm_head': 'rest'}
@@ -76,10 +77,10 @@ def _check(key: str, expression: str) -> None:
 
 
 def _matcher(key: str, expression: str, deadline: float, *, whole: bool) -> Callable[[str], Any]:
-    """Return a function that matches a name. The function raises ValueError at the `deadline`, in seconds of
+    """Return a function for matching a name. The function raises ValueError at the `deadline`, in seconds of
     time.process_time.
     """
-    with warnings.catch_warnings(action="ignore"):  # of what other versions of Python may read differently
+    with warnings.catch_warnings(action="ignore"):  # syntax with another meaning in later versions of Python
         try:
             compiled = re.compile(expression)
         except (re.error, OverflowError, RecursionError):

@@ -1,8 +1,8 @@
-"""Records from JSON values, checked by the type hints of a dataclass: a file that a stranger may have changed gives
-either a record whose fields have their types, or an error that names the key.
+"""Records from JSON values, checked by the type hints of a dataclass: a stranger's file gives either a record with
+values of the hinted types, or an error with the key.
 
-Values stay as they are: 16 for a float field stays 16, so a record is written again with the bytes that were read.
-(msgspec, a library for the same purpose, takes 90 ms to import.)
+Values are never converted: 16 for a float field stays 16, so a record is written again with the bytes of the source.
+(msgspec, a library for equal purposes, takes 90 ms to import.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _Record = TypeVar("_Record")
 
 
 class RecordError(ValueError):
-    """A value that the record does not hold; the text names the key."""
+    """A value unfit for the record; the text names the key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,12 @@ _NAMES = {str: "a text", bool: "true or false", int: "a whole number", float: "a
 
 
 def read_record(kind: type[_Record], values: object, **names: Any) -> _Record:
-    """Return the record of the dataclass `kind` whose fields are in the JSON object `values`.
+    """Return the record of the dataclass `kind` from the JSON object `values`.
 
     A hint is str, bool, int, float (finite), Any, Literal, `X | None`, tuple[X, ...], tuple[X, X], list[X],
     dict[str, X], Mapping[str, X], a dataclass, or Annotated with AtLeast or Spelled. Keys without a field are ignored;
-    a field with a default may be missing; `names` has the classes that hints name and the module does not import.
-    Raises RecordError naming the key of a value that is missing or of another type.
+    a field with a default may be missing; `names` has the classes of hints without an import in the module.
+    Raises RecordError with the key of a missing value, or of a value of a wrong type.
 
     >>> @dataclass
     ... class Layer:
@@ -68,7 +68,16 @@ def read_record(kind: type[_Record], values: object, **names: Any) -> _Record:
 
 
 def read_fields(kind: type, values: object, *, without: str = "", where: str = "", **names: Any) -> dict[str, Any]:
-    """Return the fields by name as `read_record` reads them, but for `without`; `where` is the key of `values`."""
+    """Return the values of the fields of `kind` by name, read like the values of `read_record`, but for the field
+    `without`; `where` is the key of `values` in errors. Raises RecordError like `read_record`.
+
+    >>> @dataclass
+    ... class Layer:
+    ...     name: str
+    ...     rank: int
+    >>> read_fields(Layer, {"name": "lm_head"}, without="rank")
+    {'name': 'lm_head'}
+    """
     if not isinstance(values, Mapping):
         raise _error(where or "the record", values, "an object")
     hints, fields = _hints(kind, tuple(names.items())), {}

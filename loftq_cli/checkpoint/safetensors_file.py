@@ -1,5 +1,5 @@
 """Reading .safetensors files with distrust: the header is checked against every rule of the format before any number is
-read, including rules that the reference reader skips (repeated keys, unknown keys).
+read, including rules without a check in the safetensors library (repeated keys, unknown keys).
 
 Format: https://github.com/huggingface/safetensors#format. Reading a header needs no torch.
 """
@@ -52,7 +52,7 @@ _DAMAGED = "the file is damaged or of another kind; download it again"
 class SafetensorsFile:
     """A .safetensors file.
 
-    tensors  : name -> TensorRef, in the order of their data
+    tensors  : name -> TensorRef, in the order of the data
     metadata : `__metadata__` of the file; empty without metadata
     """
 
@@ -61,9 +61,9 @@ class SafetensorsFile:
         self.path = path
         self._file = WatchedFile.open(path)
         header, data_begin = _read_header(self._file)
-        self.metadata = _checked_metadata(header.pop("__metadata__", {}), path)
+        self.metadata = _check_metadata(header.pop("__metadata__", {}), path)
         entries = sorted(
-            (_checked_entry(name, value, path) for name, value in header.items()),
+            (_check_entry(name, value, path) for name, value in header.items()),
             key=lambda entry: (entry.begin, entry.end),
         )
         _check_cover(entries, self._file.nbytes - data_begin, path)
@@ -81,7 +81,7 @@ class SafetensorsFile:
         return tensor
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Load rows [start, stop) of the first dimension, [stop - start, ...]; no other rows are read."""
+        """Load rows [start, stop) of the first dimension, [stop - start, ...]; no further rows are read."""
         ref = self.tensors[name]
         shape = rows_shape(ref.shape, start, stop)
         row_nbytes = math.prod(shape[1:]) * ITEMSIZE[ref.dtype]
@@ -103,7 +103,11 @@ class SafetensorsFile:
 
 
 def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """View `buffer`, of exactly the right size, as a tensor; the memory is shared."""
+    """View `buffer`, of exactly the right size, as a tensor of `shape` and `dtype`; the memory is shared.
+
+    >>> tensor_from(bytearray(b"\\x01\\x02\\x03"), "uint8", (3,)).tolist()
+    [1, 2, 3]
+    """
     import torch
 
     torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -113,7 +117,13 @@ def tensor_from(buffer: bytearray, dtype: str, shape: tuple[int, ...]) -> torch.
 
 
 def unread_tensor(dtype: str, shape: tuple[int, ...], *, pinned: bool = False) -> tuple[torch.Tensor, memoryview]:
-    """Allocate an uninitialized tensor; return the tensor and a view of its memory."""
+    """Allocate an uninitialized tensor of `shape` and `dtype`; return the tensor and the bytes of the tensor, writable.
+
+    >>> tensor, memory = unread_tensor("uint8", (2,))
+    >>> memory[:] = bytes([5, 6])
+    >>> tensor.tolist()
+    [5, 6]
+    """
     import torch
 
     flat = torch.empty(math.prod(shape) * ITEMSIZE[dtype], dtype=torch.uint8, pin_memory=pinned)
@@ -121,14 +131,23 @@ def unread_tensor(dtype: str, shape: tuple[int, ...], *, pinned: bool = False) -
 
 
 def rows_shape(shape: tuple[int, ...], start: int, stop: int) -> tuple[int, ...]:
-    """The shape of rows [start, stop). Raises ValueError for rows outside the tensor."""
+    """The shape of rows [start, stop) of a tensor of `shape`. Raises ValueError for rows outside the tensor.
+
+    >>> rows_shape((4, 64), 1, 3)
+    (2, 64)
+    """
     if not shape or not 0 <= start <= stop <= shape[0]:
         raise ValueError(f"no rows {start}:{stop} in a tensor of shape {list(shape)}")
     return (stop - start, *shape[1:])
 
 
 def checked_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
-    """Check a shape: a tuple of sizes that torch can compute with. Raises ValueError with the reason otherwise."""
+    """Return a shape as a tuple of sizes within torch's limits, for elements of `itemsize` bytes. Raises ValueError
+    with the reason otherwise.
+
+    >>> checked_shape([2, 3], itemsize=4)
+    (2, 3)
+    """
     if not isinstance(shape, (list, tuple)) or len(shape) > _MAX_NDIM:
         raise ValueError(f"its shape is not a list of at most {_MAX_NDIM} sizes")
     if not all(type(size) is int and 0 <= size <= _MAX_DIM for size in shape):
@@ -139,7 +158,11 @@ def checked_shape(shape: Any, itemsize: int) -> tuple[int, ...]:
 
 
 def is_tensor_name(name: object) -> bool:
-    """Whether `name` is non-empty text that UTF-8 can encode (a lone surrogate has no encoding)."""
+    """True if `name` is non-empty text with an encoding in UTF-8 (a lone surrogate has no encoding).
+
+    >>> is_tensor_name("lm_head.weight"), is_tensor_name("")
+    (True, False)
+    """
     try:
         return isinstance(name, str) and len(name.encode()) > 0
     except UnicodeEncodeError:
@@ -170,22 +193,22 @@ def _read_header(file: WatchedFile) -> tuple[dict[str, Any], int]:
     return parse_json_object(data, file=file.path, what="the header"), 8 + header_nbytes
 
 
-def _checked_metadata(metadata: Any, path: Path) -> dict[str, str]:
+def _check_metadata(metadata: Any, path: Path) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("the header's __metadata__ does not map text to text", file=path, hint=_DAMAGED)
     return metadata
 
 
-def _checked_entry(name: str, entry: Any, path: Path) -> _Entry:
+def _check_entry(name: str, entry: Any, path: Path) -> _Entry:
     try:
         if not is_tensor_name(name):
             raise ValueError("its name is empty or not Unicode text")
         if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
             raise ValueError("its header entry does not hold exactly dtype, shape and data_offsets")
-        dtype = _checked_dtype(entry["dtype"])
+        dtype = _check_dtype(entry["dtype"])
         shape = checked_shape(entry["shape"], ITEMSIZE[dtype])
         ref = TensorRef(name, dtype, shape, path)
-        begin, end = _checked_offsets(entry["data_offsets"])
+        begin, end = _check_offsets(entry["data_offsets"])
         if end - begin != ref.nbytes:
             raise ValueError(f"its shape and dtype make {ref.nbytes} bytes, its offsets {end - begin}")
     except ValueError as exc:
@@ -193,7 +216,7 @@ def _checked_entry(name: str, entry: Any, path: Path) -> _Entry:
     return _Entry(ref, begin, end)
 
 
-def _checked_dtype(dtype: Any) -> str:
+def _check_dtype(dtype: Any) -> str:
     if not isinstance(dtype, str):
         raise ValueError("its dtype is not text")
     if dtype not in DTYPES:
@@ -201,7 +224,7 @@ def _checked_dtype(dtype: Any) -> str:
     return DTYPES[dtype]
 
 
-def _checked_offsets(offsets: Any) -> tuple[int, int]:
+def _check_offsets(offsets: Any) -> tuple[int, int]:
     if isinstance(offsets, list) and len(offsets) == 2:
         begin, end = offsets
         if type(begin) is int and type(end) is int and 0 <= begin <= end:
@@ -210,12 +233,12 @@ def _checked_offsets(offsets: Any) -> tuple[int, int]:
 
 
 def _check_cover(entries: list[_Entry], data_nbytes: int, path: Path) -> None:
-    """Check that tensors fill the data from the first byte to the last, side by side."""
+    """Refuse data with holes or overlaps: tensors fill the data from the first byte to the last, side by side."""
     covered = 0
     for entry in entries:
         if entry.begin != covered:
-            what = "overlaps the tensor before it" if entry.begin < covered else "leaves a hole before it"
-            raise InputError(f"its data {what}", file=path, tensor=entry.ref.name, hint=_DAMAGED)
+            flaw = "overlaps the tensor before it" if entry.begin < covered else "leaves a hole before it"
+            raise InputError(f"its data {flaw}", file=path, tensor=entry.ref.name, hint=_DAMAGED)
         if entry.end > data_nbytes:
             message = f"its data ends at byte {entry.end}; the file holds {data_nbytes} bytes of data"
             raise InputError(message, file=path, tensor=entry.ref.name, hint=_DAMAGED)

@@ -66,10 +66,10 @@ class WeightsFile(Protocol):
 class Checkpoint:
     """A checkpoint of a single file or of many. No file stays open between reads.
 
-    path       : the path that the user typed
+    path       : the path from the user
     directory  : the model folder (with config.json); None for a lone weight file
     files      : the weight files, in the order of `tensors`
-    index_file : the index that names the weight files, if any
+    index_file : the index of the weight files, if any
     tensors    : name -> TensorRef, by file name, then in the order of each file
     """
 
@@ -108,7 +108,7 @@ class Checkpoint:
     def config(self) -> dict[str, Any]:
         """Read config.json beside the weights; an empty dict without a config.json.
 
-        Raises InputError for a damaged file, StorageError for a file that changed since opening.
+        Raises InputError for a damaged file, StorageError when the file changed after opening.
         """
         return {} if self._config is None else _json_in(self._config)
 
@@ -140,6 +140,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises InputError when `path` holds no checkpoint, an unsupported kind, a wrong header or a wrong index.
     Raises StorageError when a file or the folder cannot be read.
+
+    >>> import torch
+    >>> torch.save({"lm_head.weight": torch.ones(2, 3)}, "model.bin")
+    >>> open_checkpoint(Path("model.bin")).tensors["lm_head.weight"].shape
+    (2, 3)
     """
     if stat.S_ISDIR(_mode_of(path)):
         weights = _weights_in(path)
@@ -150,7 +155,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
-    """Yield every error for which `open_checkpoint` refuses `path`; `open_checkpoint` stops at the first."""
+    """Yield every reason of `open_checkpoint` to refuse `path`; `open_checkpoint` stops at the first error.
+
+    >>> _ = Path("damaged.safetensors").write_bytes(b"not a header")
+    >>> [type(error).__name__ for error in faults(Path("damaged.safetensors"))]
+    ['InputError']
+    """
     try:
         weights = _weights_in(path) if stat.S_ISDIR(_mode_of(path)) else path
         if weights == path or not weights.name.endswith(".index.json"):
@@ -168,19 +178,34 @@ def faults(path: Path) -> Iterator[LoftqError]:
 
 
 def open_files(directory: Path, names: Sequence[str]) -> Checkpoint:
-    """Open exactly the weight files called `names`; the directory may be incomplete."""
+    """Open exactly the weight files called `names`; the directory may be incomplete. Raises the errors of
+    `open_weights_file`.
+
+    >>> import torch
+    >>> torch.save({"lm_head.weight": torch.ones(2, 3)}, "part.bin")
+    >>> list(open_files(Path(), ["part.bin"]).tensors)
+    ['lm_head.weight']
+    """
     readers = {directory / name: open_weights_file(directory / name) for name in names}
     tensors = {name: ref for reader in readers.values() for name, ref in reader.tensors.items()}
     return Checkpoint(directory, directory, tuple(readers), None, tensors, readers, None, None)
 
 
 def open_weights_file(path: Path) -> WeightsFile:
-    """Open a weight file with the reader for the ending of the name. Raises InputError for an unknown ending."""
+    """Open a weight file with the reader for the ending of the name.
+
+    Raises InputError for an unknown ending and for a damaged file, StorageError when reading fails.
+
+    >>> import torch
+    >>> torch.save({"lm_head.weight": torch.ones(2, 3)}, "weights.pt")
+    >>> open_weights_file(Path("weights.pt")).tensors["lm_head.weight"].dtype
+    'float32'
+    """
     if path.suffix not in READERS:
-        what = "is an index" if path.name.endswith(".index.json") else "is not a weight file that is read here"
+        reason = "is an index" if path.name.endswith(".index.json") else "is not a weight file that is read here"
         kind = _OTHER_KINDS.get(path.suffix)
         raise InputError(
-            f"is a {kind} file, which is not read here" if kind else what,
+            f"is a {kind} file, which is not read here" if kind else reason,
             file=path,
             hint=f"give a model folder or a file that ends in {', '.join(READERS)}",
         )
@@ -210,9 +235,9 @@ def _json_in(file: WatchedFile) -> dict[str, Any]:
 def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
     (index, file_of), config = _read_index(index_file), _config_in(directory)
     names = sorted(set(file_of.values()))
-    missing = [name for name in names if not os.path.exists(directory / name)]
-    if missing:
-        raise InputError(f"names files that are not there: {_listed(missing)}", file=index_file, hint=_DOWNLOAD)
+    absent = [name for name in names if not os.path.exists(directory / name)]
+    if absent:
+        raise InputError(f"names files that are not there: {_list_names(absent)}", file=index_file, hint=_DOWNLOAD)
     readers = {directory / name: open_weights_file(directory / name) for name in names}
     tensors: dict[str, TensorRef] = {}
     for reader in readers.values():
@@ -224,10 +249,10 @@ def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
 def _read_index(index_file: Path) -> tuple[WatchedFile, dict[str, str]]:
     """The index file, and tensor name -> file name."""
     index = WatchedFile.open(index_file)
-    return index, _checked_weight_map(_json_in(index).get("weight_map"), index_file)
+    return index, _check_weight_map(_json_in(index).get("weight_map"), index_file)
 
 
-def _checked_weight_map(weight_map: object, index_file: Path) -> dict[str, str]:
+def _check_weight_map(weight_map: object, index_file: Path) -> dict[str, str]:
     """Check tensor name -> file name. A file name must not lead out of the folder."""
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError("has no weight_map", file=index_file, hint=_DOWNLOAD)
@@ -246,19 +271,19 @@ def _is_plain_name(name: str) -> bool:
 
 
 def _check_agrees(reader: WeightsFile, file_of: dict[str, str], index_file: Path) -> None:
-    """Check that the index and a weight file name equal tensors."""
-    here = reader.path.name
-    missing = [name for name, file in file_of.items() if file == here and name not in reader.tensors]
-    if missing:
-        message = f"does not hold {_listed(missing)}, which {index_file.name} expects in it"
+    """Raises InputError when the index and a weight file disagree about the tensors of the file."""
+    file_name = reader.path.name
+    absent = [name for name, file in file_of.items() if file == file_name and name not in reader.tensors]
+    if absent:
+        message = f"does not hold {_list_names(absent)}, which {index_file.name} expects in it"
         raise InputError(message, file=reader.path, hint=_DOWNLOAD)
     unlisted = [name for name in reader.tensors if name not in file_of]
     if unlisted:
-        message = f"holds {_listed(unlisted)}, which {index_file.name} does not list"
+        message = f"holds {_list_names(unlisted)}, which {index_file.name} does not list"
         raise InputError(message, file=reader.path, hint="the files are of two versions; " + _DOWNLOAD)
-    doubled = [name for name in reader.tensors if file_of[name] != here]
+    doubled = [name for name in reader.tensors if file_of[name] != file_name]
     if doubled:
-        message = f"holds {_listed(doubled)}, which {index_file.name} expects in {printable(file_of[doubled[0]])}"
+        message = f"holds {_list_names(doubled)}, which {index_file.name} expects in {printable(file_of[doubled[0]])}"
         raise InputError(message, file=reader.path, hint="the files are of two versions; " + _DOWNLOAD)
 
 
@@ -268,19 +293,19 @@ def _weights_in(directory: Path) -> Path:
     for name in MODEL_FILES:
         if name in names:
             return directory / name
-    others = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_FILE]
+    candidates = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_FILE]
     if "adapter_config.json" in names:
         hint = "give the folder of the base model that it was trained on"
         raise InputError("is an adapter, not a model", file=directory, hint=hint)
-    if len(others) == 1:
-        return directory / others[0]
+    if len(candidates) == 1:
+        return directory / candidates[0]
     foreign = sorted({_OTHER_KINDS[Path(name).suffix] for name in names if Path(name).suffix in _OTHER_KINDS})
-    if others:
-        message = f"holds {len(others)} .safetensors files and no index that joins them: {_listed(others)}"
+    if candidates:
+        message = f"holds {len(candidates)} .safetensors files and no index that joins them: {_list_names(candidates)}"
     elif foreign:
         message = f"holds only {' and '.join(foreign)} weights, which are not read here"
     else:
-        message = f"holds no weights; found {_listed(names)}" if names else "is an empty folder"
+        message = f"holds no weights; found {_list_names(names)}" if names else "is an empty folder"
     raise InputError(message, file=directory, hint=_LOOKED_FOR)
 
 
@@ -311,6 +336,6 @@ def _missing(path: Path) -> InputError:
     return InputError("no such file or folder", file=path, hint=hint)
 
 
-def _listed(names: list[str]) -> str:
-    shown = ", ".join(printable(name, 80) for name in names[:_MAX_NAMES])
-    return shown if len(names) <= _MAX_NAMES else f"{shown} and {len(names) - _MAX_NAMES} more"
+def _list_names(names: list[str]) -> str:
+    text = ", ".join(printable(name, 80) for name in names[:_MAX_NAMES])
+    return text if len(names) <= _MAX_NAMES else f"{text} and {len(names) - _MAX_NAMES} more"

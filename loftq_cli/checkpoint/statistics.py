@@ -1,5 +1,5 @@
-"""Statistics of a calibration: the mean of x·xᵀ over tokens for the input x of each linear, as `loftq calibrate` writes
-them. Names and reads the files; computes nothing.
+"""Statistics from `loftq calibrate`: the mean of x·xᵀ over tokens for the input x of each linear. Names and reads the
+files; computes nothing.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ _AGAIN = "run loftq calibrate again"
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `loftq calibrate` wrote. For a weight [out, in], "full" is H = E[x·xᵀ] [in, in] and "diagonal" its diagonal
-    [in], float32.
+    """The result of `loftq calibrate`. For a weight [out, in], "full" is H = E[x·xᵀ] [in, in] and "diagonal" the
+    diagonal of H [in], float32.
 
-    sha256   of calibration.json, which has that of the numbers in it: it stands for all of them
+    path     the directory
+    sha256   of calibration.json; the file lists the sha256 of the numbers, so the hash covers all numbers
     kind     "full" or "diagonal"
-    tokens   how many the mean is over
-    inputs   the source's tensor names -> names of the statistics; layers that read the same input share one
+    tokens   number of tokens under the mean
+    inputs   tensor names of the source -> names of the statistics; layers with a common input share a statistic
     """
 
     path: Path
@@ -43,18 +44,18 @@ class Statistics:
 
     @property
     def names(self) -> frozenset[str]:
-        """Names of the source's tensors that there is a statistic for."""
+        """Names of the source's tensors with a statistic."""
         return frozenset(self.inputs)
 
     def in_features(self, name: str) -> int:
-        """How many inputs the weight called `name` has. Raises KeyError for a weight without a statistic."""
+        """Number of inputs of the weight called `name`. Raises KeyError for a weight without a statistic."""
         return self._file.tensors[self.inputs[name]].shape[-1]
 
     def load(self, name: str) -> torch.Tensor:
         """The statistic of the weight called `name`, float32 [in, in] or [in]; any thread may ask.
 
-        Raises KeyError for a weight without one, InputError for numbers that are not finite, StorageError when the file
-        changed.
+        Raises KeyError for a weight without a statistic, InputError for NaN and infinite numbers, StorageError when the
+        file changed.
         """
         import torch
 
@@ -66,33 +67,33 @@ class Statistics:
 
 
 def open_statistics(path: Path) -> Statistics:
-    """The statistics in the directory `path`; headers are checked, numbers are read when they are asked for.
+    """The statistics in the directory `path`. Headers are checked; numbers are read later, by `Statistics.load`.
 
-    Raises InputError naming the file, and the tensor, of anything that `loftq calibrate` does not write.
+    Raises InputError with the file, and the tensor, of anything unlike the files of `loftq calibrate`.
     """
     file = WatchedFile.open(path / CALIBRATION_NAME)
     if file.nbytes > MAX_JSON_NBYTES:
         raise InputError(f"is larger than the {MAX_JSON_NBYTES} bytes allowed here", file=file.path, hint=_AGAIN)
     data = file.read(0, file.nbytes)
     values = parse_json_object(data, file=file.path)
-    calibration = _checked(values, file.path)
+    calibration = _check_calibration(values, file.path)
     kind, inputs = calibration.kind, calibration.inputs
     numbers = SafetensorsFile(path / STATISTICS_NAME)
     for name, stored in inputs.items():
         ref = numbers.tensors.get(stored)
         if ref is None:
-            what = f"is not in {STATISTICS_NAME}, and {name} needs it"
-            raise InputError(what, file=file.path, tensor=stored, hint=_AGAIN)
+            message = f"is not in {STATISTICS_NAME}, and {name} needs it"
+            raise InputError(message, file=file.path, tensor=stored, hint=_AGAIN)
         square = len(ref.shape) == 2 and ref.shape[0] == ref.shape[1] if kind == "full" else len(ref.shape) == 1
         if ref.dtype != "float32" or not square or 0 in ref.shape:
-            what = f"is {ref.dtype} {list(ref.shape)}, which is no {kind} statistic"
-            raise InputError(what, file=numbers.path, tensor=stored, hint=_AGAIN)
+            message = f"is {ref.dtype} {list(ref.shape)}, which is no {kind} statistic"
+            raise InputError(message, file=numbers.path, tensor=stored, hint=_AGAIN)
     return Statistics(path, file.sha256(0, file.nbytes), kind, calibration.tokens, inputs, numbers)
 
 
 @dataclass(frozen=True, slots=True)
 class _Calibration:
-    """The values of calibration.json that are read here; `inputs` as in Statistics."""
+    """The checked values of calibration.json; `inputs` as in Statistics."""
 
     kind: Literal["full", "diagonal"]
     tokens: PositiveInt
@@ -100,7 +101,7 @@ class _Calibration:
     statistics_sha256: Sha256
 
 
-def _checked(values: Mapping[str, Any], file: Path) -> _Calibration:
+def _check_calibration(values: Mapping[str, Any], file: Path) -> _Calibration:
     if values.get("tool") != "loftq-cli" or "format" not in values:
         raise InputError("is not of a calibration of this tool", file=file, hint=_AGAIN)
     if values["format"] != FORMAT:

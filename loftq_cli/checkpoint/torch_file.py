@@ -36,14 +36,14 @@ _CONVERT = "convert it to .safetensors on a machine where you trust it"
 class TorchFile:
     """A torch zip checkpoint: a flat dict of names to tensors, or a flat dict under "state_dict" or "model".
 
-    Plain numbers and texts (an epoch, a version) may stand beside the inner dict and are left out. Any other object
-    that is no tensor is refused by name.
+    Plain numbers and texts (an epoch, a version) may stand beside the inner dict and are left out. Any further object
+    is refused by name unless the object is a tensor.
 
     tensors : name -> TensorRef, in the order of the dict; a tied tensor names the first owner in `alias_of`
     """
 
     def __init__(self, path: Path) -> None:
-        """Read directory and pickle. Raises InputError naming the file and any entry that is no plain tensor."""
+        """Read directory and pickle. Raises InputError with the file, and the entry for an entry without a tensor."""
         self.path = path
         self._file = WatchedFile.open(path)
         members = _read_members(self._file)
@@ -57,7 +57,7 @@ class TorchFile:
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
         """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
 
-        Raises StorageError when the file changed. Peak memory of a tensor not contiguous in the file: twice its size.
+        Raises StorageError when the file changed. Peak memory of a tensor not contiguous in the file: twice the tensor.
         """
         view = self._views[name]
         tensor = tensor_from(self._read(view), view.dtype, view.shape)
@@ -100,7 +100,7 @@ class TorchFile:
         viewed: dict[str, int] = {}  # storage key -> bytes of all views
         for name, tensor in tensors.items():
             try:
-                view = _placed(tensor, members.get(prefix + tensor.storage.key))
+                view = _place(tensor, members.get(prefix + tensor.storage.key))
                 ref = TensorRef(name, tensor.dtype, tensor.shape, self.path, first.get(tensor))
                 if ref.alias_of is None:
                     _count_view(viewed, tensor, ref.nbytes)
@@ -157,7 +157,7 @@ class _Member:
 
 
 class _BoundedInput(io.FileIO):
-    """A file that limits the zip directory, because zipfile reads the directory whole."""
+    """A file with a limit on the zip directory, because zipfile reads the directory whole."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_DIRECTORY_NBYTES:
@@ -180,7 +180,7 @@ def _read_members(file: WatchedFile) -> dict[str, _Member]:
         with file.opened() as descriptor:
             with zipfile.ZipFile(_BoundedInput(descriptor, closefd=False)) as archive:
                 infos, end = archive.infolist(), archive.start_dir
-            return _checked_members(descriptor, infos, end)
+            return _check_members(descriptor, infos, end)
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as exc:
         raise InputError(f"is not a usable torch file: {exc}", file=file.path, hint=_CONVERT) from exc
 
@@ -193,7 +193,7 @@ def _other_format(head: bytes) -> str:
     return "is not a torch zip file"
 
 
-def _checked_members(descriptor: int, infos: list[zipfile.ZipInfo], end: int) -> dict[str, _Member]:
+def _check_members(descriptor: int, infos: list[zipfile.ZipInfo], end: int) -> dict[str, _Member]:
     members: dict[str, _Member] = {}
     covered = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
@@ -218,7 +218,7 @@ def _checked_members(descriptor: int, infos: list[zipfile.ZipInfo], end: int) ->
 
 
 def _data_offset(descriptor: int, info: zipfile.ZipInfo) -> int:
-    """Offset of the bytes of a member: after the local header, which must agree with the directory.
+    """Offset of the bytes of a member: after the local header. The header must agree with the directory.
     Source: APPNOTE.TXT 4.3.7.
     """
     fixed = os.pread(descriptor, 30, info.header_offset)
@@ -256,13 +256,13 @@ def _read_state_dict(file: WatchedFile, member: _Member) -> dict[str, PickledTen
         raise InputError(f"its data.pkl {exc}", file=file.path, hint=_CONVERT) from exc
 
 
-def _placed(tensor: PickledTensor, member: _Member | None) -> _View:
-    """Place a tensor in the file. Raises ValueError for a tensor that leaves its storage."""
+def _place(tensor: PickledTensor, member: _Member | None) -> _View:
+    """Place a tensor in the file. Raises ValueError for a tensor beyond the storage."""
     storage, itemsize = tensor.storage, ITEMSIZE[tensor.dtype]
     nbytes = storage.numel * (1 if storage.dtype is None else itemsize)
     if member is None or member.nbytes != nbytes:
-        found = "is missing" if member is None else f"has {member.nbytes} bytes"
-        raise ValueError(f"its storage {printable(storage.key, 40)} should have {nbytes} bytes and {found}")
+        storage_size = "is missing" if member is None else f"has {member.nbytes} bytes"
+        raise ValueError(f"its storage {printable(storage.key, 40)} should have {nbytes} bytes and {storage_size}")
     if any(step == 0 and size > 1 for size, step in zip(tensor.shape, tensor.stride, strict=True)):
         raise ValueError(f"it is expanded (stride 0) to shape {list(tensor.shape)}, more than its storage holds")
     view = _View(tensor.dtype, tensor.shape, tensor.stride, member.offset + tensor.offset * itemsize)

@@ -1,11 +1,12 @@
-"""The pickle of a torch checkpoint, read as data: a machine for the few opcodes that torch.save emits, and a fixed list
-of names that it may mention. Nothing named in it is imported or called; the bytes of the tensors are elsewhere.
+"""The pickle of a torch checkpoint, read as data: a machine for the few opcodes of torch.save, and a fixed list of
+allowed names. Nothing in the pickle is imported or called; the bytes of the tensors are elsewhere.
 
-Why not torch.load(weights_only=True): that unpickler calls the functions that a file names, and files have made it run
-code (CVE-2025-32434, mended in torch 2.6) and write outside of its memory (CVE-2026-24747, mended in torch 2.10). The
-unpickler also allocates what a file claims: with torch 2.13, a compressed file of 8 MB takes 8.3 GB of memory, and a
-file of 1.5 KB gives a tensor of 200,000 x 200,000 numbers. PyTorch documents that the mode is no complete boundary of
-trust. A plan needs names, shapes and places only, and this interpreter gives those without torch.
+Why not torch.load(weights_only=True): torch's unpickler calls functions by names from the file, and files have made the
+unpickler run code (CVE-2025-32434, mended in torch 2.6) and write outside of allocated memory (CVE-2026-24747, mended
+in torch 2.10). The unpickler also allocates sizes from the file: under torch 2.13, a compressed file of 8 MB takes
+8.3 GB of memory, and a file of 1.5 KB gives a tensor of 200,000 x 200,000 numbers. PyTorch's manual calls the mode no
+complete boundary of trust. A plan needs names, shapes and places only, and the interpreter here gives all three without
+torch.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _STORAGE_DTYPES: dict[str, str | None] = {
     "torch.LongStorage": "int64",
     "torch.DoubleStorage": "float64",
     "torch.ComplexFloatStorage": "complex64",
-    "torch.storage.UntypedStorage": None,  # for dtypes without a storage class (float8, uint16)
+    "torch.storage.UntypedStorage": None,  # dtypes without a storage class (float8, uint16)
 }
 _DTYPES = {f"torch.{name}": name for name in ITEMSIZE}
 _ORDERED_DICT = "collections.OrderedDict"
@@ -48,7 +49,7 @@ _MARK: Any = object()
 
 @dataclass(frozen=True, slots=True)
 class _Name:
-    """A global that the pickle names, as text."""
+    """A global of the pickle, as text."""
 
     text: str
 
@@ -70,31 +71,37 @@ class PickledTensor:
 
 
 def read_state_dict(data: bytearray) -> dict[str, PickledTensor]:
-    """Name -> tensor of a dict pickled by torch.save. Raises ValueError naming any other content."""
-    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # from pickletools, on odd backslashes
+    """Name -> tensor of a dict pickled by torch.save. Raises ValueError with the name of any further content.
+
+    >>> import pickle
+    >>> read_state_dict(bytearray(pickle.dumps({"epoch": 3}, protocol=2)))
+    Traceback (most recent call last):
+    ValueError: holds 'epoch' (int), which is not a tensor
+    """
+    with warnings.catch_warnings(action="ignore", category=DeprecationWarning):  # pickletools warns of odd backslashes
         return _state_dict(_Interpreter(len(data)).run(data))
 
 
 def _state_dict(value: Any) -> dict[str, PickledTensor]:
-    """The dict of tensors in the pickled value. Raises ValueError naming an entry that is no tensor."""
+    """The dict of tensors in the pickled value. Raises ValueError with the name of an entry without a tensor."""
     inner = [key for key in ("state_dict", "model") if isinstance(value, dict) and isinstance(value.get(key), dict)]
     plain = (int, float, str, type(None))
     if inner:
-        others = [key for key, item in value.items() if key != inner[0] and not isinstance(item, plain)]
-        if others:
-            raise ValueError(f"holds {_described(others[0], value)} beside its {inner[0]}")
+        unknown = [key for key, item in value.items() if key != inner[0] and not isinstance(item, plain)]
+        if unknown:
+            raise ValueError(f"holds {_describe(unknown[0], value)} beside its {inner[0]}")
         value = value[inner[0]]
     if not isinstance(value, dict):
         raise ValueError("does not hold a dict of tensors")
     for name, item in value.items():
         if not isinstance(item, PickledTensor):
-            raise ValueError(f"holds {_described(name, value)}, which is not a tensor")
+            raise ValueError(f"holds {_describe(name, value)}, which is not a tensor")
         if not is_tensor_name(name):
             raise ValueError(f"names a tensor {printable(repr(name))}")
     return value
 
 
-def _described(key: Any, holder: dict[Any, Any]) -> str:
+def _describe(key: Any, holder: dict[Any, Any]) -> str:
     kind = {PickledTensor: "tensor", PickledStorage: "storage", _Name: "type"}.get(
         type(holder[key]), type(holder[key]).__name__
     )
@@ -103,7 +110,7 @@ def _described(key: Any, holder: dict[Any, Any]) -> str:
 
 class _Interpreter:
     """A pickle machine for data alone. `run` returns dicts, lists, tuples, numbers, texts, _Name, PickledStorage and
-    PickledTensor; any other opcode or global raises ValueError with its name.
+    PickledTensor; any further opcode or global raises ValueError with the name.
 
     Memory stays below 25 times the size of the pickle: hostile pickles of 4 to 8 MB reached 23 times.
     """
@@ -111,9 +118,9 @@ class _Interpreter:
     def __init__(self, nbytes: int) -> None:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        self._weight = 0  # of containers: dicts and lists take most memory
+        self._weight = 0  # number of containers: dicts and lists take most memory
         self._max_weight = 1000 + nbytes // 8  # torch.save spends over 10 bytes on each unit
-        self._max_memo = 1000 + nbytes // 5  # LONG_BINPUT, which every slot above 255 needs, has 5 bytes
+        self._max_memo = 1000 + nbytes // 5  # every slot above 255 needs a LONG_BINPUT of 5 bytes
 
     def run(self, data: bytearray) -> Any:
         stream = io.BytesIO(data)
@@ -171,23 +178,25 @@ class _Interpreter:
                 self._stack.append(_allowed(arg.replace(" ", ".", 1)))
             case "STACK_GLOBAL":
                 attribute, module = self._pop(), self._pop()
-                what = (
+                name_text = (
                     f"{module}.{attribute}" if isinstance(module, str) and isinstance(attribute, str) else "something"
                 )
-                raise ValueError(f"names {printable(what)} by STACK_GLOBAL, which torch.save does not write by default")
+                raise ValueError(
+                    f"names {printable(name_text)} by STACK_GLOBAL, which torch.save does not write by default"
+                )
             case "BINPERSID":
                 self._push_container(_storage(self._pop()))
             case "REDUCE":
                 args, function = self._pop(), self._pop()
-                self._push_container(_rebuilt(function, args), 2)
+                self._push_container(_rebuild(function, args), 2)
             case "BUILD":
                 state = self._pop()
                 self._top(dict)
                 if type(state) is not dict or state.keys() != {"_metadata"}:
                     raise ValueError("sets attributes on an object")
             case _:
-                what = f" for {printable(arg).replace(' ', '.', 1)}" if name == "INST" else ""
-                raise ValueError(f"holds the opcode {name}{what}, which torch.save does not write for tensors")
+                name_text = f" for {printable(arg).replace(' ', '.', 1)}" if name == "INST" else ""
+                raise ValueError(f"holds the opcode {name}{name_text}, which torch.save does not write for tensors")
 
     def _push_container(self, value: Any, weight: int = 1) -> None:
         self._weight += weight
@@ -239,7 +248,7 @@ def _storage(persistent_id: Any) -> PickledStorage:
     raise ValueError("describes a storage in an unknown way")
 
 
-def _rebuilt(function: Any, args: Any) -> Any:
+def _rebuild(function: Any, args: Any) -> Any:
     """The result of a rebuilder of torch, as data. Hooks must be absent, as torch.save writes none."""
     name = function.text if isinstance(function, _Name) else None
     args = args if type(args) is tuple else (None,)
@@ -253,11 +262,11 @@ def _rebuilt(function: Any, args: Any) -> Any:
         and isinstance(args[0], PickledStorage)
         and args[5] == {}
     ):
-        storage, offset, shape, stride, _requires_grad, _hooks, *rest = args
+        storage, offset, shape, stride, _requires_grad, _hooks, *further = args
         dtype = storage.dtype
-        if name == _TENSOR_WITH_DTYPE and dtype is None and rest and isinstance(rest[0], _Name):
-            dtype = _DTYPES.get(rest.pop(0).text)
-        if dtype is not None and not rest:  # further arguments would be conjugate or negative bits
+        if name == _TENSOR_WITH_DTYPE and dtype is None and further and isinstance(further[0], _Name):
+            dtype = _DTYPES.get(further.pop(0).text)
+        if dtype is not None and not further:  # further arguments would be conjugate or negative bits
             return _tensor(storage, dtype, offset, shape, stride)
     raise ValueError(f"calls {printable(name)} in a way that torch.save does not for plain tensors")
 

@@ -1,6 +1,6 @@
-"""A file that must not change during a run. Only regular files are opened, and opening never waits.
+"""A file under watch for changes during a run. Only regular files are opened, and opening never waits.
 
-The contents of the file are left to other modules.
+The module knows nothing of the contents of a file.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ CHUNK_NBYTES = 1 << 20  # bytes; larger chunks are no faster, because fresh memo
 
 @dataclass(frozen=True, slots=True)
 class WatchedFile:
-    """A regular file, read by position. No descriptor stays open between reads; each read checks that the file is still
-    the file that was opened first.
+    """A regular file, read by position. No descriptor stays open between reads; each read checks the identity of the
+    file against the identity at the first opening.
     """
 
     path: Path
@@ -105,16 +105,20 @@ class WatchedFile:
 
 
 def open_regular_file(path: Path) -> int:
-    """Open `path` for reading and return a descriptor, which the caller closes. A link to a regular file is fine.
+    """Open `path` for reading and return a descriptor; the caller closes the descriptor. A link to a regular file is
+    fine. A FIFO or a device is refused without waiting.
 
-    A FIFO or a device is refused without waiting.
     Raises InputError when `path` names no regular file, StorageError when opening is not permitted.
+
+    >>> open_regular_file(Path("absent"))
+    Traceback (most recent call last):
+    loftq_cli.errors.InputError: absent: no such file (check the path, or download the file again)
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError as exc:
-        missing = "is a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise InputError(missing, file=path, hint="check the path, or download the file again") from exc
+        message = "is a link to a file that is not there" if os.path.islink(path) else "no such file"
+        raise InputError(message, file=path, hint="check the path, or download the file again") from exc
     except OSError as exc:
         raise StorageError(f"cannot be opened: {exc.strerror}", file=path, hint="check its permissions") from exc
     except ValueError as exc:  # a NUL or a lone surrogate in the name
@@ -126,7 +130,10 @@ def open_regular_file(path: Path) -> int:
 
 
 def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:
-    """Raises InputError when `head`, the first bytes of `path`, is a placeholder for a file never downloaded."""
+    """Raises InputError when `head`, the first bytes of `path`, is a placeholder for a file never downloaded.
+
+    >>> refuse_placeholder(Path("model.safetensors"), b"weights")
+    """
     if not head:
         raise InputError("is empty", file=path, hint="download it again, or take it from its source")
     if head.startswith(b"version https://git-lfs"):

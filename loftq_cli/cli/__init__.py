@@ -6,12 +6,12 @@ render_merge.py         the plan and the result of `loftq merge`
 render_inspect.py       the tables and the JSON of `loftq inspect`
 render_verification.py  the problems and the summary of `loftq inspect --verify`
 progress.py             a bar or lines on stderr while a command runs
-options.py              options that several commands share, and those of merge
+options.py              options of merge, and options of several commands
 options_quantize.py     options of quantize alone
 options_inspect.py      options of inspect and calibrate
 calibrate.py            the command `loftq calibrate`
 merge.py                the command `loftq merge`
 quantize.py             the command `loftq quantize`
 inspect.py              the command `loftq inspect`
-main.py                 all commands together, and the one place where errors become a line and an exit status
+main.py                 all commands together; an error becomes a line on stderr and an exit status here only
 """

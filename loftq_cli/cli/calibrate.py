@@ -1,4 +1,4 @@
-"""`loftq calibrate`."""
+"""The command `loftq calibrate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loftq_cli.activations.calibration import CalibrationResult
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.api.calibrate import calibrate as calibrate_model
 from loftq_cli.cli import options, options_inspect
-from loftq_cli.cli.console import megabytes, result, say_done
+from loftq_cli.cli.console import format_nbytes, say_done, write_result
 from loftq_cli.cli.progress import CommandProgress
 from loftq_cli.errors import printable
 
@@ -26,10 +26,10 @@ def calibrate(
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure what the linear layers of MODEL read on a text.
+    """Measure the inputs of MODEL's linear layers on a text.
 
-    Writes, for each layer that quantize takes, the mean of x·xᵀ over the tokens of the text. The model runs in float32
-    with one block of it in memory at a time. Needs: pip install transformers accelerate.
+    Writes, for each layer to quantize, the mean of x·xᵀ over the tokens of the text. The model runs in float32 with a
+    single block in memory. Needs: pip install transformers accelerate.
     """
     with CommandProgress(quiet=quiet) as progress:
         statistics = calibrate_model(
@@ -63,10 +63,10 @@ def _print(statistics: CalibrationResult, *, as_json: bool) -> None:
             "lines": statistics.lines,
             "nbytes": statistics.nbytes,
         }
-        result(json.dumps(values, indent=2))
+        write_result(json.dumps(values, indent=2))
         return
     windows = f"{statistics.windows} lines" if statistics.lines else f"windows of {statistics.context}"
-    result(
-        f"wrote {printable(statistics.output)}  {megabytes(statistics.nbytes)}, {statistics.layers} layers with "
+    write_result(
+        f"wrote {printable(statistics.output)}  {format_nbytes(statistics.nbytes)}, {statistics.layers} layers with "
         f"{statistics.inputs} {statistics.kind} statistics, {statistics.tokens} tokens in {windows}"
     )

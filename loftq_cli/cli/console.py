@@ -13,54 +13,74 @@ from rich.text import Text
 
 from loftq_cli.errors import printable
 
-_WIDE = 160  # columns of a table that no terminal shows: wide enough for the longest usual tensor names
+_FILE_WIDTH = 160  # columns of a table in a file or a pipe: wide enough for the longest usual tensor names
 
 
 def say(text: str) -> None:
-    """One line on stderr."""
+    """Print `text` as a single line on stderr, with unprintable characters escaped, cut at 2000 characters."""
     print(printable(text, 2000), file=sys.stderr, flush=True)
 
 
-def result(text: str) -> None:
-    """Text on stdout."""
+def write_result(text: str) -> None:
+    """Print `text` on stdout at once.
+
+    >>> write_result("28 layers")
+    28 layers
+    """
     print(text, flush=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table on stdout; the first column is text, the others are numbers."""
-    console = Console(width=None if sys.stdout.isatty() else _WIDE, markup=False, highlight=False)
-    shown = Table(box=None, pad_edge=False)
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table on stdout: the first column holds text, every further column numbers.
+
+    columns   the headings
+    rows      cells as text, as many as columns
+
+    >>> print_table(("layer", "bits"), [("q_proj", "4.13")])
+    layer   bits
+    q_proj  4.13
+    """
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH, markup=False, highlight=False)
+    table = Table(box=None, pad_edge=False)
     for place, column in enumerate(columns):
-        shown.add_column(column, justify="right" if place else "left", no_wrap=True, overflow="ellipsis")
+        table.add_column(column, justify="right" if place else "left", no_wrap=True, overflow="ellipsis")
     for row in rows:
-        shown.add_row(*(Text(printable(cell)) for cell in row))
-    console.print(shown)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    console.print(table)
 
 
 def say_done() -> None:
-    """The last line on stderr of a successful command."""
-    say(f"done, peak memory {megabytes(peak_nbytes())}")
+    """Print the last line of a successful command on stderr: the peak memory of the process."""
+    say(f"done, peak memory {format_nbytes(peak_nbytes())}")
 
 
-def megabytes(nbytes: int) -> str:
-    """Bytes for people."""
+def format_nbytes(nbytes: int) -> str:
+    """A number of bytes as decimal kB, MB or GB.
+
+    >>> format_nbytes(1500), format_nbytes(2_500_000), format_nbytes(3_210_000_000)
+    ('1.5 kB', '2.5 MB', '3.21 GB')
+    """
     if nbytes < 1e6:
         return f"{nbytes / 1e3:.1f} kB"
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def peak_nbytes() -> int:
-    """The peak memory of this process in bytes."""
+    """The peak memory of the process in bytes."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
         pass
-    # Linux counts the memory of the parent process too, as of the fork.
+    # getrusage on Linux also counts the memory of the parent process at the fork, so /proc comes first.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def by(shape: Sequence[int]) -> str:
-    """A shape for people."""
+def format_shape(shape: Sequence[int]) -> str:
+    """A shape as text.
+
+    >>> format_shape((192, 512))
+    '192×512'
+    """
     return "×".join(map(str, shape))

@@ -1,4 +1,4 @@
-"""`loftq inspect`."""
+"""The command `loftq inspect`."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def inspect(
 ) -> None:
     """Report the quantization error of every layer.
 
-    On a converted directory the errors come from its report, or, with --against ORIGINAL, from the files themselves;
-    with --reference ORIGINAL and --text FILE, also those of what layers and model give on a text.
-    On a full-precision checkpoint: what quantize would do, and with --try the error that a quant type would give.
-    With --verify, on any of them and on an adapter: what is damaged.
+    PATH is a converted directory: the errors come from the report, or with --against ORIGINAL from the files. The
+    options --reference ORIGINAL and --text FILE add the errors of the outputs of layers and model on a text.
+    PATH is a full-precision checkpoint: the table shows the work of quantize, and --try adds the error of a quant type.
+    PATH is a model, a weight file or an adapter: --verify names the damaged files and tensors.
     """
     inspection = inspect_path(
         path,
@@ -41,7 +41,7 @@ def inspect(
         try_=try_,
         sort=sort,
         top=top,
-        fail_above=fail_above if verify else None,  # else checked below, when the table is there
+        fail_above=fail_above if verify else None,  # the check follows the table, except with --verify
         verify=verify,
         threads=threads,
         device=device,

@@ -1,4 +1,4 @@
-"""The commands together, and the one place where an error becomes a line on stderr and an exit status."""
+"""All commands together. Every error becomes a line on stderr and an exit status here, and nowhere else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli import __version__
 from loftq_cli.cli.calibrate import calibrate
 from loftq_cli.cli.console import say
 from loftq_cli.cli.inspect import inspect
@@ -28,6 +27,7 @@ from loftq_cli.errors import (
     is_memory_shortage,
     memory_shortage,
 )
+from loftq_cli.runtime.version import VERSION
 
 # Typer contains a copy of click, and exports a subclass of the copy's error class.
 _CommandLineError: type[Exception] = next(k for k in typer.BadParameter.__mro__ if k.__name__ == "ClickException")
@@ -48,9 +48,9 @@ app.command(context_settings=_SETTINGS)(inspect)
 app.command(context_settings=_SETTINGS)(calibrate)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"loftq-cli {__version__}")
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        typer.echo(f"loftq-cli {VERSION}")
         raise typer.Exit
 
 
@@ -60,29 +60,32 @@ def _root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    del version  # handled by its callback
+    del version  # the callback prints the version
 
 
 def main() -> None:
-    """Run the command line and exit."""
+    """Run the command line in sys.argv, and exit with the status of the command.
+
+    SIGINT and SIGTERM interrupt the command in order; a second signal ends the process at once.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell ignores it for a background job
+        if signal.getsignal(number) is not signal.SIG_IGN:  # shells start background jobs with signals ignored
             signal.signal(number, _interrupt)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # for terminals without our characters
+            stream.reconfigure(errors="replace")  # some terminals lack our characters
     sys.exit(_run(sys.argv[1:]))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """The first signal ends the run in order, which may take as long as the matrix at hand; a second one at once."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_DFL)
+    """Interrupt the run in order, after the current matrix; a second signal ends the process at once."""
+    for interrupt in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(interrupt, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 def _run(arguments: list[str]) -> int:
-    """The exit status of one command."""
+    """Run a command, print the error if there is any, and return the exit status."""
     try:
         status = app(arguments or ["--help"], standalone_mode=False)
     except LoftqError as error:
@@ -98,12 +101,12 @@ def _run(arguments: list[str]) -> int:
             raise
         say(f"error: {memory_shortage()}")
         return EXIT_MEMORY
-    except (BrokenPipeError, SystemExit):  # whoever read stdout has gone; Typer answers that by SystemExit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more can be said there
+    except (BrokenPipeError, SystemExit):  # the reader of stdout is gone; Typer raises SystemExit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop further output
         return EXIT_STORAGE
-    except OSError as error:  # of what is not a weight file: the terminal's, a cache's
+    except OSError as error:  # the terminal or a cache failed, no weight file
         say(f"error: {StorageError(error.strerror or 'input/output error', file=error.filename)}")
         return EXIT_STORAGE
-    if status == EXIT_INTERRUPTED:  # Typer turns a KeyboardInterrupt into this status without a word
+    if status == EXIT_INTERRUPTED:  # Typer turns a KeyboardInterrupt into a silent status
         say("interrupted; run the same command to continue")
     return status if isinstance(status, int) else EXIT_OK

@@ -1,4 +1,4 @@
-"""`loftq merge`."""
+"""The command `loftq merge`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from loftq_cli.api.results import MergePlan
 from loftq_cli.cli import options
 from loftq_cli.cli.console import say, say_done
 from loftq_cli.cli.progress import CommandProgress
-from loftq_cli.cli.render_merge import print_plan, print_result, summary
+from loftq_cli.cli.render_merge import format_summary, print_plan, print_result
 
 
 def merge(
@@ -34,9 +34,9 @@ def merge(
 ) -> None:
     """Merge ADAPTER into BASE and write a deployment checkpoint.
 
-    Arithmetic is float32. BASE is a converted directory or a dense checkpoint; ADAPTER any PEFT LoRA directory on it,
-    ours or trained from ours. A QA-LoRA adapter merges into the offsets of BASE's groups: the result stays quantized,
-    and computes what base and adapter did.
+    Arithmetic is float32. BASE is a converted directory or a full-precision checkpoint; ADAPTER is any PEFT LoRA
+    directory made or trained on BASE. A QA-LoRA adapter merges into the offsets of BASE's groups: the result stays
+    quantized, and computes the outputs of base and adapter.
     """
     with CommandProgress(quiet=quiet) as progress:
         result = merge_checkpoint(
@@ -64,7 +64,7 @@ def merge(
         print_plan(result, as_json=as_json, quiet=quiet)
     elif result.already_done:
         if not quiet:
-            say(summary(result.plan))
+            say(format_summary(result.plan))
         say(f"{output}: already done, with these inputs and options")
     else:
         if not quiet:

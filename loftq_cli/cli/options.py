@@ -1,4 +1,4 @@
-"""Options of merge, and options of several commands: declared once, with help and the reason for a default."""
+"""Options of merge, and options of several commands. Each option has a single declaration, with help and default."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ ADAPTER, QUANT, SELECT, RUN = "Adapter", "Quantized base", "Which weights", "Run
 
 
 def one_of(names: Iterable[str]) -> str:
-    """Choices as help shows them."""
+    """The choices of an option as help shows the choices.
+
+    >>> one_of(["nf4", "fp4"])
+    'nf4|fp4'
+    """
     return "|".join(names)
 
 
@@ -46,17 +50,19 @@ Device = Annotated[
     str,
     typer.Option(
         metavar=DEVICES,
-        help="Where to compute. auto takes a GPU where there is one and the work is worth starting it.",
+        help="Device to compute on. auto takes a GPU if there is a GPU and the work is worth the start.",
         rich_help_panel=RUN,
     ),
 ]
 Restart = Annotated[
-    bool, typer.Option("--restart", help="Discard an interrupted run instead of continuing it.", rich_help_panel=RUN)
+    bool,
+    typer.Option("--restart", help="Discard an interrupted run; else the run continues.", rich_help_panel=RUN),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.", rich_help_panel=RUN)]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.", rich_help_panel=RUN)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.", rich_help_panel=RUN)]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Every iteration's error, every copied tensor.", rich_help_panel=RUN)
+    bool,
+    typer.Option("--verbose", "-v", help="Print every iteration's error and every copied tensor.", rich_help_panel=RUN),
 ]
 Base = Annotated[
     str,
@@ -68,13 +74,13 @@ Adapter = Annotated[
     Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA directory made or trained on BASE.", show_default=False)
 ]
 Dtype = Annotated[
-    str | None, typer.Option(metavar=one_of(MODEL_DTYPES), help="Of the merged weights. [default: the model's]")
+    str | None, typer.Option(metavar=one_of(MODEL_DTYPES), help="Dtype of the merged weights. [default: the model's]")
 ]
 Requantize = Annotated[
     str | None,
     typer.Option(
         metavar=one_of(FORMATS),
-        help="Quantize the merged weights again. Measures how much of the adapter survives, and refuses below half.",
+        help="Quantize the merged weights again. Measures the surviving share of the adapter, and refuses below half.",
     ),
 ]
 MergeLayout = Annotated[
@@ -82,31 +88,42 @@ MergeLayout = Annotated[
     typer.Option(
         "--layout",
         metavar=one_of(LAYOUTS),
-        help="Container of the merged weights. [default: for QA-LoRA one with float offsets, which merges exactly; "
-        f"else {DENSE}]",
+        help="Container of the merged weights. [default: with --requantize the format's usual container; with "
+        "--round-zeros a container with integer zero points; for QA-LoRA on integers a container with float offsets, "
+        f"an exact merge; else {DENSE}]",
     ),
 ]
-MergeGroupSize = Annotated[int | None, typer.Option("--group-size", help="Of --requantize to integers. [default: 64]")]
+MergeGroupSize = Annotated[
+    int | None,
+    typer.Option("--group-size", help="Weights with a common scale, for --requantize to integers. [default: 64]"),
+]
 MergeSymmetric = Annotated[
-    bool | None, typer.Option("--symmetric/--asymmetric", help="Of --requantize to integers. [default: int8 symmetric]")
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="For --requantize to integers: without or with a zero point per group. [default: int8 symmetric]",
+    ),
 ]
 MergeScaleDtype = Annotated[
     str | None,
     typer.Option(
-        "--scale-dtype", metavar=one_of(MODEL_DTYPES), help="Of scales and offsets. [default: float32 for offsets]"
+        "--scale-dtype",
+        metavar=one_of(MODEL_DTYPES),
+        help="Dtype of scales and offsets. [default: float32 for offsets]",
     ),
 ]
 RoundZeros = Annotated[
     bool,
     typer.Option(
         "--round-zeros",
-        help="Merge a QA-LoRA adapter into integer zero points. Measures what is lost, and refuses above half.",
+        help="Merge a QA-LoRA adapter into integer zero points. Measures the lost share of the update, and refuses "
+        "above half.",
     ),
 ]
 MergePooling = Annotated[
     str | None,
     typer.Option(
-        "--pooling", metavar=one_of(POOLINGS), help="Of a QA-LoRA adapter whose config does not say it, or wrongly."
+        "--pooling", metavar=one_of(POOLINGS), help="Pooling of a QA-LoRA adapter; wins over the config of the adapter."
     ),
 ]
 Force = Annotated[

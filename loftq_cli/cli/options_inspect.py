@@ -1,4 +1,4 @@
-"""Options of inspect and calibrate: each declared once, with help and the reason for its default."""
+"""Options of inspect and calibrate. Each option has a single declaration, with help and default."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Try = Annotated[
     typer.Option(
         "--try",
         metavar=one_of(FORMATS),
-        help="On a full-precision checkpoint: the error that this quant type would give. Repeatable.",
+        help="On a full-precision checkpoint: compute the error of this number format. Repeatable.",
     ),
 ]
 Sort = Annotated[
@@ -35,32 +35,36 @@ Sort = Annotated[
         metavar="name|error|base_error|numel", help="Order of the layers; with --reference also output_error."
     ),
 ]
-Top = Annotated[int | None, typer.Option(min=1, help="Only the first N layers.")]
+Top = Annotated[int | None, typer.Option(min=1, help="List only the first N layers.")]
 Verify = Annotated[
-    bool, typer.Option("--verify", help="Re-check checksums, index, config and numbers; names what is damaged.")
+    bool,
+    typer.Option(
+        "--verify", help="Check checksums, index, config and numbers, and name every damaged file and tensor."
+    ),
 ]
 FailAbove = Annotated[
     float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
 ]
 Text = Annotated[
     list[Path],
-    typer.Option("--text", metavar="FILE", help="A UTF-8 text like what the model will read. Repeatable."),
+    typer.Option("--text", metavar="FILE", help="A UTF-8 text like the later inputs of the model. Repeatable."),
 ]
 StatisticsOutput = Annotated[
     Path, typer.Option("--output", "-o", metavar="STATS", help="The directory to write.", show_default=False)
 ]
 Tokens = Annotated[
-    int, typer.Option(min=2, help="Tokens of the text to read, at most, in windows spread evenly over it.")
+    int, typer.Option(min=2, help="Most tokens of the text to read, in windows spread evenly over the text.")
 ]
 Context = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a window. [default: what the model takes, at most 512]")
+    int | None, typer.Option(min=2, help="Tokens of a window. [default: the model's longest input, at most 512]")
 ]
 Lines = Annotated[
     bool,
-    typer.Option("--lines", help="Each line of the text is a text of its own, as for encoders of sentences."),
+    typer.Option("--lines", help="Read each line of the text as a separate text, as for encoders of sentences."),
 ]
 Diagonal = Annotated[
-    bool, typer.Option("--diagonal", help="Only the mean square of each input: one number instead of a row of them.")
+    bool,
+    typer.Option("--diagonal", help="Keep only the mean square of each input: a number instead of a row."),
 ]
 OverwriteStatistics = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier result under STATS.", rich_help_panel=RUN)
@@ -69,8 +73,9 @@ Reference = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="Run the original MODEL and the converted one on --text: errors of layers' outputs (--sort output_error), "
-        "perplexity and KL, or the drift of an encoder. Needs transformers, the memory of both in float32, and no GPU.",
+        help="Run the original MODEL and the converted model on --text: errors of layers' outputs (--sort "
+        "output_error), perplexity and KL, or the drift of an encoder. Needs transformers, the memory of both in "
+        "float32, and no GPU.",
     ),
 ]
 ReferenceText = Annotated[
@@ -80,15 +85,17 @@ ReferenceText = Annotated[
 ReferenceTokens = Annotated[
     int | None,
     typer.Option(
-        "--tokens", min=2, help=f"For --reference: tokens of the text to read, at most. [default: {DEFAULT_TOKENS}]"
+        "--tokens", min=2, help=f"For --reference: most tokens of the text to read. [default: {DEFAULT_TOKENS}]"
     ),
 ]
 ReferenceContext = Annotated[
     int | None,
     typer.Option(
-        "--context", min=2, help="For --reference: tokens of a window. [default: what the model takes, at most 512]"
+        "--context",
+        min=2,
+        help="For --reference: tokens of a window. [default: the model's longest input, at most 512]",
     ),
 ]
 ReferenceLines = Annotated[
-    bool, typer.Option("--lines", help="For --reference: each line of the text is a text of its own.")
+    bool, typer.Option("--lines", help="For --reference: read each line of the text as a separate text.")
 ]

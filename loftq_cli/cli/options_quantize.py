@@ -1,4 +1,4 @@
-"""Options of quantize alone: each declared once, with help and the reason for its default."""
+"""Options of quantize alone. Each option has a single declaration, with help and default."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OWN_SVD = "".join(f"; {name} {entry.svd}" for name, entry in METHODS.items() if
 
 Recipe = Annotated[
     str | None,
-    typer.Option(metavar="FILE|NAME", help=f"A TOML file, or a preset: {_PRESETS}. Other options override it."),
+    typer.Option(metavar="FILE|NAME", help=f"A TOML file, or a preset: {_PRESETS}. Options on the command line win."),
 ]
 Method = Annotated[
     str | None,
@@ -31,7 +31,7 @@ Method = Annotated[
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=ADAPTER)]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="lora_alpha; the rank by default, so that the scaling is 1.", rich_help_panel=ADAPTER),
+    typer.Option(help="lora_alpha. [default: the rank, for a scaling of 1]", rich_help_panel=ADAPTER),
 ]
 Rslora = Annotated[
     bool | None,
@@ -49,7 +49,7 @@ Start = Annotated[
     str | None,
     typer.Option(
         metavar=one_of(STARTS),
-        help="What the alternation begins with: no adapter, or the best one of the weights. [default: principal "
+        help="Start of the alternation: no adapter, or the best adapter of the weights. [default: principal "
         "for LoftQ's joint fit without --calibration, else zero]",
         rich_help_panel=ADAPTER,
     ),
@@ -65,7 +65,7 @@ Iterations = Annotated[
 Rounds = Annotated[
     int | None,
     typer.Option(
-        help="Rounds after them that refine codes and constants under what the adapter holds. [default: 0, with "
+        help="Rounds of refining codes and constants, after the iterations. [default: 0, with "
         "--calibration 2; with --fit loftq none]",
         rich_help_panel=ADAPTER,
     ),
@@ -74,7 +74,7 @@ Calibration = Annotated[
     Path | None,
     typer.Option(
         metavar="STATS",
-        help="What loftq calibrate wrote: errors then count by what they do to the layers' outputs.",
+        help="Statistics from loftq calibrate: errors then count by the effect on the layers' outputs.",
         rich_help_panel=QUANT,
         show_default=False,
     ),
@@ -105,10 +105,15 @@ Init = Annotated[
 ]
 AdapterDtype = Annotated[
     str | None,
-    typer.Option(metavar=one_of(MODEL_DTYPES), help="[default: float32, as PEFT trains]", rich_help_panel=ADAPTER),
+    typer.Option(
+        metavar=one_of(MODEL_DTYPES),
+        help="Dtype of the adapter. [default: float32, as PEFT trains]",
+        rich_help_panel=ADAPTER,
+    ),
 ]
 Seed = Annotated[
-    int | None, typer.Option(help="For random starts of adapters and of --svd fast|faithful.", rich_help_panel=ADAPTER)
+    int | None,
+    typer.Option(help="Seed of random starts, of adapters and of --svd fast|faithful.", rich_help_panel=ADAPTER),
 ]
 QuantType = Annotated[
     str | None,
@@ -154,7 +159,7 @@ ScaleDtype = Annotated[
     str | None,
     typer.Option(
         metavar=one_of(MODEL_DTYPES),
-        help="Integers: what scales are stored in. [default: what the layout's loaders expect]",
+        help="Integers: dtype of the scales. [default: as the container's loaders expect]",
         rich_help_panel=QUANT,
     ),
 ]
@@ -180,7 +185,8 @@ TargetSize = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="The same, so that base and adapter have at most so many bytes.",
+        help="Choose each layer's bits and group size, so that base and adapter together have at most so many bytes, "
+        "and least error. Measures every layer first.",
         rich_help_panel=QUANT,
         show_default=False,
     ),
@@ -198,25 +204,27 @@ Include = Annotated[
     list[str] | None,
     typer.Option(
         metavar="REGEX",
-        help="Quantize the matrices whose module name this finds, instead of all linear layers of the blocks. "
-        "Heads only when it spells their name. Repeatable.",
+        help="Quantize the matrices with a match in the module name, not all linear layers of the blocks. "
+        "Heads only when the expression spells the name of the head. Repeatable.",
         rich_help_panel=SELECT,
     ),
 ]
 Exclude = Annotated[
     list[str] | None,
-    typer.Option(metavar="REGEX", help="Leave these in full precision. Repeatable.", rich_help_panel=SELECT),
+    typer.Option(
+        metavar="REGEX", help="Leave matching matrices in full precision. Repeatable.", rich_help_panel=SELECT
+    ),
 ]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Of the memory of --device cuda, at most; larger matrices pass in parts. [default: most of what is free]",
+        help="Most memory of the GPU to use; larger matrices pass in parts. [default: most of the free memory]",
         rich_help_panel=RUN,
         show_default=False,
     ),
 ]
 NoVerify = Annotated[
     bool,
-    typer.Option("--no-verify", help="Do not read the result back to check its error.", rich_help_panel=RUN),
+    typer.Option("--no-verify", help="Do not read the result back to check the error.", rich_help_panel=RUN),
 ]

@@ -13,8 +13,8 @@ from rich.text import Text
 
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, QuantizePlan
-from loftq_cli.cli.console import megabytes, peak_nbytes, result, say
-from loftq_cli.cli.render_merge import summary
+from loftq_cli.cli.console import format_nbytes, peak_nbytes, say, write_result
+from loftq_cli.cli.render_merge import format_summary
 from loftq_cli.cli.render_quantize import announce, announce_copies
 from loftq_cli.cli.render_verification import MAX_LINES, problem_line
 from loftq_cli.conversion.report import LayerResult
@@ -24,7 +24,12 @@ from loftq_cli.merging.report import MergedLayer
 
 
 class CommandProgress(Observer):
-    """A live bar on a terminal for the layers of a conversion, plain lines for everything else, nothing if quiet."""
+    """Prints the progress of a command on stderr: a live bar for the layers of a conversion on a terminal, plain lines
+    otherwise.
+
+    quiet     whether nothing is printed
+    verbose   whether every iteration's error and every copied tensor is printed
+    """
 
     def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
         self._quiet, self._verbose = quiet, verbose
@@ -46,14 +51,14 @@ class CommandProgress(Observer):
         if self._quiet:
             return
         if isinstance(plan, MergePlan):
-            say(summary(plan))
+            say(format_summary(plan))
             return
         announce(plan)
         if self._verbose:
             announce_copies(plan)
         if sys.stderr.isatty():
             self._bar = _bar()
-            self._task = self._bar.add_task("", total=self._total, peak=megabytes(peak_nbytes()), change="")
+            self._task = self._bar.add_task("", total=self._total, peak=format_nbytes(peak_nbytes()), change="")
             self._bar.start()
 
     def phase(self, text: str) -> None:
@@ -67,9 +72,9 @@ class CommandProgress(Observer):
         self.phase(f"measured [{done}/{total}] {name}")
 
     def layer_started(self, name: str) -> None:
-        # The name stands on the bar beside the error of the layer before.
+        # The bar shows the current name beside the error of the previous layer.
         if self._bar is not None:
-            self._bar.update(self._task, description=printable(name, 60), peak=megabytes(peak_nbytes()))
+            self._bar.update(self._task, description=printable(name, 60), peak=format_nbytes(peak_nbytes()))
 
     def layer_converted(self, layer: LayerResult, *, resumed: bool) -> None:
         self._done += 1
@@ -77,7 +82,7 @@ class CommandProgress(Observer):
             return
         change = f"error {layer.quantization_error:.4f} -> {layer.error.error:.4f}"
         if self._bar is not None:
-            self._bar.update(self._task, advance=1, change=change, peak=megabytes(peak_nbytes()))
+            self._bar.update(self._task, advance=1, change=change, peak=format_nbytes(peak_nbytes()))
         else:
             say(f"[{self._done}/{self._total}] {layer.name}: {change}{' (kept)' if resumed else ''}, {self._times()}")
         if self._verbose and layer.iteration_errors:
@@ -101,10 +106,10 @@ class CommandProgress(Observer):
         self.phase(f"[{self._done}/{self._total}] {block}: {self._times()}")
 
     def _times(self) -> str:
-        """Seconds so far and to come, and the most memory."""
+        """Elapsed seconds, remaining seconds and peak memory, as text."""
         seconds = time.monotonic() - self._since
         remaining = seconds / self._done * (self._total - self._done)
-        return f"{seconds:.1f} s, {remaining:.0f} s left, peak {megabytes(peak_nbytes())}"
+        return f"{seconds:.1f} s, {remaining:.0f} s left, peak {format_nbytes(peak_nbytes())}"
 
     def _line(self, text: str) -> None:
         if self._bar is not None:
@@ -114,7 +119,10 @@ class CommandProgress(Observer):
 
 
 class InspectionProgress(CommandProgress):
-    """Lines on stderr, and each problem of a verification on stdout as soon as it is found; with JSON at the end."""
+    """Prints the progress of an inspection on stderr, and each problem of a verification on stdout at once.
+
+    as_json   whether the problems are left to the JSON result at the end
+    """
 
     def __init__(self, *, as_json: bool) -> None:
         super().__init__(quiet=False)
@@ -123,7 +131,7 @@ class InspectionProgress(CommandProgress):
     def problem_found(self, problem: Problem, path: Path) -> None:
         self._problems += 1
         if not self._as_json and self._problems <= MAX_LINES:
-            result(problem_line(problem, path))
+            write_result(problem_line(problem, path))
 
 
 def _bar() -> Progress:
@@ -135,7 +143,7 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("peak {task.fields[peak]}", markup=False),
         TextColumn("{task.fields[change]}", markup=False),
-        # The name is last: a narrow terminal cuts the end off.
+        # The name comes last: a narrow terminal cuts the end off.
         TextColumn("{task.description}", markup=False),
         console=Console(stderr=True),
     )

@@ -1,4 +1,4 @@
-"""`loftq quantize`."""
+"""The command `loftq quantize`."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def quantize(
 ) -> None:
     """Convert MODEL to quantized base weights plus a LoRA adapter.
 
-    OUTPUT becomes a model directory that transformers loads as it is, with the adapter for PEFT in OUTPUT/METHOD_init
-    and every layer's error in OUTPUT/loftq_report.json.
+    OUTPUT becomes a model directory for transformers, with the adapter for PEFT in OUTPUT/METHOD_init and every layer's
+    error in OUTPUT/loftq_report.json.
     """
     if quiet and verbose and not dry_run:
         raise UsageError("--quiet and --verbose contradict each other", hint="one of the two")

@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq_cli.activations.comparison import Comparison, Drift, Predictions
 from loftq_cli.api.results import CheckpointInspection, ConvertedInspection
-from loftq_cli.cli.console import by, megabytes, result, say, table
+from loftq_cli.cli.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.conversion.report import error_json
 from loftq_cli.inspecting.converted import LayerRow
 from loftq_cli.quant.formats import spec_json
@@ -16,14 +16,14 @@ from loftq_cli.tensors.metrics import GroupErrors, LayerError
 
 
 def print_inspection(inspection: ConvertedInspection | CheckpointInspection, *, as_json: bool) -> None:
-    """Print the inspection of a converted directory or a full-precision checkpoint."""
+    """Print an inspection on stdout: the table and the totals, or with `as_json` every number as JSON."""
     if isinstance(inspection, ConvertedInspection):
         if as_json:
-            result(json.dumps(_converted_json(inspection), indent=2))
+            write_result(json.dumps(_converted_json(inspection), indent=2))
         else:
             _print_converted(inspection)
     elif as_json:
-        result(json.dumps(_checkpoint_json(inspection), indent=2))
+        write_result(json.dumps(_checkpoint_json(inspection), indent=2))
     else:
         _print_checkpoint(inspection)
 
@@ -50,7 +50,7 @@ def _layer_json(row: LayerRow, outputs: Comparison | None) -> dict[str, Any]:
 
 
 def _outputs_json(outputs: Comparison) -> dict[str, Any]:
-    """The models as a whole, and the text."""
+    """The outputs of both models on the text, and the size of the text, as JSON values."""
     kind = "predictions" if isinstance(outputs.outcome, Predictions) else "drift"
     read = {"tokens": outputs.tokens, "windows": outputs.windows, "context": outputs.context}
     return {**read, "has_adapter": outputs.has_adapter, kind: asdict(outputs.outcome)}
@@ -68,7 +68,7 @@ def _checkpoint_json(inspection: CheckpointInspection) -> dict[str, Any]:
 def _print_converted(inspection: ConvertedInspection) -> None:
     rows, outputs = inspection.layers, inspection.outputs
     zero_point = ("zero point",) if any(row.spec.zero_point_kind for row in rows) else ()
-    table(
+    print_table(
         ("layer", "shape", "type", "per", *zero_point, "bits", "rank")
         + ("base error", "error", "max", "SQNR dB", "delta")
         + (("mean group", "worst group") if any(row.groups for row in rows) else ())
@@ -76,7 +76,7 @@ def _print_converted(inspection: ConvertedInspection) -> None:
         (
             (
                 row.name,
-                by(row.shape),
+                format_shape(row.shape),
                 row.spec.quant_type,
                 row.spec.size_text,
                 *(row.spec.zero_point_kind or "-" for _ in zero_point),
@@ -91,7 +91,7 @@ def _print_converted(inspection: ConvertedInspection) -> None:
     )
     if inspection.total is not None:
         base_error, error, largest, sqnr, _ = _error_cells(inspection.total)
-        result(
+        write_result(
             f"{inspection.layer_count} layers, {inspection.bits_per_weight:.2f} bits a weight: base error "
             f"{base_error}, error {error}, max {largest}, SQNR {sqnr} dB"
         )
@@ -103,36 +103,38 @@ def _print_converted(inspection: ConvertedInspection) -> None:
 
 
 def _print_outputs(outputs: Comparison) -> None:
-    """Print the lines below the table."""
+    """Print the lines below the table: the errors of the outputs on the text."""
     total, outcome = outputs.total, outputs.outcome
-    result(
+    write_result(
         f"on {outputs.tokens} tokens: base output error {total.base_error:.4f}, output error {total.error:.4f}"
         f"{'' if outputs.has_adapter else ' (there is no adapter)'}"
     )
     if isinstance(outcome, Drift):
         drift = f"base {outcome.base:.6f}, with adapter {outcome.adapted:.6f}"
-        result(f"drift of the last hidden states (1 - cosine): {drift}")
+        write_result(f"drift of the last hidden states (1 - cosine): {drift}")
         return
-    result(
+    write_result(
         f"perplexity: original {outcome.perplexity:.4f}, base {outcome.base_perplexity:.4f}, "
         f"with adapter {outcome.adapted_perplexity:.4f}"
     )
-    result(f"KL from the original, nats a token: base {outcome.base_kl:.6f}, with adapter {outcome.adapted_kl:.6f}")
+    write_result(
+        f"KL from the original, nats a token: base {outcome.base_kl:.6f}, with adapter {outcome.adapted_kl:.6f}"
+    )
 
 
 def _print_checkpoint(inspection: CheckpointInspection) -> None:
     totals = inspection.totals
-    table(
+    print_table(
         ("tensor", "shape", "dtype", "becomes", *(f"{quant_type} error" for quant_type in totals)),
         (
-            (row.name, by(row.shape), row.dtype, row.becomes)
+            (row.name, format_shape(row.shape), row.dtype, row.becomes)
             + tuple(f"{row.errors[t].error:.4f}" if t in row.errors else "" for t in totals)
             for row in inspection.tensors
         ),
     )
-    result(f"{inspection.tensor_count} tensors, {megabytes(inspection.nbytes)}")
+    write_result(f"{inspection.tensor_count} tensors, {format_nbytes(inspection.nbytes)}")
     for quant_type, total in totals.items():
-        result(f"{quant_type}: error {total.error:.4f}, SQNR {total.sqnr_db:.2f} dB")
+        write_result(f"{quant_type}: error {total.error:.4f}, SQNR {total.sqnr_db:.2f} dB")
 
 
 def _error_cells(error: LayerError | None) -> tuple[str, ...]:
@@ -152,7 +154,7 @@ def _group_cells(groups: GroupErrors | None) -> tuple[str, ...]:
 
 
 def _output_cells(name: str, outputs: Comparison | None) -> tuple[str, ...]:
-    """The last columns of a layer's line in the table."""
+    """The cells of the last columns of a layer: base output error and output error; none without outputs."""
     if outputs is None:
         return ()
     error = outputs.layers.get(name)

@@ -5,31 +5,34 @@ from __future__ import annotations
 import json
 
 from loftq_cli.api.results import MergePlan, MergeResult
-from loftq_cli.cli.console import by, megabytes, result, say, table
+from loftq_cli.cli.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.errors import printable
-from loftq_cli.merging.report import finite, layer_json
+from loftq_cli.merging.report import finite_or_none, layer_json
 
 
-def summary(plan: MergePlan) -> str:
-    """The work of a merge in a line."""
-    return f"{plan.layers} layers to merge, {megabytes(plan.nbytes)} to write"
+def format_summary(plan: MergePlan) -> str:
+    """The work of a merge in a line: number of layers and bytes to write."""
+    return f"{plan.layers} layers to merge, {format_nbytes(plan.nbytes)} to write"
 
 
 def print_plan(plan: MergePlan, *, as_json: bool, quiet: bool) -> None:
-    """Print the plan of a dry run."""
+    """Print the plan of a dry run: output tensors as a table or as JSON on stdout, notes on stderr.
+
+    quiet   whether the line with the number of layers is left out
+    """
     if not quiet:
-        say(summary(plan))
+        say(format_summary(plan))
     for note in plan.notes:
         say(f"note: {note}")
     if as_json:
         values = [{"name": t.name, "dtype": t.dtype, "shape": t.shape} for t in plan.tensors]
-        result(json.dumps({"tensors": values, "nbytes": plan.nbytes}, indent=2))
+        write_result(json.dumps({"tensors": values, "nbytes": plan.nbytes}, indent=2))
         return
-    table(("tensor", "shape", "dtype"), ((t.name, by(t.shape), t.dtype) for t in plan.tensors))
+    print_table(("tensor", "shape", "dtype"), ((t.name, format_shape(t.shape), t.dtype) for t in plan.tensors))
 
 
 def print_result(outcome: MergeResult, *, as_json: bool) -> None:
-    """Print the result of a merge."""
+    """Print the result of a finished merge on stdout: size, and the surviving or the lost share of the adapter."""
     plan = outcome.plan
     if as_json:
         values = {
@@ -39,20 +42,20 @@ def print_result(outcome: MergeResult, *, as_json: bool) -> None:
             "requantize": plan.requantize,
             "nbytes": plan.nbytes,
             "retention": outcome.retention,
-            "lost": finite(outcome.lost),
+            "lost": finite_or_none(outcome.lost),
             "notes": outcome.notes,
             "layers": [layer_json(layer) for layer in outcome.layers],
         }
-        result(json.dumps(values, indent=2))
+        write_result(json.dumps(values, indent=2))
         return
     output, layers = printable(outcome.output), len(outcome.layers)
-    result(f"merged   {output}  {megabytes(plan.nbytes)}, {layers} layers, {plan.form}")
+    write_result(f"merged   {output}  {format_nbytes(plan.nbytes)}, {layers} layers, {plan.form}")
     if outcome.retention is not None:
-        result(f"retained {outcome.retention:.1%} of the adapter")
+        write_result(f"retained {outcome.retention:.1%} of the adapter")
     if outcome.max_difference is not None and outcome.lost is not None:
-        result(
+        write_result(
             f"differs  by at most {outcome.max_difference:.1e} from base and adapter "
             f"({outcome.relative_difference:.1e} of the largest weight)"
         )
-        if finite(outcome.lost) is not None:
-            result(f"lost     {outcome.lost:.2%} of the update")
+        if finite_or_none(outcome.lost) is not None:
+            write_result(f"lost     {outcome.lost:.2%} of the update")

@@ -6,7 +6,7 @@ import json
 
 from loftq_cli.allocation.allocation import Allocation
 from loftq_cli.api.results import QuantizePlan, QuantizeResult
-from loftq_cli.cli.console import by, megabytes, result, say, table
+from loftq_cli.cli.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.conversion.report import error_json
 from loftq_cli.errors import printable
 from loftq_cli.planning.jobs import CopyJob, LayerJob
@@ -15,12 +15,12 @@ from loftq_cli.quant.formats import spec_json
 
 
 def announce(plan: QuantizePlan) -> None:
-    """Say the settled recipe, sizes and notes on stderr."""
+    """Print the settled recipe, sizes and notes on stderr."""
     for line in recipe_toml(plan.recipe).strip().splitlines():
         say(f"  {line}" if line else "")
     say(
         f"{len(plan.layers)} layers to quantize, {len(plan.copies)} tensors to copy; about "
-        f"{megabytes(plan.nbytes)} to write, {megabytes(plan.peak_nbytes)} of memory"
+        f"{format_nbytes(plan.nbytes)} to write, {format_nbytes(plan.peak_nbytes)} of memory"
     )
     for note in plan.notes:
         say(f"note: {note}")
@@ -29,66 +29,67 @@ def announce(plan: QuantizePlan) -> None:
 
 
 def announce_copies(plan: QuantizePlan) -> None:
-    """Say a line on stderr for each copied tensor."""
+    """Print a line with the reason on stderr for each copied tensor."""
     for job in plan.copies:
         say(f"copied: {job.name} ({job.reason})")
 
 
 def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
-    """Print the plan of a dry run; `verbose` lists the copied tensors too."""
+    """Print the plan of a dry run on stdout, as a table or as JSON; the table lists copied tensors with `verbose`."""
     if as_json:
-        chosen = {} if plan.allocation is None else {"allocation": plan.allocation.to_json()}
-        result(json.dumps({**_plan_json(plan), **chosen}, indent=2))
+        allocation = {} if plan.allocation is None else {"allocation": plan.allocation.to_json()}
+        write_result(json.dumps({**_plan_json(plan), **allocation}, indent=2))
         return
     announce(plan)
     if plan.allocation is not None:
         _print_allocation(plan.allocation)
     jobs = plan.jobs if verbose else plan.layers
-    table(("tensor", "shape", "becomes", "per", "rank", "bits"), map(_job_cells, jobs))
+    print_table(("tensor", "shape", "becomes", "per", "rank", "bits"), map(_job_cells, jobs))
     for file in plan.files:
-        result(f"{file.name}  {megabytes(file.nbytes)}, {file.tensors} tensors")
-    result(f"{plan.adapter.name}  {megabytes(plan.adapter.nbytes)}")
+        write_result(f"{file.name}  {format_nbytes(file.nbytes)}, {file.tensors} tensors")
+    write_result(f"{plan.adapter.name}  {format_nbytes(plan.adapter.nbytes)}")
 
 
 def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
-    """Print the result of a conversion."""
+    """Print the result of a finished conversion on stdout: sizes and errors of base and adapter."""
     plan = outcome.plan
     if as_json:
-        result(json.dumps(_result_json(outcome), indent=2))
+        write_result(json.dumps(_result_json(outcome), indent=2))
         return
-    result(
-        f"base     {printable(outcome.output)}  {megabytes(plan.base_nbytes)}, {plan.bits_per_weight:.2f} bits a weight"
+    write_result(
+        f"base     {printable(outcome.output)}  {format_nbytes(plan.base_nbytes)}, "
+        f"{plan.bits_per_weight:.2f} bits a weight"
     )
-    result(f"adapter  {printable(outcome.adapter)}  {megabytes(plan.adapter_nbytes)}")
-    result(
+    write_result(f"adapter  {printable(outcome.adapter)}  {format_nbytes(plan.adapter_nbytes)}")
+    write_result(
         f"error    {outcome.quantization_error:.4f} quantized alone -> {outcome.total.error:.4f} with the adapter "
         f"({'read back and checked' if outcome.verified else 'not read back'})"
     )
     if outcome.output_error is not None:
-        result(f"outputs  {outcome.output_error:.4f} of the layers' outputs on the calibration's text")
+        write_result(f"outputs  {outcome.output_error:.4f} of the layers' outputs on the calibration's text")
 
 
 def _announce_allocation(allocation: Allocation) -> None:
-    """Say the totals of the choice, and the best uniform choice for all layers."""
+    """Print the totals of the choice on stderr, and the best choice with equal options for all layers."""
     say(
-        f"chosen: {allocation.bits_per_weight:.4f} bits a weight, base {megabytes(allocation.base_nbytes)}, adapter "
-        f"{megabytes(allocation.adapter_nbytes)}; objective {allocation.objective:.4f}"
+        f"chosen: {allocation.bits_per_weight:.4f} bits a weight, base {format_nbytes(allocation.base_nbytes)}, "
+        f"adapter {format_nbytes(allocation.adapter_nbytes)}; objective {allocation.objective:.4f}"
     )
     if allocation.uniform:
         best = allocation.uniform[0]
         say(
             f"the same for all layers: {best.spec.quant_type}, {best.spec.size_text}, rank {best.rank}, base "
-            f"{megabytes(best.base_nbytes)}: objective {best.objective:.4f}"
+            f"{format_nbytes(best.base_nbytes)}: objective {best.objective:.4f}"
         )
 
 
 def _print_allocation(allocation: Allocation) -> None:
-    table(
+    print_table(
         ("tensor", "chosen", "per", "rank", "error", "base", "adapter"),
         (
             (layer.name, layer.candidate.spec.quant_type, layer.candidate.spec.size_text, str(layer.candidate.rank))
-            + (f"{layer.predicted_error:.4f}", megabytes(layer.candidate.base_nbytes))
-            + (megabytes(layer.candidate.adapter_nbytes),)
+            + (f"{layer.predicted_error:.4f}", format_nbytes(layer.candidate.base_nbytes))
+            + (format_nbytes(layer.candidate.adapter_nbytes),)
             for layer in allocation.layers
         ),
     )
@@ -96,9 +97,9 @@ def _print_allocation(allocation: Allocation) -> None:
 
 def _job_cells(job: LayerJob | CopyJob) -> tuple[str, ...]:
     if isinstance(job, CopyJob):
-        return (job.name, by(job.output.shape), f"{job.output.dtype} ({job.reason})", "", "", "")
+        return (job.name, format_shape(job.output.shape), f"{job.output.dtype} ({job.reason})", "", "", "")
     spec, bits = job.matrix.spec, f"{job.bits_per_weight:.2f}"
-    return (job.name, by(job.matrix.shape), spec.quant_type, spec.size_text, str(job.lora.rank), bits)
+    return (job.name, format_shape(job.matrix.shape), spec.quant_type, spec.size_text, str(job.lora.rank), bits)
 
 
 def _result_json(outcome: QuantizeResult) -> dict[str, object]:

@@ -1,5 +1,5 @@
-"""The jobs of a plan on a GPU: equal matrices in stacks, without waiting for the GPU where that is possible, and one by
-one where it is not. What the GPU made is checked, described and written on the processor, as jobs.py does it.
+"""The jobs of a plan on a GPU: equal matrices in stacks, if possible, without waiting for the GPU; matrices alone
+otherwise. The processor checks, describes and writes the outputs, with jobs.py.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ if TYPE_CHECKING:
 
     from loftq_cli.methods.stacked import StackedAlternation, StackedInitialization
 
-STACK_NUMEL = 1 << 27  # weights of several matrices that are made at once: 256 MB in bfloat16
-IN_FLIGHT = 3  # stacks on the device at once: one arrives, one is made, one leaves
+STACK_NUMEL = 1 << 27  # weights in a stack: 256 MB in bfloat16
+IN_FLIGHT = 3  # stacks on the device at once: an upload, a computation and a download
 
-# Bytes of device memory for each weight: of a stack, its weights in float32 at most, its codes twice and what is small
-# beside them; of a matrix by itself, the peak of jobs.py's methods, most of it a residual and codes before packing.
+# Bytes of device memory for each weight. A stack holds weights in float32 at most, codes twice, and small tensors. A
+# matrix alone takes the peak of a method in jobs.py, most of all a residual and codes before packing.
 _STACKED_NBYTES, _SINGLE_NBYTES = 8, 16
-_SLAB_NBYTES = 32  # for each weight of those that are taken at once of a matrix by itself
-_COPYING_THREADS = 2  # for tensors that are only copied; most of their bytes are one table of embeddings or two
-_WINDOW = 1024  # jobs among which equal matrices are looked for
+_SLAB_NBYTES = 32  # for each weight in a slab of a matrix alone
+_COPYING_THREADS = 2  # for copied tensors; most bytes are in a table of embeddings or two
+_WINDOW = 1024  # jobs to search for equal matrices
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceWeight:
-    """A weight in pinned memory, what its adapter starts from, and the sha256 of the stored bytes."""
+    """A weight ready for the device.
+
+    stored   the weight as stored in the original, in pinned memory
+    start    float32 [in, rank], random vectors that start the alternation, in pinned memory; None without a stacked fit
+    sha256   hash of the stored bytes
+    """
 
     stored: torch.Tensor
     start: torch.Tensor | None
@@ -53,27 +58,33 @@ class DeviceWeight:
 
 @dataclass(frozen=True, slots=True)
 class StackOnDevice:
-    """What is made of some of the jobs of a stack, those at `places` in it, on its way back."""
+    """Base and adapter of matrices in a stack, on the way to the processor.
+
+    download   the outputs, with a first dimension for the matrices
+    places     place in the stack of each matrix in the outputs: finished jobs of the stack have no outputs
+    """
 
     download: Download[StackedInitialization]
     places: tuple[int, ...]
 
 
-# What has become of a job when `compute` is through with it.
-Made: TypeAlias = "Converted | StackOnDevice | Download[Converted]"
+# The output of `compute` for a job.
+JobOutput: TypeAlias = "Converted | StackOnDevice | Download[Converted]"
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
-    """How a matrix by itself is laid before the code of a processor: how many of its weights are taken at once, and
-    whether all of them are on the device meanwhile.
+class _Placement:
+    """How the code of a processor sees a matrix alone on the device.
+
+    slab_numel   weights in work at once
+    is_whole     whether the device holds the whole matrix; otherwise rows are uploaded as needed
     """
 
     slab_numel: int
     is_whole: bool = False
 
     def nbytes(self, numel: int) -> int:
-        """About how much memory of the device it takes."""
+        """About how many bytes of device memory a matrix of `numel` weights takes."""
         weights = _SINGLE_NBYTES if self.is_whole else _SINGLE_NBYTES - 4
         return numel * weights + min(self.slab_numel, numel) * _SLAB_NBYTES
 
@@ -83,19 +94,28 @@ class _Way:
         return TensorRows(matrix.tensor.to(device, non_blocking=True), matrix.transposed, slab_numel=self.slab_numel)
 
 
-_WAYS = (_Way(1 << 26, is_whole=True), _Way(1 << 22, is_whole=True), _Way(1 << 22), _Way(1 << 19))
+# Descending by memory.
+_PLACEMENTS = (
+    _Placement(1 << 26, is_whole=True),
+    _Placement(1 << 22, is_whole=True),
+    _Placement(1 << 22),
+    _Placement(1 << 19),
+)
 
 
 class DeviceRunner:
-    """The steps of the jobs of a plan on a device: `load` and `write` for threads of their own, `compute` for one."""
+    """The steps of the jobs of a plan on a device. Many threads may call `load`, `write` and `copy`, a single thread
+    calls `compute`.
+    """
 
     def __init__(self, runner: JobRunner, device: Device) -> None:
         self._runner, self._device = runner, device
 
     def stacks(self, jobs: Sequence[LayerJob | CopyJob]) -> list[list[int]]:
-        """The places of the layers in the order in which they are to run: those of a list are made at once.
+        """Group the layers among `jobs` into stacks, in the order to run. A stack lists indices of `jobs`, computed at
+        once.
 
-        Equal matrices are looked for among the next few jobs: the experts of a layer, of which there may be hundreds.
+        Equal matrices are sought among the next _WINDOW jobs: a layer may have hundreds of experts.
         """
         most = min(STACK_NUMEL, self._device.max_nbytes // (IN_FLIGHT * _STACKED_NBYTES))
         stacks: list[list[int]] = []
@@ -103,7 +123,7 @@ class DeviceRunner:
         for place, job in enumerate(jobs):
             if isinstance(job, CopyJob):
                 continue
-            key = self._key(job)
+            key = self._make_stack_key(job)
             numel, stack = open_stacks.get(key, (most + 1, []))
             if key is None or numel + job.numel > most or place - stack[0] > _WINDOW:
                 numel, stack = 0, []
@@ -113,46 +133,53 @@ class DeviceRunner:
         return stacks
 
     def copy(self, job: CopyJob) -> tuple[JournalEntry, bool]:
-        """A tensor that is only copied, from start to end. See `JobRunner.write`."""
+        """Copy a tensor from the original into the result. Returns the result of `JobRunner.write`."""
         return self._runner.write(job, self._runner.compute(job, self._runner.load(job), SERIAL))
 
     def load(self, job: LayerJob) -> DeviceWeight | JournalEntry:
-        """A weight ready to be copied to the device."""
-        found = self._runner.load(job, for_gpu=True)
-        if isinstance(found, JournalEntry):
-            return found
-        assert found.stored is not None
-        return DeviceWeight(found.stored, self._start(job), found.sha256)
+        """Read a weight into pinned memory. Returns the journal entry of a finished job.
 
-    def compute(self, jobs: Sequence[LayerJob], found: Sequence[DeviceWeight | JournalEntry]) -> list[Made]:
-        """What is made of each job of a stack. Does not wait for the device where they are made together.
-
-        Raises InputError naming the tensor when its numbers cannot be quantized or stored.
+        Raises MemoryShortage naming the tensor when the weight does not fit memory.
         """
-        made: list[Made] = [Converted({}, entry=entry if isinstance(entry, JournalEntry) else None) for entry in found]
+        loaded = self._runner.load(job, for_gpu=True)
+        if isinstance(loaded, JournalEntry):
+            return loaded
+        assert loaded.stored is not None
+        return DeviceWeight(loaded.stored, self._draw_start(job), loaded.sha256)
+
+    def compute(self, jobs: Sequence[LayerJob], weights: Sequence[DeviceWeight | JournalEntry]) -> list[JobOutput]:
+        """Compute the outputs of each job of a stack; `weights` come from `load`. Does not wait for the device where
+        the device computes the whole stack at once.
+
+        Raises InputError naming the tensor when numbers cannot be quantized or stored, MemoryShortage when a matrix
+        does not fit the device.
+        """
+        outputs: list[JobOutput] = [
+            Converted({}, entry=weight if isinstance(weight, JournalEntry) else None) for weight in weights
+        ]
         work = {
             place: (job, weight)
-            for place, (job, weight) in enumerate(zip(jobs, found, strict=True))
+            for place, (job, weight) in enumerate(zip(jobs, weights, strict=True))
             if isinstance(weight, DeviceWeight)
         }
-        together = self._together(work) if work and self._key(jobs[0]) is not None else None
+        stack = self._compute_stack(work) if work and self._make_stack_key(jobs[0]) is not None else None
         for place, (job, weight) in work.items():
-            made[place] = together or self._alone(job, weight)
-        return made
+            outputs[place] = stack or self._compute_alone(job, weight)
+        return outputs
 
     def write(
-        self, job: LayerJob, weight: DeviceWeight | JournalEntry, made: Made, place: int
+        self, job: LayerJob, weight: DeviceWeight | JournalEntry, output: JobOutput, place: int
     ) -> tuple[JournalEntry, bool]:
-        """Put what became of a job into its places, when it has arrived. See `JobRunner.write`."""
-        if isinstance(made, StackOnDevice):
+        """Wait for the outputs of a job, at `place` in the stack, and write. See `JobRunner.write` for the result."""
+        if isinstance(output, StackOnDevice):
             assert isinstance(weight, DeviceWeight)
-            made = self._arrived(job, weight, made, place)
-        elif isinstance(made, Download):
-            made = made.wait()
-        return self._runner.write(job, made)
+            output = self._describe_matrix(job, weight, output, place)
+        elif isinstance(output, Download):
+            output = output.wait()
+        return self._runner.write(job, output)
 
-    def _key(self, job: LayerJob) -> object:
-        """Equal for matrices that can be made together; None for those that have to be made alone."""
+    def _make_stack_key(self, job: LayerJob) -> object:
+        """Return a key, equal for matrices that fit a stack together; None for a matrix to compute alone."""
         if not job.matrix.spec.has_code_kernels:
             return None
         if job.numel * _STACKED_NBYTES * IN_FLIGHT > self._device.max_nbytes:
@@ -169,29 +196,35 @@ class DeviceRunner:
                 return None
         return shape, job.matrix.spec, job.matrix.dtype, job.matrix.transposed, lora
 
-    def _start(self, job: LayerJob) -> torch.Tensor | None:
-        """Random vectors [in, rank] that an alternation of this matrix starts from, the same on any device."""
+    def _draw_start(self, job: LayerJob) -> torch.Tensor | None:
+        """Draw random vectors, float32 [in, rank], that start the alternation of a matrix in a stack. The processor
+        draws, so every device gets equal vectors. None for a matrix alone, and for an adapter without a fit.
+        """
         import torch
 
         is_fitted = METHODS[job.procedure.method].is_fitted(job.procedure.fitting.init)
-        if not is_fitted or self._key(job) is None:
+        if not is_fitted or self._make_stack_key(job) is None:
             return None
         return pinned(torch.randn(job.matrix.shape[1], job.lora.rank, generator=job.generator()))
 
-    def _together(self, work: Mapping[int, tuple[LayerJob, DeviceWeight]]) -> StackOnDevice | None:
-        """The stack on its way back; None where the device's memory is not enough for it."""
+    def _compute_stack(self, work: Mapping[int, tuple[LayerJob, DeviceWeight]]) -> StackOnDevice | None:
+        """Launch the computation and the download of a stack. `work` has job and weight by place in the stack. None
+        when the stack does not fit the device.
+        """
         import torch
 
         try:
             with self._device.computing():
-                made = self._stacked([job for job, _ in work.values()], [weight for _, weight in work.values()])
-            return StackOnDevice(self._device.download(made), tuple(work))
+                initial = self._initialize_stack(
+                    [job for job, _ in work.values()], [weight for _, weight in work.values()]
+                )
+            return StackOnDevice(self._device.download(initial), tuple(work))
         except torch.OutOfMemoryError:
             pass
         self._device.drain()
         return None
 
-    def _stacked(self, jobs: Sequence[LayerJob], weights: Sequence[DeviceWeight]) -> StackedInitialization:
+    def _initialize_stack(self, jobs: Sequence[LayerJob], weights: Sequence[DeviceWeight]) -> StackedInitialization:
         import torch
 
         from loftq_cli.methods.stacked import alternate_stack, quantize_once
@@ -210,38 +243,38 @@ class DeviceRunner:
         iterations = jobs[0].procedure.fitting.iterations
         return alternate_stack(weight, matrix.spec, matrix.dtype, lora, iterations, torch.stack(starts))
 
-    def _alone(self, job: LayerJob, weight: DeviceWeight) -> Download[Converted]:
-        """One matrix by the code of a processor: wholly on the device, or else a few rows at a time, or fewer.
+    def _compute_alone(self, job: LayerJob, weight: DeviceWeight) -> Download[Converted]:
+        """Convert a matrix alone, with the code of a processor, in the largest placement that fits the device.
 
-        Raises MemoryShortage where not even those fit.
+        Raises MemoryShortage when no placement fits.
         """
-        for way in _WAYS:
-            if way.nbytes(job.numel) <= self._device.max_nbytes or way is _WAYS[-1]:
-                made = self._tried(way, job, weight)
-                if made is not None:
-                    return made
+        for placement in _PLACEMENTS:
+            if placement.nbytes(job.numel) <= self._device.max_nbytes or placement is _PLACEMENTS[-1]:
+                download = self._try_placement(placement, job, weight)
+                if download is not None:
+                    return download
         shortage = MemoryShortage("the GPU has not enough memory for this matrix", hint="--device cpu")
-        raise self._runner.named(shortage, job)
+        raise self._runner.name_error(shortage, job)
 
-    def _tried(self, way: _Way, job: LayerJob, weight: DeviceWeight) -> Download[Converted] | None:
-        """One matrix, made in this way; None where the device's memory is not enough for it."""
+    def _try_placement(self, placement: _Placement, job: LayerJob, weight: DeviceWeight) -> Download[Converted] | None:
+        """Convert a matrix in a placement. None when the placement does not fit the device."""
         import torch
 
         try:
             with self._device.computing():
-                rows = way.rows(TensorRows(weight.stored, job.matrix.transposed), self._device.device)
-                made = self._runner.converted(job, rows, weight.sha256, SERIAL)
-            return self._device.download(made)
+                rows = placement.rows(TensorRows(weight.stored, job.matrix.transposed), self._device.device)
+                converted = self._runner.convert_layer(job, rows, weight.sha256, SERIAL)
+            return self._device.download(converted)
         except torch.OutOfMemoryError:
             pass
         except (LoftqError, RuntimeError) as error:
-            raise self._runner.named(error, job) from None
+            raise self._runner.name_error(error, job) from None
         self._device.drain()
         return None
 
-    def _arrived(self, job: LayerJob, weight: DeviceWeight, made: StackOnDevice, place: int) -> Converted:
-        """A matrix of a stack, described as jobs.py does it. What is unusual is left to jobs.py, on the processor."""
-        host, i = made.download.wait(), made.places.index(place)
+    def _describe_matrix(self, job: LayerJob, weight: DeviceWeight, stack: StackOnDevice, place: int) -> Converted:
+        """Wait for the stack, and describe the matrix at `place`. A processor converts unusual matrices, in jobs.py."""
+        host, i = stack.download.wait(), stack.places.index(place)
         if not bool(host.is_ordinary[i]):
             choose_kernels(job.numel * job.procedure.fitting.iterations)
             return self._runner.compute(job, LoadedMatrix(weight.stored, weight.sha256), SERIAL)
@@ -251,21 +284,21 @@ class DeviceRunner:
             rows = TensorRows(weight.stored, job.matrix.transposed)
             initial = Initialization(quantized, zero_adapter(rows, job.lora, job.generator()))
         else:
-            initial = _initialization(quantized, host.alternation, i, job.lora.scaling, error.squared_weight)
-        return self._runner.described(job, initial, error, weight.sha256)
+            initial = _make_initialization(quantized, host.alternation, i, job.lora.scaling, error.squared_weight)
+        return self._runner.describe_layer(job, initial, error, weight.sha256)
 
 
-def _initialization(
-    quantized: QuantizedTensor, found: StackedAlternation, i: int, scaling: float, squared_weight: float
+def _make_initialization(
+    quantized: QuantizedTensor, alternation: StackedAlternation, i: int, scaling: float, squared_weight: float
 ) -> Initialization:
     from loftq_cli.methods.loftq import balanced_pair
 
     return Initialization(
         quantized,
-        balanced_pair(LoraPair(found.lora_A[i], found.lora_B[i], scaling)),
-        relative(float(found.squared_base[i]), squared_weight),
-        tuple(relative(squared, squared_weight) for squared in found.squared_errors[:, i].tolist()),
-        int(found.best_iteration[i]),
+        balanced_pair(LoraPair(alternation.lora_A[i], alternation.lora_B[i], scaling)),
+        relative(float(alternation.squared_base[i]), squared_weight),
+        tuple(relative(squared, squared_weight) for squared in alternation.squared_errors[:, i].tolist()),
+        int(alternation.best_iteration[i]),
     )
 
 
@@ -275,24 +308,31 @@ def run_on_device(
     threads: int,
     started: Callable[[LayerJob], None],
 ) -> Generator[tuple[JournalEntry, bool]]:
-    """What `JobRunner.write` says of each job, in their order, although layers run in that of `DeviceRunner.stacks`.
-    What is only copied runs beside them: the device need not wait for it.
+    """Run all jobs. Yields the result of `JobRunner.write` for each of `jobs`, in order.
+
+    runner    the steps of a job
+    jobs      the jobs of a plan
+    threads   number of threads for reading, and for writing
+    started   receives each layer before the computation
+
+    Layers run in the order of `DeviceRunner.stacks`. Copies run beside the layers, so the device need not wait. Raises
+    LoftqError naming the tensor when a job fails.
     """
     stacks = runner.stacks(jobs)
     layers = [[job for job in (jobs[i] for i in stack) if isinstance(job, LayerJob)] for stack in stacks]
     steps = StackSteps(runner.load, runner.compute, runner.write)
     copier = Workers(_COPYING_THREADS, inline=False)
     copies = {i: copier.submit(partial(runner.copy, job)) for i, job in enumerate(jobs) if isinstance(job, CopyJob)}
-    made: dict[int, tuple[JournalEntry, bool]] = {}
+    results: dict[int, tuple[JournalEntry, bool]] = {}
     due = 0
     try:
         with closing(in_stacks(layers, steps, lambda job: job.numel, threads, started)) as done:
             for place, result in zip((place for stack in stacks for place in stack), done, strict=True):
-                made[place] = result
-                while due in made or (due in copies and copies[due].done()):
-                    yield made.pop(due) if due in made else copies[due].result()
+                results[place] = result
+                while due in results or (due in copies and copies[due].done()):
+                    yield results.pop(due) if due in results else copies[due].result()
                     due += 1
         for place in range(due, len(jobs)):
-            yield made[place] if place in made else copies[place].result()
+            yield results[place] if place in results else copies[place].result()
     finally:
         copier.close()

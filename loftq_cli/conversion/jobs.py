@@ -1,6 +1,6 @@
-"""One job of a plan: a tensor comes in, its outputs go to their places, and a journal entry says what was done.
+"""A job of a plan: a tensor is read, output tensors are written into files, and a journal entry lists the outputs.
 
-The order of jobs and publishing are convert.py's.
+run.py decides the order of jobs, and publishes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import Statistics
-from loftq_cli.conversion.report import layer_result
+from loftq_cli.conversion.report import make_layer_result
 from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.methods.method import METHODS, Initialization, load_method
@@ -31,12 +31,16 @@ if TYPE_CHECKING:
     from loftq_cli.methods.weighting import Weighting
 
 
-_WHOLE_NUMEL = 1 << 20  # weights: 4 MB in float32
+_WHOLE_NUMEL = 1 << 20  # weights of the largest matrix that is never streamed: 4 MB in float32
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedMatrix:
-    """A weight as it is stored, and the sha256 of its bytes; of a job that reads by itself, nothing."""
+    """A weight for `compute`; empty for a job that reads tensors in `compute` or `write`.
+
+    stored   the weight as stored in the original
+    sha256   hash of the stored bytes
+    """
 
     stored: torch.Tensor | None = None
     sha256: str = ""
@@ -44,8 +48,13 @@ class LoadedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What is to be written of a layer, what is said of it, and the sha256 of what is `written` already; or the entry
-    of a job that was done before.
+    """The outputs of a job. A finished job has an `entry` and no outputs.
+
+    tensors        output tensors to write, by name
+    input_sha256   sha256 of the weight's stored bytes
+    result         the layer's JSON values in the report
+    written        sha256 of each output tensor already in a file, by name
+    entry          the journal entry of a job finished in an interrupted run; None for a job to do
     """
 
     tensors: Mapping[str, torch.Tensor]
@@ -56,8 +65,13 @@ class Converted:
 
 
 class JobRunner:
-    """The three steps of the jobs of a plan: read a tensor, compute, write what comes of it into its places. A job that
-    a journal says is done is not done again, once its input and its output have been hashed.
+    """The three steps of the jobs of a plan: read a tensor, compute, write output tensors into files. A job in the
+    journal is skipped after a check: the hashes of input and outputs have to be equal to the hashes in the journal.
+
+    checkpoint   the original
+    files        the files of the result, by tensor name
+    entries      journal entries of an interrupted run, by job
+    statistics   of the layers' inputs; None without a calibration
     """
 
     def __init__(
@@ -71,8 +85,10 @@ class JobRunner:
         self._statistics = statistics
 
     def load(self, job: LayerJob | CopyJob, *, for_gpu: bool = False) -> LoadedMatrix | JournalEntry:
-        """The weight of a layer, in pinned memory if it is `for_gpu`; nothing where it is read a few rows at a time;
-        the entry of a job that is done.
+        """Read the weight of a layer, into pinned memory with `for_gpu`. Returns the journal entry of a finished job,
+        and an empty LoadedMatrix for a copy and for a weight read a few rows at a time.
+
+        Raises MemoryShortage naming the tensor when the weight does not fit memory.
         """
         entry = self._entries.get(job.name)
         if entry is not None and is_intact(self._checkpoint, entry, self._files):
@@ -82,27 +98,30 @@ class JobRunner:
         try:
             stored = self._checkpoint.load(job.name, pinned=for_gpu)
         except (MemoryError, RuntimeError) as error:
-            raise self.named(error, job) from None
+            raise self.name_error(error, job) from None
         return LoadedMatrix(stored, hashlib.sha256(tensor_bytes(stored)).hexdigest())
 
-    def compute(self, job: LayerJob | CopyJob, found: LoadedMatrix | JournalEntry, workers: Workers) -> Converted:
-        """The tensors to write, and what they are worth.
+    def compute(self, job: LayerJob | CopyJob, loaded: LoadedMatrix | JournalEntry, workers: Workers) -> Converted:
+        """Compute the output tensors and the errors of a layer; `loaded` comes from `load`.
 
-        Raises InputError naming the tensor when its numbers cannot be quantized or stored.
+        Raises InputError naming the tensor when numbers cannot be quantized or stored.
         """
-        if isinstance(found, JournalEntry):
-            return Converted({}, entry=found)
+        if isinstance(loaded, JournalEntry):
+            return Converted({}, entry=loaded)
         if isinstance(job, CopyJob):
             return Converted({})
         try:
-            if found.stored is None:
+            if loaded.stored is None:
                 return self._stream(job, workers)
-            return self.converted(job, TensorRows(found.stored, job.matrix.transposed), found.sha256, workers)
+            return self.convert_layer(job, TensorRows(loaded.stored, job.matrix.transposed), loaded.sha256, workers)
         except (LoftqError, MemoryError, RuntimeError) as error:
-            raise self.named(error, job) from None
+            raise self.name_error(error, job) from None
 
-    def converted(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
-        """What the method makes of a weight, wherever that lies."""
+    def convert_layer(self, job: LayerJob, weight: Rows, sha256: str, workers: Workers) -> Converted:
+        """Convert a weight [out, in] on the weight's device; `sha256` is the hash of the stored bytes.
+
+        Raises InputError when numbers cannot be quantized or stored.
+        """
         from loftq_cli.methods.weighting import make_weighting, output_error
 
         weighting = None
@@ -110,26 +129,30 @@ class JobRunner:
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
         initial = _initialize(job, weight, weighting, None, workers)
         decoded = job.quantizer().decoded(initial.quantized)
-        lost = None if weighting is None else output_error(weighting, weight, decoded, initial.lora, workers)
-        return self.described(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, lost)
+        loss = None if weighting is None else output_error(weighting, weight, decoded, initial.lora, workers)
+        return self.describe_layer(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, loss)
 
-    def described(
-        self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str, lost: float | None = None
+    def describe_layer(
+        self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str, output_error: float | None = None
     ) -> Converted:
-        """The tensors to write of a layer and what is said of it; `lost` is the error of its outputs, if known."""
-        return Converted(_packed(job, initial), sha256, _result(job, initial, error, lost))
+        """Pack base and adapter of a layer, and describe the errors; `output_error` is None without statistics.
 
-    def write(self, job: LayerJob | CopyJob, made: Converted) -> tuple[JournalEntry, bool]:
-        """Put it into its places. What the journal is to say, and whether it said so before."""
-        if made.entry is not None:
-            return made.entry, True
+        Raises InputError when a tensor or an error is not finite.
+        """
+        return Converted(_pack(job, initial), sha256, _make_result(job, initial, error, output_error))
+
+    def write(self, job: LayerJob | CopyJob, converted: Converted) -> tuple[JournalEntry, bool]:
+        """Write the output tensors of a job. Returns the journal entry, and whether the entry was in the journal."""
+        if converted.entry is not None:
+            return converted.entry, True
         if isinstance(job, CopyJob):
             return self._copy(job), False
-        written = {name: self._files[name].write(name, tensor) for name, tensor in made.tensors.items()}
-        return JournalEntry(job.name, made.input_sha256, {**made.written, **written}, dict(made.result)), False
+        sums = {name: self._files[name].write(name, tensor) for name, tensor in converted.tensors.items()}
+        sums = {**converted.written, **sums}
+        return JournalEntry(job.name, converted.input_sha256, sums, dict(converted.result)), False
 
-    def named(self, error: Exception, job: LayerJob) -> Exception:
-        """What stopped a job, with the tensor's name."""
+    def name_error(self, error: Exception, job: LayerJob) -> Exception:
+        """Return the error that stopped a job, with file and tensor; a lack of memory becomes MemoryShortage."""
         if is_memory_shortage(error):
             error = memory_shortage()
         if isinstance(error, LoftqError) and not error.tensor:
@@ -146,34 +169,40 @@ class JobRunner:
             chunks = recast_chunks(checkpoint, job.name, job.output.dtype, digest)
         watched = WatchedChunks(chunks, job.output.dtype)
         sha256 = self._files[name].write_chunks(name, watched)
-        # Of the same dtype, what comes out is what went in.
+        # Equal dtypes mean equal bytes of input and output.
         input_sha256 = sha256 if job.output.dtype == dtype else digest.hexdigest()
         return JournalEntry(job.name, input_sha256, {name: sha256}, {} if watched.are_finite else {NOT_FINITE: True})
 
     def _stream(self, job: LayerJob, workers: Workers) -> Converted:
-        """A layer of which only a few rows are in memory: they are read, and their codes written, one after the other;
-        then both are read again, for the error of what the file holds.
+        """Convert a layer with only a few rows in memory. A first pass reads rows and writes codes; a second pass reads
+        rows and codes again, for the error of the codes in the file.
         """
-        lying = load_layout(job.layout).code_rows(job.matrix)
-        assert lying is not None
-        checkpoint, file = self._checkpoint, self._files[lying.name]
+        code_rows = load_layout(job.layout).code_rows(job.matrix)
+        assert code_rows is not None
+        checkpoint, file = self._checkpoint, self._files[code_rows.name]
         weight = stored_rows(checkpoint.load_rows, job.name, job.matrix.shape)
-        place = file.place(lying.name)
+        place = file.place(code_rows.name)
 
         def put(part: slice, codes: torch.Tensor) -> None:
-            place.append(tensor_bytes(lying.pack(codes)))
+            place.append(tensor_bytes(code_rows.pack(codes)))
 
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
             initial = _initialize(job, weight, None, put, workers)
-            decoded = job.quantizer().decoded(initial.quantized, lying.reader(file.load_rows))
+            decoded = job.quantizer().decoded(initial.quantized, code_rows.reader(file.load_rows))
             error = layer_error(weight, decoded, initial.lora, workers)
-            tensors = _packed(job, initial)
-            return Converted(tensors, input_sha256(), _result(job, initial, error), written={lying.name: place.close()})
+            tensors = _pack(job, initial)
+            return Converted(
+                tensors, input_sha256(), _make_result(job, initial, error), written={code_rows.name: place.close()}
+            )
 
 
 def is_streamed(job: LayerJob) -> bool:
-    """Whether only a few rows of a weight are in memory at once: where each is looked at once, and codes lie row after
-    row. A small weight is read whole, which is faster.
+    """Whether a job on the processor holds only a few rows of the weight at once: the method looks at each row a single
+    time, without statistics, and the container stores codes row after row. A small weight is faster in a single read.
+
+    >>> import loftq_cli as loftq
+    >>> is_streamed(loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True).layers[0])
+    False
     """
     procedure = job.procedure
     if not METHODS[procedure.method].streams or procedure.is_calibrated or job.numel <= _WHOLE_NUMEL:
@@ -200,9 +229,8 @@ def _initialize(
     )
 
 
-def _packed(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
-    """The tensors to write. Raises InputError for what would not be finite."""
-
+def _pack(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
+    """Pack base and adapter into output tensors, by name. Raises InputError when a tensor would not be finite."""
     tensors = load_layout(job.layout).pack(job.matrix, initial.quantized)
     tensors |= adapter_config.pack(job.module, initial.lora)
     for name, tensor in tensors.items():
@@ -214,8 +242,10 @@ def _packed(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _result(
+def _make_result(
     job: LayerJob, initial: Initialization, error: LayerError, output_error: float | None = None
 ) -> dict[str, Any]:
     alone = error.base_error if initial.quantization_error is None else initial.quantization_error
-    return layer_result(job, error, alone, initial.iteration_errors, initial.best_iteration, output_error).to_json()
+    return make_layer_result(
+        job, error, alone, initial.iteration_errors, initial.best_iteration, output_error
+    ).to_json()

@@ -1,24 +1,33 @@
-"""README.md of a converted model: what it is, how good it is, and the lines of Python that load it."""
+"""README.md of a converted model: method, formats, errors, and lines of Python that load the model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
 
-from loftq_cli import __version__
 from loftq_cli.conversion.report import LayerResult, bits_per_weight
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.output.records import RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.plan import Plan
+from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.metrics import total_error
 
 
-def model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
-    """README.md of the output: what it is, how good it is, and the lines of Python that load it."""
+def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
+    """Return README.md of the result, in Markdown.
+
+    plan         the plan of the conversion
+    layers       results of all quantized layers, at least one
+    source       name of the original
+    base_model   name of the base, for the loading lines
+    """
     recipe, total, specs = plan.recipe, total_error(layer.error for layer in layers), [layer.spec for layer in layers]
-    formats, sizes = _listed(spec.quant_type.upper() for spec in specs), _listed(spec.size_text for spec in specs)
-    ranks = _listed(str(layer.rank) for layer in sorted(layers, key=lambda layer: layer.rank))
+    formats, sizes = (
+        _join_names(spec.quant_type.upper() for spec in specs),
+        _join_names(spec.size_text for spec in specs),
+    )
+    ranks = _join_names(str(layer.rank) for layer in sorted(layers, key=lambda layer: layer.rank))
     summary = METHODS[recipe.method].summary
     return f"""---
 library_name: peft
@@ -32,27 +41,27 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python
-{_loading_lines(plan, base_model)}
+{_render_loading_lines(plan, base_model)}
 ```
 
-The adapter belongs to this base and to no other. Made by loftq-cli {__version__}; `{REPORT_NAME}` has every layer,
+The adapter belongs to this base and to no other. Made by loftq-cli {VERSION}; `{REPORT_NAME}` has every layer,
 `{RECIPE_NAME}` every option.
 """
 
 
-def _listed(names: Iterable[str]) -> str:
-    """ "a", or "a, b and c", each once."""
+def _join_names(names: Iterable[str]) -> str:
+    """Join the distinct names: "a", or "a, b and c"."""
     *firsts, last = dict.fromkeys(names)
     return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
-def _loading_lines(plan: Plan, base_model: str) -> str:
-    """The lines that load base and adapter for training: with PEFT, or with our modules where PEFT cannot read both.
+def _render_loading_lines(plan: Plan, base_model: str) -> str:
+    """Return lines of Python that load base and adapter for training, with PEFT or with the modules of `loftq_cli.nn`.
 
-    PEFT pools inputs in some containers only, and by its own convention; transformers does not read every container.
+    PEFT pools inputs in some containers only, and by PEFT's own convention; transformers does not read every container.
     """
     architectures = plan.family.architectures
-    base = json.dumps(base_model, ensure_ascii=False)  # which is how Python writes it too
+    base = json.dumps(base_model, ensure_ascii=False)  # a JSON string is a Python literal
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"

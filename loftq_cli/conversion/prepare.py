@@ -24,13 +24,20 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import Recipe
 
-_OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # of a source that is a result itself
+_OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # stay behind when the original is itself a result
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A conversion that is ready to run: nothing that its headers can tell is wrong with it. `allocation` says how its
-    formats and ranks were chosen, where they were.
+    """A conversion ready to run: headers and configs passed every check.
+
+    checkpoint   the original
+    config       config.json of the original
+    plan         the jobs
+    output       directory of the result
+    base_model   name of the base in the adapter's config
+    statistics   of the layers' inputs; None without a calibration
+    allocation   the choice of formats and ranks; None where the recipe sets formats and ranks
     """
 
     checkpoint: Checkpoint
@@ -43,18 +50,18 @@ class Conversion:
 
     @property
     def side_files(self) -> dict[str, Path]:
-        """The small files that are copied, by the names of their copies; what the result has of its own is not."""
+        """Name of each copy -> small file of the original to copy; records of this tool are left out."""
         return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES)
 
     @property
     def fingerprint(self) -> str:
-        """See `Plan.fingerprint`."""
+        """Hash of headers and options, see `Plan.fingerprint`."""
         statistics = None if self.statistics is None else self.statistics.sha256
         return self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
 
     @property
     def result(self) -> PlannedResult:
-        """The output directory of this conversion, for `run_staged`."""
+        """The planned output directory, for `run_staged`."""
         plan = self.plan
         files = {shard.file: shard.tensors for shard in plan.shards}
         return PlannedResult(
@@ -67,12 +74,21 @@ class Conversion:
 
 
 def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
-    """Open the source, read its headers and plan. Writes nothing; needs no torch.
+    """Open the original, read headers and plan. Writes nothing; needs no torch.
 
-    Raises LoftqError for everything that can be known to go wrong before the first number is read.
+    model    a directory, a file, or "builtin:" and a name
+    output   directory of the result
+    recipe   all options
+
+    Raises LoftqError for every error that shows before the first weight is read.
+
+    >>> from loftq_cli.planning.settle import make_recipe
+    >>> conversion = prepare_conversion("builtin:tiny-llama", Path("base"), make_recipe(rank=8))
+    >>> len(conversion.plan.layers), conversion.base_model
+    (28, 'base')
     """
-    checkpoint = _opened(model, output)
-    plan, statistics = _planned(checkpoint, recipe)
+    checkpoint = _open_original(model, output)
+    plan, statistics = _build_plan(checkpoint, recipe)
     return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics)
 
 
@@ -85,59 +101,75 @@ def prepare_within_target(
     threads: int = 1,
     observe: Callable[[str, int, int], None],
 ) -> Conversion:
-    """The same with number formats and ranks chosen within a target; see `allocate`. Reads every weight, on the
-    processor.
+    """Prepare a conversion with number formats and ranks chosen within `target`, see `allocate`. Reads every weight to
+    quantize, and computes on the processor.
+
+    model, output   as for `prepare_conversion`
+    recipe          all remaining options
+    target          bounds on the size of the result
+    threads         number of threads
+    observe         receives the name of each measured layer, the number of measured layers, and the number of all
+                    layers
+
+    Raises LoftqError in the cases of `prepare_conversion` and of `allocate`.
     """
-    checkpoint = _opened(model, output)
+    checkpoint = _open_original(model, output)
     statistics = None
-    if recipe.calibration is not None:  # of this model, before any weight is read
+    if recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
         widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
-        statistics, _ = _statistics(Path(recipe.calibration), widest)
-    found = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
-    plan, statistics = _planned(checkpoint, found.recipe)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, found)
+        statistics, _ = _open_model_statistics(Path(recipe.calibration), widest)
+    allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
+    plan, statistics = _build_plan(checkpoint, allocation.recipe)
+    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, allocation)
 
 
-def _opened(model: str, output: Path) -> Checkpoint:
+def _open_original(model: str, output: Path) -> Checkpoint:
     path = resolve_model(model)
-    if not is_tensor_name(str(output)):  # the adapter's config has the name of its base
+    if not is_tensor_name(str(output)):  # the adapter's config names the base
         raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
     return checkpoint
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Statistics | None]:
-    """The plan, and the statistics that its recipe names."""
+def _build_plan(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Statistics | None]:
+    """Build the plan, and open the statistics of the recipe."""
     plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe)
     if recipe.calibration is None:
         return plan, None
-    statistics, notes = _statistics(Path(recipe.calibration), plan)
+    statistics, notes = _open_model_statistics(Path(recipe.calibration), plan)
     return replace(plan, notes=(*plan.notes, *notes)), statistics
 
 
-def _statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
-    """The statistics of the layers' inputs, and what has to be said of layers that text does not reach, as those of
-    images. Raises MismatchError for statistics of another model.
+def _open_model_statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
+    """Open the statistics of the layers' inputs. Returns the statistics, and a note about layers without statistics:
+    text does not reach every layer, for example in a vision tower.
+
+    Raises MismatchError for statistics of a wrong model.
     """
     statistics = open_statistics(path)
-    missing = [job.name for job in plan.layers if job.name not in statistics.names]
+    unreached = [job.name for job in plan.layers if job.name not in statistics.names]
     hint = "loftq calibrate this model"
-    if len(missing) == len(plan.layers):
-        raise MismatchError("has no statistics there", file=path, tensor=missing[0], hint=hint)
+    if len(unreached) == len(plan.layers):
+        raise MismatchError("has no statistics there", file=path, tensor=unreached[0], hint=hint)
     for job in plan.layers:
-        found = job.matrix.shape[1] if job.name in missing else statistics.in_features(job.name)
-        if found != job.matrix.shape[1]:
-            what = f"has {job.matrix.shape[1]} inputs, and statistics of {found}"
-            raise MismatchError(what, file=path, tensor=job.name, hint=hint)
-    if not missing:
+        in_features = job.matrix.shape[1] if job.name in unreached else statistics.in_features(job.name)
+        if in_features != job.matrix.shape[1]:
+            message = f"has {job.matrix.shape[1]} inputs, and statistics of {in_features}"
+            raise MismatchError(message, file=path, tensor=job.name, hint=hint)
+    if not unreached:
         return statistics, []
-    return statistics, [f"{len(missing)} layers have no statistics, and all of their weights count the same"]
+    return statistics, [f"{len(unreached)} layers have no statistics, and all of their weights count the same"]
 
 
 def is_conversion_done(conversion: Conversion, *, overwrite: bool) -> bool:
-    """Whether the output is the complete, undamaged result of this very conversion, and nobody wants a replacement.
+    """Whether the output is already the complete, undamaged result of `conversion`. With `overwrite`, only the result
+    of a run interrupted after the publication counts.
 
-    Raises UsageError when something else stands under the output's name.
+    Raises UsageError for an output that the result may not replace.
+
+    >>> from loftq_cli.planning.settle import make_recipe
+    >>> is_conversion_done(prepare_conversion("builtin:tiny-llama", Path("base"), make_recipe()), overwrite=False)
+    False
     """
     return is_result_complete(conversion.result, conversion.checkpoint.sha256, overwrite=overwrite)

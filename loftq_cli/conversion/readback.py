@@ -1,4 +1,4 @@
-"""Proof that the files hold the computed numbers: every written tensor is read back."""
+"""Proof that the files hold the computed numbers: written layers are read back."""
 
 from __future__ import annotations
 
@@ -16,11 +16,17 @@ from loftq_cli.output.writer import OutputFiles
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.rows import TensorRows
 
-_VERIFY_TOLERANCE = 1e-6  # equal numbers are summed twice, and only the order of additions may differ
+_VERIFY_TOLERANCE = 1e-6  # relative: equal numbers are summed twice, and the order of additions may differ
 
 
 def verify_layers(conversion: Conversion, directory: Path, results: Sequence[LayerResult], workers: Workers) -> None:
-    """Read every layer back as a loader would, and compare the error with the reported error.
+    """Read every layer back like a loader, and compare the error with the reported error. Streamed layers are left out,
+    since the reported error of a streamed layer is already of codes from the file.
+
+    conversion   the conversion
+    directory    the directory of base and adapter
+    results      the reported result of each layer, in the order of the plan
+    workers      threads for sums
 
     Raises StorageError naming the first layer whose errors differ.
     """
@@ -34,7 +40,7 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
-            if is_streamed(job):  # the reported error is already of codes that were read back
+            if is_streamed(job):
                 continue
             weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
             pair = adapter.pair(job.module, job.matrix.shape)
@@ -49,7 +55,12 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
 
 
 def verify_bytes(files: OutputFiles, entries: Mapping[str, JournalEntry], directory: Path, workers: Workers) -> None:
-    """Read every tensor back and compare the sha256 with the journal's.
+    """Read every tensor back, and compare the sha256 with the journal's.
+
+    files       the files of the result, by tensor name
+    entries     journal entries by job
+    directory   the directory of the result, for errors
+    workers     threads, each for a tensor at a time
 
     Raises StorageError naming the first tensor whose bytes differ.
     """

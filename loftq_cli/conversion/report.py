@@ -1,5 +1,5 @@
-"""What a conversion measured, as records and as the files that ship with it: loftq_report.json, the provenance of the
-adapter, the model card. The same conversion gives the same bytes, so there are no times in them.
+"""Measurements of a conversion, as records and as files: loftq_report.json, and the provenance of the adapter. Equal
+conversions give equal bytes, so the files hold no times.
 """
 
 from __future__ import annotations
@@ -24,8 +24,22 @@ from loftq_cli.tensors.metrics import LayerError, total_error
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """One quantized layer. `quantization_error` is that of quantizing W alone; `error` is of what was written, and
-    `output_error` of its outputs, relative, on the inputs of a calibration; None without one.
+    """A quantized layer, as loftq_report.json lists the layer.
+
+    name                 tensor name in the original
+    module               name of the linear in the loaded model
+    shape                [out, in]
+    transposed           whether the original stores [in, out]
+    spec                 number format
+    bits_per_weight      true bits in the base per weight, constants included
+    rank, alpha          of the adapter
+    scaling              factor of B·A
+    quantization_error   relative Frobenius error of quantizing W alone, a single time
+    iteration_errors     relative error with the adapter after each iteration and round; empty without iterations
+    best_iteration       the iteration in the result, counted from 1; 0 without iterations
+    error                errors of the written base and adapter against W
+    output_error         relative error of the layer's outputs on the inputs of a calibration; None without a
+                         calibration
     """
 
     name: str
@@ -44,7 +58,7 @@ class LayerResult:
     output_error: NonNegative | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values; the derived errors stand beside the sums they come from."""
+        """JSON values for the report; sums of squares and the errors derived from the sums are both listed."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del values["spec"]
         if self.output_error is None:
@@ -53,14 +67,14 @@ class LayerResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> LayerResult:
-        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for values of another shape."""
+        """The inverse of `to_json`. Raises KeyError, TypeError or ValueError for values of a wrong shape."""
         layer = cls(**read_fields(cls, values, without="spec"), spec=spec_from_json(values))
         if any(value < 0 for value in dataclasses.astuple(layer.error)):
             raise RecordError("error has a number below 0")
         return layer
 
 
-def layer_result(
+def make_layer_result(
     job: LayerJob,
     error: LayerError,
     quantization_error: float,
@@ -68,9 +82,19 @@ def layer_result(
     best_iteration: int,
     output_error: float | None = None,
 ) -> LayerResult:
-    """The result of one job of the plan. Raises NumericError for an error that is not finite: no report holds one."""
-    measured = [*dataclasses.astuple(error), quantization_error, *iteration_errors, output_error or 0.0]
-    if not all(math.isfinite(value) for value in measured):
+    """Return the result of a job of the plan.
+
+    job                  the job
+    error                errors of the written base and adapter
+    quantization_error   relative error of quantizing W alone
+    iteration_errors     relative error after each iteration and round
+    best_iteration       the iteration in the result, counted from 1; 0 without iterations
+    output_error         relative error of the layer's outputs; None without statistics
+
+    Raises NumericError when an error is not finite: JSON holds finite numbers only.
+    """
+    error_values = [*dataclasses.astuple(error), quantization_error, *iteration_errors, output_error or 0.0]
+    if not all(math.isfinite(value) for value in error_values):
         raise NumericError("its values with the adapter are too large for float32", hint="--method qlora")
     return LayerResult(
         name=job.name,
@@ -91,7 +115,13 @@ def layer_result(
 
 
 def error_json(error: LayerError) -> dict[str, float | None]:
-    """The sums of an error and what follows from them; an infinite ratio is null, since JSON has no infinity."""
+    """JSON values of an error: the sums, and the numbers derived from the sums. An infinite ratio is null, because JSON
+    has no infinity.
+
+    >>> values = error_json(LayerError(4.0, 1.0, 0.25, max_error=0.1, squared_delta=0.75))
+    >>> values["squared_weight"], values["base_error"], values["error"]
+    (4.0, 0.5, 0.25)
+    """
     derived = {
         "base_error": error.base_error,
         "error": error.error,
@@ -112,7 +142,16 @@ def report_json(
     base_fingerprint: str,
     allocation: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """loftq_report.json. `notes` come after the plan's; `allocation` says how formats and ranks were chosen."""
+    """JSON values of loftq_report.json.
+
+    plan               the plan of the conversion
+    layers             results of all quantized layers
+    notes              sentences to list after the notes of the plan
+    source             name of the original
+    base_model         name of the base
+    base_fingerprint   fingerprint of the quantized weights
+    allocation         JSON values of the choice of formats and ranks; None without a choice
+    """
     return {
         "format_version": 1,
         **TOOL,
@@ -139,21 +178,28 @@ def report_json(
 
 
 def mean_output_error(layers: Sequence[LayerResult]) -> float | None:
-    """The root of the mean square of the layers' output errors; None without a calibration."""
+    """The root of the mean square of the layers' output errors; None when no layer has an output error.
+
+    >>> mean_output_error([]) is None
+    True
+    """
     errors = [layer.output_error for layer in layers if layer.output_error is not None]
     return math.sqrt(math.fsum(error**2 for error in errors) / len(errors)) if errors else None
 
 
 def bits_per_weight(plan: Plan) -> float:
-    """True bits of all quantized weights, constants included."""
+    """True bits in the base per quantized weight of `plan`, constants included."""
     stored = sum(t.nbytes for job in plan.layers for t in job.base_tensors)
     return 8 * stored / sum(job.numel for job in plan.layers)
 
 
 def read_report(directory: Path) -> tuple[dict[str, Any], list[LayerResult]] | None:
-    """The report in a converted directory and its layers; None where there is none.
+    """Read the report in a converted directory. Returns the JSON values and the layers, or None without a report.
 
-    Raises InputError for a report that is not one of ours.
+    Raises InputError for a report of an unknown form.
+
+    >>> read_report(Path("no directory")) is None
+    True
     """
     path = directory / REPORT_NAME
     if not path.is_file():
@@ -174,7 +220,7 @@ class _Method:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """The values of loftq_report.json that other commands read."""
+    """The values of loftq_report.json that merge, inspect and `loftq_cli.nn` read."""
 
     base_fingerprint: str
     base_model: str
@@ -184,7 +230,9 @@ class _Report:
 
 
 def provenance_json(plan: Plan, *, base_model: str, base_fingerprint: str) -> dict[str, Any]:
-    """The side file of an adapter: which base it was fitted to."""
+    """JSON values of the side file of an adapter: method, initialization, and name and fingerprint of the adapter's
+    base.
+    """
     init = {} if plan.recipe.init is None else {"init": plan.recipe.init}
     return {
         **TOOL,

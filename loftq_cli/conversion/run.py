@@ -1,6 +1,6 @@
-"""The conversion: the jobs of a plan, in order, then proof and publication.
+"""The conversion: the jobs of a plan run in order; proof and publication follow.
 
-Numbers, containers and the order of changes to the disk belong to other modules.
+Arithmetic is in methods/, containers are in layouts/, the order of changes to the disk is in output/staged_run.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Protocol
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.conversion.jobs import JobRunner
-from loftq_cli.conversion.model_card import model_card
+from loftq_cli.conversion.model_card import render_model_card
 from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.readback import verify_bytes, verify_layers
 from loftq_cli.conversion.report import LayerResult, provenance_json, report_json
@@ -44,7 +44,7 @@ from loftq_cli.tensors.metrics import LayerError, relative, total_error
 
 
 class ConversionObserver(Protocol):
-    """What a conversion tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
+    """The callbacks of a conversion, a part of `loftq_cli.api.observer.Observer`."""
 
     def layer_started(self, name: str) -> None: ...
 
@@ -57,7 +57,15 @@ class ConversionObserver(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a finished conversion reports."""
+    """The report of a finished conversion.
+
+    output           directory of the result
+    adapter          directory of the adapter, inside `output`
+    layers           results of all quantized layers, in the order of the plan
+    total            the error of all layers together
+    resumed_layers   number of layers taken over from an interrupted run
+    verified         whether the result was read back before the publication
+    """
 
     output: Path
     adapter: Path
@@ -68,7 +76,7 @@ class Outcome:
 
     @property
     def quantization_error(self) -> float:
-        """Total relative error of quantizing every layer once, with no adapter."""
+        """Relative error of all layers together after quantizing W alone, with no adapter."""
         squared = math.fsum(layer.quantization_error**2 * layer.error.squared_weight for layer in self.layers)
         return relative(squared, self.total.squared_weight)
 
@@ -84,17 +92,18 @@ def convert_checkpoint(
     device: str = "cpu",
     max_memory: int | None = None,
 ) -> Outcome:
-    """Convert, verify, publish. An interrupted run of the same conversion is continued.
+    """Convert, verify, publish. An interrupted run of an equal conversion is continued.
 
-    observer     is told of phases and layers
+    conversion   from `prepare_conversion` or `prepare_within_target`
+    observer     receives phases, layers and notes
     overwrite    whether an earlier result under the output's name is replaced
     restart      whether an interrupted run is discarded
-    verify       whether everything that was written is read back and compared before the result is published
+    verify       whether the written files are read back and compared before the publication
     threads      number of threads; the bytes are the same with any number
-    device       see `open_device`; a GPU takes sums in another order, so adapters differ in the last digits
+    device       see `open_device`; the order of sums differs on a GPU, so adapters differ in the last digits
     max_memory   bytes of GPU memory to use at most
 
-    Raises LoftqError; under the output's name then stands what stood there before.
+    Raises LoftqError; the directory under the output's name is then unchanged.
     """
     plan, output = conversion.plan, conversion.output
     gpu = open_device(device, plan.work, max_memory)
@@ -110,7 +119,11 @@ def convert_checkpoint(
 
 
 class ConversionWork:
-    """The steps of a conversion, for `run_staged`. `layers` are the results so far."""
+    """The steps of a conversion, for `run_staged`.
+
+    layers           results of the layers so far
+    resumed_layers   number of layers taken over from an interrupted run
+    """
 
     def __init__(
         self, conversion: Conversion, observer: ConversionObserver, gpu: Device | None, *, verify: bool
@@ -127,7 +140,9 @@ class ConversionWork:
     def run_units(
         self, files: OutputFiles, finished: Entries, workers: Workers
     ) -> Generator[tuple[JournalEntry, bool]]:
-        """The jobs of the plan, each with the journal entry and whether `finished` held the entry."""
+        """Run the jobs of the plan. Yields the journal entry of each job, in the order of the plan, and whether
+        `finished` held the entry.
+        """
         conversion, plan = self._conversion, self._conversion.plan
         runner = JobRunner(conversion.checkpoint, files, finished, conversion.statistics)
         if self._gpu is None:
@@ -138,7 +153,7 @@ class ConversionWork:
         return run_on_device(DeviceRunner(runner, self._gpu), plan.jobs, workers.threads, self._announce_layer)
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect the result of a layer; tell of a copied tensor that is not finite."""
+        """Collect the result of a layer, or note a copied tensor with NaN or infinite values."""
         if entry.unit in self._layer_names:
             self.layers.append(LayerResult.from_json(entry.result))
             self.resumed_layers += is_resumed
@@ -147,7 +162,7 @@ class ConversionWork:
             self._observer.note(not_finite_note(entry.unit))
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
-        """Read back what was written, unless the user wants no proof. Raises StorageError naming a tensor."""
+        """Read the result back, unless the user wants no proof. Raises StorageError naming a tensor."""
         if self._verify:
             self._observer.phase("verifying what was written")
             if self._gpu is None:
@@ -156,17 +171,19 @@ class ConversionWork:
                 verify_bytes(files, entries, directory, workers)
 
     def write_side_files(self, directory: Path, entries: Entries) -> None:
-        """Config, index, report, recipe, model card, the adapter's config and provenance, and the source's own."""
+        """Write config, index, report, recipe, model card, and the adapter's config and provenance; copy the original's
+        side files.
+        """
         self._observer.phase("publishing")
         copy_side_files(self._conversion.side_files, directory)
-        write_texts(directory, _texts(self._conversion, self.layers, entries))
+        write_texts(directory, _make_texts(self._conversion, self.layers, entries))
 
     def check_inputs_unchanged(self) -> None:
-        """Raises StorageError for a weight file that changed since the plan was made."""
+        """Raises StorageError for a weight file changed since the plan."""
         self._conversion.checkpoint.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
-        """Whatever stops a conversion, the finished layers are right and can be kept."""
+        """Always true: after any error, finished layers are right."""
         return True
 
     def _announce_layer(self, job: LayerJob | CopyJob) -> None:
@@ -174,16 +191,16 @@ class ConversionWork:
             self._observer.layer_started(job.name)
 
 
-def _base_fingerprint(plan: Plan, entries: Entries) -> str:
-    """One hash for all quantized weights of the base, by which an adapter knows the base."""
+def _fingerprint_base(plan: Plan, entries: Entries) -> str:
+    """The fingerprint of all quantized weights of the base; an adapter names the base by the fingerprint."""
     tensors = ((job.name, tensor.name) for job in plan.layers for tensor in job.base_tensors)
     return fingerprint_of({tensor: entries[name].outputs[tensor] for name, tensor in tensors})
 
 
-def _texts(conversion: Conversion, layers: Sequence[LayerResult], entries: Entries) -> dict[str, str]:
-    """The small files of the result by relative name, in the order in which the files are written."""
+def _make_texts(conversion: Conversion, layers: Sequence[LayerResult], entries: Entries) -> dict[str, str]:
+    """Make the text of each small file of the result, by relative name, in the order of writing."""
     plan, base_model = conversion.plan, conversion.base_model
-    source, base_fingerprint = source_name(conversion.checkpoint.path), _base_fingerprint(plan, entries)
+    source, base_fingerprint = source_name(conversion.checkpoint.path), _fingerprint_base(plan, entries)
     provenance = provenance_json(plan, base_model=base_model, base_fingerprint=base_fingerprint)
     report = report_json(
         plan,
@@ -197,7 +214,7 @@ def _texts(conversion: Conversion, layers: Sequence[LayerResult], entries: Entri
     texts = {
         f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(provenance),
-        "README.md": model_card(plan, layers, source=source, base_model=base_model),
+        "README.md": render_model_card(plan, layers, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(report),
     }

@@ -1,9 +1,9 @@
-"""Looking at results and checkpoints: errors, damage.
+"""Reads results and checkpoints, and reports errors and damage.
 
-devices.py       where an inspection computes
-findings.py      damage that was found
-consistency.py   whether the files of a result agree
+devices.py       the device of an inspection
+findings.py      problems and notes of a verification
+consistency.py   checks of the files of a result against each other
 converted.py     the layers of a converted directory
 dense.py         the tensors of a full-precision checkpoint
-verification.py  every byte of a directory, checked
+verification.py  checks of every byte of a directory
 """

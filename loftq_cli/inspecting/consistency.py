@@ -1,5 +1,5 @@
-"""Whether a directory agrees with itself: its model with the report, the recipe, the merge report and the adapters
-inside. Reads headers and small files, no numbers.
+"""Checks whether the files of a directory agree: model, report, recipe, merge report and the adapters inside. Reads
+headers and small files, no numbers.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _HERE = "."
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What can be read of a directory; names of files and folders are relative to it.
+class OpenedDirectory:
+    """The readable parts of a directory; names of files and folders are relative to the directory.
 
-    base       the model; None where it cannot be opened, and for an adapter by itself
-    weights    every weight file that opens
-    report     loftq_report.json and its layers
-    adapters   the folders of adapters that belong to the directory
+    base       the model; None for a damaged model, and for a directory with only an adapter
+    weights    name of each readable weight file -> the open file
+    report     content of loftq_report.json, and the layers of the report; None without a report
+    adapters   the folders of the adapters
     """
 
     base: BaseModel | None
@@ -49,7 +49,7 @@ class Opened:
     adapters: tuple[str, ...]
 
     def files(self) -> set[str]:
-        """Names of what was read to open it, but for small records."""
+        """Names of the files behind model and adapters: weights, index and configs, but no small records."""
         read = {*self.weights, *(_inside(name, CONFIG_NAME) for name in self.adapters)}
         if self.base is None:
             return read
@@ -57,78 +57,89 @@ class Opened:
         config = {"config.json"} if (self.base.folder / "config.json").is_file() else set()
         return {*read, *config, *([] if index is None else [index.name])}
 
-    def fingerprinted(self) -> list[str]:
-        """Names of the stored tensors that `base_fingerprint` stands for."""
+    def fingerprinted_names(self) -> list[str]:
+        """Names of the stored tensors under `base_fingerprint`."""
         if self.base is None:
             return []
         names = sorted(self.base.quantized) if self.report is None else [layer.name for layer in self.report[1]]
         return [part.name for name in names if name in self.base.tensors for part in self.base.parts(name)]
 
     def weight_names(self) -> frozenset[str]:
-        """Names of the stored tensors of which quantize and merge write, and read, finite numbers only."""
+        """Names of the stored tensors of weights: quantize and merge read and write only finite numbers there."""
         if self.base is None:
             return frozenset()
         units = quantizable_matrices(self.base.tensors, self.base.config, layout=DENSE)
         layers = {unit.name for unit in units if isinstance(unit, QuantizableMatrix)} | self.base.quantized.keys()
         parts = {part.name for name in layers for part in self.base.parts(name)}
-        return frozenset(parts) | frozenset(self.fingerprinted())
+        return frozenset(parts) | frozenset(self.fingerprinted_names())
 
 
-def open_all(found: Findings, listed: Mapping[str, str]) -> Opened:
-    """Everything in the directory that opens, and a problem for everything that does not or disagrees with the rest.
+def open_directory(findings: Findings, listed_files: Mapping[str, str]) -> OpenedDirectory:
+    """Open every readable part of the directory; add a problem for each damaged part and for each contradiction.
 
-    listed   the files that belong to a result; empty where nothing says it
+    findings       collects the problems of the directory
+    listed_files   relative name -> sha256 of each file in the list of checksums; empty without a list
     """
-    directory = found.directory
-    report = found.attempt(read_report, directory)
+    directory = findings.directory
+    report = findings.attempt(read_report, directory)
     is_adapter = is_adapter_directory(directory) and not any((directory / name).exists() for name in MODEL_FILES)
-    base = None if is_adapter else _base(found)
-    adapters = (_HERE,) if is_adapter else tuple(_adapters(directory, listed, report))
-    weights = _weights(found, base, adapters, listed)
-    opened = Opened(base, weights, report, adapters)
-    sources = {name: _adapter(found, name, is_ours=bool(listed) or not is_adapter) for name in adapters}
+    base = None if is_adapter else _open_base(findings)
+    adapters = (_HERE,) if is_adapter else tuple(_adapter_names(directory, listed_files, report))
+    weights = _open_weights(findings, base, adapters, listed_files)
+    opened = OpenedDirectory(base, weights, report, adapters)
+    sources = {name: _open_adapter(findings, name, is_ours=bool(listed_files) or not is_adapter) for name in adapters}
     if base is not None and report is not None:
-        _check_layers(found, base, report[1])
-        _check_adapter_of_report(found, base, report, sources, listed)
-    _check_recipe(found, report)
-    _check_merge_report(found, base)
+        _check_layers(findings, base, report[1])
+        _check_adapter_of_report(findings, base, report, sources, listed_files)
+    _check_recipe(findings, report)
+    _check_merge_report(findings, base)
     return opened
 
 
 def is_behind_link(directory: Path, name: str) -> bool:
-    """Whether a folder on the way from `directory` to the file `name` is a link, which may lead anywhere."""
+    """True when a folder between `directory` and the file `name` is a link: a link may lead out of the directory.
+
+    >>> import os
+    >>> os.mkdir("inside"), os.symlink("inside", "linked")
+    (None, None)
+    >>> is_behind_link(Path("."), "linked/model.safetensors"), is_behind_link(Path("."), "inside/model.safetensors")
+    (True, False)
+    """
     return any(os.path.islink(directory / parent) for parent in Path(name).parents if parent != Path(_HERE))
 
 
-def recorded_fingerprints(found: Findings, opened: Opened) -> Iterator[tuple[str, str]]:
-    """(file, base_fingerprint) of everything that names the quantized base it belongs to."""
+def recorded_fingerprints(findings: Findings, opened: OpenedDirectory) -> Iterator[tuple[str, str]]:
+    """Yield (file name, base_fingerprint) for the report and for each provenance file.
+
+    A provenance file without a base_fingerprint is a problem.
+    """
     if opened.report is not None:
         yield REPORT_NAME, str(opened.report[0]["base_fingerprint"])
     for adapter in opened.adapters:
         name = _inside(adapter, PROVENANCE_NAME)
-        if not (found.directory / name).is_file():
+        if not (findings.directory / name).is_file():
             continue
-        values = found.attempt(read_json_object, found.directory / name)
+        values = findings.attempt(read_json_object, findings.directory / name)
         if values is not None and not isinstance(values.get("base_fingerprint"), str):
-            found.problem("is not a provenance file of this tool", name)
+            findings.add_problem("is not a provenance file of this tool", name)
         elif values is not None:
             yield name, values["base_fingerprint"]
 
 
-def _base(found: Findings) -> BaseModel | None:
-    is_whole = True
-    for error in faults(found.directory):
-        is_whole = False
-        found.error(error)
-    return found.attempt(BaseModel.open, found.directory) if is_whole else None
+def _open_base(findings: Findings) -> BaseModel | None:
+    is_intact = True
+    for error in faults(findings.directory):
+        is_intact = False
+        findings.add_error(error)
+    return findings.attempt(BaseModel.open, findings.directory) if is_intact else None
 
 
-def _adapters(
-    directory: Path, listed: Mapping[str, str], report: tuple[dict[str, Any], list[LayerResult]] | None
+def _adapter_names(
+    directory: Path, listed_files: Mapping[str, str], report: tuple[dict[str, Any], list[LayerResult]] | None
 ) -> list[str]:
-    """Folders of adapters that belong to the result; without a list of files, the folders that methods write to."""
-    if listed:
-        names = [name.removesuffix(f"/{CONFIG_NAME}") for name in listed if name.endswith(f"/{CONFIG_NAME}")]
+    """Folders of the result's adapters: from the list of files, or else the folders in which methods write adapters."""
+    if listed_files:
+        names = [name.removesuffix(f"/{CONFIG_NAME}") for name in listed_files if name.endswith(f"/{CONFIG_NAME}")]
     else:
         names = sorted(adapter_folders(None if report is None else str(report[0]["adapter_dir"])))
     return [
@@ -138,92 +149,95 @@ def _adapters(
     ]
 
 
-def _weights(
-    found: Findings, base: BaseModel | None, adapters: tuple[str, ...], listed: Mapping[str, str]
+def _open_weights(
+    findings: Findings, base: BaseModel | None, adapters: tuple[str, ...], listed_files: Mapping[str, str]
 ) -> dict[str, WeightsFile]:
-    """Weight files of the model, of the list and of the adapters, whatever else is wrong."""
-    directory, opened = found.directory, {}
-    known = {name for name in listed if name.endswith(".safetensors")} | {
+    """Open the readable weight files of model, list and adapters, in spite of damage elsewhere."""
+    directory, opened = findings.directory, {}
+    names = {name for name in listed_files if name.endswith(".safetensors")} | {
         _inside(name, WEIGHTS_NAME) for name in adapters if (directory / name / WEIGHTS_NAME).exists()
     }
     if base is not None:
-        known |= {path.relative_to(directory).as_posix() for path in base.checkpoint.files}
-    for name in sorted(known):
-        if not is_behind_link(directory, name) and (reader := found.attempt(open_weights_file, directory / name)):
+        names |= {path.relative_to(directory).as_posix() for path in base.checkpoint.files}
+    for name in sorted(names):
+        if not is_behind_link(directory, name) and (reader := findings.attempt(open_weights_file, directory / name)):
             opened[name] = reader
-    if base is None:  # a problem of a file that is part of the model is reported with the model
-        for name in (path.name for path in sorted(directory.glob("*.safetensors")) if path.name not in known):
+    if base is None:  # opening the model reported the damage of the model's files already
+        for name in (path.name for path in sorted(directory.glob("*.safetensors")) if path.name not in names):
             with suppress(LoftqError):
                 opened[name] = open_weights_file(directory / name)
     return opened
 
 
-def _adapter(found: Findings, name: str, *, is_ours: bool) -> AdapterSource | None:
-    """The adapter in the folder `name`. An adapter of somebody else may be of a kind that merging does not know."""
+def _open_adapter(findings: Findings, name: str, *, is_ours: bool) -> AdapterSource | None:
+    """The adapter in the folder `name`; None for a damaged adapter. A foreign adapter of a kind unknown to `merge` is
+    worth a note.
+    """
     try:
-        return open_adapter(found.directory / name)
+        return open_adapter(findings.directory / name)
     except MismatchError as error:
         if is_ours:
-            found.error(error)
+            findings.add_error(error)
         else:
-            found.noted(error, CONFIG_NAME)
+            findings.add_error_note(error, CONFIG_NAME)
     except LoftqError as error:
-        found.error(error)
+        findings.add_error(error)
     return None
 
 
-def _check_layers(found: Findings, base: BaseModel, layers: list[LayerResult]) -> None:
+def _check_layers(findings: Findings, base: BaseModel, layers: list[LayerResult]) -> None:
     for layer in layers:
         if layer.name not in base.tensors:
-            found.problem("is a layer in it, and not in the weight files", REPORT_NAME, layer.name)
+            findings.add_problem("is a layer in it, and not in the weight files", REPORT_NAME, layer.name)
         elif base.matrix_shape(layer.name) != layer.shape:
             shapes = f"{layer.shape} in it and {base.matrix_shape(layer.name)} in the weight files"
-            found.problem(f"is {shapes}", REPORT_NAME, layer.name)
+            findings.add_problem(f"is {shapes}", REPORT_NAME, layer.name)
         elif layer.name in base.quantized and base.quantized[layer.name].spec != layer.spec:
-            found.problem("is stored in another format than it says", REPORT_NAME, layer.name)
+            findings.add_problem("is stored in another format than it says", REPORT_NAME, layer.name)
     for name in sorted(base.quantized.keys() - {layer.name for layer in layers}):
-        found.problem("is quantized in the weight files, and no layer in it", REPORT_NAME, name)
+        findings.add_problem("is quantized in the weight files, and no layer in it", REPORT_NAME, name)
 
 
 def _check_adapter_of_report(
-    found: Findings,
+    findings: Findings,
     base: BaseModel,
     report: tuple[dict[str, Any], list[LayerResult]],
     sources: Mapping[str, AdapterSource | None],
-    listed: Mapping[str, str],
+    listed_files: Mapping[str, str],
 ) -> None:
     name, layers = str(report[0]["adapter_dir"]), report[1]
-    if name not in sources and f"{name}/{CONFIG_NAME}" not in listed:
-        found.problem(f"names an adapter in {name}, and there is none", REPORT_NAME)
+    if name not in sources and f"{name}/{CONFIG_NAME}" not in listed_files:
+        findings.add_problem(f"names an adapter in {name}, and there is none", REPORT_NAME)
     source = sources.get(name)
     if source is None:
         return
     file = _inside(name, WEIGHTS_NAME)
     modules = {layer.module: layer for layer in layers if isinstance(layer.module, str)}
     for module in sorted(modules.keys() ^ source.lora.keys()):
-        what = f"has no adapter for {module}" if module in modules else f"has an adapter for {module}, no layer of it"
-        found.problem(f"{what}, says {REPORT_NAME}", file)
+        is_lacking = module in modules
+        text = f"has no adapter for {module}" if is_lacking else f"has an adapter for {module}, no layer of it"
+        findings.add_problem(f"{text}, says {REPORT_NAME}", file)
     for module in sorted(modules.keys() & source.lora.keys()):
         layer = modules[module]
         shape = base.matrix_shape(layer.name) if layer.name in base.tensors else ()
         if len(shape) == 2:
-            _check_factors(found, file, source, layer, (shape[0], shape[1]))
+            _check_factors(findings, file, source, layer, (shape[0], shape[1]))
 
 
 def _check_factors(
-    found: Findings, file: str, source: AdapterSource, layer: LayerResult, shape: tuple[int, int]
+    findings: Findings, file: str, source: AdapterSource, layer: LayerResult, shape: tuple[int, int]
 ) -> None:
     lora = source.lora[layer.module]
     for error in source.fit(lora, shape, rank=layer.rank):
-        found.problem(error.message, file, error.tensor)
+        findings.add_problem(error.message, file, error.tensor)
     is_number = type(layer.scaling) in (int, float)
     if not is_number or not math.isclose(lora.scaling, layer.scaling, rel_tol=1e-6):
         folder = file.removesuffix(WEIGHTS_NAME)
-        found.problem(f"gives {layer.module} another scaling than {REPORT_NAME}", f"{folder}{CONFIG_NAME}")
+        findings.add_problem(f"gives {layer.module} another scaling than {REPORT_NAME}", f"{folder}{CONFIG_NAME}")
 
 
-def _check_recipe(found: Findings, report: tuple[dict[str, Any], list[LayerResult]] | None) -> None:
-    path = found.directory / RECIPE_NAME
+def _check_recipe(findings: Findings, report: tuple[dict[str, Any], list[LayerResult]] | None) -> None:
+    path = findings.directory / RECIPE_NAME
     if not os.path.lexists(path):
         return
     try:
@@ -231,24 +245,24 @@ def _check_recipe(found: Findings, report: tuple[dict[str, Any], list[LayerResul
             raise InputError("is too large for a recipe", file=path)
         recipe = resolve_recipe(os.path.abspath(path), {})
     except LoftqError as error:
-        found.error(error, RECIPE_NAME)
+        findings.add_error(error, RECIPE_NAME)
         return
     if report is not None and json.loads(json.dumps(recipe_json(recipe))) != report[0]["recipe"]:
-        found.problem(f"is not the recipe in {REPORT_NAME}", RECIPE_NAME)
+        findings.add_problem(f"is not the recipe in {REPORT_NAME}", RECIPE_NAME)
 
 
-def _check_merge_report(found: Findings, base: BaseModel | None) -> None:
-    if not (found.directory / MERGE_REPORT_NAME).is_file():
+def _check_merge_report(findings: Findings, base: BaseModel | None) -> None:
+    if not (findings.directory / MERGE_REPORT_NAME).is_file():
         return
-    values = found.attempt(read_json_object, found.directory / MERGE_REPORT_NAME)
+    values = findings.attempt(read_json_object, findings.directory / MERGE_REPORT_NAME)
     if values is None or base is None:
         return
     layers = values.get("layers")
     if not isinstance(layers, list) or not all(isinstance(x, dict) and isinstance(x.get("name"), str) for x in layers):
-        found.problem("is not a report of this tool", MERGE_REPORT_NAME)
+        findings.add_problem("is not a report of this tool", MERGE_REPORT_NAME)
         return
     for name in (layer["name"] for layer in layers if layer["name"] not in base.tensors):
-        found.problem("is a layer in it, and not in the weight files", MERGE_REPORT_NAME, name)
+        findings.add_problem("is a layer in it, and not in the weight files", MERGE_REPORT_NAME, name)
 
 
 def _inside(folder: str, name: str) -> str:

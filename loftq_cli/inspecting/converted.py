@@ -1,6 +1,6 @@
-"""Every quantized layer of a converted directory, with the error that the report lists or the files show.
+"""Every quantized layer of a converted directory, with the error from the report or from the files.
 
-Reads only; works without transformers, PEFT or bitsandbytes.
+Nothing is written; transformers, PEFT and bitsandbytes are not needed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
-from loftq_cli.inspecting.devices import check_idle_device, chosen_device, loaded_rows, small_numel
+from loftq_cli.inspecting.devices import check_idle_device, load_weight, open_inspection_device, small_numel
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.quant.formats import QuantSpec
@@ -32,11 +32,15 @@ SORT_KEYS = ("name", "error", "base_error", "numel")
 
 @dataclass(frozen=True, slots=True)
 class LayerRow:
-    """One quantized layer of a converted directory.
+    """A quantized layer of a converted directory.
 
-    rank, scaling   of the adapter; None without an adapter
-    error           as reported or recomputed; None where neither is known
-    groups          errors by group, of a recomputed layer in a format with groups
+    name              tensor name of the weight
+    shape             [out, in]
+    spec              number format
+    bits_per_weight   stored bits of codes and constants, divided by the number of weights
+    rank, scaling     rank and scaling of the adapter; None without an adapter
+    error             reported or recomputed error; None without a report and without an original
+    groups            errors by group, for a recomputed layer in a number format with groups; otherwise None
     """
 
     name: str
@@ -50,13 +54,19 @@ class LayerRow:
 
     @property
     def numel(self) -> int:
-        """Weights in the layer."""
+        """Number of weights in the layer."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A converted directory. `recomputed` says whether the errors come from the files or from the report."""
+    """The layers of a converted directory.
+
+    rows              every quantized layer
+    total             error of all layers together; None when the error of a layer is unknown
+    bits_per_weight   mean over all weights of all layers
+    recomputed        whether the errors come from the files; otherwise from the report
+    """
 
     rows: tuple[LayerRow, ...]
     total: LayerError | None
@@ -65,28 +75,35 @@ class Inspection:
 
 
 def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, device: str = "cpu") -> Inspection:
-    """Every quantized layer of `base`; with `against`, the full-precision checkpoint, errors are recomputed from files.
+    """Read the errors of every quantized layer in `base` from the report, or recompute the errors from the files.
 
-    device   see `open_device`; a layer that does not fit the GPU is compared on the processor
+    base      the converted directory
+    against   the original checkpoint in full precision: recompute every error; None reads the report
+    threads   number of threads to compute with
+    device    see `open_device`; the processor compares a layer too large for the GPU
 
-    Raises UsageError for a GPU that is not there or has nothing to compute, MismatchError when `against` lacks a layer
-    or has it in another shape, InputError when the report names a layer that `base` lacks.
+    Raises UsageError for an absent or idle GPU; MismatchError when `against` lacks a layer, or holds a layer quantized
+    or in a different shape; InputError when `base` lacks a layer of the report, or a weight holds NaN.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> inspect_converted(BaseModel.open(resolve_model("builtin:tiny-llama")), None).rows
+    ()
     """
     if against is None:
         check_idle_device(device, "--against ORIGINAL")
     report = read_report(base.folder)
-    known = {layer.name: layer for layer in report[1]} if report else {}
-    for name in known:
+    reported = {layer.name: layer for layer in report[1]} if report else {}
+    for name in reported:
         if name not in base.tensors:
             raise InputError(f"is in {REPORT_NAME} and not in the files", file=base.path, tensor=name)
     adapter = open_adapter_beside(base, report[0]["adapter_dir"] if report else None)
     lora = {} if adapter is None else adapter.lora_in(base)
-    names = [name for name in base.tensors if name in base.quantized or name in known]
-    rows = [_layer_row(base, name, known.get(name), lora.get(name)) for name in names]
+    names = [name for name in base.tensors if name in base.quantized or name in reported]
+    rows = [_layer_row(base, name, reported.get(name), lora.get(name)) for name in names]
     if against is not None:
         with BaseModel.open(against) as original:
-            gpu = chosen_device(device, sum(row.numel for row in rows))
-            beside = _Original(original, _names_in(original, base), base, adapter, lora)
+            gpu = open_inspection_device(device, sum(row.numel for row in rows))
+            beside = _Original(original, _original_names(original, base), base, adapter, lora)
 
             def recompute(row: LayerRow, sharing: Workers) -> LayerRow:
                 return beside.recompute(row, sharing, gpu)
@@ -100,9 +117,15 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
 
 
 def sorted_rows(rows: Sequence[LayerRow], key: str) -> list[LayerRow]:
-    """`rows` by name, or the largest "error", "base_error" or "numel" first.
+    """Sort `rows` by name, or by "error", "base_error" or "numel" with the largest first.
 
-    Raises UsageError for another key, and for one that the rows do not have.
+    Raises UsageError for a key outside SORT_KEYS, and for a sort by error when a row has no error.
+
+    >>> from loftq_cli.tensors.specs import CodebookSpec
+    >>> shapes = {"b": (4, 8), "a": (4, 4)}
+    >>> rows = [LayerRow(name, shape, CodebookSpec(), 4.5, None, None, None) for name, shape in shapes.items()]
+    >>> [row.name for row in sorted_rows(rows, "name")], [row.name for row in sorted_rows(rows, "numel")]
+    (['a', 'b'], ['b', 'a'])
     """
     check_sort_key(key)
     if key == "name":
@@ -115,42 +138,47 @@ def sorted_rows(rows: Sequence[LayerRow], key: str) -> list[LayerRow]:
 
 
 def check_sort_key(key: str) -> None:
-    """Raises UsageError for a key that is not among SORT_KEYS."""
+    """Raises UsageError for a key outside SORT_KEYS.
+
+    >>> check_sort_key("size")
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: --sort 'size' does not exist (one of name, error, base_error, numel)
+    """
     if key not in SORT_KEYS:
         raise UsageError(f"--sort {key!r} does not exist", hint=f"one of {', '.join(SORT_KEYS)}")
 
 
-def _layer_row(base: BaseModel, name: str, known: LayerResult | None, lora: LoraTensors | None) -> LayerRow:
+def _layer_row(base: BaseModel, name: str, reported: LayerResult | None, lora: LoraTensors | None) -> LayerRow:
     rank, scaling = (None, None) if lora is None else (lora.rank, lora.scaling)
-    error = known.error if known else None
+    error = reported.error if reported else None
     nbytes = sum(part.nbytes for part in base.parts(name))
     if name in base.quantized:
         shape, spec = base.quantized[name].shape, base.quantized[name].spec
     else:
-        assert known is not None  # a dense layer is listed only where the report lists the layer
-        shape, spec = matrix_shape_of(base, name), known.spec
+        assert reported is not None  # every dense layer comes from the report
+        shape, spec = matrix_shape_of(base, name), reported.spec
     return LayerRow(name, shape, spec, 8 * nbytes / math.prod(shape), rank, scaling, error)
 
 
-def _names_in(original: BaseModel, base: BaseModel) -> dict[str, str]:
-    """The name in the original of each tensor of `base`. Names are compared as loaded where the files spell names
-    differently.
+def _original_names(original: BaseModel, base: BaseModel) -> dict[str, str]:
+    """Map each tensor name in `base` to the name in the original. Names in the loaded model connect files with
+    different spellings.
     """
-    loaded = {name: key for key, name in original.loaded_names().items()}
+    stored_names = {loaded_name: name for name, loaded_name in original.loaded_names().items()}
     return {
-        name: name if name in original.tensors else loaded.get(called, name)
-        for name, called in base.loaded_names().items()
+        name: name if name in original.tensors else stored_names.get(loaded_name, name)
+        for name, loaded_name in base.loaded_names().items()
     }
 
 
 @dataclass(frozen=True)
 class _Original:
-    """The full-precision checkpoint to compare a converted one with.
+    """The original checkpoint of a comparison.
 
-    model     the full-precision checkpoint
-    names     name of each tensor of `base` -> the tensor's name in `model`
-    base      the converted checkpoint
-    adapter   the adapter inside the converted directory, or None
+    model     the original in full precision
+    names     tensor name in `base` -> tensor name in `model`
+    base      the converted directory
+    adapter   the adapter inside the converted directory; None without
     lora      name of an adapted weight of `base` -> the tensors of the adapter
     """
 
@@ -161,7 +189,10 @@ class _Original:
     lora: Mapping[str, LoraTensors]
 
     def find_weight(self, row: LayerRow) -> str:
-        """The name of the layer's weight in the original. Raises MismatchError for a weight that cannot be compared."""
+        """The name of the layer's weight in the original.
+
+        Raises MismatchError when the original lacks the weight, or holds the weight quantized or in a different shape.
+        """
         model, name = self.model, self.names[row.name]
         if name not in model.tensors:
             raise MismatchError("is not in the original", file=model.path, tensor=row.name)
@@ -174,19 +205,22 @@ class _Original:
         return name
 
     def load_pair(self, row: LayerRow) -> LoraPair | None:
-        """The layer's adapter. Raises MismatchError for factors that do not fit the layer."""
+        """Load the layer's adapter; None without. Raises MismatchError when the factors do not fit the layer."""
         if self.adapter is None or row.name not in self.lora:
             return None
         return self.adapter.pair(self.lora[row.name].module, row.shape)
 
     def recompute(self, row: LayerRow, workers: Workers, gpu: SharedDevice | None) -> LayerRow:
-        """`row` with the error of what the files hold, of groups too where the layer's format has groups."""
+        """`row` with the error of the files, and with errors by group for a number format with groups.
+
+        Raises InputError or NumericError naming the tensor for NaN and infinite values.
+        """
         base, name = self.base, self.find_weight(row)
         pair = self.load_pair(row)
         group_size = row.spec.group_size_or_none
         if gpu is not None:
             errors = errors_on(
-                gpu, lambda: (loaded_rows(self.model, name), base.whole(row.name)), row.numel, pair, group_size
+                gpu, lambda: (load_weight(self.model, name), base.whole(row.name)), row.numel, pair, group_size
             )
             if errors is not None:
                 return replace(row, error=errors[0], groups=errors[1])

@@ -1,4 +1,4 @@
-"""A full-precision checkpoint, looked at: what each tensor would become, and with which error."""
+"""The tensors of a full-precision checkpoint: the work of `quantize` on each tensor, and the error by number format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.inspecting.converted import check_sort_key
-from loftq_cli.inspecting.devices import check_idle_device, chosen_device, loaded_rows, small_numel
+from loftq_cli.inspecting.devices import check_idle_device, load_weight, open_inspection_device, small_numel
 from loftq_cli.layouts.layout import DENSE, StoredMatrix
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.planning.jobs import CopyJob, QuantizableMatrix
@@ -23,7 +23,13 @@ from loftq_cli.tensors.metrics import LayerError
 
 @dataclass(frozen=True, slots=True)
 class TensorRow:
-    """One tensor of a full-precision checkpoint: what it would become, and its error by quant type."""
+    """A tensor of a full-precision checkpoint.
+
+    shape     shape in the file
+    dtype     dtype in the file
+    becomes   the result of `quantize` with defaults: number format and block or group size, or "copied: REASON"
+    errors    quant type -> error of the quantized matrix without an adapter; empty for copied tensors
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,8 +41,20 @@ class TensorRow:
 def inspect_checkpoint(
     base: BaseModel, quant_types: Sequence[str], threads: int = 1, device: str = "cpu"
 ) -> Iterator[TensorRow]:
-    """Every tensor of a full-precision checkpoint, in file order; each of `quant_types` is tried on what would be
-    quantized, on a GPU where it fits that: see `open_device`.
+    """Yield every tensor of a full-precision checkpoint, in file order, with an error for each quant type.
+
+    base          the checkpoint
+    quant_types   number formats to try on every quantizable matrix; none reads headers only
+    threads       number of threads to compute with
+    device        see `open_device`; the processor takes a matrix too large for the GPU
+
+    Raises UsageError for an unknown number format, and for an absent or idle GPU; NumericError naming the tensor for a
+    matrix with NaN or infinite values.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> rows = inspect_checkpoint(BaseModel.open(resolve_model("builtin:tiny-llama")), ())
+    >>> next(row.becomes for row in rows if row.name.endswith("q_proj.weight"))
+    'nf4, block 64'
     """
     for quant_type in quant_types:
         if quant_type not in FORMATS:
@@ -47,14 +65,15 @@ def inspect_checkpoint(
         check_idle_device(device, "--try nf4")
         yield from (_tensor_row(base, job, {}) for job in jobs)
         return
-    gpu = chosen_device(device, sum(job.numel * len(formats) for job in jobs if isinstance(job, QuantizableMatrix)))
+    work = sum(job.numel * len(formats) for job in jobs if isinstance(job, QuantizableMatrix))
+    gpu = open_inspection_device(device, work)
 
-    def look(job: QuantizableMatrix | CopyJob, sharing: Workers) -> TensorRow:
-        matrices = {t: found[job.name] for t, found in formats.items() if job.name in found}
-        return _tensor_row(base, job, _tried(base, job.name, matrices, sharing, gpu) if matrices else {})
+    def try_formats(job: QuantizableMatrix | CopyJob, sharing: Workers) -> TensorRow:
+        matrices = {t: by_name[job.name] for t, by_name in formats.items() if job.name in by_name}
+        return _tensor_row(base, job, _errors_by_format(base, job.name, matrices, sharing, gpu) if matrices else {})
 
     with started(threads) as workers:
-        yield from in_turn(jobs, look, lambda job: job.numel, workers, small_numel(gpu))
+        yield from in_turn(jobs, try_formats, lambda job: job.numel, workers, small_numel(gpu))
 
 
 def _tensor_row(base: BaseModel, job: QuantizableMatrix | CopyJob, errors: dict[str, LayerError]) -> TensorRow:
@@ -66,7 +85,15 @@ def _tensor_row(base: BaseModel, job: QuantizableMatrix | CopyJob, errors: dict[
 
 
 def sorted_tensors(rows: Sequence[TensorRow], key: str) -> list[TensorRow]:
-    """The same for a full-precision checkpoint; by error of the first quant type that was tried."""
+    """Sort `rows` by name, by "numel", or by "error" or "base_error" of the first quant type, with the largest first.
+
+    Copied tensors have no error and come last. Raises UsageError for a key outside SORT_KEYS, and for a sort by error
+    when no row has an error.
+
+    >>> rows = [TensorRow(name, (4, width), "bfloat16", "nf4, block 64", {}) for name, width in (("b", 8), ("a", 4))]
+    >>> [row.name for row in sorted_tensors(rows, "name")], [row.name for row in sorted_tensors(rows, "numel")]
+    (['a', 'b'], ['b', 'a'])
+    """
     check_sort_key(key)
     if key == "name":
         return sorted(rows, key=lambda row: row.name)
@@ -78,23 +105,26 @@ def sorted_tensors(rows: Sequence[TensorRow], key: str) -> list[TensorRow]:
 
 
 def _matrices(base: BaseModel, quant_type: str) -> dict[str, StoredMatrix]:
-    """What a format with its default options would hold, by name; integers as any container could hold them."""
+    """Map the name of each quantizable matrix to the matrix in a number format with default options.
+
+    Integer formats take the container of decoded values, which holds every shape.
+    """
     layout = DENSE if FORMATS[quant_type].is_affine else None
     jobs = quantizable_matrices(base.tensors, base.config, quant_type=quant_type, layout=layout)
     return {job.name: job.matrix for job in jobs if isinstance(job, QuantizableMatrix)}
 
 
-def _tried(
+def _errors_by_format(
     base: BaseModel, name: str, matrices: Mapping[str, StoredMatrix], workers: Workers, gpu: SharedDevice | None
 ) -> dict[str, LayerError]:
-    """The error that a weight would have as each of `matrices`."""
+    """Map each quant type to the error of the weight `name` as the matrix in `matrices`."""
     from loftq_cli.tensors.metrics import layer_error
 
     quantizers = {t: make_quantizer(matrix.spec, matrix.dtype) for t, matrix in matrices.items()}
     numel = math.prod(base.tensors[name].shape)
-    found = None if gpu is None else tries_on(gpu, lambda: loaded_rows(base, name), numel, quantizers)
-    if found is not None:
-        return found
+    gpu_errors = None if gpu is None else tries_on(gpu, lambda: load_weight(base, name), numel, quantizers)
+    if gpu_errors is not None:
+        return gpu_errors
     weight, errors = base.rows(name), {}
     for quant_type, quantizer in quantizers.items():
         try:

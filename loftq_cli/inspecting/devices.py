@@ -1,4 +1,4 @@
-"""Where an inspection computes."""
+"""The device of an inspection: a GPU or the processor."""
 
 from __future__ import annotations
 
@@ -12,16 +12,31 @@ from loftq_cli.tensors.rows import TensorRows
 
 
 def check_idle_device(device: str, remedy: str) -> None:
-    """Raises UsageError for a GPU that is asked for where an inspection computes no errors of weights: a report is
-    read, and `--reference` runs models on the processor. `remedy` is the option that gives a GPU errors to compute.
+    """Refuse a GPU for an inspection without errors of weights to compute: reading a report needs no GPU, and
+    `--reference` runs models on the processor.
+
+    device   "auto", "cpu", "cuda" or "cuda:N"
+    remedy   the option under which a GPU computes errors
+
+    Raises UsageError when `device` names a GPU.
+
+    >>> check_idle_device("cuda", "--try nf4")
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: --device cuda is for errors of weights, and none are computed here (--try nf4 ...)
     """
     if device not in ("auto", "cpu"):
         message = f"--device {device} is for errors of weights, and none are computed here"
         raise UsageError(message, hint=f"{remedy} computes them; or leave --device out")
 
 
-def chosen_device(device: str, work: int) -> SharedDevice | None:
-    """The GPU for so many weights; None for the processor, whose kernels are then chosen."""
+def open_inspection_device(device: str, work: int) -> SharedDevice | None:
+    """Open the GPU for `work` weights; None for the processor, after a choice of kernels for `work`.
+
+    Raises UsageError for an absent GPU.
+
+    >>> open_inspection_device("cpu", 1000) is None
+    True
+    """
     gpu = open_device(device, work)
     if gpu is None:
         choose_kernels(work)
@@ -29,11 +44,23 @@ def chosen_device(device: str, work: int) -> SharedDevice | None:
 
 
 def small_numel(gpu: SharedDevice | None) -> int:
+    """The largest number of weights in a matrix for work side by side with further matrices.
+
+    >>> small_numel(None) == 1 << 22
+    True
+    """
     return SMALL_NUMEL if gpu is None else BESIDE_NUMEL
 
 
-def loaded_rows(model: BaseModel, name: str) -> TensorRows:
-    """A weight in full precision, all of it."""
+def load_weight(model: BaseModel, name: str) -> TensorRows:
+    """Load the whole full-precision weight `name`, [out, in] in the stored dtype.
+
+    Raises InputError for a tensor other than a matrix.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> load_weight(BaseModel.open(resolve_model("builtin:tiny-llama")), "lm_head.weight").shape
+    (288, 192)
+    """
     weight = model.whole(name)
     assert isinstance(weight, TensorRows)
     return weight

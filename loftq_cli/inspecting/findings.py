@@ -1,4 +1,6 @@
-"""What a verification finds: problems and notes with the place where they are, each once. Looks at nothing itself."""
+"""The findings of a verification: problems and notes with file and tensor, without duplicates. Reads nothing
+but file sizes.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,20 @@ from typing import ParamSpec, TypeVar
 
 from loftq_cli.errors import LoftqError, printable
 
-Given = ParamSpec("Given")
+Parameters = ParamSpec("Parameters")
 Value = TypeVar("Value")
 
-_FILE_LIMIT = 400  # as errors cut it
+_FILE_LIMIT = 400  # errors cut file names to as many characters
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One finding. `file` is relative to the directory, None for the whole of it; all names are escaped."""
+    """A problem or a note.
+
+    file     relative name, escaped; None for the whole directory
+    tensor   tensor name, escaped; None for the whole file
+    what     the finding in words, without the names
+    """
 
     file: str | None
     tensor: str | None
@@ -27,13 +34,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was looked at, and what is wrong with it.
+    """The result of a verification.
 
     path            the directory or weight file
-    notes           what is worth knowing and no damage
-    has_checksums   whether there was a list of checksums to compare with
-    nbytes          of all files that were looked at
-    not_finite      how many tensors hold NaN or infinite values
+    problems        every damage
+    notes           facts for the user without damage
+    has_checksums   whether a list of checksums was compared
+    files           number of checked files
+    tensors         number of checked tensors
+    nbytes          bytes of all checked files
+    not_finite      number of tensors with NaN or infinite values
     """
 
     path: Path
@@ -47,7 +57,19 @@ class Verification:
 
 
 class Findings:
-    """What was found in `directory` so far; `tell` hears of each problem at once."""
+    """Collects problems and notes about `directory`; `tell` hears of each problem at once.
+
+    files        names of the checked files
+    tensors      number of checked tensors
+    not_finite   number of tensors with NaN or infinite values
+
+    >>> findings = Findings(Path("model"), lambda problem: print(problem.file, problem.what))
+    >>> findings.add_problem("is missing", "config.json")
+    config.json is missing
+    >>> findings.add_problem("is missing", "config.json")  # no duplicates
+    >>> findings.is_clean, findings.has_problem_with("config.json")
+    (False, True)
+    """
 
     def __init__(self, directory: Path, tell: Callable[[Problem], None]) -> None:
         self.directory, self._tell = directory, tell
@@ -55,49 +77,49 @@ class Findings:
         self.tensors = self.not_finite = 0
         self._problems: dict[Problem, None] = {}
         self._notes: dict[Problem, None] = {}
-        self._named: set[str | None] = set()
+        self._files_with_problems: set[str | None] = set()
 
-    def problem(self, what: str, file: str | None = None, tensor: str | None = None) -> None:
-        """Damage."""
-        problem = _escaped(what, file, tensor)
+    def add_problem(self, what: str, file: str | None = None, tensor: str | None = None) -> None:
+        """Add damage, and tell the caller unless the problem is known."""
+        problem = _escape_problem(what, file, tensor)
         if problem not in self._problems:
             self._problems[problem] = None
-            self._named.add(problem.file)
+            self._files_with_problems.add(problem.file)
             self._tell(problem)
 
-    def note(self, what: str, file: str, tensor: str | None = None) -> None:
-        """Something that is no damage."""
-        self._notes[_escaped(what, file, tensor)] = None
+    def add_note(self, what: str, file: str, tensor: str | None = None) -> None:
+        """Add a fact without damage."""
+        self._notes[_escape_problem(what, file, tensor)] = None
 
-    def error(self, error: LoftqError, file: str | None = None) -> None:
-        """An error as a problem, of `file` where it names none."""
-        self.problem(error.message, file if error.file is None else self._relative(error.file), error.tensor)
+    def add_error(self, error: LoftqError, file: str | None = None) -> None:
+        """Add an error as a problem; `file` is the place of an error without a file name."""
+        self.add_problem(error.message, file if error.file is None else self._relative(error.file), error.tensor)
 
-    def noted(self, error: LoftqError, file: str) -> None:
-        """An error as a note."""
-        self.note(error.message, (error.file and self._relative(error.file)) or file, error.tensor)
+    def add_error_note(self, error: LoftqError, file: str) -> None:
+        """Add an error as a note; `file` is the place of an error without a file name."""
+        self.add_note(error.message, (error.file and self._relative(error.file)) or file, error.tensor)
 
     def attempt(
-        self, function: Callable[Given, Value], *arguments: Given.args, **options: Given.kwargs
+        self, function: Callable[Parameters, Value], *arguments: Parameters.args, **options: Parameters.kwargs
     ) -> Value | None:
-        """What `function` gives; None where it raises a LoftqError, which becomes a problem."""
+        """The result of `function`. A LoftqError becomes a problem, and the result is None."""
         try:
             return function(*arguments, **options)
         except LoftqError as error:
-            self.error(error)
+            self.add_error(error)
             return None
 
-    def has_named(self, file: str) -> bool:
-        """Whether there is a problem with `file`."""
-        return printable(file, _FILE_LIMIT) in self._named
+    def has_problem_with(self, file: str) -> bool:
+        """True when a problem names `file`."""
+        return printable(file, _FILE_LIMIT) in self._files_with_problems
 
     @property
     def is_clean(self) -> bool:
-        """Whether there is no problem yet."""
+        """True without a problem so far."""
         return not self._problems
 
-    def verification(self, *, has_checksums: bool) -> Verification:
-        """All of it."""
+    def summarize(self, *, has_checksums: bool) -> Verification:
+        """All findings as a result; `has_checksums` as in `Verification`."""
         return Verification(
             path=self.directory,
             problems=tuple(self._problems),
@@ -110,13 +132,13 @@ class Findings:
         )
 
     def _relative(self, file: str) -> str | None:
-        """`file` of an error, which is escaped already."""
+        """The name of `file` inside the directory; errors carry escaped names."""
         if file == printable(os.fspath(self.directory), _FILE_LIMIT):
             return None
         return file.removeprefix(printable(os.fspath(self.directory / "x"), _FILE_LIMIT)[:-1])
 
 
-def _escaped(what: str, file: str | None, tensor: str | None) -> Problem:
+def _escape_problem(what: str, file: str | None, tensor: str | None) -> Problem:
     return Problem(
         None if file is None else printable(file, _FILE_LIMIT),
         None if tensor is None else printable(tensor),
@@ -127,5 +149,5 @@ def _escaped(what: str, file: str | None, tensor: str | None) -> Problem:
 def _nbytes_of(path: Path) -> int:
     try:
         return os.stat(path).st_size
-    except (OSError, ValueError):  # a name that cannot be one is a problem of its own
+    except (OSError, ValueError):  # an impossible name is a separate problem
         return 0

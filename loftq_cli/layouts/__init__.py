@@ -1,7 +1,7 @@
-"""Containers: they name, pack and lay out tensors on disk. Containers know no method and run no algorithm.
+"""Containers: names, packing and order of tensors on disk. Containers know no method and run no algorithm.
 
-stored_tensors.py      a container as it is read
-layout.py              the contract of a container, and the table with every fact about containers
+stored_tensors.py      the input of reading a container
+layout.py              the contract of a container, and the table of all facts about containers
 dequantized.py         decoded values as an ordinary checkpoint
 stored_parts.py        checks of the stored parts of a matrix
 bitsandbytes.py        4-bit codebooks as bitsandbytes and transformers load them

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NESTED_BLOCK_SIZE = 256  # bitsandbytes implements no other size
 STATE_PREFIX = ".quant_state.bitsandbytes__"
 
-# "-1.17549435e-38": nine digits bring every float32 back exactly.
+# "-1.17549435e-38": nine digits give every float32 back exactly.
 _OFFSET_WIDTH = 15
 # The CPU kernels of bitsandbytes read 32 rows at a time; a model with a broken group of rows does not run.
 _ROW_MULTIPLE = 32
@@ -42,7 +42,7 @@ _NUMBERS = {
     "fp4": (0b1011, 0b1010, 0b1101, 0b1100, 0b1111, 0b1110, 0b1001, 0b0000)
     + (0b1000, 0b0001, 0b0110, 0b0111, 0b0100, 0b0101, 0b0010, 0b0011),
 }
-_SAME = bytes(range(256))
+_IDENTITY = bytes(range(256))
 
 
 class BitsandbytesLayout(Layout):
@@ -51,9 +51,9 @@ class BitsandbytesLayout(Layout):
     name = "bitsandbytes"
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """Rows must be whole blocks and come in multiples of 32, or loaders on a CPU read wrong scales or stop.
+        """Accept rows of whole blocks in multiples of 32 rows: loaders on a CPU read wrong scales otherwise, or stop.
 
-        A block size of 32 is tried before a matrix is left in full precision.
+        The fallback is a block size of 32, then full precision.
         """
         del transposed  # loaders turn a Conv1D into a linear
         codebook, (out_features, in_features) = as_codebook(spec), shape
@@ -70,7 +70,9 @@ class BitsandbytesLayout(Layout):
         return Fit(None, f"rows of {in_features} are not whole blocks of {size} or 32, and loaders misread them")
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """Codes, block constants, the table of values and the JSON blob."""
+        """Plan codes uint8 [ceil(numel / 2), 1], absmax, the table of values float32 [16] and the JSON blob; double
+        quant adds nested absmax and a nested table.
+        """
         name, spec = matrix.name, as_codebook(matrix.spec)
         numel = matrix.shape[0] * matrix.shape[1]
         n_blocks = -(-numel // spec.block_size)
@@ -78,7 +80,7 @@ class BitsandbytesLayout(Layout):
             OutTensor(name, "uint8", ((numel + 1) // 2, 1)),
             OutTensor(f"{name}.absmax", "uint8" if spec.double_quant else "float32", (n_blocks,)),
             OutTensor(f"{name}.quant_map", "float32", (16,)),
-            OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_state(matrix, 0.0)),)),
+            OutTensor(f"{name}{STATE_PREFIX}{spec.codebook}", "uint8", (len(_encode_state(matrix, 0.0)),)),
         ]
         if spec.double_quant:
             tensors += [
@@ -88,14 +90,14 @@ class BitsandbytesLayout(Layout):
         return tuple(tensors)
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors of `planned`, filled."""
+        """Pack the codes and constants into the tensors of `planned`."""
         import torch
 
         weight = as_codebook_tensor(quantized)
         name, absmax, codebook = matrix.name, weight.absmax, weight.spec.codebook
-        tensors = {f"{name}.quant_map": _table(codebook)}
+        tensors = {f"{name}.quant_map": _build_table(codebook)}
         if weight.packed.numel():
-            tensors[name] = _renumbered(weight.packed, _numbering(codebook)[0]).view(-1, 1)
+            tensors[name] = _renumber(weight.packed, _byte_maps(codebook)[0]).view(-1, 1)
         offset = 0.0
         if isinstance(absmax, NestedAbsmax):
             offset = float(absmax.offset)
@@ -104,61 +106,61 @@ class BitsandbytesLayout(Layout):
             tensors[f"{name}.nested_quant_map"] = absmax.code_map
         else:
             tensors[f"{name}.absmax"] = absmax
-        state = _state(matrix, offset)
+        state = _encode_state(matrix, offset)
         tensors[f"{name}{STATE_PREFIX}{codebook}"] = torch.frombuffer(bytearray(state), dtype=torch.uint8)
         return tensors
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
-        """Two weights a byte, a byte a row."""
+        """Locate the codes: two weights a byte, a byte a row of the stored tensor."""
         if matrix.transposed:
             return None
-        columns, (there, back) = matrix.shape[1], _numbering(as_codebook(matrix.spec).codebook)
+        columns, (to_numbers, to_codes) = matrix.shape[1], _byte_maps(as_codebook(matrix.spec).codebook)
         return CodeRows(
             name=matrix.name,
             span=lambda part: slice(part.start * columns // 2, -(-part.stop * columns // 2)),
-            pack=lambda codes: _renumbered(codes, there).view(-1, 1),
-            unpack=lambda stored: _renumbered(stored.view(-1), back),
+            pack=lambda codes: _renumber(codes, to_numbers).view(-1, 1),
+            unpack=lambda stored: _renumber(stored.view(-1), to_codes),
         )
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights with a JSON blob beside the codes."""
+        """List the weights with a JSON blob beside the codes."""
         return [key.partition(STATE_PREFIX)[0] for key in stored.refs if STATE_PREFIX in key]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """The matrix called `name`: headers and the quant_state give shape and format.
+        """Read shape and format of the matrix called `name` from headers and the quant_state.
 
-        Raises InputError for parts that bitsandbytes and this tool would decode differently.
+        Raises InputError for parts that bitsandbytes and the tool would decode differently.
         """
         for part in (name, f"{name}.absmax", f"{name}.quant_map"):
             if part not in stored.refs:
                 raise InputError("is missing, and its quant_state is there", file=stored.path, tensor=part)
-        file, state = file_of(name, stored), _stored_state(name, stored)
+        file, state = file_of(name, stored), _read_stored_state(name, stored)
         spec = CodebookSpec(state["quant_type"], state["blocksize"], "nested_blocksize" in state)
         matrix = StoredMatrix(name, (state["shape"][0], state["shape"][1]), spec, state["dtype"], transposed)
         for tensor in self.planned(matrix):
-            # Codes are stored as [n, 1], [1, n] or [n], all of which loaders flatten.
+            # Loaders flatten codes: [n, 1], [1, n] and [n] are right.
             if STATE_PREFIX not in tensor.name:
                 check_part(tensor, stored, file, asks="its quant_state", flat=tensor.name == name)
         return matrix
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """All tensor names in which a weight called `name` may be stored, first the name of the codes."""
+        """List all tensor names of the parts of a weight called `name`, first the codes."""
         suffixes = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
         states = [f"{name}{STATE_PREFIX}{codebook}" for codebook in _NUMBERS]
         return (name, *(f"{name}.{suffix}" for suffix in suffixes), *states)
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The weight of a checked `matrix`. Raises InputError for a stored table that contradicts the quant_type."""
+        """Unpack a checked `matrix`. Raises InputError for a stored table that contradicts the quant_type."""
         import torch
 
         name, spec, load = matrix.name, as_codebook(matrix.spec), stored.load
-        # Some loaders use the stored table, others a table of their own: with two tables there is no right answer.
-        if not torch.equal(load(f"{name}.quant_map"), _table(spec.codebook)):
+        # Some loaders use the stored table, and some an internal table: two different tables leave no right answer.
+        if not torch.equal(load(f"{name}.quant_map"), _build_table(spec.codebook)):
             message = "holds a table that is not the one of its quant_type"
             raise InputError(message, file=file_of(name, stored), tensor=f"{name}.quant_map")
         absmax: torch.Tensor | NestedAbsmax = load(f"{name}.absmax")
         if spec.double_quant:
-            state = _stored_state(name, stored)
+            state = _read_stored_state(name, stored)
             absmax = NestedAbsmax(
                 load(f"{name}.absmax"),
                 load(f"{name}.nested_absmax"),
@@ -167,11 +169,11 @@ class BitsandbytesLayout(Layout):
             )
         packed = torch.empty(0, dtype=torch.uint8)
         if has_codes:
-            packed = _renumbered(load(name).view(-1), _numbering(spec.codebook)[1])
+            packed = _renumber(load(name).view(-1), _byte_maps(spec.codebook)[1])
         return CodebookTensor(packed, absmax, spec, matrix.shape, matrix.dtype)
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config and a `quantization_config` by which transformers loads the stored tensors."""
+        """Add a `quantization_config` for transformers to the model's config."""
         return {
             **config,
             "quantization_config": {
@@ -182,7 +184,7 @@ class BitsandbytesLayout(Layout):
                 "bnb_4bit_use_double_quant": as_codebook(facts.spec).double_quant,
                 "bnb_4bit_compute_dtype": facts.dtype,
                 "bnb_4bit_quant_storage": "uint8",
-                "llm_int8_skip_modules": _skip_modules(facts),
+                "llm_int8_skip_modules": _list_skip_modules(facts),
             },
         }
 
@@ -190,8 +192,8 @@ class BitsandbytesLayout(Layout):
 LAYOUT = BitsandbytesLayout()
 
 
-def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
-    """The checked JSON blob of the weight called `name`. Raises InputError for no blob, two blobs and a wrong blob."""
+def _read_stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
+    """Read and check the JSON blob of a weight. Raises InputError for no blob, two blobs and a wrong blob."""
     file = file_of(name, stored)
     states = [part for part in LAYOUT.parts(name) if STATE_PREFIX in part and part in stored.refs]
     if len(states) != 1:
@@ -208,7 +210,19 @@ def _stored_state(name: str, stored: StoredTensors) -> dict[str, Any]:
 
 
 def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
-    """The checked JSON blob of a weight. Raises InputError for a missing key and for a value out of range."""
+    """Read and check a weight's JSON blob.
+
+    name   tensor name of the weight, for errors
+    data   the bytes of the blob
+    file   the file of the blob, for errors
+
+    Raises InputError for an absent key, and for a value out of range.
+
+    >>> from pathlib import Path
+    >>> data = b'{"quant_type": "nf4", "dtype": "float16", "blocksize": 64, "shape": [64, 64]}'
+    >>> read_state("h.0.fc.weight", data, Path("model.safetensors"))["blocksize"]
+    64
+    """
     state = parse_json_object(data, file=file, what=f"the quant_state of {name}")
 
     def check(condition: bool, message: str) -> None:
@@ -230,8 +244,8 @@ def read_state(name: str, data: bytes, file: Path) -> dict[str, Any]:
     return state
 
 
-def _table(codebook: str) -> torch.Tensor:
-    """float32 [16]: the table of values, ordered by bitsandbytes' numbers."""
+def _build_table(codebook: str) -> torch.Tensor:
+    """Build the table of values, float32 [16], in the order of bitsandbytes' numbers."""
     import torch
 
     from loftq_cli.triton_kernels.codebook.contract import codebook_table
@@ -241,34 +255,34 @@ def _table(codebook: str) -> torch.Tensor:
 
 
 @cache
-def _numbering(codebook: str) -> tuple[bytes, bytes]:
-    """Two tables of 256 bytes: a byte of two codes to a byte of two numbers, and back."""
+def _byte_maps(codebook: str) -> tuple[bytes, bytes]:
+    """Two tables of 256 bytes: from a byte of two codes to a byte of two numbers, and back."""
     numbers = _NUMBERS[codebook]
-    there = bytes(high << 4 | low for high in numbers for low in numbers)
-    return there, bytes(map(there.index, range(256)))
+    to_numbers = bytes(high << 4 | low for high in numbers for low in numbers)
+    return to_numbers, bytes(map(to_numbers.index, range(256)))
 
 
-def _renumbered(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
-    """uint8 [n] with every byte b replaced by `pairs[b]`; `packed` itself where nothing changes."""
+def _renumber(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
+    """Replace every byte b of `packed`, uint8 [n], by `pairs[b]`; no copy if `pairs` changes no byte."""
     import torch
 
-    if pairs == _SAME or not packed.numel():
+    if pairs == _IDENTITY or not packed.numel():
         return packed
     return torch.frombuffer(bytearray(packed.numpy().data).translate(pairs), dtype=torch.uint8)
 
 
-def _skip_modules(facts: ModelFacts) -> list[str]:
-    """All linears in full precision: an unlisted linear loads silently and fails in the first forward pass."""
-    return [_unambiguous(name, facts.quantized_modules) for name in kept_modules(facts)]
+def _list_skip_modules(facts: ModelFacts) -> list[str]:
+    """List all linears in full precision: an unlisted linear loads silently and fails in the first forward pass."""
+    return [_disambiguate(name, facts.quantized_modules) for name in kept_modules(facts)]
 
 
-def _unambiguous(name: str, quantized: Any) -> str:
-    """`name`; or, if the suffix match of transformers would skip a quantized module too, a pattern for `name` alone."""
+def _disambiguate(name: str, quantized: Any) -> str:
+    """Return `name`, or a pattern for `name` alone if transformers' suffix match would skip a quantized module too."""
     clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
     return f"^{re.escape(name)}$" if clash else name
 
 
-def _state(matrix: StoredMatrix, offset: float) -> bytes:
+def _encode_state(matrix: StoredMatrix, offset: float) -> bytes:
     spec = as_codebook(matrix.spec)
     fields: dict[str, Any] = {
         "quant_type": spec.codebook,

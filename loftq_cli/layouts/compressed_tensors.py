@@ -1,7 +1,7 @@
 """compressed-tensors' pack-quantized container, for transformers and vLLM: integers of 2, 3, 4 or 8 bits.
 
-`"dequantize": true` makes transformers decode at load, so that PEFT can adapt, train and merge; servers ignore the key.
-transformers decodes at load by one scheme only: a model of several number formats is decoded in the first forward pass,
+`"dequantize": true` makes transformers decode at load, so PEFT can adapt, train and merge; servers ignore the key.
+transformers decodes at load by a single scheme: a model of several number formats is decoded in the first forward pass,
 and zero points have no place before the first pass (transformers 5.23, compressed-tensors 0.20).
 """
 
@@ -37,8 +37,9 @@ class CompressedTensorsLayout(IntegerLayout):
     needs_whole_words = False
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """weight_packed int32 [out, in * bits / 32], weight_scale [out, in / group_size], weight_shape, and if
-        asymmetric weight_zero_point int32 [ceil(out * bits / 32), in / group_size], packed down the rows.
+        """Plan weight_packed int32 [out, ceil(in * bits / 32)], weight_scale [out, in / group_size] and weight_shape
+        int64 [2]; asymmetric formats add weight_zero_point int32 [ceil(out * bits / 32), in / group_size], packed down
+        the rows.
         """
         spec, (out_features, in_features) = as_affine(matrix.spec), matrix.shape
         name, groups = matrix.name, in_features // spec.group_size
@@ -52,7 +53,7 @@ class CompressedTensorsLayout(IntegerLayout):
         return tuple(tensors)
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors of `planned`, filled."""
+        """Pack the codes and constants into the tensors of `planned`."""
         import torch
 
         from loftq_cli.triton_kernels.packing.contract import pack_rows
@@ -69,11 +70,11 @@ class CompressedTensorsLayout(IntegerLayout):
         return tensors
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """Each row of the matrix is a row of words."""
+        """Locate the codes: a row of words for each row of the matrix."""
         return word_rows(f"{matrix.name}_packed", matrix)
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the packed weights. Raises InputError for another format of compressed-tensors."""
+        """List the packed weights. Raises InputError for a format of compressed-tensors that the tool does not read."""
         config = quantization_config(stored, NAME)
         if config is None:
             return []
@@ -83,12 +84,12 @@ class CompressedTensorsLayout(IntegerLayout):
         return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """The matrix called `name`: headers, weight_shape and the scheme in the config give shape and format.
+        """Read shape and format of the matrix called `name` from headers, weight_shape and the scheme in the config.
 
         Raises InputError for a part with a dtype or a shape that contradicts the scheme.
         """
         del transposed
-        scheme = _scheme(name.removesuffix(".weight"), stored)
+        scheme = _find_scheme(name.removesuffix(".weight"), stored)
         shape_ref = stored.refs.get(f"{name}_shape")
         if shape_ref is None or shape_ref.dtype not in ("int64", "int32") or shape_ref.numel != 2:
             problem = "is missing" if shape_ref is None else f"is {shape_ref.dtype} {shape_ref.shape}"
@@ -112,11 +113,11 @@ class CompressedTensorsLayout(IntegerLayout):
         return matrix
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """All tensor names in which a weight called `name` may be stored."""
+        """List all tensor names of the parts of a weight called `name`."""
         return tuple(f"{name}_{part}" for part in ("packed", "scale", "shape", "zero_point", "g_idx"))
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`."""
+        """Unpack a checked `matrix`, the inverse of `pack`."""
         import torch
 
         from loftq_cli.triton_kernels.packing.contract import unpack_rows
@@ -130,22 +131,23 @@ class CompressedTensorsLayout(IntegerLayout):
         return AffineTensor(codes, stored.load(f"{name}_scale"), zero_points, None, spec, matrix.dtype)
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config and a `quantization_config`. One number format: one scheme for all linears, and a list
-        of linears to ignore. Several number formats: a scheme for each format, with the names of the modules.
+        """Add a `quantization_config` to the model's config.
 
+        A model of a single number format has a scheme for all linears, and a list of linears to ignore. A model of
+        several number formats has a scheme for each format, with the names of the modules.
         Raises UsageError for a model with experts in full precision: transformers 5 does not find the experts beside
         packed weights.
         """
         if facts.has_experts:
             message = "transformers loads no experts in full precision from compressed-tensors"
-            *others, last = alternatives_to(NAME, facts.specs)
-            raise UsageError(message, hint=f"--layout {', '.join([*others, f'or {last}']) if others else last}")
+            *firsts, last = alternatives_to(NAME, facts.specs)
+            raise UsageError(message, hint=f"--layout {', '.join([*firsts, f'or {last}']) if firsts else last}")
         modules: dict[QuantSpec, list[str]] = {facts.spec: []}
         for module in facts.quantized_modules:
             modules.setdefault(facts.other_specs.get(module, facts.spec), []).append(module)
         is_mixed = len(modules) > 1
         groups = {
-            f"group_{i}": {"targets": names if is_mixed else ["Linear"], "weights": _weights(as_affine(spec))}
+            f"group_{i}": {"targets": names if is_mixed else ["Linear"], "weights": _describe_scheme(as_affine(spec))}
             for i, (spec, names) in enumerate(modules.items())
         }
         quantization = {
@@ -154,7 +156,7 @@ class CompressedTensorsLayout(IntegerLayout):
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": kept_names(facts),
-            # transformers 5.23 decodes every linear by the first scheme then.
+            # transformers 5.23 would decode every linear by the first scheme.
             **({} if is_mixed else {"dequantize": True}),
         }
         return {**config, "quantization_config": quantization}
@@ -163,7 +165,7 @@ class CompressedTensorsLayout(IntegerLayout):
 LAYOUT = CompressedTensorsLayout()
 
 
-def _weights(spec: AffineSpec) -> dict[str, Any]:
+def _describe_scheme(spec: AffineSpec) -> dict[str, Any]:
     return {
         "num_bits": spec.bits,
         "type": "int",
@@ -174,14 +176,14 @@ def _weights(spec: AffineSpec) -> dict[str, Any]:
     }
 
 
-def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
-    """The scheme for the weights of a module. Raises InputError for a missing scheme, and for a scheme of a kind that
-    this module does not read.
+def _find_scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
+    """Find the scheme for the weights of a module. Raises InputError for no scheme, and for a scheme that the container
+    does not read.
     """
     config = quantization_config(stored, NAME) or {}
     groups = config.get("config_groups")
-    listed = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
-    group = listed[0] if len(listed) == 1 else _targeting(module, listed, stored)
+    candidates = [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    group = candidates[0] if len(candidates) == 1 else _choose_group(module, candidates, stored)
     scheme = group.get("weights")
     if not isinstance(scheme, dict):
         message = f"its config has no scheme of the weights of {printable(module)}"
@@ -201,9 +203,10 @@ def _scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
     return scheme
 
 
-def _targeting(module: str, groups: list[dict[str, Any]], stored: StoredTensors) -> Mapping[str, Any]:
-    """The scheme that compressed-tensors chooses for a module among several: the target with the module's name; else
-    the first expression, in alphabetical order, that matches the beginning of the name; else the target with the class.
+def _choose_group(module: str, groups: list[dict[str, Any]], stored: StoredTensors) -> Mapping[str, Any]:
+    """Choose a scheme among several for a module, like compressed-tensors: the scheme of the target with the module's
+    name; else of the first expression, in alphabetical order, matching the beginning of the name; else of the target
+    with the class.
     """
     by_target: dict[str, dict[str, Any]] = {}
     for group in groups:

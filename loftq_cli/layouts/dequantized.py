@@ -1,6 +1,6 @@
 """The decoded values as an ordinary checkpoint in the model's dtype: for loaders without quantization.
 
-A loader reads the numbers that a loader of the quantized container would compute; no bytes are saved on disk.
+A loader reads the numbers that a loader of the quantized container would compute. The container saves no space.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class DenseLayout(Layout):
-    """Decoded values: nothing is quantized on disk, so there is nothing to find and to unpack."""
+    """Decoded values: nothing is quantized on disk, and nothing can be unpacked."""
 
     name = "dense"
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """All shapes of whole groups: a loader sees plain numbers."""
+        """Accept all shapes of whole groups: a loader sees plain numbers."""
         del transposed
         size = spec.group_size_or_none
         if size is not None and shape[1] % size:
@@ -31,24 +31,24 @@ class DenseLayout(Layout):
         return Fit(spec)
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """A tensor in the orientation of the source."""
+        """Plan a tensor in the orientation of the original."""
         shape = matrix.shape[::-1] if matrix.transposed else matrix.shape
         return (OutTensor(matrix.name, matrix.dtype, shape),)
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The decoded matrix in the dtype of `matrix`."""
+        """Decode the matrix, in the dtype of `matrix`."""
         import torch
 
         values = quantized.dequantize().to(getattr(torch, matrix.dtype))
         return {matrix.name: (values.T if matrix.transposed else values).contiguous()}
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
-        """None: there are no codes on disk."""
+        """Return None: no codes are on disk."""
         del matrix
         return None
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """No names: nothing is quantized on disk."""
+        """Return no names: nothing is quantized on disk."""
         del stored
         return []
 
@@ -57,15 +57,15 @@ class DenseLayout(Layout):
         raise ValueError(f"{name} is not quantized")
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """The tensor itself."""
+        """Return the name of the tensor alone."""
         return (name,)
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """Raises ValueError: no codes can be found again in decoded values."""
+        """Raises ValueError: decoded values have no codes."""
         raise ValueError(f"{matrix.name} is not quantized")
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config, unchanged."""
+        """Return the model's config, unchanged."""
         del facts
         return dict(config)
 

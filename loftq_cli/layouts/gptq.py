@@ -1,6 +1,6 @@
-"""The GPTQ container (checkpoint_format gptq_v2, plain zero points), which PEFT's use_qalora trains on.
+"""The GPTQ container (checkpoint_format gptq_v2, plain zero points), the container of PEFT's use_qalora.
 
-Writes no act-order and reads none: groups are neighbouring columns. Knows nothing of GPTQ the algorithm.
+The container reads and writes no act-order: groups are neighbouring columns. GPTQ the algorithm plays no part.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from loftq_cli.tensors.specs import AffineSpec
 if TYPE_CHECKING:
     import torch
 
-# Names under which optimum (2.3) finds the blocks of a model without being told.
+# Names of the blocks of a model that optimum (2.3) finds without an entry in the config.
 _KNOWN_STACKS = (
     *("transformer.h", "model.decoder.layers", "gpt_neox.layers", "model.layers", "model.language_model.layers"),
     *("h", "decoder.layers", "layers"),
@@ -38,8 +38,8 @@ class GptqLayout(IntegerLayout):
     row_multiple = 32  # zero points are packed along the rows, in whole words at any number of bits
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """qweight int32 [in * bits / 32, out], qzeros int32 [in / group_size, out * bits / 32], scales float16
-        [in / group_size, out] and g_idx int32 [in].
+        """Plan qweight int32 [in * bits / 32, out], qzeros int32 [in / group_size, out * bits / 32], scales
+        [in / group_size, out], float16 in written bases, and g_idx int32 [in].
         """
         spec, (out_features, in_features) = as_affine(matrix.spec), matrix.shape
         module, groups = matrix.name.removesuffix("weight"), in_features // spec.group_size
@@ -51,7 +51,7 @@ class GptqLayout(IntegerLayout):
         )
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors of `planned`, filled."""
+        """Pack the codes and constants into the tensors of `planned`."""
         import torch
 
         from loftq_cli.triton_kernels.packing.contract import pack_rows
@@ -68,12 +68,12 @@ class GptqLayout(IntegerLayout):
         }
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
-        """None: words hold codes of one output, and lie column after column."""
+        """Return None: words hold codes of a single output, column after column."""
         del matrix
         return None
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the packed weights. Raises InputError for act-order."""
+        """List the packed weights. Raises InputError for act-order."""
         config = quantization_config(stored, self.name)
         if config is None:
             return []
@@ -85,7 +85,9 @@ class GptqLayout(IntegerLayout):
         return [f"{name.removesuffix('qweight')}weight" for name in stored.refs if name.endswith(".qweight")]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """The matrix called `name`, from headers and the config. Raises InputError for contradictory parts."""
+        """Read shape and format of the matrix called `name` from headers, g_idx and the config. Raises InputError for
+        contradictory parts and for act-order.
+        """
         del transposed
         config = quantization_config(stored, self.name) or {}
         bits, module = checked_bits(config, "bits", stored), name.removesuffix("weight")
@@ -110,14 +112,15 @@ class GptqLayout(IntegerLayout):
         return matrix
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """All tensor names in which a weight called `name` may be stored."""
+        """List all tensor names of the parts of a weight called `name`."""
         module = name.removesuffix("weight")
         return tuple(module + part for part in ("qweight", "qzeros", "scales", "g_idx"))
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`, also for a v1 checkpoint, where each stored zero point is less by 1.
+        """Unpack a checked `matrix`, the inverse of `pack`; stored zero points of a v1 checkpoint are less by 1.
 
-        Raises InputError for zero points that two loaders would read differently.
+        Raises InputError for zero points that loaders read differently, and for a symmetric format with zero points
+        off the middle.
         """
         import torch
 
@@ -142,10 +145,10 @@ class GptqLayout(IntegerLayout):
         return AffineTensor(codes, scales, None if spec.symmetric else zero_points, None, spec, matrix.dtype)
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config and a `quantization_config` for GPTQ loaders.
+        """Add a `quantization_config` for GPTQ loaders to the model's config.
 
-        Raises UsageError for a model that GPTQ loaders do not load: a model of several stacks of blocks, or of a family
-        that the table of families excludes.
+        Raises UsageError for a model of several stacks of blocks, and for a family that the table of families excludes:
+        GPTQ loaders do not load the model.
         """
         spec = as_affine(facts.spec)
         stacks = {re.split(r"\.\d+\.", module, maxsplit=1)[0] for module in facts.quantized_modules}

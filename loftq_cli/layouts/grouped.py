@@ -1,5 +1,5 @@
-"""The base classes of containers of group-wise integers: the matrices that fit, checks of a config, and everything but
-the config for containers with float offsets.
+"""The base classes of containers of group-wise integers: fitting shapes, checks of a config, and a container of float
+offsets without the config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class IntegerLayout(Layout):
     """A container of group-wise integers.
 
     label               the container's name in sentences
-    row_multiple        output features come in multiples of this number
+    row_multiple        the number of output features is a multiple of `row_multiple`
     needs_whole_words   whether the codes of a row fill whole 32-bit words
     """
 
@@ -34,7 +34,7 @@ class IntegerLayout(Layout):
     needs_whole_words: ClassVar[bool] = True
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """Whole groups in every row, and linears only. No other format is tried: a config describes one format."""
+        """Accept linears with whole groups in every row. No fallback exists: a config describes a single format."""
         integers, (out_features, in_features) = as_affine(spec), shape
         if transposed:
             return Fit(None, f"{self.label} holds no layers that are stored [in, out]")
@@ -49,7 +49,14 @@ class IntegerLayout(Layout):
 
 
 def checked_bits(values: Mapping[str, Any], key: str, stored: StoredTensors) -> int:
-    """The bits of a quantization_config. Raises InputError for a number of bits without a format."""
+    """Read the bits of a code from a config.
+
+    values   the object of the config with the bits
+    key      the key of the bits
+    stored   the stored tensors, for errors
+
+    Raises InputError for anything but the bits of an integer format: 2, 3, 4 or 8.
+    """
     bits = whole_number(values, key, stored)
     readable = sorted(row.bits for row in FORMATS.values() if row.is_affine)
     if bits not in readable:
@@ -60,7 +67,13 @@ def checked_bits(values: Mapping[str, Any], key: str, stored: StoredTensors) -> 
 
 
 def scale_dtype(name: str, stored: StoredTensors) -> str:
-    """The dtype of the scales called `name`. Raises InputError for missing scales and for scales of a wrong kind."""
+    """Read the dtype of stored scales: "float32", "bfloat16" or "float16".
+
+    name     tensor name of the scales
+    stored   the stored tensors
+
+    Raises InputError for absent scales, and for scales of a different dtype.
+    """
     ref = stored.refs.get(name)
     if ref is None or ref.dtype not in MODEL_DTYPES:
         problem = "missing" if ref is None else ref.dtype
@@ -69,12 +82,22 @@ def scale_dtype(name: str, stored: StoredTensors) -> str:
 
 
 def kept_names(facts: ModelFacts) -> list[str]:
-    """`kept_modules` without patterns, for loaders that read plain names only."""
+    """List the modules of `kept_modules` without patterns, for loaders of plain names.
+
+    >>> facts = ModelFacts("float32", AffineSpec(4, 64, symmetric=True), ["h.0.fc"], ["score"])
+    >>> kept_names(facts)[:2]
+    ['score', 'lm_head']
+    """
     return [name for name in kept_modules(facts) if not name.startswith("^")]
 
 
 def word_rows(name: str, matrix: StoredMatrix, *, is_unsigned: bool = False) -> CodeRows:
-    """Codes in 32-bit words along the row, in the tensor called `name`."""
+    """Locate codes in 32-bit words along the row: row i of the matrix is row i of the tensor called `name`.
+
+    name          tensor name of the words
+    matrix        the matrix with integer codes, uint8 [out, in] in memory
+    is_unsigned   whether words are uint32 on disk; else int32
+    """
     bits, columns = as_affine(matrix.spec).bits, matrix.shape[1]
 
     def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -97,8 +120,10 @@ def word_rows(name: str, matrix: StoredMatrix, *, is_unsigned: bool = False) -> 
 
 
 class FloatOffsetLayout(IntegerLayout):
-    """A container whose groups have a float offset: codes in 32-bit words along the row under the weight's own name, a
-    scale and a bias for each group, value = code * scale + bias. A subclass reads and writes the config.
+    """A container with a float offset for each group: value = code * scale + bias. A subclass handles the config.
+
+    The codes lie in 32-bit words along the row, under the name of the weight. Scales and biases are tensors beside the
+    codes.
 
     biases   the name of the biases on disk, beside "weight" and "scales"
     """
@@ -107,12 +132,15 @@ class FloatOffsetLayout(IntegerLayout):
 
     @abstractmethod
     def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
-        """The object of config.json with bits and group_size of `module`, or, for None, of the model; empty for the
-        config of another container.
+        """Find the object of config.json with bits and group_size of a module; empty for the config of a different
+        container.
+
+        stored   the stored tensors and the config
+        module   name of the module in the files; None for the object of the model
         """
 
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """weight uint32 [out, in * bits / 32], scales and biases [out, in / group_size]."""
+        """Plan weight uint32 [out, in * bits / 32], scales and biases [out, in / group_size]."""
         spec, (out_features, in_features) = as_affine(matrix.spec), matrix.shape
         _, scales, biases = self.parts(matrix.name)
         shape = (out_features, in_features // spec.group_size)
@@ -123,19 +151,19 @@ class FloatOffsetLayout(IntegerLayout):
         )
 
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors of `planned`, filled."""
+        """Pack the codes and constants into the tensors of `planned`."""
         affine = as_affine_tensor(quantized)
-        assert affine.biases is not None  # the table asks for float zero points
+        assert affine.biases is not None  # a row with float offsets in LAYOUTS
         codes, scales, biases = self.parts(matrix.name)
         tensors = {scales: affine.scales, biases: affine.biases}
         return {codes: self.code_rows(matrix).pack(affine.codes), **tensors} if len(affine.codes) else tensors
 
     def code_rows(self, matrix: StoredMatrix) -> CodeRows:
-        """Each row of the matrix is a row of words."""
+        """Locate the codes: a row of words for each row of the matrix."""
         return word_rows(matrix.name, matrix, is_unsigned=True)
 
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names of the weights with biases beside the codes."""
+        """List the weights with biases beside the codes."""
         if not self.settings(stored, None):
             return []
         ending = f".{self.biases}"
@@ -143,7 +171,9 @@ class FloatOffsetLayout(IntegerLayout):
         return [f"{module}.weight" for module in modules]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """The matrix called `name`, from headers and the config. Raises InputError for contradictory parts."""
+        """Read shape and format of the matrix called `name` from headers and the config. Raises InputError for
+        contradictory parts.
+        """
         del transposed
         settings, (_, scales, _) = self.settings(stored, name.removesuffix(".weight")), self.parts(name)
         bits, group_size = checked_bits(settings, "bits", stored), whole_number(settings, "group_size", stored)
@@ -157,12 +187,12 @@ class FloatOffsetLayout(IntegerLayout):
         return matrix
 
     def parts(self, name: str) -> tuple[str, str, str]:
-        """Names of the codes, the scales and the biases of the weight called `name`."""
+        """List the tensor names of the codes, the scales and the biases of the weight called `name`."""
         module = name.removesuffix("weight")
         return name, f"{module}scales", module + self.biases
 
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`."""
+        """Unpack a checked `matrix`, the inverse of `pack`."""
         import torch
 
         spec, (words, scales, biases) = as_affine(matrix.spec), self.parts(matrix.name)

@@ -1,5 +1,5 @@
-"""The contract of a container, and the table of containers: each fact that another package asks about a container is a
-field or a method of a row. Planning needs no torch.
+"""The contract of a container, and the table of containers: all facts about a container are fields or methods of a row.
+Planning needs no torch.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
 if TYPE_CHECKING:
     import torch
 
-# Heads that a checkpoint may lack: tied to the embedding, or added by a task class. Loaders must not expect quantized
-# heads. The names come from transformers' classes.
+# Heads, often absent from checkpoints: tied to the embedding, or added by a task class. Loaders must not expect
+# quantized heads. The names come from transformers' classes.
 TASK_HEADS = (
     *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
     *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
@@ -29,13 +29,13 @@ TASK_HEADS = (
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """A quantized weight as a container holds the weight.
+    """A quantized weight in a container.
 
-    name          tensor name, "....weight"
-    shape         [out, in] of the matrix
-    spec          number format
-    dtype         dtype that a loader decodes to
-    transposed    the source stores [in, out] (GPT-2's Conv1D)
+    name         tensor name, "....weight"
+    shape        [out, in] of the matrix
+    spec         number format
+    dtype        dtype of the decoded matrix in a loader
+    transposed   whether the original stores [in, out] (GPT-2's Conv1D)
     """
 
     name: str
@@ -50,8 +50,11 @@ SMALLER_GROUPS = "a smaller --group-size"
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """The number format in which a container holds a matrix, or None; the reason for a format other than the requested
-    format, and the remedy.
+    """The form of a matrix in a container.
+
+    spec     the number format; None: no number format fits
+    reason   the reason for a difference from the requested format; None for the requested format
+    hint     the remedy for a matrix without a format
     """
 
     spec: QuantSpec | None
@@ -61,11 +64,15 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """Facts about the whole model for the config of a container; module names are those of the loaded model.
+    """Facts about the model for the config of a container, with module names of the loaded model.
 
-    spec          the number format of all quantized modules but those in `other_specs`
-    has_experts   whether there are experts in full precision, one matrix each
-    refused_by    containers whose loaders do not read models of this family
+    dtype                    dtype of the stored model
+    spec                     number format of the quantized modules outside `other_specs`
+    quantized_modules        names of all quantized modules
+    full_precision_modules   names of modules in full precision that a loader might quantize
+    has_experts              whether experts are in full precision, as a matrix for each expert
+    other_specs              module -> number format, for quantized modules of uncommon integer formats
+    refused_by               keys of LAYOUTS: containers whose loaders do not read models of the family
     """
 
     dtype: str
@@ -83,21 +90,26 @@ class ModelFacts:
 
 
 def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
-    """The most common number format of some modules, and the modules with another format. The first of equally common
-    formats wins. `specs` holds a format for each module name, and is not empty.
+    """Return the most common number format of some modules, and the modules of uncommon formats.
+
+    `specs` maps module names to number formats, and is not empty. The first among equally common formats wins.
+
+    >>> from loftq_cli.tensors.specs import CodebookSpec
+    >>> common_spec({"q": CodebookSpec("nf4"), "k": CodebookSpec("nf4"), "v": CodebookSpec("fp4")})[1].keys()
+    dict_keys(['v'])
     """
     ((spec, _),) = Counter(specs.values()).most_common(1)
-    return spec, {module: other for module, other in specs.items() if other != spec}
+    return spec, {module: module_spec for module, module_spec in specs.items() if module_spec != spec}
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:
-    """All linears in full precision, and the heads that a loader may add to the model."""
+    """List all linears in full precision, and the heads that a loader may add to the model."""
     names = list(facts.full_precision_modules)
     return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
 
 
 class Layout(ABC):
-    """A container: each row of LAYOUTS has a class without state. mypy checks the class against the methods below."""
+    """A container: each row of LAYOUTS has a class without state. mypy checks each class against the methods below."""
 
     name: ClassVar[str]
 
@@ -108,47 +120,52 @@ class Layout(ABC):
 
     @abstractmethod
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
-        """The format in which stock loaders read a matrix [out, in] correctly; see `Fit`."""
+        """Choose a number format, near the requested `spec`, that stock loaders read correctly for a matrix of `shape`
+        [out, in]; `transposed`: the original stores [in, out].
+        """
 
     @abstractmethod
     def planned(self, matrix: StoredMatrix) -> tuple[OutTensor, ...]:
-        """Names, dtypes and shapes of the tensors from `pack`."""
+        """Plan the names, dtypes and shapes of the tensors from `pack`."""
 
     @abstractmethod
     def pack(self, matrix: StoredMatrix, quantized: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """The tensors to write, by name; without the codes where `quantized` holds none."""
+        """Pack a quantized matrix: tensor name -> tensor to write, without codes for a `quantized` without codes."""
 
     @abstractmethod
     def code_rows(self, matrix: StoredMatrix) -> CodeRows | None:
-        """Where the codes of `matrix` lie row after row; None for codes in another order, and for a source that
-        stores [in, out].
+        """Locate codes in row order; None for codes in column order or no codes, and for an original that stores
+        [in, out].
         """
 
     @abstractmethod
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """config.json of the output. Raises UsageError for a model that the container's loaders do not read."""
+        """Build config.json of the base from the model's config without keys about quantization. Raises UsageError for
+        a model that the container's loaders do not read.
+        """
 
     @abstractmethod
     def quantized_names(self, stored: StoredTensors) -> list[str]:
-        """Names ("....weight") of the matrices in this container, in order; no names for a model in another container.
+        """List the names ("....weight") of the matrices in the container, in order; no names for a model in a different
+        container.
 
-        Raises InputError for a model that this tool and the container's loaders would decode differently.
+        Raises InputError for a model that the tool and the container's loaders would decode differently.
         """
 
     @abstractmethod
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
-        """The matrix called `name`, an item of `quantized_names`, from headers and small tensors. Raises InputError for
-        missing parts and for parts of a wrong dtype or shape.
+        """Read shape and format of the matrix called `name`, from `quantized_names`. Raises InputError for absent parts
+        and for parts of a wrong dtype or shape. `transposed`: dense checkpoints of the family store [in, out].
         """
 
     @abstractmethod
     def parts(self, name: str) -> tuple[str, ...]:
-        """All tensor names in which a matrix called `name` may be stored."""
+        """List all possible tensor names of the parts of a matrix called `name`."""
 
     @abstractmethod
     def unpack(self, matrix: StoredMatrix, stored: StoredTensors, *, has_codes: bool = True) -> QuantizedTensor:
-        """The inverse of `pack`, for a matrix that `stored_matrix` returned; `has_codes=False` leaves the codes out.
-        Raises InputError for numbers that no quantizer writes.
+        """Unpack a matrix from `stored_matrix`, the inverse of `pack`; `has_codes=False` leaves codes on disk. Raises
+        InputError for numbers that no quantizer writes.
         """
 
 
@@ -156,22 +173,24 @@ class Layout(ABC):
 class LayoutRow:
     """One row of the table.
 
-    quant_types      number formats that the container holds
-    zero_point       how integer formats store a group's offset: "int" or "float"
-    scale_dtypes     dtypes that scales may have
+    module           the module with the container's class
+    summary          half a sentence for help texts
+    quant_types      number formats in the container, keys of FORMATS
+    zero_point       kind of a group's stored offset in integer formats: "int" or "float"
+    scale_dtypes     allowed dtypes of scales
     scale_dtype      the default dtype of scales; None for the model's dtype
-    keeps_dtype      whether loaders decode to the model's dtype; otherwise they decode to the dtype of the scales
+    keeps_dtype      whether loaders decode to the model's dtype; else to the dtype of the scales
     one_dtype        whether loaders need every tensor of the model in the dtype of the scales
-    group_sizes      group sizes that the container holds; empty for all
-    mixed            which integers of several formats loaders read in one model: "any", "symmetric" ones or "none"
-    fused            names of sibling modules that servers make one matrix of, so that they need one format
-    stores_codes     whether weights stay quantized on disk; otherwise the decoded values are stored
-    config_key       key of config.json that describes the quantization
-    in_transformers  whether transformers loads the result
-    peft_pools       whether PEFT's use_qalora pools the inputs of layers in this container
-    load_arguments   what `from_pretrained` needs beside the path
-    mixed_decoding   line of Python to run after loading several formats in one model, before PEFT sees the weights
-    alternatives     containers to offer where the loaders of this one do not read a model, beside decoded values
+    group_sizes      allowed group sizes; empty for all sizes of the number formats
+    mixed            integers of several formats that loaders read in a model: "any", "symmetric" or "none"
+    fused            names of sibling modules that servers fuse into a matrix with a single format
+    stores_codes     whether weights stay quantized on disk; else the decoded values are stored
+    config_key       key of config.json for the description of the quantization
+    in_transformers  whether transformers loads the base
+    peft_pools       whether PEFT's use_qalora pools the inputs of layers in the container
+    load_arguments   arguments of `from_pretrained` beside the path
+    mixed_decoding   line of Python to run after loading several formats in a model, before PEFT sees the weights
+    alternatives     containers to offer for a model that the container's loaders do not read, beside decoded values
     """
 
     module: str
@@ -199,18 +218,19 @@ class LayoutRow:
         return self.stores_codes and self.zero_point == "int" and not set(_INTEGERS).isdisjoint(self.quant_types)
 
     def decoded_dtype(self, spec: QuantSpec, dtype: str) -> str:
-        """The dtype that loaders decode a matrix in the format `spec` to, in a model of `dtype`."""
+        """The dtype of a decoded matrix in a loader, for the number format `spec` in a model of `dtype`."""
         return dtype if self.keeps_dtype else spec.scale_dtype
 
     def holds(self, spec: QuantSpec) -> bool:
-        """Whether the container holds matrices of this number format and group size."""
+        """Whether the container holds matrices of the number format and group size of `spec`."""
         has_size = not self.group_sizes or spec.group_size_or_none in self.group_sizes
         return spec.quant_type in self.quant_types and has_size
 
     def spec_with_offsets(self, stored: QuantSpec, scale_dtype: str | None) -> QuantSpec:
-        """The integer format in which this container keeps the codes of a matrix stored as `stored`, with an offset
-        for each group. Float offsets are float32 unless `scale_dtype` names another dtype. Raises TypeError for a
-        codebook format.
+        """The integer format in the container for codes in the format `stored`, with an offset for each group.
+
+        The dtype of scales is `scale_dtype`; None: the container's default, else float32 for float offsets, else the
+        stored dtype. Raises TypeError for a codebook format.
         """
         integers = as_affine(stored)
         exact = "float32" if self.zero_point == "float" else integers.scale_dtype
@@ -221,7 +241,7 @@ class LayoutRow:
 _INTEGERS = tuple(name for name, row in FORMATS.items() if row.is_affine)
 _CODEBOOKS = tuple(name for name, row in FORMATS.items() if not row.is_affine)
 
-# Sibling modules that vLLM fuses, in the names of vLLM's model classes.
+# Sibling modules fused by vLLM, by names in vLLM's model classes.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -239,7 +259,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         _INTEGERS,
         mixed="symmetric",
         fused=_FUSED,
-        # PEFT reads weights at once; transformers decodes a model of several schemes in the first forward pass.
+        # PEFT reads weights after loading; transformers decodes a model of several schemes in the first forward pass.
         mixed_decoding="model.hf_quantizer.compressor.decompress_model(model)",
         alternatives=("metal",),
     ),
@@ -291,7 +311,7 @@ CONFIG_KEYS = tuple(dict.fromkeys(row.config_key for row in LAYOUTS.values()))
 
 
 def load_layout(name: str) -> Layout:
-    """The container called `name`, a key of LAYOUTS.
+    """Load the container called `name`, a key of LAYOUTS. Raises KeyError for an unknown name.
 
     >>> load_layout("gptq").parts("h.0.fc.weight")
     ('h.0.fc.qweight', 'h.0.fc.qzeros', 'h.0.fc.scales', 'h.0.fc.g_idx')
@@ -303,7 +323,7 @@ def load_layout(name: str) -> Layout:
 
 
 def default_layout(quant_type: str) -> str:
-    """The container that a number format is written in when the user names none.
+    """The default container of a number format, a key of FORMATS.
 
     >>> default_layout("nf4"), default_layout("int4")
     ('bitsandbytes', 'compressed-tensors')
@@ -312,7 +332,7 @@ def default_layout(quant_type: str) -> str:
 
 
 def default_layouts_text() -> str:
-    """The defaults of all number formats, for help texts."""
+    """The default containers of all number formats, as words for help texts."""
     codebooks: dict[str, list[str]] = {}
     for name in _CODEBOOKS:
         codebooks.setdefault(default_layout(name), []).append(name)
@@ -321,8 +341,8 @@ def default_layouts_text() -> str:
 
 
 def mixing_layouts(quant_type: str, *, with_offsets: bool) -> tuple[str, ...]:
-    """Containers that hold `quant_type` beside other formats of the kind in one model, and DENSE; `with_offsets`: also
-    where groups have zero points or float offsets.
+    """List the containers, DENSE included, for a model with `quant_type` beside number formats of equal kind;
+    `with_offsets`: groups have zero points or float offsets.
 
     >>> mixing_layouts("int4", with_offsets=True)
     ('mlx', 'dense')
@@ -332,7 +352,7 @@ def mixing_layouts(quant_type: str, *, with_offsets: bool) -> tuple[str, ...]:
 
 
 def alternatives_to(layout: str, specs: Collection[QuantSpec]) -> list[str]:
-    """Containers to offer in place of `layout` for a model of these number formats; DENSE comes last."""
+    """List containers to offer in place of `layout` for a model of the number formats `specs`, DENSE last."""
     is_symmetric = all(spec.zero_point_kind == "none" for spec in specs)
     modes = ("any", "symmetric") if is_symmetric else ("any",)
     rows = {name: LAYOUTS[name] for name in LAYOUTS[layout].alternatives}
@@ -341,7 +361,7 @@ def alternatives_to(layout: str, specs: Collection[QuantSpec]) -> list[str]:
 
 
 def either(names: Sequence[str]) -> str:
-    """Names as a choice in a sentence.
+    """Join names as a choice in a sentence.
 
     >>> either(["metal"]), either(["mlx", "dense"]), either(["gptq", "metal", "dense"])
     ('metal', 'mlx or dense', 'gptq, metal or dense')
@@ -351,7 +371,7 @@ def either(names: Sequence[str]) -> str:
 
 
 def layout_of_key(key: str) -> str | None:
-    """The container that describes itself under `key` of config.json; None for a key that several containers share.
+    """The container with a description under `key` of config.json; None for a key of no or several containers.
 
     >>> layout_of_key("quantization"), layout_of_key("quantization_config")
     ('mlx', None)
@@ -361,7 +381,7 @@ def layout_of_key(key: str) -> str | None:
 
 
 def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """Groups of two or more modules that servers of the container called `layout` fuse into one matrix.
+    """List groups of two or more modules that servers of the container called `layout` fuse into a matrix.
 
     >>> fused_modules("compressed-tensors", ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"])
     [('mlp.gate_proj', 'mlp.up_proj')]

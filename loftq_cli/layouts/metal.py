@@ -1,5 +1,5 @@
 """transformers' "metal" container: codes, scales and float offsets (qbiases). Apple GPUs compute with the stored codes;
-on other devices transformers decodes at load. Every tensor of the model must have the dtype of the scales.
+transformers decodes at load on other devices. Every tensor of the model must have the dtype of the scales.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from loftq_cli.quant.formats import as_affine
 
 
 class MetalLayout(FloatOffsetLayout):
-    """Integers with float offsets, one number format for the whole model."""
+    """Integers with float offsets, a single number format for the model."""
 
     name = "metal"
     label = "metal"
     biases = "qbiases"
 
     def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
-        """The model's quantization_config, for every module."""
+        """Find the model's quantization_config, for every module."""
         del module
         return quantization_config(stored, self.name) or {}
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config and a `quantization_config` by which transformers loads the stored tensors."""
+        """Add a `quantization_config` for transformers to the model's config."""
         spec = as_affine(facts.spec)
         quantization = {
             "quant_method": self.name,

@@ -1,4 +1,4 @@
-"""MLX's affine container, as mlx-lm loads it: codes, scales and float offsets (biases)."""
+"""MLX's affine container, for mlx-lm: codes, scales and float offsets (biases)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from loftq_cli.quant.formats import QuantSpec, as_affine
 
 
 class MlxLayout(FloatOffsetLayout):
-    """Integers with float offsets; each module may have bits and a group size of its own."""
+    """Integers with float offsets; modules may differ in bits and group size."""
 
     name = "mlx"
     label = "MLX"
     biases = "biases"
 
     def settings(self, stored: StoredTensors, module: str | None) -> Mapping[str, Any]:
-        """The entry of `module` in the config's `quantization`, or the common entry. Raises InputError for a module in
-        a mode other than affine.
+        """Find the entry of `module` in the config's `quantization`, or the common entry.
+
+        Raises InputError for a module in a mode other than affine.
         """
         common = stored.config.get("quantization")
         if not isinstance(common, dict) or common.get("mode", "affine") != "affine":
@@ -36,14 +37,14 @@ class MlxLayout(FloatOffsetLayout):
         return entry
 
     def model_config(self, config: Mapping[str, Any], facts: ModelFacts) -> dict[str, Any]:
-        """The source's config and a `quantization`, with an entry for each module of uncommon bits or group size. MLX
+        """Add a `quantization` to the model's config, with an entry for each module of uncommon bits or group size. MLX
         leaves a linear without scales in full precision, listed or not.
         """
-        entries = {module: _entry(spec) for module, spec in facts.other_specs.items()}
-        return {**config, "quantization": {**_entry(facts.spec), "mode": "affine", **entries}}
+        entries = {module: _describe_format(spec) for module, spec in facts.other_specs.items()}
+        return {**config, "quantization": {**_describe_format(facts.spec), "mode": "affine", **entries}}
 
 
-def _entry(spec: QuantSpec) -> dict[str, Any]:
+def _describe_format(spec: QuantSpec) -> dict[str, Any]:
     integers = as_affine(spec)
     return {"group_size": integers.group_size, "bits": integers.bits}
 

@@ -1,4 +1,4 @@
-"""Checks that all containers share while they read: stored tensors against the plan of a matrix, keys of a config."""
+"""Checks for reading any container: stored tensors against the plan of a matrix, keys of a config."""
 
 from __future__ import annotations
 
@@ -13,14 +13,23 @@ from loftq_cli.tensors.headers import OutTensor
 
 
 def file_of(part: str, stored: StoredTensors) -> Path:
-    """The file of the tensor called `part`; the path of the whole model for a tensor that is missing."""
+    """The file of a stored tensor, for an error; the path of the model for an absent tensor.
+
+    part     tensor name
+    stored   the stored tensors
+    """
     ref = stored.refs.get(part)
     return ref.file if ref is not None else stored.path
 
 
 def check_part(part: OutTensor, stored: StoredTensors, file: Path, *, asks: str, flat: bool = False) -> None:
-    """Raises InputError unless `stored` has the tensor `part` in this dtype and shape. `flat` accepts any shape of a
-    single long side with the right number of elements.
+    """Raises InputError unless a stored tensor has the planned dtype and shape.
+
+    part     name, dtype and shape in the plan of a matrix
+    stored   the stored tensors
+    file     file for the error about an absent tensor
+    asks     the source of the plan, as words for the error
+    flat     accepts any shape of a single long side with the right number of elements
     """
     ref = stored.refs.get(part.name)
     if ref is not None and ref.dtype == part.dtype:
@@ -33,13 +42,25 @@ def check_part(part: OutTensor, stored: StoredTensors, file: Path, *, asks: str,
 
 
 def quantization_config(stored: StoredTensors, quant_method: str) -> Mapping[str, Any] | None:
-    """The quantization_config of config.json; None for a config with another quant_method, or without any."""
+    """The quantization_config of config.json; None for a config with a different quant_method, or without an entry.
+
+    stored         the stored tensors and the config
+    quant_method   the container's name in the config
+    """
     config = stored.config.get("quantization_config")
     return config if isinstance(config, dict) and config.get("quant_method") == quant_method else None
 
 
 def whole_number(values: Mapping[str, Any], key: str, stored: StoredTensors, *, least: int = 1) -> int:
-    """A number of the quantization_config. Raises InputError for anything but a whole number from `least` up."""
+    """Read a whole number from a config.
+
+    values   the object of the config with the number
+    key      the key of the number
+    stored   the stored tensors, for errors
+    least    the smallest allowed number
+
+    Raises InputError for anything but a whole number from `least` up.
+    """
     value = values.get(key)
     if type(value) is not int or value < least:
         message = f"its quantization_config has {key} {printable(repr(value), 80)}, not a whole number from {least} up"

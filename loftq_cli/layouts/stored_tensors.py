@@ -1,4 +1,4 @@
-"""The input of reading a container: stored tensors with a config, and the place of codes that lie row after row."""
+"""The input of reading a container: stored tensors with a config, and the place of codes in row order."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 class StoredTensors:
     """The input of a container's reading methods.
 
-    refs         every stored tensor, as the headers have it
-    config       config.json, its quantization_config included; empty where there is no config
-    dtype        the dtype that the model computes in
-    load         a stored tensor by its name
-    load_rows    some rows of a stored tensor: name, first row, last row + 1
-    raw          the bytes of a small stored tensor, read without torch
-    path         the path that an error about the whole names
-    loaded       the name of a module in the loaded model, by which configs know the module
+    refs         header of every stored tensor, by name
+    config       config.json, quantization_config included; empty for a model without a config
+    dtype        dtype of the model's computations
+    load         tensor name -> stored tensor
+    load_rows    tensor name, first row, last row + 1 -> some rows of a stored tensor
+    raw          tensor name -> bytes of a small stored tensor, read without torch
+    path         the path of the model, for errors
+    loaded       module name in the files -> name in the loaded model, the key of the module in configs
     """
 
     refs: Mapping[str, TensorRef]
@@ -38,17 +38,17 @@ class StoredTensors:
 
     @property
     def config_file(self) -> Path:
-        """The file that an error about the config names."""
+        """The path of config.json, for errors; the path of the model without tensors."""
         return config_file_beside(self.refs.values()) or self.path
 
 
 @dataclass(frozen=True, slots=True)
 class CodeRows:
-    """Where a container holds the codes of a matrix row after row, so that a few rows can be written and read alone.
+    """The place of a matrix's codes in row order: a container with row order can write and read a few rows alone.
 
-    name     name of the stored tensor that holds the codes
+    name     name of the stored tensor with the codes
     span     rows of the matrix -> rows of the stored tensor
-    pack     codes as a quantizer gives them -> rows of the stored tensor
+    pack     codes from a quantizer -> rows of the stored tensor
     unpack   the inverse of `pack`
     """
 
@@ -58,7 +58,10 @@ class CodeRows:
     unpack: Callable[[torch.Tensor], torch.Tensor]
 
     def reader(self, load_rows: Callable[[str, int, int], torch.Tensor]) -> Callable[[slice], torch.Tensor]:
-        """A function that returns the codes of some rows; `load_rows` returns rows of a stored tensor by its name."""
+        """Make a function that returns the codes of some rows of the matrix.
+
+        load_rows   tensor name, first row, last row + 1 -> some rows of a stored tensor
+        """
 
         def codes(part: slice) -> torch.Tensor:
             span = self.span(part)

@@ -1,5 +1,6 @@
-"""The form of a merged model: decoded, quantized again, or the base's codes with other offsets. The options, the base
-and the kind of adapter decide the form; no tensor is looked at.
+"""The form of a merged model: decoded, quantized again, or the codes of the base with changed offsets.
+
+Options, base and kind of adapter decide the form; tensors are not read.
 """
 
 from __future__ import annotations
@@ -29,7 +30,25 @@ from loftq_cli.tensors.specs import POOLINGS
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
-    """How to merge. What is None follows from the base and the adapter; `dtype` of None is the model's own."""
+    """The options of a merge. An option of None follows from base and adapter.
+
+    dtype            dtype of the weights in full precision; None for the dtype of the base
+    layout           container of the merged weights
+    requantize       number format to quantize the merged weights to
+    group_size       columns with a common scale, for `requantize` to integers
+    symmetric        whether groups have no zero point, for `requantize` to integers
+    scale_dtype      dtype of scales and offsets
+    round_zeros      whether a QA-LoRA adapter merges into integer zero points
+    pooling          convention of a QA-LoRA adapter; wins over the config of the adapter
+    max_shard_size   size of a weight file, like "5GB"
+    force            whether to merge in spite of a foreign base or a lost adapter
+
+    Raises UsageError for a value outside the tables, and for options that contradict each other.
+
+    >>> MergeOptions(requantize="int4", round_zeros=True)
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: --requantize chooses new codes, and --round-zeros keeps them (one of the two)
+    """
 
     dtype: str | None = None
     layout: str | None = None
@@ -62,9 +81,15 @@ class MergeOptions:
 
 @dataclass(frozen=True, slots=True)
 class MergeForm:
-    """The container of the merged weights; what they are quantized to, unless they keep the base's codes.
+    """The container and the number format of the merged weights.
 
-    scale_dtype   what the scales and offsets become where the codes are kept
+    layout        name of the container
+    spec          number format to quantize to; None for dense weights and for kept codes
+    keeps_codes   whether the codes of the base stay and only the offsets change
+    scale_dtype   dtype of scales and offsets beside kept codes; None for the default
+
+    >>> MergeForm("dense").is_quantized, MergeForm("metal", keeps_codes=True).is_quantized
+    (False, True)
     """
 
     layout: str
@@ -74,11 +99,11 @@ class MergeForm:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the merged weights are stored quantized."""
+        """True when the merged weights are stored quantized."""
         return self.spec is not None or self.keeps_codes
 
     def model_dtype(self, dtype: str) -> str:
-        """What the model is stored in, where `dtype` is what it would be: some loaders need all tensors in one."""
+        """The dtype of the model's dense tensors: `dtype`, unless loaders need the dtype of the scales everywhere."""
         if not LAYOUTS[self.layout].one_dtype:
             return dtype
         if self.spec is not None:
@@ -86,28 +111,35 @@ class MergeForm:
         return self.scale_dtype or "float32"
 
     def spec_for(self, stored: QuantSpec) -> QuantSpec:
-        """The format that a base weight with its codes kept is stored in."""
+        """The number format of a merged weight with the codes of `stored`, the number format in the base."""
         return LAYOUTS[self.layout].spec_with_offsets(stored, self.scale_dtype)
 
 
 def choose_form(options: MergeOptions, base: BaseModel, *, is_pooled: bool) -> MergeForm:
-    """The form of the merged model. A pooled adapter on an integer base moves offsets, so that nothing is lost;
-    everything else becomes dense unless it is quantized again.
+    """The form of the merged model. A pooled adapter on an integer base moves offsets and loses nothing. Every
+    remaining pair of adapter and base becomes dense, unless `options` quantize the merged weights again.
+
+    is_pooled   whether a lora_A reads pooled inputs, as in QA-LoRA (Xu et al., arXiv 2309.14717)
 
     Raises UsageError for options that contradict each other, the base or the adapter.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> base = BaseModel.open(resolve_model("builtin:tiny-llama"))
+    >>> choose_form(MergeOptions(requantize="int8", layout="gptq"), base, is_pooled=False).spec.quant_type
+    'int8'
     """
     if options.requantize is not None:
-        return _requantized(options, base)
+        return _choose_requantized(options, base)
     specs = [matrix.spec for matrix in base.quantized.values()]
-    can_move = is_pooled and bool(specs) and all(spec.is_affine for spec in specs)
+    can_move_offsets = is_pooled and bool(specs) and all(spec.is_affine for spec in specs)
     if options.round_zeros:
-        return _rounded(options, base, specs, can_move=can_move)
-    layout = options.layout or (_exact_layout(base, specs) if can_move else DENSE)
+        return _choose_rounded(options, base, specs, can_move_offsets=can_move_offsets)
+    layout = options.layout or (_exact_layout(base, specs) if can_move_offsets else DENSE)
     if not LAYOUTS[layout].stores_codes:
         if options.scale_dtype is not None:
             raise UsageError("--scale-dtype is for a quantized result", hint="leave it out")
         return MergeForm(layout)
-    if not can_move:
+    if not can_move_offsets:
         raise UsageError(
             f"--layout {layout} needs codes, and only a QA-LoRA adapter on an integer base keeps them",
             hint=f"--requantize int4, or {DENSE_HINT}",
@@ -121,7 +153,7 @@ def choose_form(options: MergeOptions, base: BaseModel, *, is_pooled: bool) -> M
     return MergeForm(layout, keeps_codes=True, scale_dtype=options.scale_dtype)
 
 
-def _requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
+def _choose_requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
     quant_type = str(options.requantize)
     layout = options.layout or default_layout(quant_type)
     if not LAYOUTS[layout].stores_codes:
@@ -132,8 +164,10 @@ def _requantized(options: MergeOptions, base: BaseModel) -> MergeForm:
     return MergeForm(layout, spec_of(quant, layout, options.dtype or base.family.dtype(base.tensors.values())))
 
 
-def _rounded(options: MergeOptions, base: BaseModel, specs: Sequence[QuantSpec], *, can_move: bool) -> MergeForm:
-    if not can_move:
+def _choose_rounded(
+    options: MergeOptions, base: BaseModel, specs: Sequence[QuantSpec], *, can_move_offsets: bool
+) -> MergeForm:
+    if not can_move_offsets:
         raise UsageError("--round-zeros is for a QA-LoRA adapter on an integer base", hint="leave it out")
     stored_in = base.layout.name
     layout = options.layout or (stored_in if stored_in in INTEGER_ZEROS else INTEGER_ZEROS[0])
@@ -144,7 +178,9 @@ def _rounded(options: MergeOptions, base: BaseModel, specs: Sequence[QuantSpec],
 
 
 def _exact_layout(base: BaseModel, specs: Sequence[QuantSpec]) -> str:
-    """The base's own container if it has float offsets, else the first container that holds the codes, else DENSE."""
+    """The container of the base if offsets are floats there, else the first container with room for the codes and
+    float offsets, else DENSE.
+    """
     if base.layout.name in FLOAT_OFFSETS:
         return base.layout.name
     fitting = (name for name in FLOAT_OFFSETS if _mixes(name, specs) and all(map(LAYOUTS[name].holds, specs)))
@@ -152,7 +188,7 @@ def _exact_layout(base: BaseModel, specs: Sequence[QuantSpec]) -> str:
 
 
 def _mixes(layout: str, specs: Sequence[QuantSpec]) -> bool:
-    """Whether a container holds these formats, with offsets, in one model."""
+    """True when a single model in the container may mix the number formats `specs`, with offsets."""
     return LAYOUTS[layout].mixed == "any" or len({(spec.quant_type, spec.group_size_or_none) for spec in specs}) == 1
 
 
@@ -160,11 +196,11 @@ def _check_holds(layout: str, specs: Sequence[QuantSpec], options: MergeOptions)
     row = LAYOUTS[layout]
     for spec in specs:
         if not row.holds(spec):
-            what = f"--layout {layout} does not hold {spec.quant_type} in groups of {spec.group_size_or_none}"
-            raise UsageError(what, hint=f"{DENSE_HINT} holds every merge")
+            message = f"--layout {layout} does not hold {spec.quant_type} in groups of {spec.group_size_or_none}"
+            raise UsageError(message, hint=f"{DENSE_HINT} holds every merge")
     if not _mixes(layout, specs):
-        what = f"--layout {layout} does not hold layers of several quant types or group sizes with offsets"
+        message = f"--layout {layout} does not hold layers of several quant types or group sizes with offsets"
         mixing = [name for name in mixing_layouts(specs[0].quant_type, with_offsets=True) if name != DENSE]
-        raise UsageError(what, hint=f"--layout {either(mixing)}, or {DENSE}")
+        raise UsageError(message, hint=f"--layout {either(mixing)}, or {DENSE}")
     if options.scale_dtype is not None and options.scale_dtype not in row.scale_dtypes:
         raise UsageError(f"--layout {layout} has no {options.scale_dtype} scales", hint=", ".join(row.scale_dtypes))

@@ -1,4 +1,4 @@
-"""The sha256 of the tensors that a merge reads, each tensor hashed once."""
+"""The sha256 of every input tensor of a merge; each tensor is hashed once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from loftq_cli.output.checksums import fingerprint_of
 
 
 class InputSums:
-    """The sha256 of the tensors of base and adapter; a sum is kept once a tensor has been hashed."""
+    """Hashes tensors of base and adapter, and remembers each sha256."""
 
     def __init__(self, merge: Merge) -> None:
         self._base, self._adapter = merge.base, merge.adapter
@@ -18,11 +18,11 @@ class InputSums:
         self._sums: dict[tuple[str, str], str] = {}
 
     def hash_base_tensor(self, name: str) -> str:
-        """The sha256 of a stored tensor of the base."""
+        """The sha256 of the stored base tensor `name`."""
         return self._hash("base", self._base.checkpoint.sha256, name)
 
     def hash_job(self, name: str) -> str:
-        """A hash of all tensors that the job called `name` reads."""
+        """The fingerprint of all input tensors of the job called `name`, from base and adapter."""
         job = self._jobs[name]
         parts = self._base.parts(name) if name in self._base.tensors else []
         sums = {f"base {part.name}": self.hash_base_tensor(part.name) for part in parts}
@@ -31,7 +31,7 @@ class InputSums:
         return fingerprint_of(sums)
 
     def remember(self, name: str, sha256: str) -> None:
-        """Take over the sha256 of a tensor of the base that was copied byte by byte."""
+        """Remember the sha256 of the base tensor `name` after a copy byte by byte."""
         self._sums["base", name] = sha256
 
     def _hash(self, side: str, sha256: Callable[[str], str], name: str) -> str:
@@ -41,7 +41,7 @@ class InputSums:
 
 
 def _adapter_tensors(job: MergeJob) -> list[str]:
-    """Names of the tensors that a job reads from the adapter."""
+    """Names of the job's input tensors in the adapter."""
     factors = [] if job.lora is None else [job.lora.lora_A, job.lora.lora_B]
     bias = None if job.lora_bias is None else job.lora_bias.lora_bias
     return [name for name in (*factors, bias, job.replacement) if name is not None]

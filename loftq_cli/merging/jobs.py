@@ -1,4 +1,4 @@
-"""One job of a merge: tensors of base and adapter come in, output tensors go to their places."""
+"""A job of a merge: tensors of base and adapter come in, output tensors go into the planned files."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 
 
 Weight = TypeVar("Weight", Rows, WholeMatrix)
-EXACT = 1e-6  # of the largest weight: float32 offsets may differ from float64 offsets by so much
+EXACT = 1e-6  # share of the largest weight: float32 offsets may differ from float64 offsets by so much
 
 
 def is_for_gpu(merge: Merge, job: MergeJob) -> bool:
-    """Whether the job computes with a matrix: copies, and offsets that move, stay on the processor."""
+    """True when the job computes with a whole matrix. Copies and changed offsets stay on the processor."""
     is_matrix = job.lora is not None or job.matrix is not None or job.name in merge.base.quantized
     return is_matrix and not job.is_copied and not job.keeps_codes
 
 
 def is_recast(merge: Merge, job: MergeJob) -> bool:
-    """Whether a copying job writes another dtype than the base has."""
+    """True when a copying job changes the dtype of a base tensor."""
     return any(output.dtype != merge.base.checkpoint.tensors[output.name].dtype for output in job.outputs)
 
 
 @dataclass(frozen=True, slots=True)
 class WrittenJob:
-    """A job whose tensors are written.
+    """The record of a finished job.
 
     sums     output tensor -> sha256 of the tensor's bytes
-    result   what the journal lists: a MergedLayer as JSON values, NOT_FINITE, or nothing
+    result   for the journal: a MergedLayer as JSON values, {NOT_FINITE: True}, or nothing
     """
 
     sums: dict[str, str]
@@ -61,17 +61,22 @@ class WrittenJob:
 
 @dataclass(frozen=True)
 class MergeJobRunner:
-    """Runs the jobs of a merge: reads base and adapter, writes to `files`; matrices go to `gpu`, where there is one."""
+    """Runs the jobs of a merge.
+
+    merge   the plan: base, adapter and jobs
+    files   the open output files
+    gpu     the GPU for whole matrices; None for the processor
+    """
 
     merge: Merge
     files: OutputFiles
     gpu: SharedDevice | None = None
 
     def run(self, job: MergeJob, workers: Workers) -> WrittenJob:
-        """Write the outputs of `job`.
+        """Write the outputs of `job`, and return the sums.
 
-        Raises InputError naming the tensor for numbers that are not finite, before or after merging, NumericError
-        where offsets cannot hold the adapter exactly.
+        Raises InputError naming the tensor for NaN or infinite values, before or after merging; NumericError when
+        offsets cannot hold the adapter exactly.
         """
         if job.is_copied:
             return self._copy(job)
@@ -88,7 +93,7 @@ class MergeJobRunner:
             raise NumericError(error.message, file=self.merge.base.path, tensor=job.name, hint=hint) from None
 
     def _copy(self, job: MergeJob) -> WrittenJob:
-        """Write the base's bytes, or the base's numbers in another dtype."""
+        """Write the bytes of the base, or the numbers of the base in the dtype of the output."""
         checkpoint = self.merge.base.checkpoint
         sums, are_finite = {}, True
         for output in job.outputs:
@@ -102,7 +107,7 @@ class MergeJobRunner:
         return WrittenJob(sums, {} if are_finite else {NOT_FINITE: True})
 
     def _write_vector(self, job: MergeJob) -> WrittenJob:
-        """Write the replacement from the adapter, or the base's own tensor, plus the trained bias of an adapter."""
+        """Write the adapter's replacement, or else the base tensor, plus the trained bias of the adapter."""
         loaded = self._load_adapter_tensor(job.replacement) if job.replacement else self.merge.base.load(job.name)
         value = loaded.float()
         if job.lora_bias is not None and job.lora_bias.lora_bias is not None:
@@ -113,7 +118,7 @@ class MergeJobRunner:
     def _write_merged_weight(self, job: MergeJob, workers: Workers) -> WrittenJob:
         """Write the merged weight in full precision, a few rows at a time.
 
-        Where the file holds the matrix transposed, or a GPU merges, the whole weight is in memory.
+        The whole weight is in memory when a GPU merges, and when the model's file holds the matrix transposed.
         """
         output, is_turned = job.outputs[0], self._is_turned(job)
         pair = None if job.lora is None else self._load_pair(job.lora)
@@ -123,7 +128,7 @@ class MergeJobRunner:
             if merged is not None:
                 sha256 = self.files[output.name].write(output.name, merged.tensor)
                 layer = _merged_layer(job, pair, merged.squared_weight, merged.squared_delta)
-                return _written({output.name: sha256}, layer)
+                return _finish_job({output.name: sha256}, layer)
         squares: list[ErrorSums] = []
         rows = self._merged_rows(job, pair, squares, workers)
         if is_turned:
@@ -134,12 +139,14 @@ class MergeJobRunner:
             sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, rows))
         squared_weight = math.fsum(sums.squared_weight for sums in squares)
         squared_delta = math.fsum(sums.squared_delta for sums in squares)
-        return _written({output.name: sha256}, _merged_layer(job, pair, squared_weight, squared_delta))
+        return _finish_job({output.name: sha256}, _merged_layer(job, pair, squared_weight, squared_delta))
 
     def _merged_rows(
         self, job: MergeJob, pair: LoraPair | None, squares: list[ErrorSums], workers: Workers
     ) -> Iterator[torch.Tensor]:
-        """Slabs of rows of the merged weight in the output's dtype; the sums of each slab are added to `squares`."""
+        """Yield slabs of the merged weight, [rows, in] in the dtype of the output; append the sums of each slab to
+        `squares`.
+        """
         from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
         weight = self._read_weight(job, self.merge.base.rows)
@@ -147,19 +154,20 @@ class MergeJobRunner:
 
         def merge_rows(part: slice) -> tuple[torch.Tensor, ErrorSums]:
             rows = weight.rows(part).float()
-            added = None if delta is None else delta(part)
-            sums = error_stats(rows, rows, added)
+            delta_slab = None if delta is None else delta(part)
+            sums = error_stats(rows, rows, delta_slab)
             if not math.isfinite(sums.squared_weight):
                 raise NumericError("holds NaN or infinite values")
-            return self._cast(job, rows if added is None else rows + added), sums
+            return self._cast(job, rows if delta_slab is None else rows + delta_slab), sums
 
         for rows, sums in workers.map(merge_rows, slabs(weight.shape, weight.multiple, STREAMED_NUMEL)):
             squares.append(sums)
             yield rows
 
     def _quantize_again(self, job: MergeJob, matrix: StoredMatrix, workers: Workers) -> WrittenJob:
-        """Write the merged weight quantized as `matrix` says. Peak memory: the quantized matrix; where a GPU computes,
-        the base's as well.
+        """Quantize the merged weight to the number format of `matrix`, and write the result.
+
+        Peak memory: the quantized matrix. A GPU also needs the base's stored matrix in memory.
         """
         pair = None if job.lora is None else self._load_pair(job.lora)
         quantizer = make_quantizer(matrix.spec, matrix.dtype)
@@ -174,14 +182,14 @@ class MergeJobRunner:
         return self._write(job, tensors, _merged_layer(job, pair, *squares, requantized.retained))
 
     def _move_offsets(self, job: MergeJob, workers: Workers) -> WrittenJob:
-        """Write the base's codes with the adapter in the offsets, and measure the distance from the exact sum.
+        """Write the codes of the base with the adapter in the offsets; measure the distance from the exact sum.
 
-        Raises NumericError where float32 offsets are not exact.
+        Raises NumericError when float32 offsets are not exact.
         """
         from loftq_cli.quant.affine import merge_into_offsets
 
         base, matrix = self.merge.base.quantized_tensor(job.name), job.matrix
-        assert matrix is not None  # a job that keeps codes stores a quantized matrix
+        assert matrix is not None  # kept codes need a quantized matrix
         pair = None if job.lora is None else self._load_pair(job.lora)
         try:
             merged = merge_into_offsets(base, pair, matrix.spec, matrix.dtype, workers=workers)
@@ -201,19 +209,19 @@ class MergeJobRunner:
         return self._write(job, tensors, replace(layer, difference=difference))
 
     def _write(self, job: MergeJob, tensors: dict[str, torch.Tensor], layer: MergedLayer | None = None) -> WrittenJob:
-        """Write `tensors` into their places. Raises InputError for a tensor that is not finite."""
+        """Write each tensor into the planned file. Raises InputError for NaN and infinite values."""
         for name, tensor in tensors.items():
             if not is_finite(tensor):
                 message = f"merged, {name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}"
                 raise InputError(message, file=self.merge.base.path, tensor=job.name, hint=DENSE_HINT)
-        return _written({name: self.files[name].write(name, tensor) for name, tensor in tensors.items()}, layer)
+        return _finish_job({name: self.files[name].write(name, tensor) for name, tensor in tensors.items()}, layer)
 
     def _load_pair(self, lora: LoraTensors) -> LoraPair:
         lora_A, lora_B = self._load_adapter_tensor(lora.lora_A), self._load_adapter_tensor(lora.lora_B)
         return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling)
 
     def _load_adapter_tensor(self, name: str) -> torch.Tensor:
-        """A tensor of the adapter. Raises InputError for NaN and infinite values."""
+        """Load the adapter tensor `name`. Raises InputError for NaN and infinite values."""
         weights = self.merge.adapter.weights
         tensor = weights.load(name)
         if not is_finite(tensor):
@@ -221,9 +229,7 @@ class MergeJobRunner:
         return tensor
 
     def _read_weight(self, job: MergeJob, read: Callable[[str], Weight]) -> Weight | TensorRows:
-        """The weight that the adapter is added to, [out, in] as the adapter counts; `read` gives matrices of the
-        base.
-        """
+        """Read the weight under the adapter, [out, in] in the adapter's orientation. `read` reads a base matrix."""
         is_turned = self._is_turned(job)
         if job.replacement is not None:
             return TensorRows(self._load_adapter_tensor(job.replacement), is_turned)
@@ -232,12 +238,12 @@ class MergeJobRunner:
         return read(job.name)
 
     def _is_turned(self, job: MergeJob) -> bool:
-        """Whether the model's file holds [in, out]: Conv1D, and embeddings as PEFT adapts embeddings."""
+        """True when the model's file holds [in, out]: a Conv1D, or an embedding in PEFT's orientation."""
         is_embedding = job.lora is not None and job.lora.is_embedding
         return self.merge.base.family.is_transposed(module_of(job.name)) or is_embedding
 
     def _cast(self, job: MergeJob, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` in the dtype of the output. Raises InputError for numbers that are not finite in that dtype."""
+        """Convert `tensor` to the dtype of the output. Raises InputError for numbers not finite in the dtype."""
         import torch
 
         dtype = job.outputs[0].dtype
@@ -249,14 +255,14 @@ class MergeJobRunner:
         return cast
 
 
-def _written(sums: dict[str, str], layer: MergedLayer | None) -> WrittenJob:
+def _finish_job(sums: dict[str, str], layer: MergedLayer | None) -> WrittenJob:
     return WrittenJob(sums, {} if layer is None else layer.to_json())
 
 
 def _merged_layer(
     job: MergeJob, pair: LoraPair | None, squared_weight: float, squared_delta: float, retained: float | None = None
 ) -> MergedLayer | None:
-    """The measured effect of merging; None where there is no adapter."""
+    """The measured effect of merging; None without an adapter."""
     if pair is None:
         return None
     return MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta, retained)

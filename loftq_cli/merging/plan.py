@@ -1,4 +1,4 @@
-"""What a merge is going to write: jobs, files and config, from headers alone."""
+"""The plan of a merge: jobs, files and config, from headers alone."""
 
 from __future__ import annotations
 
@@ -35,18 +35,24 @@ from loftq_cli.planning.sizes import parse_size
 
 _MAX_NAMES = 3  # more names hide the sentence around them
 
-# Files that are true of the base only. An adapter_config.json would make transformers look for an adapter in a merged
-# model.
+# Files about the base, false about a merged model; transformers would take an adapter_config.json for an adapter.
 _NOT_COPIED = {REPORT_NAME, RECIPE_NAME, PROVENANCE_NAME, MERGE_REPORT_NAME, CHECKSUMS, CONFIG_NAME}
 
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge that is ready to run: base and adapter fit together as far as headers tell.
+    """A merge ready to run: base and adapter fit together as far as headers tell.
 
-    dtype    of everything that is not quantized
-    unused   adapter tensors without a job, and the reasons
-    notes    remarks about how base and adapter fit together
+    base         the model under the adapter, quantized or in full precision
+    adapter      the PEFT directory
+    output       the directory to write
+    form         container and number format of the merged weights
+    dtype        dtype of every tensor in full precision
+    jobs         a job for each tensor of base and adapter, in the order of the output
+    shards       the weight files
+    provenance   the evidence whether the adapter belongs to the base
+    unused       adapter tensor without a job -> the reason
+    notes        remarks about how base and adapter fit together
     """
 
     base: BaseModel
@@ -63,12 +69,14 @@ class Merge:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all output tensors."""
+        """Bytes of all output tensors together."""
         return sum(t.nbytes for job in self.jobs for t in job.outputs)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that decides the bytes of the result, other than the numbers in the inputs."""
+        """The sha256 over headers, configs, source names, options and versions; the numbers of the inputs are hashed
+        apart.
+        """
         refs = [*self.base.checkpoint.tensors.values(), *self.adapter.weights.tensors.values()]
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
@@ -79,13 +87,13 @@ class Merge:
 
     @property
     def side_files(self) -> dict[str, Path]:
-        """The small files of the base to copy, by the names of the copies."""
+        """The small files of the base to copy: relative name of the copy -> source file."""
         card = {"README.md"} if (self.base.folder / REPORT_NAME).is_file() else set()
         return side_file_copies(self.base.checkpoint.directory, leave=_NOT_COPIED | card)
 
     @property
     def result(self) -> PlannedResult:
-        """The output directory of this merge, for `run_staged`."""
+        """The planned output directory, for `run_staged`."""
         return PlannedResult(
             output=self.output,
             fingerprint=self.fingerprint,
@@ -96,15 +104,15 @@ class Merge:
 
     @property
     def unties(self) -> bool:
-        """Whether the head gets a weight of its own, in a model that shares the embedding's."""
+        """True when a head gets a separate weight in a model whose head shares the weight of the embedding."""
         return self.base.family.ties_embeddings() and any(
             job.replacement is not None and is_vocabulary_head(module_of(job.name)) for job in self.jobs
         )
 
     def model_config(self) -> dict[str, Any]:
-        """The base's config.json with what merging changes: dtype, tied head, quantization.
+        """The config.json of the merged model: the base's keys with changed dtype, tied head and quantization.
 
-        Raises UsageError for a model that the container's loaders do not read.
+        Raises UsageError for a model unknown to the loaders of the container.
         """
         dtype = {"dtype": self.dtype}
         config = {key: value for key, value in self.base.config.items() if key != "torch_dtype"} | dtype
@@ -142,10 +150,14 @@ class Merge:
 
 
 def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: MergeOptions) -> Merge:
-    """Open both inputs and plan. Reads no numbers and writes nothing.
+    """Open base and adapter, and plan the merge. Only headers and configs are read, and nothing is written.
 
-    Raises MismatchError naming the tensor when the adapter does not fit the base, UsageError for options that base,
-    adapter or container contradict.
+    base_path      a converted directory or a full-precision checkpoint
+    adapter_path   a PEFT LoRA directory
+    output         the directory to write later
+
+    Raises MismatchError naming the tensor when the adapter does not fit the base; InputError for a damaged input;
+    UsageError for options in conflict with base, adapter or container.
     """
     base = BaseModel.open(base_path)
     adapter = open_adapter(adapter_path)
@@ -188,9 +200,9 @@ def _untrained_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]
 
 
 def _check_pooled(base: BaseModel, adapter: AdapterSource, options: MergeOptions) -> bool:
-    """Whether a lora_A reads pooled inputs: config or options say so, and lora_A is narrower than the weight.
+    """True when a lora_A reads pooled inputs: config or options say so, and lora_A is narrower than the weight.
 
-    Raises UsageError for --pooling where no lora_A reads pooled inputs.
+    Raises UsageError for --pooling when every lora_A reads every input.
     """
     for name, lora in adapter.lora_in(base).items():
         if lora.is_embedding or (lora.pooling is None and options.pooling is None):

@@ -1,5 +1,6 @@
-"""A job for every tensor of base and adapter, from headers alone. What does not fit is refused by name, before a number
-is read.
+"""A job for every tensor of base and adapter, from headers alone.
+
+An error refuses a misfit by name before any number is read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from loftq_cli.quant.formats import QuantSpec, requantized_spec
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, OutTensor
 from loftq_cli.tensors.specs import Pooling
 
-# The output layer over the vocabulary, and classes that have none: only the former can share the embedding's weight.
+# The output layer over the vocabulary, and model classes without the layer. No further head can share the embedding's
+# weight.
 _VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
 _HEADLESS_CLASS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$|(?<!Head)(?<!Heads)Model$")
 _TIED = "belongs to a weight that embedding and head share"
@@ -30,17 +32,17 @@ _TIED = "belongs to a weight that embedding and head share"
 
 @dataclass(frozen=True, slots=True)
 class MergeJob:
-    """One tensor of the base, or a new tensor that the adapter brings, and what is written for the tensor.
+    """The work on a tensor of the base, or on a new tensor from the adapter.
 
-    name          of the base's tensor; a weight that is stored quantized is one job, with all stored parts
-    lora          the adapter to add; None where no adapter is on the weight
-    lora_bias     the adapter whose bias is added to this bias, or None
-    replacement   the adapter's tensor that takes the place of the base's first, or None
-    matrix        how the result is stored quantized; None for a dense result
-    keeps_codes   whether the base's codes are written, with other offsets
+    name          tensor name in the base; a quantized weight with all stored parts is a single job
+    lora          the adapter to add; None for a weight without an adapter
+    lora_bias     the adapter with a bias to add to the tensor, a bias; None without
+    replacement   name of the adapter's tensor to read in place of the base's; None without
+    matrix        the quantized matrix to store; None for a dense result
+    keeps_codes   whether the codes of the base are written, with changed offsets
     outputs       the tensors to write
-    note          why the weight is not quantized, although --requantize asked for that
-    is_copied     whether the base's bytes are written, or the base's numbers in another dtype
+    is_copied     whether the numbers of the base are written, as bytes or in a changed dtype
+    note          the reason why the weight is not quantized in spite of --requantize; None without
     """
 
     name: str
@@ -55,27 +57,27 @@ class MergeJob:
 
     @property
     def is_touched(self) -> bool:
-        """Whether the adapter changes the tensor."""
+        """True when the adapter changes the tensor."""
         return self.lora is not None or self.lora_bias is not None or self.replacement is not None
 
     @property
     def numel(self) -> int:
-        """Elements of the merged tensor."""
+        """Number of elements of the merged tensor."""
         return math.prod(self.matrix.shape if self.matrix else self.outputs[0].shape)
 
 
 class MergePlanner:
-    """Gives every tensor of the adapter a place. `unused` maps adapter tensors without a job to the reason."""
+    """Gives every tensor of the adapter a place. `unused` maps an adapter tensor without a job to the reason."""
 
     def __init__(
         self, base: BaseModel, adapter: AdapterSource, options: MergeOptions, form: MergeForm, dtype: str
     ) -> None:
-        """Raises UsageError for a quantized `form` of a model that transformers cannot load from quantized tensors."""
+        """Raises UsageError for a quantized `form` when transformers cannot load the model from quantized tensors."""
         self.unused = dict(adapter.unused)
         self._base, self._adapter, self._options, self._form, self._dtype = base, adapter, options, form, dtype
         self._file = adapter.weights.path
         self._loaded_names = adapter.names_in(base)
-        # Tensors of the adapter that have no place yet.
+        # Adapter tensors without a place so far.
         self._lora, self._whole = dict(adapter.lora), dict(adapter.whole)
         self._biases = {f"{module}.bias": lora for module, lora in self._lora.items() if lora.lora_bias}
         self._unfit: dict[str, str] = {}
@@ -86,7 +88,7 @@ class MergePlanner:
     def plan_jobs(self) -> Iterator[MergeJob]:
         """Yield a job for every base tensor, in order, then for every new tensor.
 
-        Raises MismatchError naming an adapter tensor that does not fit, or that is left over.
+        Raises MismatchError naming an adapter tensor of a wrong shape or without a place.
         """
         self._check_tied()
         for name, ref in self._base.tensors.items():
@@ -127,7 +129,7 @@ class MergePlanner:
         return MergeJob(loaded, replacement=name, outputs=(OutTensor(loaded, self._dtype, ref.shape),))
 
     def _store_dense(self, job: MergeJob) -> MergeJob:
-        """The job that stores the tensor in full precision, in the orientation of the model's files."""
+        """Complete `job` to store the tensor in full precision, in the orientation of the model's files."""
         ref = self._base.tensors[job.name]
         if job.name in self._base.quantized:
             return replace(job, outputs=(OutTensor(job.name, self._dtype, self._file_shape(job.name)),))
@@ -141,7 +143,7 @@ class MergePlanner:
         return shape[::-1] if self._base.family.is_transposed(module_of(name)) else shape
 
     def _store_quantized(self, job: MergeJob) -> MergeJob | None:
-        """The job that stores the weight quantized; None for a weight that stays dense."""
+        """Complete `job` to store the weight quantized; None for a weight to store dense."""
         stored, form = self._base.quantized.get(job.name), self._form
         if form.keeps_codes:
             # A replaced weight has no codes to keep.
@@ -164,13 +166,17 @@ class MergePlanner:
             return None
         matrix = self._stored_matrix(job.name, shape, fit.spec, transposed=transposed)
         if not job.is_touched and matrix == stored and self._base.layout.name == self._form.layout:
-            # The values lie on the grid already, and encoding them again would move some.
+            # The values lie on the grid already; encoding the values again would change some.
             outputs = tuple(OutTensor(ref.name, ref.dtype, ref.shape) for ref in self._base.parts(job.name))
             return replace(job, matrix=matrix, outputs=outputs, is_copied=True)
         return replace(job, matrix=matrix, outputs=layout.planned(matrix))
 
     def _move_offsets(self, job: MergeJob, stored: StoredMatrix) -> MergeJob:
-        """The job that moves the offsets of a quantized weight. Raises MismatchError for unfit groups."""
+        """Complete `job` to change the offsets of a quantized weight.
+
+        Raises MismatchError when the offsets of the groups cannot hold the adapter, UsageError when the container
+        cannot hold the matrix.
+        """
         if job.lora is not None:
             pooling, group_size = job.lora.pooling, stored.spec.group_size_or_none
             message = None
@@ -194,8 +200,9 @@ class MergePlanner:
         return StoredMatrix(name, shape, spec, decoded_dtype(self._form.layout, spec, self._dtype), transposed)
 
     def _fit_lora(self, name: str, lora: LoraTensors) -> LoraTensors:
-        """`lora` with the pooling settled by shape, config and options. Raises MismatchError for an adapter that does
-        not fit the weight called `name`.
+        """`lora` with the pooling settled by shape, config and options.
+
+        Raises MismatchError when the adapter does not fit the base weight `name`.
         """
         ref, tensors = self._base.tensors[name], self._adapter.weights.tensors
         is_dense = name not in self._base.quantized
@@ -219,8 +226,11 @@ class MergePlanner:
         return lora
 
     def _settle_pooling(self, name: str, lora: LoraTensors, inputs: int, in_features: int) -> LoraTensors:
-        """`lora` with the pooling of a lora_A of `inputs` columns over a weight of `in_features` columns; --pooling
-        wins over the config.
+        """`lora` with the pooling of a lora_A [rank, inputs] over a weight of `in_features` columns.
+
+        --pooling wins over the config.
+
+        Raises MismatchError when --pooling is set and `inputs` does not divide `in_features` into equal groups.
         """
         pooling = lora.pooling_for(in_features, inputs)
         if inputs == in_features or lora.is_embedding or self._options.pooling is None:
@@ -245,8 +255,8 @@ class MergePlanner:
             raise self._mismatch(f"is for {actual}, and {name} of the base is {expected}", tensor, hint)
 
     def _check_tied(self) -> None:
-        """Refuse an adapter that would reach the head through the embedding's weight, or the embedding through the
-        head's.
+        """Raises MismatchError when head and embedding share a weight, and a merge for the head would change the
+        embedding too, or a merge for the embedding the head.
         """
         family = self._base.family
         if not family.ties_embeddings() or any(map(_HEADLESS_CLASS.search, family.architectures[:1])):
@@ -264,7 +274,7 @@ class MergePlanner:
             if loaded in shared and not heads:
                 raise self._mismatch(f"{_TIED}: merged, it would change the head too", name)
             if loaded in shared and all(self._adapter.is_same(name, head) for head in heads):
-                # PEFT saves head and embedding together; untied, the file would hold equal numbers twice.
+                # PEFT saves head and embedding together; an untied file would hold equal numbers twice.
                 self._whole = {key: tensor for key, tensor in self._whole.items() if tensor not in heads}
                 self.unused.update(dict.fromkeys(heads, f"it equals {name}, whose weight the head shares"))
 
@@ -273,7 +283,7 @@ class MergePlanner:
 
 
 def is_vocabulary_head(module: str) -> bool:
-    """Whether a module's name is that of the output layer over the vocabulary.
+    """True when `module` names the output layer over the vocabulary.
 
     >>> is_vocabulary_head("model.lm_head"), is_vocabulary_head("score")
     (True, False)

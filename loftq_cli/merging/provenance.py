@@ -1,5 +1,7 @@
-"""Whether an adapter belongs to a base. A LoftQ adapter holds the quantization error of its own base: on any other one,
-the original weights included, its effect is wrong.
+"""Checks whether an adapter belongs to a base.
+
+A LoftQ adapter holds the quantization error of a single base: merged into any further base, the original weights
+included, the effect is wrong.
 """
 
 from __future__ import annotations
@@ -24,11 +26,12 @@ _FORCED = "merged all the same (--force)"
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """What is known about an adapter's base before its numbers are read.
+    """The records about an adapter's base, read before any number of the base.
 
-    expected   the base's fingerprint that must be found, or None where none is known
-    layers     names of the base's weights that the fingerprint covers
-    notes      what the records say, and what could not be checked
+    expected     the fingerprint to expect of the base; None without a record
+    layers       names of the base weights under the fingerprint
+    notes        remarks about the records, and about records without a proof
+    is_binding   whether a wrong fingerprint is an error; otherwise a note
     """
 
     expected: str | None
@@ -39,7 +42,7 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What a base says about itself: its report, its fingerprint and the weights that it covers."""
+    """A base with records: report, fingerprint, and names of the weights under the fingerprint."""
 
     model: BaseModel
     report: Mapping[str, Any] | None
@@ -54,27 +57,39 @@ class _Base:
 
 
 def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], *, force: bool) -> Provenance:
-    """What the records of both sides say. Raises MismatchError when they contradict each other, unless `force`;
-    InputError for a record of a method that this version does not know: nobody can say then what the adapter holds.
+    """Compare the records of base and adapter.
+
+    base      the opened base
+    adapter   the adapter's directory; a provenance file inside decides
+    config    content of adapter_config.json; decides without a provenance file
+    force     whether a contradiction becomes a note
+
+    Raises MismatchError when the records contradict each other, unless `force`; InputError for a damaged record, and
+    for a method unknown to this version: the content of the adapter is unknown then.
     """
     report = read_report(base.folder)
     layers = tuple(layer.name for layer in report[1]) if report else tuple(sorted(base.quantized))
-    known = _Base(base, report[0] if report else None, layers)
+    recorded = _Base(base, report[0] if report else None, layers)
     side_file = adapter / PROVENANCE_NAME
     if not side_file.is_file():
-        return _by_path(known, config, force=force)
+        return _compare_paths(recorded, config, force=force)
     made_for = read_json_object(side_file)
     if not isinstance(made_for.get("base_fingerprint"), str) or not isinstance(made_for.get("method"), str):
         raise InputError("is not a provenance file of this tool", file=side_file, hint="delete it to merge without")
     is_fitted = _is_fitted(made_for, made_for, side_file)
-    return _by_fingerprint(known, made_for, is_fitted=is_fitted, force=force)
+    return _compare_fingerprints(recorded, made_for, is_fitted=is_fitted, force=force)
 
 
 def check_contents(base: BaseModel, provenance: Provenance, sha256: Callable[[str], str], *, force: bool) -> str | None:
-    """Hash the base's quantized weights and compare; returns what came out of it, None for a base that has none.
-    `sha256` gives that of a stored tensor.
+    """Hash the quantized weights of the base, and compare the fingerprint with the records.
 
-    Raises MismatchError when they are not those of the records, unless `force`.
+    provenance   the records, from `check_provenance`
+    sha256       returns the sha256 of a stored tensor by name
+    force        whether a wrong fingerprint becomes a note
+
+    Returns a note about the comparison; None for a base without quantized weights.
+
+    Raises MismatchError when the fingerprint is wrong and binding, unless `force`.
     """
     if provenance.expected is None:
         return "could not check the base's quantized weights: nothing records them" if provenance.layers else None
@@ -83,17 +98,21 @@ def check_contents(base: BaseModel, provenance: Provenance, sha256: Callable[[st
     }
     if fingerprint_of(sums) == provenance.expected:
         return "the base's quantized weights have the recorded sha256"
-    what = "its quantized weights are not those the adapter was made for"
+    message = "its quantized weights are not those the adapter was made for"
     if not provenance.is_binding:
-        return f"base: {what}"
+        return f"base: {message}"
     if not force:
-        raise MismatchError(what, file=base.path, hint=f"inspect --verify says if it is damaged; {_FORCE}")
-    return f"base: {what}, {_FORCED}"
+        raise MismatchError(message, file=base.path, hint=f"inspect --verify says if it is damaged; {_FORCE}")
+    return f"base: {message}, {_FORCED}"
 
 
 def _is_fitted(start: Mapping[str, Any], record: Mapping[str, Any], file: Path) -> bool:
-    """Whether an adapter belongs to its own base only, by the row of its method; `start` has method and init, `record`
-    the version that wrote `file`. Raises InputError for a method that is not in the table.
+    """True when the adapter is fitted to a single base, by the row of the method.
+
+    start    holds "method" and "init"
+    record   holds "version", the version of this tool behind `file`
+
+    Raises InputError for a method outside the table.
     """
     entry = find_init(start.get("method"), start.get("init"))
     if entry is not None:
@@ -103,36 +122,39 @@ def _is_fitted(start: Mapping[str, Any], record: Mapping[str, Any], file: Path) 
     raise InputError(message, file=file, hint=f"use loftq-cli {printable(record.get('version'))}, which wrote it")
 
 
-def _by_fingerprint(base: _Base, made_for: Mapping[str, Any], *, is_fitted: bool, force: bool) -> Provenance:
+def _compare_fingerprints(base: _Base, made_for: Mapping[str, Any], *, is_fitted: bool, force: bool) -> Provenance:
     expected, method = str(made_for["base_fingerprint"]), str(made_for["method"])
     if base.fingerprint == expected or (base.fingerprint is None and base.layers):
-        # Without a report only the adapter's record can differ, and one that starts at zero is bound to no base.
+        # A base without a report has no recorded fingerprint: only the adapter's record can differ from the weights. An
+        # adapter with a start at zero is bound to no base.
         binding = base.fingerprint is not None or is_fitted
         note = f"{PROVENANCE_NAME} in the adapter names this base" if base.fingerprint else "the base has no report"
         return base.provenance(note, expected=expected, is_binding=binding)
-    what = "is another quantized base" if base.layers else "is not quantized"
-    said = f"the {method} adapter was made for {printable(made_for.get('base_model'))}, and this base {what}"
+    state = "is another quantized base" if base.layers else "is not quantized"
+    message = f"the {method} adapter was made for {printable(made_for.get('base_model'))}, and this base {state}"
     if is_fitted and not force:
-        raise MismatchError(said, file=base.model.path, hint=_FORCE)
-    # An adapter that starts at zero holds no base's error, so another base is worth a note and no refusal.
-    return base.provenance(f"{said}, {_FORCED}" if is_fitted else said)
+        raise MismatchError(message, file=base.model.path, hint=_FORCE)
+    # An adapter with a start at zero holds no quantization error, so a foreign base is worth a note and no refusal.
+    return base.provenance(f"{message}, {_FORCED}" if is_fitted else message)
 
 
-def _by_path(base: _Base, config: Mapping[str, Any], *, force: bool) -> Provenance:
-    """Without a side file (PEFT does not keep it): by `base_model_name_or_path` and the reports of both bases."""
-    named = config.get("base_model_name_or_path")
-    if not isinstance(named, str) or not os.path.isdir(named):
-        if base.report is not None and named == base.report["base_model"]:
+def _compare_paths(base: _Base, config: Mapping[str, Any], *, force: bool) -> Provenance:
+    """Compare `base_model_name_or_path` and the reports of both bases. PEFT does not keep the provenance file."""
+    base_name = config.get("base_model_name_or_path")
+    if not isinstance(base_name, str) or not os.path.isdir(base_name):
+        if base.report is not None and base_name == base.report["base_model"]:
             return base.provenance("the adapter names this base as it was called when it was converted")
-        return base.provenance(f"could not check that the adapter belongs to this base: it names {named!r}, not found")
-    if os.path.realpath(named) == os.path.realpath(base.model.folder):
+        return base.provenance(
+            f"could not check that the adapter belongs to this base: it names {base_name!r}, not found"
+        )
+    if os.path.realpath(base_name) == os.path.realpath(base.model.folder):
         return base.provenance("the adapter names this base by its path")
-    other = read_report(Path(named))
-    if other is not None and other[0]["base_fingerprint"] == base.fingerprint:
-        return base.provenance(f"the adapter names {named}, which is the same base")
-    if other is None or not _is_fitted(other[0]["recipe"], other[0], Path(named) / REPORT_NAME):
-        return base.provenance(f"the adapter names {named}, another directory")
-    said = f"the adapter was trained on {named}, another base with a fitted adapter of its own"
+    report = read_report(Path(base_name))
+    if report is not None and report[0]["base_fingerprint"] == base.fingerprint:
+        return base.provenance(f"the adapter names {base_name}, which is the same base")
+    if report is None or not _is_fitted(report[0]["recipe"], report[0], Path(base_name) / REPORT_NAME):
+        return base.provenance(f"the adapter names {base_name}, another directory")
+    message = f"the adapter was trained on {base_name}, another base with a fitted adapter of its own"
     if not force:
-        raise MismatchError(said, file=base.model.path, hint=_FORCE)
-    return base.provenance(f"{said}, {_FORCED}")
+        raise MismatchError(message, file=base.model.path, hint=_FORCE)
+    return base.provenance(f"{message}, {_FORCED}")

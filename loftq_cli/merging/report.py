@@ -1,4 +1,4 @@
-"""What a merge measured, as records, and the files that ship with the merged weights: config, index, report, card."""
+"""The measurements of a merge as records, and the files beside the merged weights: config, index, report, card."""
 
 from __future__ import annotations
 
@@ -27,12 +27,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class MergedLayer:
-    """One merged weight.
+    """A merged weight: base weight dequant(Q) plus update Δ = s·B·A.
 
+    name             tensor name in the base
+    rank, scaling    rank and factor s of the adapter
     squared_weight   ||dequant(Q)||²
-    squared_delta    ||s·B·A||² = ||Δ||²
-    retained         <requantized − base, Δ>; None where it is not quantized again
-    difference       of the stored values from the exact sum, where codes are kept
+    squared_delta    ||Δ||²
+    retained         <requantized − base, Δ>; None without a second quantization
+    difference       distance of the stored values from the exact sum; None unless the codes were kept
+
+    >>> layer = MergedLayer("q_proj.weight", 16, 2.0, squared_weight=100.0, squared_delta=4.0, retained=3.0)
+    >>> layer.retention, layer.relative_delta, layer.lost
+    (0.75, 0.2, None)
     """
 
     name: str
@@ -44,31 +50,31 @@ class MergedLayer:
     difference: OffsetDifference | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Every number, for a journal."""
+        """Every field as JSON values, for a journal."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> MergedLayer:
-        """The inverse of `to_json`. Raises RecordError for values of another shape."""
+        """Read the values of `to_json`. Raises RecordError for values with unknown keys or wrong types."""
         from loftq_cli.quant.affine import OffsetDifference
 
         return read_record(cls, values, OffsetDifference=OffsetDifference)
 
     @property
     def retention(self) -> float | None:
-        """The share of Δ that survives quantizing again: <requantized − base, Δ> / <Δ, Δ>."""
-        return None if self.retained is None else retention(self.retained, self.squared_delta)
+        """The share of Δ after quantizing again: <requantized − base, Δ> / <Δ, Δ>; None for a layer without."""
+        return None if self.retained is None else retained_share(self.retained, self.squared_delta)
 
     @property
     def lost(self) -> float | None:
-        """||W_merged − W_exact|| / ||Δ||, where codes are kept."""
+        """||W_merged − W_exact|| / ||Δ||; None unless the codes were kept."""
         return None if self.difference is None else relative(self.difference.squared_difference, self.squared_delta)
 
     @property
     def relative_difference(self) -> float | None:
-        """max|W_merged − W_exact| / max|W_exact|, where codes are kept."""
-        found = self.difference
-        return None if found is None else found.max_difference / (found.max_weight or 1.0)
+        """max|W_merged − W_exact| / max|W_exact|; None unless the codes were kept."""
+        difference = self.difference
+        return None if difference is None else difference.max_difference / (difference.max_weight or 1.0)
 
     @property
     def relative_delta(self) -> float:
@@ -78,61 +84,105 @@ class MergedLayer:
 
 @dataclass(frozen=True, slots=True)
 class MergeOutcome:
-    """What a finished merge reports. `notes` say what was checked about base and adapter, and what could not be."""
+    """The report of a finished merge.
+
+    layers   every weight under an adapter, in the order of the jobs
+    notes    remarks about the pair of base and adapter, checked or not, and about copied numbers
+    """
 
     layers: tuple[MergedLayer, ...]
     notes: tuple[str, ...]
 
 
 def total_retention(layers: Sequence[MergedLayer]) -> float | None:
-    """The share of the whole adapter that survives; None where nothing was quantized again."""
-    measured = [layer for layer in layers if layer.retained is not None]
-    if not measured:
+    """The surviving share of the adapter over all requantized layers, Σ<requantized − base, Δ> / Σ||Δ||².
+
+    None when no layer was quantized again.
+
+    >>> half = MergedLayer("k_proj.weight", 8, 1.0, squared_weight=9.0, squared_delta=2.0, retained=1.0)
+    >>> total_retention([half, half]), total_retention([])
+    (0.5, None)
+    """
+    requantized = [layer for layer in layers if layer.retained is not None]
+    if not requantized:
         return None
-    return retention(math.fsum(x.retained or 0.0 for x in measured), math.fsum(x.squared_delta for x in measured))
+    return retained_share(
+        math.fsum(x.retained or 0.0 for x in requantized), math.fsum(x.squared_delta for x in requantized)
+    )
 
 
-def retention(retained: float, squared_delta: float) -> float:
-    """<change, Δ> / <Δ, Δ>; an adapter that adds nothing loses nothing."""
+def retained_share(retained: float, squared_delta: float) -> float:
+    """`retained` / `squared_delta`, the surviving share of an update; 1.0 for an update of zero: nothing is lost.
+
+    >>> retained_share(3.0, 4.0), retained_share(0.0, 0.0)
+    (0.75, 1.0)
+    """
     return retained / squared_delta if squared_delta else 1.0
 
 
 def total_lost(layers: Sequence[MergedLayer]) -> float | None:
-    """The share of the whole update that offsets do not hold; None where no codes were kept."""
-    measured = [layer for layer in layers if layer.difference is not None]
-    if not measured:
+    """The share of the update outside the offsets, ||W_merged − W_exact|| / ||Δ|| over all layers with kept codes.
+
+    None when no layer kept codes; infinite for an error without an update.
+
+    >>> from loftq_cli.quant.affine import OffsetDifference
+    >>> rounding = OffsetDifference(max_difference=0.5, max_weight=2.0, squared_difference=1.0)
+    >>> total_lost([MergedLayer("q_proj.weight", 8, 1.0, 9.0, squared_delta=4.0, difference=rounding)])
+    0.5
+    """
+    with_codes = [layer for layer in layers if layer.difference is not None]
+    if not with_codes:
         return None
-    squares = math.fsum(x.difference.squared_difference for x in measured if x.difference)
-    return relative(squares, math.fsum(x.squared_delta for x in measured))
+    squares = math.fsum(x.difference.squared_difference for x in with_codes if x.difference)
+    return relative(squares, math.fsum(x.squared_delta for x in with_codes))
 
 
 def largest_difference(layers: Sequence[MergedLayer]) -> tuple[float, float] | None:
-    """The largest difference from the exact sum, absolute and relative; None where no codes were kept."""
-    found = [(x.difference.max_difference, x.relative_difference or 0.0) for x in layers if x.difference]
-    return (max(a for a, _ in found), max(b for _, b in found)) if found else None
+    """The largest difference from the exact sum over all layers: absolute, and relative to the layer's largest weight.
+
+    None when no layer kept codes.
+
+    >>> from loftq_cli.quant.affine import OffsetDifference
+    >>> rounding = OffsetDifference(max_difference=0.5, max_weight=2.0, squared_difference=1.0)
+    >>> largest_difference([MergedLayer("q_proj.weight", 8, 1.0, 9.0, 4.0, difference=rounding)])
+    (0.5, 0.25)
+    """
+    differences = [(x.difference.max_difference, x.relative_difference or 0.0) for x in layers if x.difference]
+    return (max(a for a, _ in differences), max(b for _, b in differences)) if differences else None
 
 
 def layer_json(layer: MergedLayer) -> dict[str, Any]:
-    """One merged layer as JSON values."""
+    """A merged layer as JSON values for the report and for --json; an infinite loss becomes None.
+
+    >>> layer_json(MergedLayer("q_proj.weight", 16, 2.0, squared_weight=100.0, squared_delta=4.0))["relative_delta"]
+    0.2
+    """
     return {
         "name": layer.name,
         "rank": layer.rank,
         "scaling": layer.scaling,
         "relative_delta": layer.relative_delta,
         "retention": layer.retention,
-        "lost": finite(layer.lost),
+        "lost": finite_or_none(layer.lost),
         "max_difference": None if layer.difference is None else layer.difference.max_difference,
         "relative_difference": layer.relative_difference,
     }
 
 
-def finite(value: float | None) -> float | None:
-    """JSON has no infinity: a loss where nothing was to be added is left out."""
+def finite_or_none(value: float | None) -> float | None:
+    """`value` for JSON, which has no infinity: None for an infinite loss, the error of an update of zero.
+
+    >>> finite_or_none(0.5), finite_or_none(math.inf)
+    (0.5, None)
+    """
     return value if value is None or math.isfinite(value) else None
 
 
 def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> None:
-    """Tokenizer and the like, config, index, report and card. Raises StorageError."""
+    """Write every file beside the weights into `directory`: tokenizer, config, index, report and card.
+
+    Raises StorageError when the disk refuses a file.
+    """
     base = merge.base
     copy_side_files(merge.side_files, directory)
     texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
@@ -155,7 +205,7 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "round_zeros": merge.options.round_zeros,
         "notes": list(outcome.notes),
         "retention": total_retention(outcome.layers),
-        "lost": finite(total_lost(outcome.layers)),
+        "lost": finite_or_none(total_lost(outcome.layers)),
         "layers": [layer_json(layer) for layer in outcome.layers],
         "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
         "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],

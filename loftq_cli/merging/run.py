@@ -1,4 +1,4 @@
-"""Base plus adapter to a deployment checkpoint: dequant(Q) + s·B·A in float32, one tensor at a time; a pooled adapter
+"""Base and adapter become a deployment checkpoint: dequant(Q) + s·B·A in float32, tensor by tensor. A pooled adapter
 goes into the offsets of the base's groups. Every adapter tensor is merged, copied or refused; nothing is dropped.
 """
 
@@ -38,7 +38,7 @@ LEAST_RETENTION = 0.5  # below this share, most of the training would be gone fr
 
 
 class MergeObserver(Protocol):
-    """What a merge tells: the part of `loftq_cli.api.observer.Observer` that it calls."""
+    """The methods of `loftq_cli.api.observer.Observer` for a merge."""
 
     def note(self, text: str) -> None: ...
 
@@ -46,9 +46,13 @@ class MergeObserver(Protocol):
 
 
 def is_merge_done(merge: Merge, *, overwrite: bool) -> bool:
-    """Whether the output is the complete, undamaged result of this very merge, and nobody wants a replacement.
+    """True when the output directory already holds the complete, undamaged result of `merge`.
 
-    Raises UsageError when something else stands under the output's name.
+    overwrite   whether to replace an earlier result. A finished result then counts as done only beside a left-over
+                staging directory: the user repeated the command to continue.
+
+    Raises UsageError when `merge` may not write the output: the parent directory is absent, foreign files stand under
+    the name, or an earlier result without `overwrite`.
     """
     return is_result_complete(merge.result, InputSums(merge).hash_job, overwrite=overwrite)
 
@@ -56,19 +60,20 @@ def is_merge_done(merge: Merge, *, overwrite: bool) -> bool:
 def merge_adapter(
     merge: Merge, observer: MergeObserver, *, overwrite: bool, restart: bool, threads: int = 1, device: str = "cpu"
 ) -> MergeOutcome:
-    """Merge, check, publish. An interrupted run of the same merge is continued.
+    """Run all jobs, check the result, and publish the directory. An interrupted run of an equal plan continues.
 
-    observer    is told of notes and layers
+    observer    hears of notes and merged layers
     overwrite   whether an earlier result under the output's name is replaced
     restart     whether an interrupted run is discarded
-    threads     number of threads; the bytes are the same with any number
-    device      see `open_device`. A GPU merges matrices and quantizes them again. The GPU takes sums in another order,
-                so a weight may be rounded to the neighbour. Vectors, copies, and adapters that go into the offsets of
-                groups stay on the processor.
+    threads     number of threads; the bytes do not depend on the number
+    device      see `open_device`. A GPU merges whole matrices and quantizes merged matrices. The order of a GPU's sums
+                differs from the processor's, so a weight may be rounded to the neighbour. Vectors, copies and changed
+                offsets stay on the processor.
 
-    Raises UsageError for a GPU that is not there, QualityError when quantizing again, or rounding zero points, erases
-    more than half of the adapter, unless forced. A refused merge leaves nothing behind; a merge that the disk or the
-    user stopped can be continued.
+    Raises UsageError for an absent GPU; MismatchError for a fitted adapter on a foreign base, unless forced;
+    InputError or NumericError naming a tensor for numbers that cannot be merged; QualityError when quantizing again or
+    rounding offsets erases more than half of the adapter, unless forced. A refused merge leaves nothing behind. After
+    an interrupt, or a StorageError, a second run continues the merge.
     """
     gpu, device_note = _open_gpu(merge, device)
     sums = InputSums(merge)
@@ -85,7 +90,7 @@ def merge_adapter(
 
 
 def _open_gpu(merge: Merge, device: str) -> tuple[SharedDevice | None, str | None]:
-    """The GPU for the jobs that compute with matrices, and a note about the GPU; None without either."""
+    """Open the GPU for the jobs on whole matrices: the GPU or None, and a note about the GPU or None."""
     jobs = [job for job in merge.jobs if is_for_gpu(merge, job)]
     gpu = open_device(device, sum(job.numel for job in jobs))
     if gpu is None:
@@ -97,7 +102,7 @@ def _open_gpu(merge: Merge, device: str) -> tuple[SharedDevice | None, str | Non
 
 
 def _notes(merge: Merge, contents: str | None) -> tuple[str, ...]:
-    """Remarks on a merge before the first job; `contents` is the remark of `check_contents`."""
+    """Collect the remarks before the first job; `contents` is the remark of `check_contents`."""
     unused = [f"adapter tensor {name} is not needed: {reason}" for name, reason in merge.unused.items()]
     dense = [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
     notes = [*merge.provenance.notes, *([contents] if contents else []), *merge.notes, *unused, *dense]
@@ -124,7 +129,7 @@ class MergeWork:
 
     @property
     def outcome(self) -> MergeOutcome:
-        """The report of the jobs so far."""
+        """The layers and notes of all finished jobs."""
         return MergeOutcome(tuple(self._layers), (*self._notes, *self._not_finite))
 
     def announce(self, text: str) -> None:
@@ -134,24 +139,24 @@ class MergeWork:
     def run_units(
         self, files: OutputFiles, finished: Entries, workers: Workers
     ) -> Generator[tuple[JournalEntry, bool]]:
-        """The jobs of the merge, each with the journal entry and whether `finished` held the entry."""
+        """Run the jobs; yield each journal entry, and whether `finished` held the entry."""
         runner = MergeJobRunner(self._merge, files, self._gpu)
 
         def run(job: MergeJob, sharing: Workers) -> tuple[JournalEntry, bool]:
             entry = finished.get(job.name)
             if entry is not None and entry.input_sha256 == self._sums.hash_job(job.name) and files.hold(entry.outputs):
                 return entry, True
-            written = runner.run(job, sharing)
+            outcome = runner.run(job, sharing)
             if job.is_copied and not is_recast(self._merge, job):
-                for name, sha256 in written.sums.items():
+                for name, sha256 in outcome.sums.items():
                     self._sums.remember(name, sha256)
-            return JournalEntry(job.name, self._sums.hash_job(job.name), written.sums, written.result), False
+            return JournalEntry(job.name, self._sums.hash_job(job.name), outcome.sums, outcome.result), False
 
         small_numel = SMALL_NUMEL if self._gpu is None else BESIDE_NUMEL
         return in_turn(self._merge.jobs, run, lambda job: job.numel, workers, small_numel)
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect a merged layer; tell of a copied tensor that is not finite."""
+        """Collect a merged layer; note a copied tensor with NaN or infinite values."""
         if NOT_FINITE in entry.result:
             self._not_finite.append(not_finite_note(entry.unit))
             self._observer.note(self._not_finite[-1])
@@ -160,21 +165,21 @@ class MergeWork:
             self._observer.layer_merged(self._layers[-1])
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
-        """Raises QualityError for a result that lost most of the adapter, unless the user forces the merge."""
+        """Raises QualityError when the result lost most of the adapter, unless the user forces the merge."""
         if not self._merge.options.force:
             _check_retention(self._merge, self._layers)
 
     def write_side_files(self, directory: Path, entries: Entries) -> None:
-        """Tokenizer and the like, config, index, report and card. Raises StorageError."""
+        """Write tokenizer, config, index, report and card. Raises StorageError."""
         write_side_files(self._merge, directory, self.outcome)
 
     def check_inputs_unchanged(self) -> None:
-        """Raises StorageError for a weight file of base or adapter that changed since the plan was made."""
+        """Raises StorageError when a weight file of base or adapter changed after planning."""
         self._merge.base.checkpoint.check_unchanged()
         self._merge.adapter.weights.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
-        """A merge that the disk stopped can be continued; a refused merge would be refused again."""
+        """True after a StorageError: a second run can continue. A refused merge would be refused again."""
         return isinstance(error, StorageError)
 
 

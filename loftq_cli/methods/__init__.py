@@ -1,8 +1,8 @@
-"""What base and adapter start as: one file per method. Methods see neither bits nor files; only the stack for a GPU
-knows a number format.
+"""Methods: how base and adapter of a layer start, a file per method. Methods see neither bits nor files; a single
+file, stacked.py, knows a number format.
 
 lowrank.py      truncated SVD, exact or by subspace iteration
-weighting.py    the cost of an error, with statistics of the inputs
+weighting.py    the cost of an error by statistics of the inputs
 method.py       the contract of a method, and the table
 alternation.py  quantize, fit the adapter, repeat
 loftq.py        LoftQ: the adapter holds the quantization error

@@ -1,8 +1,8 @@
-"""The alternation of LoftQ (Li et al., arXiv 2310.08659, Algorithm 1), for any kind of adapter: quantize what the
-adapter does not hold, fit the adapter to what quantization lost, repeat. Everything is about what a loader computes.
+"""The alternation of LoftQ (Li et al., arXiv 2310.08659, Algorithm 1) for any kind of adapter: quantize W − s·B·A, fit
+s·B·A to the residual E = W − dequant(Q), repeat. dequant(Q) is the matrix a loader computes.
 
-Beyond the paper: it can begin with the adapter of the weights themselves, go on in the direction of its last step, and
-end with rounds that refine codes and constants under what an adapter absorbs.
+The paper has no start from the adapter of W, no momentum, and no final rounds that refine codes and constants beside
+the adapter. triton_kernels/refinement/README.md derives the rounds and defines the symbols.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from loftq_cli.tensors.metrics import delta_rows, relative
 from loftq_cli.tensors.rows import Rows, slabs_of
 from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
-TIE = 1e-9  # of a squared error
+TIE = 1e-9  # a squared error has to fall by more than this part to count as lower
 
-# By how much of its last step an alternation of the joint fit goes on beyond it, from the third on: before, there is no
-# step yet between two adapters of quantization errors. Measured on MiniLM, one and a half of it or half are worse.
+# Multiple of the last step by which an alternation of the joint fit extrapolates; 0.5 and 1.5 are worse, measured on
+# MiniLM. Momentum begins at alternation 3, the first with two earlier adapters of quantization errors.
 _MOMENTUM = 1.0
 _FIRST_WITH_MOMENTUM = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Adapting:
-    """How adapters are found.
+    """The fit of an adapter to a residual.
 
-    fit      the best adapter of a residual [out, in], and by how much it lowers what the residual costs
-    solve    what `fit` finds it with
+    fit      computes the best adapter of a residual E [out, in], and the gain, the amount by which the adapter lowers
+             the cost of the residual
+    solve    the low-rank solver inside `fit`
     """
 
     fit: Callable[[torch.Tensor], tuple[LoraPair, float]]
@@ -52,55 +53,62 @@ def alternate(
     dtype: torch.dtype,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """The best of `fitting.iterations` alternations and `fitting.rounds` rounds after them, by what the error
-    W − dequant(Q) − s·B·A costs; the residual is held in `dtype`.
+    """The cheapest step of `fitting.iterations` alternations followed by `fitting.rounds` rounds of refinement: base
+    and adapter, and the relative errors of all steps. `fitting.start` and `fitting.fit` see STARTS and FITS.
 
-    Where a step of the paper's alternation would raise the error, as the ranges of integer formats can at 2 bits, the
-    groups that quantizing again takes away from their target stay as they were: then no step raises it. The joint fit
-    goes on beyond its steps, which is faster and may raise it. No round that is kept does.
-    With a bfloat16 residual, the errors of the iterations are those of an adapter in float32, and good to four digits.
+    weight      W [out, in]
+    adapting    the fit of an adapter to the residual E = W − dequant(Q)
+    weighting   the cost of the error W − dequant(Q) − s·B·A
+    dtype       float32 or bfloat16, of the stored residual
+
+    A step of the paper's alternation can raise the error, for instance by the ranges of integer formats at 2 bits. All
+    groups of integers that are farther from W − s·B·A than before then get back the previous codes and constants, and
+    the adapter is fitted again. The joint fit extrapolates: convergence is faster, and a step may raise the cost. A
+    round replaces the best step only if the round lowers the cost.
+    Costs of a float32 residual without statistics are measured with the stored adapter. All further costs belong to
+    the float32 factors of the adapter, good to four digits (`Factors.gain`).
     Peak memory: the residual, and the quantized matrix twice.
     """
     loop = _Alternation(weight, quantizer, adapting, weighting, dtype, workers)
-    total = loop.cost_of_weight()
-    current = loop.first(quantizer.quantize(weight, workers=workers), fitting.start)
+    total = loop.measure_weight_cost()
+    current = loop.make_first_step(quantizer.quantize(weight, workers=workers), fitting.start)
     best, best_iteration, errors = current, 1, [current.cost]
     before: LoraPair | None = None
     for iteration in range(2, fitting.iterations + 1):
         previous = current
-        goes_beyond = fitting.fit == "joint" and iteration >= _FIRST_WITH_MOMENTUM and before is not None
-        held = beyond(previous.pair, before) if goes_beyond and before is not None else previous.pair
-        before, update = previous.pair, loop.update(held)
+        extrapolates = fitting.fit == "joint" and iteration >= _FIRST_WITH_MOMENTUM and before is not None
+        adapter = extrapolate(previous.pair, before) if extrapolates and before is not None else previous.pair
+        before, update = previous.pair, loop.make_update(adapter)
         quantized = quantizer.quantize(weight, minus=update, start=previous.quantized, workers=workers)
-        current = loop.step(quantized)
+        current = loop.make_step(quantized)
         if (
             current.cost > previous.cost
-            and not goes_beyond
+            and not extrapolates
             and quantizer.keep_nearer(weight, update, previous.quantized, current.quantized, workers=workers)
         ):
-            current = loop.step(current.quantized)
-        # Sums differ in their last digits between kernels: which of equals is returned must not depend on that.
+            current = loop.make_step(current.quantized)
+        # Kernels differ in the last digits of sums; the choice between equal steps must not depend on the kernel.
         if current.cost < (1 - TIE) * best.cost:
             best, best_iteration = current, iteration
         errors.append(current.cost)
-    for made in range(1, fitting.rounds + 1):
-        # Double quantization takes back a little of what fitting constants gains: the last round has codes for it.
-        refined = loop.refined(best, fits_scales=made < fitting.rounds)
-        if refined is None:
+    for round_number in range(1, fitting.rounds + 1):
+        # Double quantization takes back a little of the gain from fitted constants: the last round moves codes only.
+        candidate = loop.refine(best, fits_scales=round_number < fitting.rounds)
+        if candidate is None:
             break
-        errors.append(refined.cost)
-        if refined.cost < (1 - TIE) * best.cost:
-            best, best_iteration = refined, fitting.iterations + made
+        errors.append(candidate.cost)
+        if candidate.cost < (1 - TIE) * best.cost:
+            best, best_iteration = candidate, fitting.iterations + round_number
     return Initialization(
         best.quantized,
         best.pair,
-        relative(loop.squared_base_error, loop.squared_weight()),
+        relative(loop.squared_base_error, loop.measure_squared_weight()),
         tuple(relative(error, total) for error in errors),
         best_iteration,
     )
 
 
-def refined_alone(
+def refine_alone(
     weight: Rows,
     quantizer: Quantizer,
     quantized: QuantizedTensor,
@@ -109,18 +117,29 @@ def refined_alone(
     weighting: Weighting,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """A quantized matrix with an adapter that adds nothing yet, after `fitting.rounds` rounds of refinement."""
+    """The base of an adapter that adds nothing yet: `quantized` after `fitting.rounds` rounds that lower the cost of
+    W − dequant(Q), the last of codes only. Rounds end early for rows that are not whole blocks.
+
+    weight [out, in] is the original W. `adapter` is returned unchanged, and no errors are measured.
+    """
     cost = weighting.left_over(None)
-    for made in range(1, fitting.rounds + 1):
-        found = quantizer.refine(weight, quantized, cost, fits_scales=made < fitting.rounds, workers=workers)
-        if found is None:
+    for round_number in range(1, fitting.rounds + 1):
+        fits_scales = round_number < fitting.rounds
+        refinement = quantizer.refine(weight, quantized, cost, fits_scales=fits_scales, workers=workers)
+        if refinement is None:
             break
-        quantized = found.quantized
+        quantized = refinement.quantized
     return Initialization(quantized, adapter)
 
 
-def beyond(pair: LoraPair, before: LoraPair) -> LoraPair:
-    """What `pair` adds, and `_MOMENTUM` times what it adds more than the adapter before it."""
+def extrapolate(pair: LoraPair, before: LoraPair) -> LoraPair:
+    """The step from `before` to `pair` extended by `_MOMENTUM`: an adapter of twice the rank, in float32, that adds
+    D + _MOMENTUM·(D − D₀), where D is the s·B·A of `pair` and D₀ the s·B·A of `before`. Scalings are equal.
+
+    >>> before, pair = (LoraPair(torch.full((1, 1), a), torch.ones(1, 1), scaling=1.0) for a in (2.0, 3.0))
+    >>> delta_rows(extrapolate(pair, before))(slice(0, 1)).item()
+    4.0
+    """
     lora_A = torch.cat([pair.lora_A.float() * (1.0 + _MOMENTUM), before.lora_A.float() * -_MOMENTUM])
     lora_B = torch.cat([pair.lora_B.float(), before.lora_B.float()], dim=1)
     return replace(pair, lora_A=lora_A, lora_B=lora_B)
@@ -128,7 +147,12 @@ def beyond(pair: LoraPair, before: LoraPair) -> LoraPair:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """One iteration: the base, its adapter, and what is lost with both."""
+    """The result of an iteration or a round.
+
+    quantized   the base Q
+    pair        the adapter of the residual W − dequant(Q)
+    cost        of W − dequant(Q) − s·B·A
+    """
 
     quantized: QuantizedTensor
     pair: LoraPair
@@ -136,7 +160,7 @@ class _Step:
 
 
 class _Alternation:
-    """What all steps share: above all, the memory of the residual."""
+    """The state of all steps of a matrix: above all, the memory of the residual E = W − dequant(Q)."""
 
     def __init__(
         self,
@@ -153,45 +177,47 @@ class _Alternation:
         self._residual = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.squared_base_error = math.nan
 
-    def first(self, alone: QuantizedTensor, start: str) -> _Step:
-        """The first step, from the matrix quantized alone."""
+    def make_first_step(self, alone: QuantizedTensor, start: str) -> _Step:
+        """The first step. `alone` is W quantized without an adapter: the base of the step if `start` is "zero"."""
         self.squared_base_error = self._fill(alone)
         if start == "zero":
-            return self._fitted(alone, self.squared_base_error if self._is_plain else self._cost_of_residual())
+            return self._fit_step(alone, self.squared_base_error if self._is_plain else self._measure_residual_cost())
         for part in slabs_of(self._weight):
             self._residual[part] = self._weight.rows(part)
         principal, _ = self._adapting.fit(self._residual)
-        update = self.update(principal)
-        return self.step(self._quantizer.quantize(self._weight, minus=update, workers=self._workers))
+        update = self.make_update(principal)
+        return self.make_step(self._quantizer.quantize(self._weight, minus=update, workers=self._workers))
 
-    def step(self, quantized: QuantizedTensor) -> _Step:
-        """A quantized matrix with the adapter of what it lost."""
+    def make_step(self, quantized: QuantizedTensor) -> _Step:
+        """The step with the base `quantized`: fits the adapter of the residual."""
         squared = self._fill(quantized)
-        return self._fitted(quantized, squared if self._is_plain else self._cost_of_residual())
+        return self._fit_step(quantized, squared if self._is_plain else self._measure_residual_cost())
 
-    def refined(self, best: _Step, *, fits_scales: bool) -> _Step | None:
-        """One round: codes, and constants or not, refined under what the adapter absorbs, and the adapter of that."""
+    def refine(self, best: _Step, *, fits_scales: bool) -> _Step | None:
+        """A round: codes, and with `fits_scales` constants, refined beside the part of E that the adapter of `best`
+        absorbs; then the adapter of the new residual. None for rows that are not whole blocks.
+        """
         right = self._weighting.right_of(best.pair.lora_A.float())
         vectors = torch.linalg.qr(right.T).Q.contiguous()
         cost = self._weighting.left_over(vectors)
-        found = self._quantizer.refine(
+        refinement = self._quantizer.refine(
             self._weight, best.quantized, cost, fits_scales=fits_scales, workers=self._workers
         )
-        if found is None:
+        if refinement is None:
             return None
         self._adapting.solve.restart(right)
-        squared = self._fill(found.quantized)
+        squared = self._fill(refinement.quantized)
         if not self._is_plain:
-            # What is known without another product of the residual and H: what the adapter left, and what it took.
-            taken = self._times(self._weighting.spread(vectors))
-            squared = found.after + float(taken.double().square().sum())
-        return self._fitted(found.quantized, squared)
+            # tr(E·H·Eᵀ) = c(E) + ||E·F·V||², equation 4 of the derivation: a product with H would cost more.
+            absorbed = self._multiply_residual(self._weighting.spread(vectors))
+            squared = refinement.after + float(absorbed.double().square().sum())
+        return self._fit_step(refinement.quantized, squared)
 
-    def update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
-        """What gives rows of s·B·A."""
+    def make_update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
+        """The function from a slice of rows to rows of s·B·A, in the dtype of products with the residual."""
         return delta_rows(pair, product_dtype(self._residual))
 
-    def squared_weight(self) -> float:
+    def measure_squared_weight(self) -> float:
         """||W||²."""
 
         def squares(part: slice) -> float:
@@ -200,11 +226,11 @@ class _Alternation:
 
         return math.fsum(self._workers.map(squares, slabs_of(self._weight)))
 
-    def cost_of_weight(self) -> float:
-        """What losing the whole matrix would cost."""
+    def measure_weight_cost(self) -> float:
+        """The cost of losing all of W: ||W||², or tr(W·H·Wᵀ)."""
         if self._is_plain:
-            return self.squared_weight()
-        # Nothing is subtracted from it, so that it is enough to know it in the precision that is fastest.
+            return self.measure_squared_weight()
+        # No difference cancels digits of this cost, so the dtype with the fastest product is precise enough.
         dtype = product_dtype(torch.empty(0, dtype=torch.bfloat16, device=self._residual.device))
 
         def cost(part: slice) -> float:
@@ -213,26 +239,27 @@ class _Alternation:
         return math.fsum(self._workers.map(cost, slabs_of(self._weight)))
 
     def _fill(self, quantized: QuantizedTensor) -> float:
-        """The residual, and the sum of its squares."""
+        """Compute the residual of `quantized`; returns the sum of squares."""
         return self._quantizer.residual(self._weight, quantized, self._residual, workers=self._workers)
 
-    def _cost_of_residual(self) -> float:
+    def _measure_residual_cost(self) -> float:
         return cost_of(self._weighting, self._residual, self._workers)
 
-    def _times(self, right: torch.Tensor) -> torch.Tensor:
-        """The residual @ right, a few rows at a time."""
+    def _multiply_residual(self, right: torch.Tensor) -> torch.Tensor:
+        """The residual @ right, float32 [out, r] for [in, r], a few rows at a time."""
         parts = slabs_of(self._weight)
         return torch.cat(list(self._workers.map(lambda part: self._residual[part].float() @ right, parts)))
 
-    def _fitted(self, quantized: QuantizedTensor, cost: float) -> _Step:
-        """With the adapter of the residual, of which is known what it costs without."""
+    def _fit_step(self, quantized: QuantizedTensor, cost: float) -> _Step:
+        """The step of a base whose residual is computed: fits the adapter. `cost` is the cost without the adapter."""
         pair, gain = self._adapting.fit(self._residual)
         if self._is_plain and self._residual.dtype == torch.float32:
-            return _Step(quantized, pair, self._measured(pair))
+            return _Step(quantized, pair, self._measure_cost(pair))
         return _Step(quantized, pair, max(cost - gain, 0.0))
 
-    def _measured(self, pair: LoraPair) -> float:
-        rows_of, residual = self.update(pair), self._residual
+    def _measure_cost(self, pair: LoraPair) -> float:
+        """||E − s·B·A||² of the stored adapter."""
+        rows_of, residual = self.make_update(pair), self._residual
 
         def squares(part: slice) -> float:
             return error_stats(residual[part], rows_of(part)).squared_base_error

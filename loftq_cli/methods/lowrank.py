@@ -1,5 +1,5 @@
-"""Best rank-r approximations of a sequence of matrices, as the two factors of an adapter: exact, or by iteration from
-where the matrix before ended. No quantization here.
+"""Best rank-r approximations of a sequence of matrices, as the two factors of an adapter: exact, or by an iteration
+that starts from the right factor of the previous matrix. No quantization here.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ from loftq_cli.errors import NumericError
 from loftq_cli.runtime.workers import SERIAL, Workers
 from loftq_cli.tensors.rows import slabs
 
-# Of the Krylov space of "faithful", for the first matrix of a sequence and for those that start from the one before.
+# Blocks of the Krylov space of "faithful": cold for the first matrix of a sequence, warm after a previous matrix.
 _COLD_BLOCKS, _WARM_BLOCKS = 4, 3
 _OVERSAMPLING = 8
-COLD_STEPS = 4  # of "fast", on the first matrix; one on those that start from the one before
+COLD_STEPS = 4  # steps of "fast" on the first matrix of a sequence; every later matrix gets a single step
 
-# Of the smallest to the largest step of a Cholesky factor, and of the eigenvalues of products: quantization noise has
-# more than 0.3. Down to this float32 gives four digits, which is more than the iteration does.
+# Least ratio of smallest to largest, for the diagonal of a Cholesky factor and the eigenvalues of a Gram matrix:
+# quantization noise has more than 0.3. At 0.03 float32 still gives four digits, more than the iteration does.
 _LEAST_RATIO = 0.03
-_NOTHING = torch.finfo(torch.float32).eps
+_NOTHING = torch.finfo(torch.float32).eps  # a (squared) singular value of at most this part of the largest is rounding
 
-# Of a matrix, the largest entry whose squares and products are inside float32's range; beyond it a matrix is scaled.
-_LARGEST = 1e10
+_LARGEST = 1e10  # entries up to here have squares and products inside the range of float32
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """left [out, rank] and right [rank, in] in float32, whose product approximates a matrix M; and
-    gain = ||M||² − ||M − left·right||², good to four digits.
+    """Factors of an approximation left·right of a matrix M.
+
+    left    float32 [out, rank]
+    right   float32 [rank, in]
+    gain    ||M||² − ||M − left·right||², good to four digits
     """
 
     left: torch.Tensor
@@ -42,7 +44,7 @@ class Factors:
 
 
 class Coordinates(Protocol):
-    """A linear map F [in, k] that is applied to the rows of a matrix M before it is approximated: M·F."""
+    """A linear map F [in, k] on the rows of a matrix M: solvers approximate M·F."""
 
     def spread(self, columns: torch.Tensor) -> torch.Tensor:
         """F @ columns: float32 [in, r] of [k, r]."""
@@ -54,21 +56,27 @@ class Coordinates(Protocol):
 
 
 class Solver(Protocol):
-    """What gives low-rank factors of each of a sequence of similar matrices."""
+    """Computes low-rank factors of each matrix in a sequence of similar matrices."""
 
     def restart(self, right: torch.Tensor) -> None:
-        """Take `right` [r, in] for the factor that the matrix before has left."""
+        """Replace the right factor of the previous matrix, the next start, by `right` [r, in]."""
         ...
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
-        """Factors of [out, in] in float32 or bfloat16. Balanced ones are U·√S and √S·Vᵀ with the largest entry of each
-        column of U positive; others are cheaper where the product is all that is needed.
+        """Factors of a float32 or bfloat16 matrix [out, in]. Balanced factors are U·√S and √S·Vᵀ with the largest
+        entry of each column of U positive; unbalanced factors have an equal product and are cheaper.
+        Raises NumericError for a matrix without a decomposition.
         """
         ...
 
 
 def is_exact(svd: str, rank: int, shape: tuple[int, ...]) -> bool:
-    """Whether `make_solver` decomposes such matrices: asked to, or because it is then as fast."""
+    """Whether `make_solver` decomposes matrices of `shape` exactly: if `svd` is "exact", or if the smaller side is at
+    most 4·(rank + 8), since an exact decomposition is then as fast as an iteration.
+
+    >>> is_exact("fast", 16, (96, 4096)), is_exact("fast", 16, (97, 4096))
+    (True, False)
+    """
     return svd == "exact" or min(shape) <= 4 * (rank + _OVERSAMPLING)
 
 
@@ -80,13 +88,16 @@ def make_solver(
     workers: Workers = SERIAL,
     coordinates: Coordinates | None = None,
 ) -> Solver:
-    """The solver of a sequence of matrices of `shape`; with `coordinates`, of matrices that have this shape in them,
-    whose right factors are found there: left @ right approximates M·F.
+    """The solver of a sequence of matrices M of `shape`. Given `coordinates`, the solver approximates M·F of `shape`.
+    `generator` draws the start of the first matrix. The solver is exact if `is_exact` is true.
 
     exact      the best approximation (Eckart-Young)
-    fast       subspace iteration, warm: about 1 % more error on the first matrix, which the next ones win back
-    faithful   block Krylov iteration, warm: within 0.2 % of exact at every matrix
-    Where the smaller side is not much more than the rank, all are exact, which is then as fast.
+    fast       warm subspace iteration: about 1 % more error on the first matrix, won back on the next matrices
+    faithful   warm block Krylov iteration: within 0.2 % of exact at every matrix
+
+    >>> solve = make_solver("fast", 1, (64, 64), torch.Generator().manual_seed(0))
+    >>> round(solve(torch.full((64, 64), 2.0)).gain)
+    16384
     """
     if is_exact(svd, rank, shape):
         return ExactSolver(rank, coordinates)
@@ -101,10 +112,10 @@ class ExactSolver:
         self._rank, self._coordinates = rank, coordinates
 
     def restart(self, right: torch.Tensor) -> None:
-        """Nothing: it begins with nothing."""
+        """Do nothing: an exact solver needs no start."""
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
-        """See `truncated_svd`. Balanced always."""
+        """See `truncated_svd`: the factors are always balanced."""
         del balances
         if self._coordinates is not None:
             matrix = self._coordinates.gather(matrix.float())
@@ -113,26 +124,29 @@ class ExactSolver:
 
 
 def truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """U·√S [out, rank] and √S·Vᵀ [rank, in] in float32: their product is the best rank-r approximation (Eckart-Young).
+    """U·√S [out, rank] and √S·Vᵀ [rank, in] in float32: the product is the best rank-r approximation (Eckart-Young).
 
     matrix: float32 [out, in], rank <= min(out, in). The eigenvectors of the smaller Gram matrix in float64 give the
     singular vectors to float32 accuracy, several times faster than a full SVD. The largest entry of each column of U
-    is positive, so equal input gives equal signs. Peak memory: one float64 copy of `matrix`, and the Gram matrix.
-    Raises ValueError for a rank that the matrix does not have, NumericError where LAPACK does not converge.
+    is positive, so equal input gives equal signs. Peak memory: a float64 copy of `matrix`, and the Gram matrix.
+    Raises ValueError for a rank outside 1 to min(out, in), NumericError for NaN or if LAPACK does not converge.
+
+    >>> [factor.norm().item() for factor in truncated_svd(torch.tensor([[4.0, 0.0], [0.0, 1.0]]), rank=1)]
+    [2.0, 2.0]
     """
     if not 1 <= rank <= min(matrix.shape):
         raise ValueError(f"rank {rank} is not between 1 and {min(matrix.shape)}")
-    wide = matrix.shape[0] <= matrix.shape[1]
-    tall = (matrix.T if wide else matrix).double()  # [long, short]
+    is_wide = matrix.shape[0] <= matrix.shape[1]
+    tall = (matrix.T if is_wide else matrix).double()  # [long, short]
     right = _eigenvectors(tall.T @ tall)[:, :rank]  # [short, rank]
     projected = tall @ right  # [long, rank] = U·S of the tall matrix
     root, inverse_root = _roots(torch.linalg.vector_norm(projected, dim=0), tall.shape[0])
     long_factor, short_factor = projected * inverse_root, right * root
-    return _signed(*((short_factor, long_factor.T) if wide else (long_factor, short_factor.T)))
+    return _fix_signs(*((short_factor, long_factor.T) if is_wide else (long_factor, short_factor.T)))
 
 
 class _Rescaling:
-    """An iteration, again with a matrix of smaller numbers where float32 cannot hold products of what it has."""
+    """An iteration that is repeated on a scaled matrix where products of large entries overflow float32."""
 
     def __init__(self, solver: SubspaceSolver | KrylovSolver) -> None:
         self._solver = solver
@@ -142,7 +156,7 @@ class _Rescaling:
         self._solver.restart(right)
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
-        """See `Solver`. Peak memory where it has to scale: one more copy of `matrix`."""
+        """See `Solver`. Peak memory of scaling: a copy of `matrix`."""
         try:
             return self._solver(matrix, balances=balances)
         except NumericError:
@@ -151,25 +165,19 @@ class _Rescaling:
                 raise
         self._solver.forget()
         root = 2.0 ** (math.frexp(largest)[1] // 2)  # powers of two: nothing is rounded
-        found = self._solver((matrix / root).div_(root))
-        self._solver.forget()  # what it would start from is of the other size
-        return Factors(found.left * root, found.right * root, found.gain * root**4)
+        factors = self._solver((matrix / root).div_(root))
+        self._solver.forget()  # a start for scaled matrices does not suit the next matrix
+        return Factors(factors.left * root, factors.right * root, factors.gain * root**4)
 
 
 class _Iteration:
-    """What both iterations have in common: products with a matrix, a few of its rows at a time. What is summed over
-    them is summed in their order.
-    """
+    """Products with a matrix M, a few rows at a time, for both iterations. Sums over parts follow the order of rows."""
 
     def __init__(
-        self,
-        rank: int,
-        generator: torch.Generator,
-        workers: Workers = SERIAL,
-        coordinates: Coordinates | None = None,
+        self, rank: int, generator: torch.Generator, workers: Workers = SERIAL, coordinates: Coordinates | None = None
     ) -> None:
         self._rank, self._generator, self._workers, self._coordinates = rank, generator, workers, coordinates
-        self._start: torch.Tensor | None = None  # [in, width], from the matrix before
+        self._start: torch.Tensor | None = None  # [in, width], from the previous matrix
 
     def restart(self, right: torch.Tensor) -> None:
         """See `Solver`."""
@@ -177,11 +185,11 @@ class _Iteration:
         self._start = (right / scale).T if 0.0 < scale < math.inf else None
 
     def forget(self) -> None:
-        """Take the next matrix for the first."""
+        """Start the next matrix cold, as the first."""
         self._start = None
 
-    def _times(self, matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        """matrix @ right, float32 [out, width]; in coordinates matrix @ F @ right."""
+    def _multiply(self, matrix: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """M @ right, float32 [out, width]; M @ F @ right if there are coordinates."""
         dtype = product_dtype(matrix)
         if self._coordinates is not None:
             right = self._coordinates.spread(right)
@@ -194,8 +202,8 @@ class _Iteration:
         self._workers.each(multiply, _slabs(matrix))
         return product
 
-    def _transposed_times(self, matrix: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
-        """left.T @ matrix, float32 [width, in]; in coordinates left.T @ matrix @ F."""
+    def _multiply_transposed(self, matrix: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """left.T @ M, float32 [width, in]; left.T @ M @ F, [width, k], if there are coordinates."""
         dtype = product_dtype(matrix)
         narrow = left.T.to(dtype).contiguous()
         product = torch.zeros(left.shape[1], matrix.shape[1], device=matrix.device)
@@ -203,63 +211,61 @@ class _Iteration:
             product += term
         return product if self._coordinates is None else self._coordinates.gather(product)
 
-    def _random(self, matrix: torch.Tensor, width: int) -> torch.Tensor:
-        """[in, width], drawn on the CPU: the same whatever the matrix is on. In coordinates, what they have of it."""
-        drawn = torch.randn(matrix.shape[1], width, generator=self._generator).to(matrix.device)
-        return drawn if self._coordinates is None else self._coordinates.gather(drawn.T).T
+    def _draw_start(self, matrix: torch.Tensor, width: int) -> torch.Tensor:
+        """Normal numbers [in, width], or Fᵀ times the numbers. The CPU draws, so every device gets equal numbers."""
+        normal = torch.randn(matrix.shape[1], width, generator=self._generator).to(matrix.device)
+        return normal if self._coordinates is None else self._coordinates.gather(normal.T).T
 
 
 class SubspaceSolver(_Iteration):
-    """Subspace iteration of exactly the rank: one step a matrix, from the right factor of the one before. Between the
-    matrices of an alternation, which hardly differ, the steps add up.
+    """Subspace iteration as wide as the rank: a single step per matrix, from the right factor of the previous matrix.
+    Matrices of an alternation hardly differ, so the steps add up.
     """
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
-        """See `Solver`. Both sides of the matrix are at least the rank. Peak memory: a few matrices of that width."""
+        """See `Solver`. Both sides of the matrix are at least the rank. Peak memory: a few matrices of rank columns."""
         start, steps = self._start, 1
         if start is None:
-            start, steps = self._random(matrix, self._rank), COLD_STEPS
+            start, steps = self._draw_start(matrix, self._rank), COLD_STEPS
         for _ in range(steps - 1):
-            basis = _orthonormal(self._times(matrix, start))
-            start = _orthonormal(self._transposed_times(matrix, basis).T.contiguous())
-        basis = _orthonormal(self._times(matrix, start))  # [out, rank]
-        basis = basis.to(product_dtype(matrix)).float()  # as the product sees it
-        right = self._transposed_times(matrix, basis)  # [rank, in]
+            basis = _orthonormalize(self._multiply(matrix, start))
+            start = _orthonormalize(self._multiply_transposed(matrix, basis).T.contiguous())
+        basis = _orthonormalize(self._multiply(matrix, start))  # [out, rank]
+        basis = basis.to(product_dtype(matrix)).float()  # rounded for the next product
+        right = self._multiply_transposed(matrix, basis)  # [rank, in]
         scale = float(right.abs().max())
         if not math.isfinite(scale):
             raise _no_decomposition()
-        unit = right / scale if scale else right  # its squares are inside float32's range
+        unit = right / scale if scale else right  # squares are inside the range of float32
         gram = unit @ unit.T
         squares = gram.diagonal()
-        # A matrix of lower rank leaves nothing to start from in some directions: the next one starts cold.
+        # A matrix of lower rank gives no start in some directions: the next matrix starts cold.
         self._start = unit.T if scale and bool(squares.min() > _NOTHING * squares.max()) else None
         gain = 2.0 * squares.double().sum() - ((basis.T @ basis).double() * gram).sum()
-        found = Factors(basis, right, scale**2 * float(gain))
-        return balanced(found) if balances else found
+        factors = Factors(basis, right, scale**2 * float(gain))
+        return balance_factors(factors) if balances else factors
 
 
 class KrylovSolver(_Iteration):
-    """Block Krylov iteration (Musco and Musco, arXiv 1504.05477), each started from the right singular vectors of the
-    matrix before.
-    """
+    """Block Krylov iteration (Musco and Musco, arXiv 1504.05477) from the previous matrix's right singular vectors."""
 
     def __call__(self, matrix: torch.Tensor, *, balances: bool = True) -> Factors:
-        """See `Solver`; balanced always. Peak memory: a few matrices of a few times the rank."""
+        """See `Solver`: the factors are always balanced. Peak memory: a few matrices of a few times rank columns."""
         del balances
         width = self._rank + _OVERSAMPLING
         start, blocks = self._start, _WARM_BLOCKS
         if start is None:
-            start, blocks = self._random(matrix, width), _COLD_BLOCKS
-        basis = _orthonormal(self._times(matrix, start))  # [out, width]
+            start, blocks = self._draw_start(matrix, width), _COLD_BLOCKS
+        basis = _orthonormalize(self._multiply(matrix, start))  # [out, width]
         for _ in range(blocks - 1):
-            rows = self._transposed_times(matrix, basis[:, -width:])
-            block = self._times(matrix, _orthonormal(rows.T.contiguous()))
-            block -= basis @ (basis.T @ block)  # or it would be nearly dependent on what there is
-            basis = torch.cat((basis, _orthonormal(block)), dim=1)  # [out, blocks * width]
-            if not _is_orthonormal(basis):  # nothing but rounding was left in some directions of the block
+            rows = self._multiply_transposed(matrix, basis[:, -width:])
+            block = self._multiply(matrix, _orthonormalize(rows.T.contiguous()))
+            block -= basis @ (basis.T @ block)  # else the block is nearly dependent on the basis
+            basis = torch.cat((basis, _orthonormalize(block)), dim=1)  # [out, blocks * width]
+            if not _is_orthonormal(basis):  # some directions of the block were rounding only
                 basis = torch.linalg.qr(basis).Q
-        basis = basis.to(product_dtype(matrix)).float()  # as the product sees it
-        projected = self._transposed_times(matrix, basis)  # [blocks * width, in]
+        basis = basis.to(product_dtype(matrix)).float()  # rounded for the next product
+        projected = self._multiply_transposed(matrix, basis)  # [blocks * width, in]
         vectors = _left_vectors(projected)[:, :width]
         right = vectors.T @ projected  # [width, in] = S·Vᵀ
         singular = _row_norms(right)
@@ -267,27 +273,31 @@ class KrylovSolver(_Iteration):
         if bool((singular > _NOTHING * singular[0]).all()):
             self._start = (right / singular[:, None]).T
         left, right = basis @ vectors[:, : self._rank], right[: self._rank]
-        return _factors(left, right, singular[: self._rank])
+        return _balance(left, right, singular[: self._rank])
 
 
-def balanced(factors: Factors) -> Factors:
-    """The same product as U·√S and √S·Vᵀ; `factors.left` is orthonormal."""
+def balance_factors(factors: Factors) -> Factors:
+    """The product of `factors` as U·√S and √S·Vᵀ, with the gain of `factors`; `factors.left` has orthonormal columns.
+    Raises NumericError for a right factor without a decomposition.
+
+    >>> balance_factors(Factors(torch.tensor([[1.0], [0.0]]), torch.tensor([[9.0, 0.0]]), 81.0)).left.tolist()
+    [[3.0], [0.0]]
+    """
     vectors = _left_vectors(factors.right)
     right = vectors.T @ factors.right  # S·Vᵀ
-    made = _factors(factors.left @ vectors, right, _row_norms(right))
-    return replace(made, gain=factors.gain)
+    return replace(_balance(factors.left @ vectors, right, _row_norms(right)), gain=factors.gain)
 
 
-def _factors(left: torch.Tensor, right: torch.Tensor, singular: torch.Tensor) -> Factors:
+def _balance(left: torch.Tensor, right: torch.Tensor, singular: torch.Tensor) -> Factors:
     """Balanced factors of U [out, rank] and S·Vᵀ [rank, in]."""
     root, inverse_root = _roots(singular, left.shape[0])
-    left, right = _signed(left * root, right * inverse_root[:, None])
+    left, right = _fix_signs(left * root, right * inverse_root[:, None])
     inner = _squared_singular_values(right)
     return Factors(left, right, 2.0 * inner - float(((left.T @ left).double() * (right @ right.T)).sum()))
 
 
 def _row_norms(matrix: torch.Tensor) -> torch.Tensor:
-    """float32. Raises NumericError when one is not finite."""
+    """float32 [rows]. Raises NumericError when a norm is not finite."""
     norms: torch.Tensor = torch.linalg.vector_norm(matrix.double(), dim=1).float()  # squares may overflow float32
     if not bool(torch.isfinite(norms).all()):
         raise _no_decomposition()
@@ -295,35 +305,32 @@ def _row_norms(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _squared_singular_values(right: torch.Tensor) -> float:
-    """Their sum, from √S·Vᵀ."""
+    """Σ S² of √S·Vᵀ."""
     return float(torch.linalg.vector_norm(right.double(), dim=1).pow(4).sum())
 
 
 def product_dtype(matrix: torch.Tensor) -> torch.dtype:
-    """What `matrix` is multiplied in: bfloat16 only on a GPU, and where the processor has instructions for it, which
-    are then several times faster, and their sums float32; else float32.
+    """The dtype of products with a float32 or bfloat16 matrix. Bfloat16 needs a GPU or a processor with bfloat16
+    instructions, several times faster with float32 sums; elsewhere float32 replaces bfloat16.
     """
     return matrix.dtype if not matrix.is_cpu or _multiplies_bfloat16() else torch.float32
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
-    """Whether the processor does."""
-    # torch tells it under private names only; without them, and on other processors, float32 is never wrong.
-    known = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(is_supported() for is_supported in known if is_supported is not None)
+    # The functions of torch are private and may disappear. Float32 is the answer for every processor not recognized.
+    checks = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    return any(is_supported() for is_supported in checks if is_supported is not None)
 
 
 def _slabs(matrix: torch.Tensor) -> list[slice]:
-    """Of the rows of a matrix; a GPU takes all of them at once."""
+    """Parts of the rows of a matrix; a GPU multiplies all rows at once."""
     rows, columns = matrix.shape
     return slabs((rows, columns)) if matrix.is_cpu else [slice(0, rows)]
 
 
-def _orthonormal(matrix: torch.Tensor) -> torch.Tensor:
-    """An orthonormal basis that holds the columns of float32 [out, width]: by a Cholesky factor of their products, or
-    by Householder reflections where the columns are too near to being dependent for that.
-    """
+def _orthonormalize(matrix: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns of equal span, float32 [out, width]: Cholesky QR, or Householder QR if nearly dependent."""
     gram = matrix.T @ matrix
     factor, failed = torch.linalg.cholesky_ex(gram)
     steps = factor.diagonal()
@@ -339,11 +346,7 @@ def _is_orthonormal(basis: torch.Tensor) -> bool:
 
 
 def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:
-    """The left singular vectors of a wide float32 matrix as columns, the largest singular value first.
-
-    In float32 where its spectrum is flat, as that of quantization noise is, and float64 where it is not, or LAPACK does
-    not converge.
-    """
+    """Left singular vectors of a wide float32 matrix as columns, by descending singular value."""
     gram = matrix @ matrix.T
     if _is_usual(gram):
         with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
@@ -351,27 +354,28 @@ def _left_vectors(matrix: torch.Tensor) -> torch.Tensor:
             if bool(values[0] > _LEAST_RATIO * values[-1]):
                 descending: torch.Tensor = vectors.flip(1)
                 return descending
-    wide = matrix.double()
-    return _eigenvectors(wide @ wide.T).float()
+    # A steep spectrum, unlike the flat spectrum of quantization noise, needs float64, and so does a failure in float32.
+    double = matrix.double()
+    return _eigenvectors(double @ double.T).float()
 
 
 def _is_usual(gram: torch.Tensor) -> bool:
-    """Whether squares of the numbers that a Gram matrix is made of are well inside float32's range."""
+    """True if the squared norms on the diagonal are well inside the range of float32."""
     squares = gram.diagonal()
     return bool(((squares > 1e-30) & (squares < 1e30)).all())
 
 
 def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
     """Eigenvectors of a symmetric float64 matrix as columns, by descending eigenvalue. Raises NumericError."""
-    # LAPACK may or may not say that it does not converge on NaN.
+    # LAPACK does not always report NaN as a failure to converge.
     if bool(torch.isfinite(gram).all()):
         with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
             vectors: torch.Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)
             return vectors
         with suppress(torch.linalg.LinAlgError):  # type: ignore[attr-defined]
-            # Of a matrix without negative eigenvalues, the same by another algorithm.
-            left: torch.Tensor = torch.linalg.svd(gram).U
-            return left
+            # A different algorithm: without negative eigenvalues, left singular vectors are eigenvectors.
+            left_vectors: torch.Tensor = torch.linalg.svd(gram).U
+            return left_vectors
     raise _no_decomposition()
 
 
@@ -383,13 +387,13 @@ def _no_decomposition() -> NumericError:
 
 
 def _roots(singular: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """√S and 1/√S; 0 where a residual of lower rank than asked for (a zero one, say) has nothing."""
+    """√S and 1/√S, both 0 for the singular values that a residual of lower rank (a zero residual, say) lacks."""
     positive = singular > singular[0] * torch.finfo(singular.dtype).eps * size
     root = torch.where(positive, singular.sqrt(), 0.0)
     return root, torch.where(positive, 1.0 / root, 0.0)
 
 
-def _signed(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _fix_signs(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both factors in float32, with the largest entry of each column of `left` positive."""
     largest = left.gather(0, left.abs().argmax(dim=0, keepdim=True))  # [1, rank]
     sign = torch.where(largest < 0, -1.0, 1.0)

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Initialization:
-    """Base and adapter of one weight W, as a method initializes the two.
+    """Base and adapter of a weight W [out, in], as a method initializes the two.
 
-    quantization_error   relative Frobenius error of quantizing W alone, once; None where `quantized` is W alone
-    iteration_errors     relative error with the adapter after each iteration and round: Frobenius norms, or costs by
-                         statistics of the inputs; empty where nothing iterates
-    best_iteration       the iteration that is returned, counted from 1; 0 where nothing iterates
+    quantized            the base Q
+    lora                 the adapter
+    quantization_error   relative Frobenius error of quantizing W once, without an adapter; None if no adapter
+                         is fitted
+    iteration_errors     relative error with the adapter after each iteration and round: by Frobenius norms, or by costs
+                         with statistics of the inputs; empty for a method without iterations
+    best_iteration       number of the returned iteration or round, counted from 1; 0 if no iteration is returned
     """
 
     quantized: QuantizedTensor
@@ -37,10 +40,10 @@ class Initialization:
     best_iteration: int = 0
 
 
-# How the alternation begins: with an adapter that adds nothing, as in the paper, or with the principal part of W.
+# How the alternation begins: with an adapter that adds nothing, as in the LoftQ paper, or with the principal part of W.
 STARTS = ("zero", "principal")
 
-# Kinds of fit: quantization and adapter in turns, as in the paper, or codes, constants and adapter together.
+# Kinds of fit: quantization and adapter in turns, as in the LoftQ paper, or codes, constants and adapter together.
 FITS = ("loftq", "joint")
 PAPER_FIT, JOINT_FIT = FITS
 
@@ -50,14 +53,15 @@ SVD_MODES = {"fast": 8, "faithful": 5, "exact": 5}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fitting:
-    """How a method looks for base and adapter. Which fields mean something for a method stands in METHODS; the others
-    have their defaults.
+    """How a method searches for base and adapter. A method reads the fields that METHODS lists for the method; all
+    further fields have defaults.
 
-    iterations   alternations of quantizing and fitting the adapter
-    svd          the low-rank solver
-    start, fit   see STARTS and FITS
-    rounds       of refining codes and constants, after the alternations
-    init         how the adapter starts; None for a method with one start only
+    iterations   number of alternations of quantizing and fitting the adapter
+    svd          the low-rank solver, a key of SVD_MODES
+    start        how the alternation begins, see STARTS
+    fit          the kind of fit, see FITS
+    rounds       number of rounds that refine codes and constants, after the alternations
+    init         how the adapter starts, a key of `MethodEntry.inits`; None for a method with a single start
     """
 
     iterations: int = 1
@@ -69,7 +73,7 @@ class Fitting:
 
 
 class Method(Protocol):
-    """`initialize` of a module in METHODS."""
+    """The signature of `initialize` in every module of METHODS."""
 
     def __call__(
         self,
@@ -83,24 +87,27 @@ class Method(Protocol):
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Initialization:
-        """Base and adapter of a weight [out, in].
+        """Compute base and adapter of a weight.
 
-        quantizer   the number format
+        weight      the original W [out, in]
+        quantizer   the number format of the base
         lora        rank, scaling and dtype of the adapter
-        generator   the source of every random draw
-        weighting   the cost of an error; None: the sum of squares
-        sink        receives the codes of each slab of rows, which the result then lacks; for methods that stream
+        fitting     how to search for base and adapter
+        generator   the source of every random draw, on the CPU
+        weighting   the cost of an error; None means the sum of squares
+        sink        receives the codes of each slab of rows, and the result has no codes; for methods that stream
+        workers     the threads
         """
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitEntry:
-    """One way in which the adapter of a method starts.
+    """A way in which the adapter of a method starts.
 
-    is_fitted   whether the adapter holds a part of the weights that its own base lacks, so that the adapter is wrong on
-                every other base; else the adapter adds nothing before training
-    takes       the options that mean something, of "fit", "start", "iterations", "svd", "rounds" and "calibration"
+    is_fitted   whether the adapter holds a part of the weights that the base lacks, so the adapter is wrong beside any
+                different base; if false, the adapter adds nothing before training
+    takes       the options with a meaning, out of "fit", "start", "iterations", "svd", "rounds" and "calibration"
     """
 
     is_fitted: bool
@@ -109,24 +116,24 @@ class InitEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MethodEntry:
-    """One row of the table: every fact about a method that other modules need.
+    """A row of METHODS: every fact about a method that further modules need.
 
     module               the module whose `initialize` is the method
-    adapter_dir          folder of the adapter inside the output: LoftQ's models on the hub keep theirs in "loftq_init"
+    adapter_dir          folder of the adapter inside the output: LoftQ's models on the hub have "loftq_init"
     summary              half a sentence for help texts and model cards
     linear_class         the class in `loftq_cli.nn` that trains the adapter
-    inits                by the name of each way to start, the default first; None: a method has one way without a name
-    is_pooled            whether the adapter reads groups of inputs pooled to one number: the base is then of integers
-                         in groups of one size, with zero points
-    draws_adapter        whether numbers of the adapter are drawn at random: the seed matters with every solver
-    joint_start          what the joint fit begins with, without statistics of the inputs
-    svd                  the solver by default
-    iterations           alternations by default; None: as many as the fit and the solver are good for
-    streams              whether `initialize` gives codes to a `sink`, since the method looks at each row once
-    stacks               the fits that `stacked.py` makes of many equal matrices on a GPU; a method that fits nothing
-                         has the fit of the paper
-    nbytes_per_weight    peak memory for each weight of a matrix, measured
-    exact_nbytes         what an exact SVD adds for each weight, and for each entry of the smaller Gram matrix
+    inits                the ways to start by name, the default first; None names the only way of a method
+    is_pooled            whether the adapter reads inputs pooled by groups: the base then has integer codes, groups of a
+                         single size, and zero points
+    draws_adapter        whether numbers of the adapter are drawn at random, so the seed matters with every solver
+    joint_start          the start of the joint fit without statistics of the inputs, see STARTS
+    svd                  the default solver
+    iterations           the default number of alternations; None leaves the number to the fit and the solver
+    streams              whether `initialize` passes codes to a `sink`: the method reads each row once
+    stacks               the fits that `stacked.py` computes for many equal matrices on a GPU; PAPER_FIT stands for a
+                         method that fits nothing
+    nbytes_per_weight    peak memory in bytes per weight of a matrix, measured
+    exact_nbytes         bytes that an exact SVD adds per weight, and per entry of the smaller Gram matrix
     """
 
     module: str
@@ -145,7 +152,7 @@ class MethodEntry:
     stacks: tuple[str, ...] = ()
 
     def is_fitted(self, init: str | None) -> bool:
-        """Whether an adapter that starts by `init`, a key of `inits`, belongs to its own base only."""
+        """Whether an adapter that starts by `init` fits a single base. Raises KeyError unless `init` is in `inits`."""
         return self.inits[init].is_fitted
 
 
@@ -180,7 +187,7 @@ METHODS: dict[str, MethodEntry] = {
         adapter_dir="qalora_init",
         summary="adapter over pooled inputs that merges into the zero points (arXiv 2309.14717)",
         linear_class="QALoRALinear",
-        # Fitted to the group means of the quantization error, or adding nothing as in the paper.
+        # "residual" fits the group means of the quantization error; "standard" adds nothing, as in the paper.
         inits={"residual": _FITTED, "standard": _ZERO},
         is_pooled=True,
         draws_adapter=True,
@@ -200,13 +207,13 @@ METHODS: dict[str, MethodEntry] = {
 }
 DEFAULT_METHOD = next(iter(METHODS))
 
-# Every way to start that has a name.
+# The names of all ways to start.
 INITS = tuple(init for entry in METHODS.values() for init in entry.inits if init is not None)
 
 
 def find_init(method: object, init: object) -> InitEntry | None:
-    """What the table says of a method and a way to start, as a record of an adapter names the two; None for names that
-    this version does not know.
+    """The entry of METHODS for the names of a method and of a start in a record of an adapter; None for names that the
+    table lacks, and for values that are no names.
 
     >>> find_init("qlora", None).is_fitted
     False
@@ -220,7 +227,11 @@ def find_init(method: object, init: object) -> InitEntry | None:
 
 
 def load_method(name: str) -> Method:
-    """`initialize` of the method called `name`."""
+    """The function `initialize` of the method `name`. Raises KeyError unless `name` is in METHODS.
+
+    >>> load_method("qlora").__module__
+    'loftq_cli.methods.qlora'
+    """
     method: Method = import_module(METHODS[name].module).initialize
     return method
 
@@ -228,8 +239,14 @@ def load_method(name: str) -> Method:
 def zero_adapter(weight: Rows, lora: LoraSpec, generator: torch.Generator) -> LoraPair:
     """The adapter that adds nothing: lora_A uniform as in PEFT (Kaiming, a = √5: bound 1/√inputs), lora_B zero.
 
-    lora_A [r, inputs] has a column for every input, or for every pooled group of inputs. The draw is made on the CPU,
-    so that every device gets equal numbers.
+    weight [out, in] gives shape and device. lora_A [r, inputs] has a column for every input, or for every pooled group
+    of inputs; lora_B is [out, r]; both have the dtype of `lora`. The CPU draws, so every device gets equal numbers.
+
+    >>> import torch
+    >>> from loftq_cli.tensors.rows import TensorRows
+    >>> pair = zero_adapter(TensorRows(torch.ones(8, 4)), LoraSpec(rank=2, alpha=6.0), torch.Generator())
+    >>> tuple(pair.lora_A.shape), bool(pair.lora_B.any()), pair.scaling
+    ((2, 4), False, 3.0)
     """
     import torch
 

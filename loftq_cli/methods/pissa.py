@@ -1,6 +1,6 @@
-"""QPiSSA (Meng et al., arXiv 2404.02948): lora_A and lora_B start as the principal part of the weights, and the base is
-the quantized rest. With more than one iteration, as in the authors' code: the adapter becomes the principal part of
-what the base does not hold, and the base is quantized again.
+"""QPiSSA (Meng et al., arXiv 2404.02948): lora_A and lora_B start as the principal part of W, and the base is the
+quantized difference. Each further iteration, as in the authors' code, refits the adapter to the principal part of
+W − dequant(Q) and quantizes again.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ def initialize(
     workers: Workers = SERIAL,
 ) -> Initialization:
     """s·B·A = the rank-r approximation of W [out, in], and Q = quantize(W − s·B·A); then `fitting.iterations` − 1 times
-    s·B·A = that of W − dequant(Q), and Q again. The iteration of the least error is returned.
+    s·B·A = the rank-r approximation of W − dequant(Q), and Q = quantize(W − s·B·A). The iteration with the least error
+    is returned.
 
-    The factors are balanced: √S stands in both. The scaling s is divided out of the factors, and Q is quantized beside
-    lora_A and lora_B as they are stored. Peak memory: one residual in float32, and the quantized matrix twice.
+    The factors are balanced: √S stands in both, and √s is divided out of each. Q is quantized with the stored, rounded
+    lora_A and lora_B. `weighting` and `sink` are ignored. Peak memory: a float32 residual, and the quantized matrix
+    twice. Raises NumericError for a residual without a singular value decomposition.
     """
     del sink, weighting
     solve = make_solver(fitting.svd, lora.rank, weight.shape, generator, workers)
@@ -48,23 +50,23 @@ def initialize(
     del alone
     for part in slabs_of(weight):
         residual[part] = weight.rows(part)
-    squared_weight = _squares(weight, residual, None, workers)
+    squared_weight = _sum_squares(weight, residual, None, workers)
     best, least, best_iteration, errors = None, math.inf, 0, list[float]()
     for iteration in range(1, fitting.iterations + 1):
         pair, _ = fit_adapter(residual, lora, solve)
         update = delta_rows(pair)
         quantized = quantizer.quantize(weight, minus=update, workers=workers)
         quantizer.residual(weight, quantized, residual, workers=workers)
-        squared = _squares(weight, residual, update, workers)
+        squared = _sum_squares(weight, residual, update, workers)
         errors.append(relative(squared, squared_weight))
-        # Sums differ in their last digits between kernels: which of two equal iterations is returned must not.
+        # Kernels differ in the last digits of sums; the choice between equal iterations must not depend on the kernel.
         if best is None or squared < (1 - TIE) * least:
             best, least, best_iteration = (quantized, pair), squared, iteration
     assert best is not None
     return Initialization(*best, relative(squared_alone, squared_weight), tuple(errors), best_iteration)
 
 
-def _squares(
+def _sum_squares(
     weight: Rows, residual: torch.Tensor, update: Callable[[slice], torch.Tensor] | None, workers: Workers
 ) -> float:
     """||residual||², or ||residual − update||², a few rows at a time."""

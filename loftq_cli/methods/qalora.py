@@ -1,5 +1,5 @@
-"""QA-LoRA (Xu et al., arXiv 2309.14717): quantize in groups; the adapter reads the inputs of a group pooled to one
-number. So the adapter adds one number to all weights of a group, and merges into the zero points.
+"""QA-LoRA (Xu et al., arXiv 2309.14717): quantize in groups; the adapter pools the inputs of each group to a single
+number. The adapter therefore adds an equal number to all weights of a group, and merges into the zero points.
 
 Beyond the paper, the adapter can start with the mean quantization error of every group.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from loftq_cli.methods.alternation import Adapting, alternate, refined_alone
+from loftq_cli.methods.alternation import Adapting, alternate, refine_alone
 from loftq_cli.methods.lowrank import Solver, make_solver
 from loftq_cli.methods.method import Fitting, Initialization, zero_adapter
 from loftq_cli.methods.weighting import Weighting, make_weighting
@@ -34,8 +34,13 @@ def initialize(
     sink: Callable[[slice, torch.Tensor], None] | None = None,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """Init "standard": Q = quantize(W), and the adapter of QLoRA over pooled inputs. Init "residual": the best of the
-    alternations and rounds of `fitting` with a pooled adapter, or the standard start where no alternation is better.
+    """Base and pooled adapter of a weight W [out, in]: lora_A [r, in / group_size], lora_B [out, r].
+
+    init "standard"   Q = quantize(W), after `fitting.rounds` rounds if there is a `weighting`; an adapter that adds
+                      nothing
+    init "residual"   the cheapest step among the alternations and rounds of `fitting`; or, without statistics, the
+                      standard start if no step has a lower error than quantizing alone
+    `sink` is ignored. Raises NumericError for a residual without a singular value decomposition.
     """
     del sink
     start = zero_adapter(weight, lora, generator)
@@ -43,18 +48,18 @@ def initialize(
         quantized = quantizer.quantize(weight, workers=workers)
         if weighting is None:
             return Initialization(quantized, start)
-        return refined_alone(weight, quantizer, quantized, start, fitting, weighting, workers)
+        return refine_alone(weight, quantizer, quantized, start, fitting, weighting, workers)
     weighting = weighting or make_weighting(None, lora.group_size)
     coordinates = None if weighting.importance is None else weighting
     means = (weight.shape[0], weight.shape[1] // lora.group_size)
     solve = make_solver(fitting.svd, min(lora.rank, *means), means, generator, workers, coordinates)
     dtype = torch.bfloat16 if fitting.svd != "exact" and coordinates is None else torch.float32
     adapting = Adapting(lambda residual: fit_adapter(residual, lora, start, solve, coordinates), solve)
-    found = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
-    # A weighted fit is better by weighted costs, and weighted costs do not compare with a Frobenius norm.
-    if weighting.importance is not None or min(found.iteration_errors) < (found.quantization_error or math.inf):
-        return found
-    return replace(found, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)
+    best = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
+    # Weighted iteration errors cannot be compared with the quantization error, a Frobenius norm.
+    if weighting.importance is not None or min(best.iteration_errors) < (best.quantization_error or math.inf):
+        return best
+    return replace(best, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)
 
 
 def fit_adapter(
@@ -64,31 +69,31 @@ def fit_adapter(
     solve: Solver,
     weighting: Weighting | None = None,
 ) -> tuple[LoraPair, float]:
-    """The pooled adapter that leaves the least of `residual` [out, in], balanced, in the adapter's dtype; and by how
-    much it lowers the squared error.
+    """The pooled adapter that leaves the least of `residual` R [out, in], in the adapter's dtype; and the gain, the
+    amount by which the adapter lowers ||R||², or the cost by `weighting`.
 
-    ||R − Δ||² = ||R − mean(R)||² + group_size · ||mean(R) − U||² for Δ that is U[o, k] in all of group k, so U is the
-    best rank-r approximation of the group means. Rank beyond that of the means keeps the rows of `start`, lora_B zero.
+    ||R − D||² = ||R − mean(R)||² + group_size · ||mean(R) − U||² for D with D[o, i] = U[o, k] at every input i of group
+    k. U is therefore the best rank-r approximation of the group means. Ranks beyond min(out, groups) keep the rows of
+    `start` in lora_A, and zeros in lora_B.
     """
     if weighting is None:
-        means = _group_means(residual, lora.group_size)
-        found = solve(means)
-        right, gain = found.right, lora.group_size * found.gain
+        factors = solve(_group_means(residual, lora.group_size))
+        right, gain = factors.right, lora.group_size * factors.gain
     else:
-        found = solve(residual)
-        right, gain = weighting.adapter_rows(found.right), found.gain
-    rank = found.left.shape[1]
+        factors = solve(residual)
+        right, gain = weighting.adapter_rows(factors.right), factors.gain
+    rank = factors.left.shape[1]
     root = math.sqrt(start.scaling)
     lora_A = start.lora_A.float().clone()
     lora_B = torch.zeros(len(residual), lora.rank, device=residual.device)
-    lora_A[:rank], lora_B[:, :rank] = right / root, found.left / root
+    lora_A[:rank], lora_B[:, :rank] = right / root, factors.left / root
     dtype = getattr(torch, lora.dtype)
     pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
     return pair, gain
 
 
 def _group_means(residual: torch.Tensor, group_size: int) -> torch.Tensor:
-    """float32 [out, in / group_size]."""
+    """The mean of each group, float32 [out, in / group_size]."""
     means = torch.empty(len(residual), residual.shape[1] // group_size, device=residual.device)
     for part in slabs_of(TensorRows(residual)):
         groups = residual[part].float().view(-1, means.shape[1], group_size)

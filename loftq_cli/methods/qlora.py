@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from loftq_cli.methods.alternation import refined_alone
+from loftq_cli.methods.alternation import refine_alone
 from loftq_cli.methods.method import Fitting, Initialization, zero_adapter
 from loftq_cli.methods.weighting import Weighting
 from loftq_cli.quant.formats import Quantizer
@@ -26,11 +26,12 @@ def initialize(
     sink: Callable[[slice, torch.Tensor], None] | None = None,
     workers: Workers = SERIAL,
 ) -> Initialization:
-    """Q = quantize(W); lora_A is uniform as PEFT draws lora_A (Kaiming, a = √5: bound 1/√in), lora_B is zero. Given a
-    `weighting`, `fitting.rounds` rounds refine codes and constants; each round lowers the error of the layer's outputs.
+    """Q = quantize(W) of W [out, in]; lora_A [r, in] is uniform as PEFT draws lora_A (Kaiming, a = √5: bound 1/√in),
+    lora_B [out, r] is zero. Given a `weighting`, `fitting.rounds` rounds refine codes and constants: rounds lower the
+    error of the layer's outputs. Given a `sink`, codes go to `sink` and the result has no codes.
     """
     quantized = quantizer.quantize(weight, sink=sink, workers=workers)
     adapter = zero_adapter(weight, lora, generator)
     if weighting is None:
         return Initialization(quantized, adapter)
-    return refined_alone(weight, quantizer, quantized, adapter, fitting, weighting, workers)
+    return refine_alone(weight, quantizer, quantized, adapter, fitting, weighting, workers)

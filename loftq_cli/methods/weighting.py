@@ -1,5 +1,9 @@
-"""What an error of a layer costs: its squares, or those of what it does to the layer's inputs, tr(E·H·Eᵀ) with
-H = E[x·xᵀ]; and what of that an adapter takes. Knows neither files nor formats.
+"""The cost tr(E·H·Eᵀ) of an error E [out, in] of a layer, and the part of the cost an adapter absorbs. No files, no
+number formats.
+
+H [in, in] is the mean of x·xᵀ over the layer's inputs x: the cost is the mean squared error of the outputs. H is the
+identity if there are no statistics: the cost is the sum of squares. triton_kernels/refinement/README.md defines the
+symbols (section 1) and derives equations 1 to 4.
 """
 
 from __future__ import annotations
@@ -18,76 +22,90 @@ from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import delta_rows, relative
 from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 
-# Of the mean of diag(H), what is added to the diagonal: directions that the calibration text did not show.
+# Added to diag(H), whose mean is 1, for directions that the calibration text does not show. A full H without a Cholesky
+# factor gets ten times more until the factor exists, up to _MOST_DAMPING.
 _DAMPING = 1e-3
 _MOST_DAMPING = 1.0
 
 
 class Weighting(Protocol):
-    """The costs of a layer's errors E [out, in], and the coordinates in which an adapter that makes the cost least is a
-    truncated SVD: of E·F, with A = Vᵀ·T⁻¹ for its right singular vectors V.
+    """H, and the coordinates F and T of the cheapest adapter s·B·A·Pᵀ: s·B = E·F·V and A = Vᵀ·T⁻¹, where V [groups, r]
+    holds the first right singular vectors of E·F (equation 3).
 
-    A pooled adapter adds the same to `group_size` neighbouring columns: A is [r, in / group_size].
+    H   [in, in], the mean of x·xᵀ
+    P   [in, groups], P[i, k] = 1 for an input i of group k. A pooled adapter adds an equal number to all `group_size`
+        columns of a group; groups = in / group_size
+    T   [groups, groups], a root of PᵀHP: T·Tᵀ = Pᵀ·H·P
+    F   [in, groups], F = H·P·T⁻ᵀ
     """
 
     def spread(self, columns: torch.Tensor) -> torch.Tensor:
-        """F @ columns."""
+        """F @ columns: float32 [in, r] of [groups, r]."""
         ...
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows @ F."""
+        """rows @ F: float32 [r, groups] of [r, in]."""
         ...
 
     def adapter_rows(self, right: torch.Tensor) -> torch.Tensor:
-        """right @ T⁻¹: lora_A, but for the scaling, of a right factor in these coordinates."""
+        """right @ T⁻¹, [r, groups]: lora_A of a right factor of E·F, before the scaling is divided out."""
         ...
 
     def right_of(self, lora_A: torch.Tensor) -> torch.Tensor:
-        """lora_A @ T, the inverse of `adapter_rows`."""
+        """lora_A @ T, [r, groups]: the inverse of `adapter_rows`."""
         ...
 
     def rooted(self, rows: torch.Tensor) -> torch.Tensor:
-        """float32 [n, in] times a root of H: the squares of that are what they cost."""
+        """rows [n, in] @ C with C·Cᵀ = H: the sum of squares of a row of the product is the cost e·H·eᵀ of row e."""
         ...
 
     def left_over(self, vectors: torch.Tensor | None) -> Cost:
-        """What errors cost beside an adapter with these orthonormal right vectors [k, r] in these coordinates, which
-        then takes its part; without any, what they cost.
+        """The cost c(E) = tr(E·M·Eᵀ) that an adapter with the right vectors V leaves (equation 4).
+
+        vectors   V, orthonormal columns [groups, r]: M = H − (F·V)·(F·V)ᵀ. None for no adapter: M = H
         """
         ...
 
     @property
     def importance(self) -> torch.Tensor | None:
-        """diag(H), float32 [in]; None for ones."""
+        """diag(H), float32 [in]; None stands for ones."""
         ...
 
     @property
     def is_plain(self) -> bool:
-        """Whether H and F are identities, and nothing has to be done about them."""
+        """True if H and F are identities, so callers may skip all products."""
         ...
 
 
 def make_weighting(statistics: torch.Tensor | None, group_size: int, device: torch.device | str = "cpu") -> Weighting:
-    """The weighting of a layer by the `statistics` of its inputs, float32 [in, in], or [in] for the diagonal alone;
-    None: each weight counts the same.
+    """The weighting of a layer by statistics of the layer's inputs. H is divided by the mean of diag(H).
 
-    Raises NumericError for statistics that are not those of any inputs.
+    statistics   H, float32 [in, in]; the diagonal of H, [in]; or None for the identity
+    group_size   inputs that the adapter pools to a single number; 1 without pooling
+    device       the device of H
+    Raises NumericError unless diag(H) is finite and not negative with a positive mean, and H positive semidefinite.
+
+    >>> weighting = make_weighting(torch.tensor([1.0, 3.0]), group_size=1)
+    >>> weighting.importance
+    tensor([0.5010, 1.5010])
     """
     if statistics is None:
         return Diagonal(None, group_size)
-    given = statistics.to(device)
-    diagonal = given if given.dim() == 1 else given.diagonal()
+    statistics = statistics.to(device)
+    diagonal = statistics if statistics.dim() == 1 else statistics.diagonal()
     mean = float(diagonal.double().mean())
     if not (math.isfinite(mean) and mean > 0.0) or bool((diagonal < 0.0).any()):
         raise NumericError("the statistics of its inputs are not those of any inputs", hint="loftq calibrate again")
-    # Units do not matter; of the order of 1, squares are inside float32's range.
-    return (Diagonal if given.dim() == 1 else Dense).of(given / mean, group_size)
+    # A factor changes no minimum; squares of numbers of the order of 1 are inside the range of float32.
+    return (Diagonal if statistics.dim() == 1 else Dense).of(statistics / mean, group_size)
 
 
 @dataclass(frozen=True)
 class Diagonal:
-    """H = diag(importance), or the identity. F = H·P·T⁻¹, where P [in, in / group_size] repeats each column of a
-    group, and T² = Pᵀ·H·P is diagonal too.
+    """A diagonal H. T² = Pᵀ·H·P is then diagonal too, and F = H·P·T⁻¹.
+
+    importance   diag(H), float32 [in]; None for the identity
+    group_size   inputs that the adapter pools to a single number
     """
 
     importance: torch.Tensor | None
@@ -95,6 +113,7 @@ class Diagonal:
 
     @classmethod
     def of(cls, importance: torch.Tensor, group_size: int) -> Diagonal:
+        """The weighting by `importance`, of mean 1, with damping."""
         return cls(importance + _DAMPING, group_size)
 
     @property
@@ -103,15 +122,16 @@ class Diagonal:
 
     @cached_property
     def _root(self) -> torch.Tensor:
-        """The diagonal of T, [in / group_size], or one number for all."""
+        """The diagonal of T, [groups]; a single number for the identity."""
         if self.importance is None:
             return torch.tensor(math.sqrt(self.group_size))
         return self.importance.view(-1, self.group_size).sum(dim=1).sqrt_()
 
     def spread(self, columns: torch.Tensor) -> torch.Tensor:
         root = self._root.to(columns.device)
-        wide = (columns / (root if root.dim() == 0 else root[:, None])).repeat_interleave(self.group_size, dim=0)
-        return wide if self.importance is None else wide * self.importance[:, None]
+        pooled = columns / (root if root.dim() == 0 else root[:, None])
+        repeated = pooled.repeat_interleave(self.group_size, dim=0)
+        return repeated if self.importance is None else repeated * self.importance[:, None]
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         rows = rows if self.importance is None else rows * self.importance
@@ -132,8 +152,13 @@ class Diagonal:
 
 @dataclass(frozen=True)
 class Dense:
-    """H = C·Cᵀ with the lower triangular C of Cholesky. F = H·P·T⁻ᵀ with T·Tᵀ = Pᵀ·H·P; without groups that is C, and
-    any other root of H would give the same adapter.
+    """A full H = C·Cᵀ. P is the identity if the adapter pools nothing: then T = F = C. Every root T of PᵀHP gives an
+    equal adapter.
+
+    hessian       H, float32 [in, in]
+    group_size    inputs that the adapter pools to a single number
+    root          C [in, in], the lower triangular Cholesky factor of H
+    pooled_root   T [groups, groups], the lower triangular Cholesky factor of Pᵀ·H·P
     """
 
     hessian: torch.Tensor
@@ -143,7 +168,9 @@ class Dense:
 
     @classmethod
     def of(cls, hessian: torch.Tensor, group_size: int) -> Dense:
-        """Raises NumericError for a matrix that is not positive semidefinite."""
+        """The weighting by `hessian`, float32 [in, in] with a diagonal of mean 1, after the least damping that gives a
+        Cholesky factor. Raises NumericError for a matrix that is not positive semidefinite.
+        """
         hessian = (hessian + hessian.T) / 2
         damping = _DAMPING
         while True:
@@ -191,7 +218,7 @@ class Dense:
         return lora_A @ self.pooled_root
 
     def rooted(self, rows: torch.Tensor) -> torch.Tensor:
-        # Of a triangle a quarter of the columns at a time: two fifths of the product are zeros.
+        # A quarter of the columns of C at a time, without the zero rows above: three eighths of the product are saved.
         root, step = self.root.to(rows.dtype), -(-len(self.root) // 4)
         parts = [rows[:, i:] @ root[i:, i : i + step] for i in range(0, len(root), step)]
         return torch.cat(parts, dim=1)
@@ -199,12 +226,17 @@ class Dense:
     def left_over(self, vectors: torch.Tensor | None) -> Cost:
         if vectors is None:
             return Cost(hessian=self.hessian)
-        taken = self.spread(vectors)
-        return Cost(hessian=torch.addmm(self.hessian, taken, taken.T, alpha=-1.0))
+        absorbed = self.spread(vectors)  # F·V
+        return Cost(hessian=torch.addmm(self.hessian, absorbed, absorbed.T, alpha=-1.0))
 
 
 def cost_of(weighting: Weighting, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:
-    """tr(E·H·Eᵀ) of E [out, in], float32 or bfloat16; if it `rounds`, multiplied in the dtype of E."""
+    """tr(E·H·Eᵀ) of an error E [out, in], float32 or bfloat16: products in float32, or in the dtype of E if `rounds` is
+    true; sums in float64 over the rows.
+
+    >>> round(cost_of(make_weighting(torch.tensor([1.0, 3.0]), 1), torch.tensor([[2.0, 0.0]])), 4)
+    2.004
+    """
 
     def total(part: slice) -> float:
         rows = error[part] if rounds else error[part].float()
@@ -214,12 +246,22 @@ def cost_of(weighting: Weighting, error: torch.Tensor, workers: Workers = SERIAL
 
 
 def output_error(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
-    """√(what the error of `decoded` with the adapter costs / what losing all of the weight would)."""
+    """√(cost of W − dequant(Q) − s·B·A / cost of W); 0 for an exact copy of a zero matrix, infinite for a wrong copy.
+
+    weight    W [out, in]
+    decoded   dequant(Q) [out, in], the values of a loader
+    lora      the adapter
+
+    >>> weight, decoded = TensorRows(torch.full((1, 2), 2.0)), TensorRows(torch.ones(1, 2))
+    >>> lora = LoraPair(torch.ones(1, 2), torch.zeros(1, 1), scaling=1.0)
+    >>> output_error(make_weighting(None, 1), weight, decoded, lora)
+    0.5
+    """
     delta = delta_rows(lora)
 
     def costs(part: slice) -> tuple[float, float]:
         rows = weight.rows(part).float()
         return cost_of(weighting, rows - decoded.rows(part) - delta(part)), cost_of(weighting, rows)
 
-    found = list(workers.map(costs, slabs_of(weight, decoded.multiple)))
-    return relative(math.fsum(error for error, _ in found), math.fsum(whole for _, whole in found))
+    pairs = list(workers.map(costs, slabs_of(weight, decoded.multiple)))
+    return relative(math.fsum(error for error, _ in pairs), math.fsum(total for _, total in pairs))

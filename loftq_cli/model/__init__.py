@@ -1,8 +1,8 @@
-"""A model directory: its family, its targets, its stored weights.
+"""A model directory: the family, the tensors to quantize, the stored weights.
 
-builtin.py   the models that come with the package
-families.py  the table of families, families.toml: one row for each model_type that needs one
-family.py    a config.json, and what loaders of its family do
-targets.py   which tensors are quantized, each with its reason
+builtin.py   the models inside the package
+families.py  the table of families, families.toml: a row for each model_type with special facts
+family.py    a config.json, and the loaders of the family
+targets.py   the tensors to quantize, and the reason of each decision
 stored.py    a dense or quantized model, read back as matrices
 """

@@ -15,20 +15,20 @@ from loftq_cli.layouts.layout import LAYOUTS
 _TABLE = Path(__file__).with_name("families.toml")
 _TABLE_KEYS = {"fused_expert_projections", "renamings", "families"}
 _LISTS = ("transposed", "full_precision", "no_adapter", "refused_by")
-_EXPERTS = ("fused",)  # a layout of experts to which PEFT moves adapters
+_EXPERTS = ("fused",)  # PEFT moves adapters of experts to the parameters of a fused layout
 
 
 @dataclass(frozen=True, slots=True)
 class FamilyRow:
-    """Facts about the models of one `model_type`; the defaults are those of a family without a row.
+    """Facts about the models of one `model_type`; the defaults are the facts about a family without a row.
 
-    prefix          attribute under which a head class holds the base model
-    transposed      last parts of the names of linears that are stored [in, out]
-    full_precision  endings of modules that transformers keeps in float32
-    no_adapter      last parts of the names of linears that take no PEFT adapter
+    prefix          attribute of a head class that holds the model without the head; None for no attribute
+    transposed      last parts of the names of linears stored [in, out]
+    full_precision  endings of names of modules that transformers keeps in float32
+    no_adapter      last parts of the names of linears without a PEFT adapter
     loads_in_4_bit  whether transformers loads linears from 4-bit tensors
     renamings       (expression, replacement) pairs that a head class applies to module names, in order
-    refused_by      containers whose loaders do not read the family
+    refused_by      keys of LAYOUTS: containers whose loaders do not read the family
     """
 
     prefix: str | None = None
@@ -45,7 +45,7 @@ _NO_FACTS = FamilyRow()
 
 @cache
 def families() -> Mapping[str, FamilyRow]:
-    """The rows of families.toml by `model_type`, read once.
+    """The rows of families.toml by `model_type`; the file is read once.
 
     >>> families()["gpt2"].prefix
     'transformer'
@@ -63,22 +63,26 @@ def family_row(model_type: str) -> FamilyRow:
 
 
 def parse_families(text: str) -> Mapping[str, FamilyRow]:
-    """The rows of a table in the format of families.toml.
+    """Read the rows of a table in the format of families.toml: `model_type` -> facts.
 
-    Raises ValueError, naming the family, for an unknown key, a value of another type, and a name of a list of
-    renamings, of a layout of experts or of a container that does not exist.
+    Raises ValueError, naming the family, for an unknown key, for a value of a wrong type, and for an unknown list of
+    renamings, layout of experts or container.
+
+    >>> text = "fused_expert_projections = []\\n[renamings]\\n[families.mine]\\nprefix = 'model'"
+    >>> parse_families(text)["mine"].prefix
+    'model'
     """
     table = tomllib.loads(text)
     unknown = sorted(table.keys() ^ _TABLE_KEYS)
     if unknown:
         raise ValueError(f"the table of families has or lacks {', '.join(unknown)}")
     renamings = {name: tuple((old, new) for old, new in pairs) for name, pairs in table["renamings"].items()}
-    projections = _names(table["fused_expert_projections"], "fused_expert_projections")
-    rows = {name: _family_row(name, dict(values), renamings, projections) for name, values in table["families"].items()}
+    projections = _check_names(table["fused_expert_projections"], "fused_expert_projections")
+    rows = {name: _make_row(name, dict(values), renamings, projections) for name, values in table["families"].items()}
     return MappingProxyType(rows)
 
 
-def _family_row(
+def _make_row(
     family: str,
     values: dict[str, Any],
     renamings: Mapping[str, tuple[tuple[str, str], ...]],
@@ -92,7 +96,7 @@ def _family_row(
         raise ValueError(f"family {family} has experts {experts!r}, not one of {', '.join(_EXPERTS)}")
     if renaming not in (None, *renamings):
         raise ValueError(f"family {family} has renamings {renaming!r}, which are not listed")
-    lists = {key: _names(values.get(key, []), f"{key} of family {family}") for key in _LISTS}
+    lists = {key: _check_names(values.get(key, []), f"{key} of family {family}") for key in _LISTS}
     strangers = [name for name in lists["refused_by"] if name not in LAYOUTS]
     if strangers:
         raise ValueError(f"family {family} is refused by {', '.join(strangers)}, and there is no such container")
@@ -105,7 +109,7 @@ def _family_row(
     return FamilyRow(prefix=prefix, loads_in_4_bit=loads_in_4_bit, renamings=pairs, **lists)
 
 
-def _names(value: object, where: str) -> tuple[str, ...]:
+def _check_names(value: object, place: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{where} is no list of names")
+        raise ValueError(f"{place} is no list of names")
     return tuple(value)

@@ -1,6 +1,6 @@
-"""The config of a model: dtype, orientation and loaded names of tensors, which headers alone do not tell.
+"""The config of a model: dtype, orientation and loaded names of tensors, beyond the facts in headers.
 
-Facts about single families are in families.toml; this module never imports transformers.
+Facts about single families are in families.toml; the module never imports transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
 
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
 
-# Keys of a config that this tool reads, and the type of each value; a key may be absent or null.
+# Keys of a config with a meaning for the tool, and the type of each value; a key may be absent or null.
 _TEXT, _OBJECT, _SWITCH = (str, "a text"), (dict, "an object"), (bool, "true or false")
 _NESTED_KEYS = {"tie_word_embeddings": _SWITCH, "vocab_size": (int, "a whole number")}
 _KEYS = {
@@ -45,7 +45,7 @@ class Family:
     file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value of the wrong type, and for a model that is quantized already."""
+        """Raises InputError for a value of the wrong type, and for a quantized model."""
         check_types(self.config, self.file)
         key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
         if key is not None:
@@ -58,7 +58,7 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """transformers' name of the family; "" where unknown."""
+        """transformers' name of the family; "" for a config without a name."""
         return str(self.config.get("model_type", ""))
 
     @property
@@ -68,7 +68,7 @@ class Family:
 
     @property
     def architectures(self) -> list[str]:
-        """Names of the classes from which the checkpoint was saved."""
+        """Names of the transformers classes that saved the checkpoint; empty for a config without names."""
         value = self.config.get("architectures")
         return [str(name) for name in value] if isinstance(value, list) else []
 
@@ -81,32 +81,36 @@ class Family:
         return module.endswith(self.row.full_precision)
 
     def takes_adapter(self, module: str) -> bool:
-        """Whether PEFT can put an adapter on `module` and nowhere else."""
+        """Whether PEFT can put an adapter on `module` alone."""
         return module.rpartition(".")[2] not in self.row.no_adapter
 
     def loads_in_4_bit(self) -> bool:
-        """Whether transformers loads linears of this family from 4-bit tensors."""
+        """Whether transformers loads linears of the family from 4-bit tensors."""
         return self.row.loads_in_4_bit
 
     def ties_embeddings(self) -> bool:
         """Whether the config says that the head shares the embedding's weight."""
         nested = self.config.get("text_config")
-        both = (self.config, nested if isinstance(nested, dict) else {})
-        return any(part.get("tie_word_embeddings") is True for part in both)
+        configs = (self.config, nested if isinstance(nested, dict) else {})
+        return any(config.get("tie_word_embeddings") is True for config in configs)
 
     def dtype(self, weights: Iterable[TensorRef]) -> str:
-        """The dtype that the model computes in: the config's, else the most common of `weights`, else float32."""
+        """The dtype of the model's computations: the config's, else the most common of `weights`, else float32."""
         nested = self.config.get("text_config")
         for part in (self.config, nested if isinstance(nested, dict) else {}):
-            named = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
-            if named in MODEL_DTYPES:
-                return named
+            config_dtype = str(part.get("dtype") or part.get("torch_dtype") or "").removeprefix("torch.")
+            if config_dtype in MODEL_DTYPES:
+                return config_dtype
         counts = Counter(ref.dtype for ref in weights if ref.dtype in WEIGHT_DTYPES)
         common = counts.most_common(1)[0][0] if counts else "float32"
         return common if common in MODEL_DTYPES else "float32"
 
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
-        """The name of `module` after loading with the class in the config; `modules` are the names of all modules."""
+        """The name of a module in the loaded model, after loading with the class in the config.
+
+        module    name in the files
+        modules   names of all modules in the files
+        """
         if not self.architectures:
             return module
         if _HEAD_CLASS.search(self.architectures[0]):
@@ -122,7 +126,15 @@ class Family:
 
 
 def check_types(config: Mapping[str, Any], file: Path | None) -> None:
-    """Raises InputError naming the key of a config whose value is of another type than everybody writes."""
+    """Raises InputError, naming the key, for a value of the config with an unexpected type.
+
+    config   the content of a config.json
+    file     the path for the error; None for an unknown path
+
+    >>> check_types({"vocab_size": "32000"}, None)
+    Traceback (most recent call last):
+    loftq_cli.errors.InputError: vocab_size is '32000', not a whole number
+    """
     _check_keys(config, _KEYS, "", file)
     if not all(isinstance(name, str) for name in config.get("architectures") or ()):
         raise InputError("architectures is not a list of class names", file=file)
@@ -132,12 +144,12 @@ def check_types(config: Mapping[str, Any], file: Path | None) -> None:
 def _check_keys(
     config: Mapping[str, Any], keys: Mapping[str, tuple[type, str]], prefix: str, file: Path | None
 ) -> None:
-    for key, (kind, what) in keys.items():
+    for key, (kind, type_text) in keys.items():
         value = config.get(key)
         if value is not None and type(value) is not kind:
-            raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not {what}", file=file)
+            raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not {type_text}", file=file)
     for key in _DTYPE_KEYS:
         value = config.get(key)
-        # A model of several parts may have an object of dtypes; the object is not read.
+        # A model of several parts may have an object of dtypes, and the tool ignores the object.
         if value is not None and type(value) not in (str, dict):
             raise InputError(f"{prefix}{key} is {printable(repr(value), 80)}, not the name of a dtype", file=file)

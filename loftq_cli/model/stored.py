@@ -1,5 +1,5 @@
-"""A model directory with dense or quantized linear weights, written by this tool or by another tool: each weight is
-read as the matrix that a loader computes with. Writes nothing.
+"""A model directory with dense or quantized linear weights, from any tool: each weight becomes the matrix of a loader's
+computations. Writes nothing.
 """
 
 from __future__ import annotations
@@ -28,12 +28,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model as a loader sees the model.
+    """A model in the view of a loader.
 
-    tensors     every tensor in order; a quantized weight is a tensor in the dtype and orientation of a dense file
-    quantized   the quantized weights by name
-    layout      the container of the quantized weights; the container of decoded values for a model without any
-    config      config.json without the keys about quantization
+    path         the directory, or the path of a weight file
+    tensors      every tensor in order; a quantized weight has the dtype and orientation of a dense file
+    quantized    the quantized weights by name
+    layout       the container of the quantized weights; the container of decoded values for a model without quantized
+                 weights
+    family       the config and the facts about the family
+    config       config.json without the keys about quantization
+    checkpoint   the stored tensors; closed at the end of a `with` block
+    stored       the stored tensors as input of the container
     """
 
     path: Path
@@ -47,30 +52,38 @@ class BaseModel:
 
     @classmethod
     def open(cls, path: Path) -> BaseModel:
-        """Any model that `open_checkpoint` opens; the container of quantized weights is recognized.
+        """Open a model and recognize the container of quantized weights.
 
-        Raises InputError for a quantized model in another container, and for a weight whose parts do not fit together.
+        path   a path for `open_checkpoint`
+
+        Raises InputError for a quantized model in an unknown container, and for a weight with contradictory parts; all
+        errors of `open_checkpoint`.
         """
         checkpoint = open_checkpoint(path)
-        return cls._of(path, checkpoint, checkpoint.config())
+        return cls._assemble(path, checkpoint, checkpoint.config())
 
     @classmethod
     def of_shards(cls, directory: Path, names: Sequence[str], config: Mapping[str, Any]) -> BaseModel:
-        """The weight files called `names` in an unfinished directory; `config` is the content of config.json."""
-        return cls._of(directory, open_files(directory, names), config)
+        """Open the weight files called `names` in an unfinished directory.
+
+        config   the content of config.json
+
+        Raises InputError like `open`.
+        """
+        return cls._assemble(directory, open_files(directory, names), config)
 
     @classmethod
-    def _of(cls, path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> BaseModel:
-        plain, refs = _without_container(config), checkpoint.tensors
-        file, stored = config_file_beside(refs.values()), _stored(path, checkpoint, config)
+    def _assemble(cls, path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> BaseModel:
+        plain, refs = _drop_container_keys(config), checkpoint.tensors
+        file, stored = config_file_beside(refs.values()), _make_stored_tensors(path, checkpoint, config)
         family = Family(plain, file)
-        layout, names = _container(stored)
+        layout, names = _recognize_container(stored)
         if not names:
             return cls(path, dict(refs), {}, layout, Family(config, file), plain, checkpoint, stored)
         quantized = {
             name: layout.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name))) for name in names
         }
-        for error in _orphans(stored, layout, names):
+        for error in _find_orphans(stored, layout, names):
             raise error
         owner = {part: name for name in names for part in layout.parts(name)}
         tensors: dict[str, TensorRef] = {}
@@ -97,59 +110,59 @@ class BaseModel:
         self.checkpoint.close()
 
     def load(self, name: str) -> torch.Tensor:
-        """A stored tensor as it is."""
+        """Load a stored tensor in the stored dtype and orientation."""
         return self.checkpoint.load(name)
 
     def quantized_tensor(self, name: str) -> QuantizedTensor:
-        """The quantized weight called `name`, unpacked. Raises InputError for numbers that no quantizer writes."""
+        """Unpack the quantized weight called `name`. Raises InputError for numbers that no quantizer writes."""
         return self.layout.unpack(self.quantized[name], self.stored)
 
     def check_constants(self, name: str) -> None:
-        """Raises InputError for a quantized weight called `name` with constants that no quantizer writes."""
+        """Raises InputError if the quantized weight called `name` has constants that no quantizer writes."""
         self.layout.unpack(self.quantized[name], self.stored, has_codes=False)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
-        """The shape [out, in] of `matrix(name)`; the shape of the tensor for anything but a matrix."""
+        """The shape [out, in] of `matrix(name)`; the stored shape of a tensor that is no matrix."""
         shape = self.tensors[name].shape
         return shape[::-1] if self.family.is_transposed(module_of(name)) else shape
 
     def loaded_names(self) -> dict[str, str]:
-        """Name in the files -> name in the loaded model, for each tensor."""
+        """Name in the files -> name in the loaded model, for each tensor in `tensors`."""
         modules = [module_of(name) for name in self.tensors]
         return {name: self.family.loaded_name(name, modules) for name in self.tensors}
 
     def matrix(self, name: str) -> torch.Tensor:
-        """The weight called `name` as float32 [out, in], decoded from quantized codes."""
+        """Read the weight called `name` as float32 [out, in]; quantized codes are decoded."""
         return self.rows(name).rows(slice(0, self.matrix_shape(name)[0])).float()
 
     def rows(self, name: str) -> Rows:
-        """The weight called `name` by rows [out, in]. Rows are read from the file on demand, unless the file stores the
-        matrix in another order. Raises InputError for anything but a matrix.
+        """Open the weight called `name` by rows [out, in]. Rows are read from the file on demand, unless the file has
+        the codes or values in column order. Raises InputError for a tensor that is no matrix.
         """
         if name in self.quantized:
-            return self._decoded(self.quantized[name])
+            return self._decode_rows(self.quantized[name])
         if self.family.is_transposed(module_of(name)):
-            return self._loaded(name)
-        ref = self._matrix_ref(name)
+            return self._load_matrix(name)
+        ref = self._check_matrix(name)
         return stored_rows(self.checkpoint.load_rows, name, (ref.shape[0], ref.shape[1]))
 
     def whole(self, name: str) -> QuantizedTensor | TensorRows:
-        """The whole weight called `name` in the stored form. Raises InputError for anything but a matrix."""
-        return self.quantized_tensor(name) if name in self.quantized else self._loaded(name)
+        """Load the complete weight called `name`, as codes if quantized. Raises InputError for no matrix."""
+        return self.quantized_tensor(name) if name in self.quantized else self._load_matrix(name)
 
-    def _loaded(self, name: str) -> TensorRows:
-        self._matrix_ref(name)
+    def _load_matrix(self, name: str) -> TensorRows:
+        self._check_matrix(name)
         return TensorRows(self.load(name), self.family.is_transposed(module_of(name)))
 
-    def _matrix_ref(self, name: str) -> TensorRef:
+    def _check_matrix(self, name: str) -> TensorRef:
         ref = self.tensors[name]
         if len(ref.shape) != 2:
             raise InputError("is not a matrix", file=ref.file, tensor=name)
         return ref
 
-    def _decoded(self, matrix: StoredMatrix) -> Rows:
+    def _decode_rows(self, matrix: StoredMatrix) -> Rows:
         code_rows, refs = self.layout.code_rows(matrix), self.checkpoint.tensors
-        # Some store [1, n] for [n, 1].
+        # Some tools store the codes as [1, n] in place of [n, 1].
         if code_rows is None or refs[code_rows.name].shape[0] < code_rows.span(slice(0, matrix.shape[0])).stop:
             return self.quantized_tensor(matrix.name).decoded()
         constants = self.layout.unpack(matrix, self.stored, has_codes=False)
@@ -164,8 +177,15 @@ class BaseModel:
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
-    """All errors for which `BaseModel.open` refuses `path`; `open` itself stops at the first error. All weight files
-    are checked, and, if the files are intact, all quantized weights.
+    """Yield every error of `BaseModel.open`; `open` stops at the first error.
+
+    path   the directory, or the path of a weight file
+
+    All weight files are checked, and, if the files are intact, all quantized weights.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> list(faults(resolve_model("builtin:tiny-llama")))
+    []
     """
     are_files_right = True
     for error in source.faults(path):
@@ -176,47 +196,47 @@ def faults(path: Path) -> Iterator[LoftqError]:
     try:
         checkpoint = open_checkpoint(path)
         config = checkpoint.config()
-        stored = _stored(path, checkpoint, config)
-        layout, names = _container(stored)
+        stored = _make_stored_tensors(path, checkpoint, config)
+        layout, names = _recognize_container(stored)
     except LoftqError as error:
         yield error
         return
-    family = Family(_without_container(config))
+    family = Family(_drop_container_keys(config))
     for name in names:
         try:
             layout.stored_matrix(name, stored, transposed=family.is_transposed(module_of(name)))
         except LoftqError as error:
             yield error
-    yield from _orphans(stored, layout, names)
+    yield from _find_orphans(stored, layout, names)
 
 
-def _without_container(config: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_container_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
 
 
-def _stored(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
+def _make_stored_tensors(path: Path, checkpoint: Checkpoint, config: Mapping[str, Any]) -> StoredTensors:
     refs = checkpoint.tensors
     file = config_file_beside(refs.values())
     check_types(config, file)
-    family = Family(_without_container(config), file)
+    family = Family(_drop_container_keys(config), file)
     load, load_rows, raw = checkpoint.load, checkpoint.load_rows, checkpoint.raw
     dtype = family.dtype(refs.values())
     return StoredTensors(refs, config, dtype, load, load_rows, raw, path, lambda name: family.loaded_name(name, refs))
 
 
-def _orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -> Iterator[InputError]:
-    """An error for each part of a quantized weight without codes; `names` are the weights with codes."""
+def _find_orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -> Iterator[InputError]:
+    """Yield an error for each part of a quantized weight without codes; `names` are the weights with codes."""
     owned = {part for name in names for part in layout.parts(name)}
     for part, ref in stored.refs.items():
         name = f"{part.rpartition('.')[0]}.weight"
         if part not in owned and part != name and part in layout.parts(name):
-            what = "is part of a quantized weight, and its codes are missing"
-            yield InputError(what, file=ref.file, tensor=part)
+            message = "is part of a quantized weight, and its codes are missing"
+            yield InputError(message, file=ref.file, tensor=part)
 
 
-def _container(stored: StoredTensors) -> tuple[Layout, list[str]]:
-    """The container of quantized weights and their names; the container of decoded values and no names, where nothing
-    is quantized.
+def _recognize_container(stored: StoredTensors) -> tuple[Layout, list[str]]:
+    """Find the container and the names of quantized weights. A model without quantized weights has the container of
+    decoded values and no names.
     """
     for layout in map(load_layout, LAYOUTS):
         names = layout.quantized_names(stored)

@@ -1,4 +1,4 @@
-"""The choice of tensors to quantize: names, shapes and the config decide, and each decision has a reason."""
+"""The choice of tensors to quantize by names, shapes and the config. Each decision has a reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _EXPERTS = re.compile(r"(?:^|\.)experts(?:\.|$)")
 _HEADS = re.compile(r"(?:^|\.)(?:lm_head|embed_out|classifier|score|qa_outputs|pooler|cls)(?:\.|$)")
 _IN_A_BLOCK = re.compile(r"\.\d+\.")
 
-# Kinds that --include cannot choose: no loader has a 4-bit form of the layer.
+# Kinds that --include cannot choose: loaders have no 4-bit form of the layer.
 _NEVER = {
     "embedding": "an embedding, and only linear layers can be quantized",
     "router": "a router, which loaders hold in full precision",
@@ -28,7 +28,12 @@ _NEVER = {
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The decision about a tensor, and the reason. `kind` is a word for the tensor: "linear", "embedding", ..."""
+    """The decision about a tensor.
+
+    quantize   whether to quantize the tensor
+    kind       a word for the tensor, see `kind_of`: "linear", "embedding", ...
+    reason     the reason for the decision, in words
+    """
 
     quantize: bool
     kind: str
@@ -38,14 +43,24 @@ class Target:
 def choose_targets(
     tensors: Mapping[str, TensorRef], family: Family, include: Sequence[str], exclude: Sequence[str]
 ) -> dict[str, Target]:
-    """A decision for every tensor.
+    """Decide for every tensor, by name, whether to quantize the tensor.
 
-    Default: every floating-point matrix inside a numbered block that is no embedding, router or expert. `include`
-    replaces that choice by the matrices whose module name one of its expressions finds; a head is only taken when the
-    expression spells its name. `exclude` always wins.
-    Raises UsageError when an `include` finds nothing, or spells the name of something that cannot be quantized.
+    tensors   the headers of the checkpoint
+    family    the config and the facts about the family
+    include   regular expressions; a match anywhere in the module name chooses a matrix. Empty for the default choice:
+              all "linear" matrices (see `kind_of`) inside numbered blocks. A head needs an expression that spells the
+              last part of the head's name.
+    exclude   regular expressions; a match anywhere in the module name wins over `include`
+
+    Raises UsageError when an `include` matches no weight to quantize, or spells the name of a tied head or of a kind
+    without a 4-bit form (a key of `_NEVER`).
+
+    >>> from pathlib import Path
+    >>> ref = TensorRef("h.0.fc.weight", "float32", (64, 64), Path("model.safetensors"))
+    >>> choose_targets({ref.name: ref}, Family({}), include=[], exclude=["fc"])
+    {'h.0.fc.weight': Target(quantize=False, kind='linear', reason='excluded')}
     """
-    targets = {name: _target(ref, family, include, exclude) for name, ref in tensors.items()}
+    targets = {name: _decide(ref, family, include, exclude) for name, ref in tensors.items()}
     for pattern in include:
         if not any(t.quantize and re.search(pattern, module_of(name)) for name, t in targets.items()):
             raise UsageError(f"--include {pattern!r} finds no linear weight", hint="loftq inspect lists the names")
@@ -53,7 +68,7 @@ def choose_targets(
 
 
 def module_of(name: str) -> str:
-    """The module of a weight: the name without ".weight".
+    """The module of a weight: the tensor name without ".weight".
 
     >>> module_of("h.0.attn.weight")
     'h.0.attn'
@@ -62,7 +77,15 @@ def module_of(name: str) -> str:
 
 
 def kind_of(ref: TensorRef, family: Family) -> str:
-    """A word for a tensor, by name and shape: "linear", "head", "embedding", "router", "expert", "not a matrix", ..."""
+    """A word for a tensor, by name, dtype and shape.
+
+    The words: "linear", "head", "embedding", "router", "expert", "not a matrix", "not floating point",
+    "kept in float32" and "no adapter".
+
+    >>> from pathlib import Path
+    >>> kind_of(TensorRef("lm_head.weight", "float32", (64, 64), Path("model.safetensors")), Family({}))
+    'head'
+    """
     module = module_of(ref.name)
     if ref.dtype not in WEIGHT_DTYPES:
         return "not floating point"
@@ -81,7 +104,7 @@ def kind_of(ref: TensorRef, family: Family) -> str:
     return "head" if _HEADS.search(module) else "linear"
 
 
-def _target(ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str]) -> Target:
+def _decide(ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str]) -> Target:
     kind, module = kind_of(ref, family), module_of(ref.name)
     matching = [pattern for pattern in include if re.search(pattern, module)]
     spelled = any(_spells(pattern, module) for pattern in matching)
@@ -104,5 +127,5 @@ def _target(ref: TensorRef, family: Family, include: Sequence[str], exclude: Seq
 
 
 def _spells(pattern: str, module: str) -> bool:
-    """Whether an expression spells the last part of a module's name; a match without the part may be an accident."""
+    """Whether an expression spells the last part of a module's name. Any match without the part may be an accident."""
     return module.rpartition(".")[2] in pattern.replace("\\", "")

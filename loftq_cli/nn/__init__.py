@@ -1,21 +1,21 @@
 """Training modules with a quantized base and a LoRA adapter: made of an existing linear or of a loaded model, or loaded
-from what `loftq quantize` writes. Plain torch; no training loop.
+from the output of `loftq quantize`. Plain torch; no training loop.
 
 read_only_weight.py       the weight attribute of a quantized linear
 quantized_linear.py       the frozen linear
 fake_quantized_linear.py  the linear whose full-precision weight trains
 option_types.py           options by keyword, checked
-layer_jobs.py             recipes and plans as this package sees them
+layer_jobs.py             recipes and plans from the view of the package
 linear_start.py           an existing linear becomes base and adapter
 adapted_linear.py         a linear with an adapter
-loftq_linear.py           the same for LoftQ and QLoRA
-qalora_linear.py          the same for QA-LoRA
+loftq_linear.py           linear and adapter for LoftQ and QLoRA
+qalora_linear.py          linear and adapter for QA-LoRA
 adapter_directory.py      saving trained adapters
 adapted_model.py          loading base and adapter into a model
 attach.py                 all linears of a loaded model
 peft_layers.py            LoRA layers of PEFT over quantized linears
 original_weights.py       full-precision weights by the names of linears
-lora_weights.py           the fitted start of a model that PEFT wrapped
+lora_weights.py           the fitted start of a model wrapped by PEFT
 """
 
 from loftq_cli.nn.adapted_linear import AdaptedLinear

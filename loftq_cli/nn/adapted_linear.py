@@ -1,4 +1,4 @@
-"""A linear and the adapter that is trained on the linear, for every method. Knows no files and no models."""
+"""A linear and a trainable adapter, for every method. Knows no files and no models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from loftq_cli.errors import UsageError
 from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
-from loftq_cli.nn.layer_jobs import computing, layer_job, layer_recipe, work_of
-from loftq_cli.nn.linear_start import LinearStart, check_linear, start_of
+from loftq_cli.nn.layer_jobs import computing, count_work, layer_job, layer_recipe
+from loftq_cli.nn.linear_start import LinearStart, check_linear, make_start
 from loftq_cli.nn.option_types import python_remedies
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.nn.read_only_weight import ReadOnlyWeight
@@ -25,7 +25,7 @@ from loftq_cli.tensors.specs import LoraSpec
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source of an adapter, and the records that `save_adapter` copies to the trained adapter.
+    """The source of an adapter, and the records for the copy of `save_adapter`.
 
     base         the directory of the base
     config       adapter_config.json
@@ -38,10 +38,10 @@ class Origin:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear and a trainable adapter: y = base(x) + s·B·A·x, where A reads x, or its sums over groups.
+    """A linear and a trainable adapter: y = base(x) + s·B·A·x, where A reads x, or the sums of x over groups.
 
-    base_layer       a frozen QuantizedLinear or nn.Linear, or a FakeQuantizedLinear, which trains
-    lora_A, lora_B   Parameters [rank, in / group_size] and [out, rank]; the adapter computes in their dtype
+    base_layer       a frozen QuantizedLinear or nn.Linear, or a trainable FakeQuantizedLinear
+    lora_A, lora_B   Parameters [rank, in / group_size] and [out, rank]; the adapter computes in the factors' dtype
     lora             rank, alpha and pooling
     scaling          s, with the pooling's factor
     origin           the source of a loaded adapter, or None
@@ -58,7 +58,7 @@ class AdaptedLinear(nn.Module):
         *,
         origin: Origin | None = None,
     ) -> None:
-        """Copies the factors. Raises ValueError for factors that do not fit the base or `lora`."""
+        """Copies the factors. Raises ValueError for factors unfit for the base or `lora`."""
         super().__init__()
         self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         inputs = self.in_features // lora.group_size
@@ -78,7 +78,7 @@ class AdaptedLinear(nn.Module):
 
     @classmethod
     def of_start(cls, start: LinearStart, linear: nn.Module, origin: Origin | None = None) -> Self:
-        """The module of a start that `start_of` gives, on the device and in the mode of `linear`."""
+        """The module of a start from `make_start`, on the device and in the mode of `linear`."""
         layer = cls(start.base_layer, start.lora_A, start.lora_B, start.lora, origin=origin)
         return layer.to(next(linear.parameters()).device).train(linear.training)
 
@@ -86,7 +86,7 @@ class AdaptedLinear(nn.Module):
     def _from_linear(
         cls, linear: nn.Module, options: Mapping[str, Any], *, name: str, freeze_base: bool, cache: bool
     ) -> Self:
-        """See `LoftQLinear.from_linear`; `options` are fields of a recipe, the method among them."""
+        """See `LoftQLinear.from_linear`; `options` are fields of a recipe, the method included."""
         with python_remedies():
             if cache and not freeze_base:
                 message = "cache means nothing with freeze_base=False: the weight changes with every step"
@@ -101,15 +101,15 @@ class AdaptedLinear(nn.Module):
                 transposed=facts.transposed,
                 is_container_named=options.get("layout") is not None,
             )
-            with computing(work_of(job)) as workers:
-                return cls.of_start(start_of(linear, job, workers, freeze_base=freeze_base, cache=cache), linear)
+            with computing(count_work(job)) as workers:
+                return cls.of_start(make_start(linear, job, workers, freeze_base=freeze_base, cache=cache), linear)
 
     @property
     def weight(self) -> torch.Tensor:
         """The present dequant(Q) + s·B·A [out, in], without a gradient, for reading like `QuantizedLinear.weight`."""
         like = self.base_layer.weight
         shape = (self.out_features, self.in_features)
-        return ReadOnlyWeight(lambda: self._merged_weight().to(like.dtype), shape, like.dtype, like.device)
+        return ReadOnlyWeight(lambda: self._merge_weight().to(like.dtype), shape, like.dtype, like.device)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -119,18 +119,16 @@ class AdaptedLinear(nn.Module):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """[..., out] of [..., in], in the dtype of `input`."""
         output: torch.Tensor = self.base_layer(input)
-        return output + self._added(input.to(self.lora_A.dtype)).to(output.dtype)
+        return output + self._adapter_output(input.to(self.lora_A.dtype)).to(output.dtype)
 
     def reset(self) -> None:
-        """Set lora_A and lora_B back to the factors that the module was made with. A base that trains keeps the trained
-        weight.
-        """
+        """Set lora_A and lora_B back to the factors of the start. A trainable base keeps the trained weight."""
         with torch.no_grad():
             for parameter, start in zip((self.lora_A, self.lora_B), self._start, strict=True):
                 parameter.copy_(start)
 
     def freeze_base(self) -> Self:
-        """Turn a base that trains into a QuantizedLinear with the codes of the trained weight, in place. Returns the
+        """Turn a trainable base into a QuantizedLinear with the codes of the trained weight, in place. Returns the
         module. A frozen base does not change.
 
         Raises NumericError for a weight with NaN or infinite values.
@@ -142,13 +140,13 @@ class AdaptedLinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A frozen nn.Linear with dequant(Q) + s·B·A, added in float32 and rounded to the dtype of `weight`."""
         dtype = self.base_layer.weight.dtype
-        return dense_linear(self._merged_weight().to(dtype), copied(self.bias)).train(self.training)
+        return dense_linear(self._merge_weight().to(dtype), copy_bias(self.bias)).train(self.training)
 
     def extra_repr(self) -> str:
         """The adapter's rank and scaling."""
         return f"rank={self.lora.rank}, scaling={self.scaling:g}"
 
-    def _added(self, input: torch.Tensor) -> torch.Tensor:
+    def _adapter_output(self, input: torch.Tensor) -> torch.Tensor:
         """s·B·A·x [..., out] of [..., in] in the adapter's dtype."""
         read = group_sums(input, self.lora.group_size)
         return functional.linear(functional.linear(read, self.lora_A), self.lora_B) * self.scaling
@@ -157,7 +155,7 @@ class AdaptedLinear(nn.Module):
         """The present factors with the scaling, without gradients."""
         return LoraPair(self.lora_A.detach(), self.lora_B.detach(), self.scaling, self.lora.group_size)
 
-    def _merged_weight(self) -> torch.Tensor:
+    def _merge_weight(self) -> torch.Tensor:
         base = self.base_layer
         if isinstance(base, QuantizedLinear | FakeQuantizedLinear):
             weight = base.dequantized()
@@ -167,10 +165,14 @@ class AdaptedLinear(nn.Module):
 
 
 def group_sums(input: torch.Tensor, group_size: int) -> torch.Tensor:
-    """[..., in / group_size] of [..., in]: sums over groups of neighbouring inputs."""
+    """[..., in / group_size] of [..., in]: sums over groups of neighbouring inputs.
+
+    >>> group_sums(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), group_size=2)
+    tensor([[3., 7.]])
+    """
     groups = input.shape[-1] // group_size  # -1 would be ambiguous for an empty batch
     return input if group_size == 1 else input.reshape(*input.shape[:-1], groups, group_size).sum(-1)
 
 
-def copied(bias: torch.Tensor | None) -> torch.Tensor | None:
+def copy_bias(bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if bias is None else bias.detach().clone()

@@ -1,6 +1,6 @@
 """Loads a converted directory into a model, ready to train adapters.
 
-No module is found by guessing: module names are the names that transformers gives.
+No module is found by guessing: module names are the names of transformers.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def load_adapted(
 ) -> Model:
     """`model` with the numbers of a converted directory, in place, ready to train the adapter and nothing else.
 
-    model      any module whose parts are called as transformers calls those of the loaded model
-    directory  what `loftq quantize` or `loftq merge` wrote, in any layout
-    adapter    the adapter directory; by default the one inside `directory`, or none where there is none
-    cache      whether QuantizedLinear keeps its decoded weight
+    model      any module with the part names of transformers' loaded model
+    directory  the output of `loftq quantize` or `loftq merge`, in any container
+    adapter    the adapter directory; by default the adapter inside `directory`, or no adapter
+    cache      True lets QuantizedLinear keep the decoded weight
 
-    Quantized weights become QuantizedLinear, adapted ones LoftQLinear, QLoRALinear or QALoRALinear over it, or over a
-    frozen nn.Linear where the directory is dense. Everything else is copied into the model, whose dtypes and devices
-    are kept. Nothing is changed unless all of it fits.
+    Quantized weights become QuantizedLinear. Adapted weights become LoftQLinear, QLoRALinear or QALoRALinear over a
+    QuantizedLinear, or over a frozen nn.Linear where the directory is dense. All further tensors are copied into the
+    model, and the model keeps dtypes and devices. Nothing changes unless everything fits.
     Raises MismatchError where a tensor has no place, a module is not a linear of the weight's shape, the model has
-    tensors that the directory does not give, or adapter and base do not belong together; InputError for damaged files;
+    tensors outside of the directory, or adapter and base do not belong together; InputError for damaged files;
     ValueError for a model on the meta device.
     """
     with BaseModel.open(Path(directory)) as base:
@@ -74,8 +74,8 @@ def load_adapted(
 
 @dataclass(frozen=True)
 class _Slot:
-    """A tensor of the model, and the name of the stored one that it takes its numbers from; `shared_with` names an
-    earlier one for the same tensor of the model.
+    """A tensor of the model, and the `name` of the stored tensor with the numbers. `shared_with` is the name of an
+    earlier stored tensor for the `tensor`, or None.
     """
 
     tensor: torch.Tensor
@@ -83,10 +83,10 @@ class _Slot:
     shared_with: str | None
 
     def check(self, base: BaseModel) -> None:
-        """Raises MismatchError where the model shares one tensor for two stored ones that are not equal."""
+        """Raises MismatchError where the model shares a tensor for two unequal stored tensors."""
         if self.shared_with is not None and not torch.equal(base.load(self.name), base.load(self.shared_with)):
-            what = f"differs from {self.shared_with}, and the model shares one weight for both"
-            raise MismatchError(what, file=base.path, tensor=self.name)
+            message = f"differs from {self.shared_with}, and the model shares one weight for both"
+            raise MismatchError(message, file=base.path, tensor=self.name)
 
     def fill(self, base: BaseModel) -> None:
         """Copy, in the dtype and on the device of the model's tensor."""
@@ -97,7 +97,7 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Linear:
-    """A linear of the model to replace: the weight that it gets, and its adapter."""
+    """A linear of the model to replace, the name of the new weight, and the adapter."""
 
     module: nn.Module
     name: str
@@ -107,7 +107,7 @@ class _Linear:
     def build(
         self, base: BaseModel, source: AdapterSource | None, origin: Origin | None, method: str | None, *, cache: bool
     ) -> nn.Module:
-        """The linear that takes its place. Raises InputError for NaN and infinite values."""
+        """The replacement. Raises InputError for NaN and infinite values."""
         weight, bias = cast(torch.Tensor, self.module.weight), cast(torch.Tensor | None, self.module.bias)
         layer: nn.Linear
         if self.name in base.quantized:
@@ -128,10 +128,13 @@ _CLASSES: dict[str, type[AdaptedLinear]] = {kind.__name__: kind for kind in (Lof
 
 
 def adapted_class(method: str | None, lora: LoraSpec) -> type[AdaptedLinear]:
-    """The class that trains adapters of a method, by `linear_class` in the row of the method.
+    """The class for training adapters of a method, by `linear_class` in the row of the method.
 
-    Without a known method, or for an adapter that pools inputs unlike the method, the first method with the pooling of
-    the adapter decides.
+    The first method with the pooling of the adapter decides when the method is unknown, or pools inputs unlike the
+    adapter.
+
+    >>> adapted_class("qlora", LoraSpec(rank=4, alpha=4)).__name__
+    'QLoRALinear'
     """
     rows = [entry for entry in METHODS.values() if entry.is_pooled == (lora.pooling is not None)]
     entry = METHODS.get(str(method))
@@ -141,16 +144,19 @@ def adapted_class(method: str | None, lora: LoraSpec) -> type[AdaptedLinear]:
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where every stored tensor goes; nothing of the model is left without one."""
+    """The places of all stored tensors. The stored tensors fill the model completely."""
 
     slots: list[_Slot]
     linears: list[_Linear]
 
     @classmethod
     def of(cls, model: nn.Module, base: BaseModel, source: AdapterSource | None) -> _Plan:
-        """From headers alone. Raises MismatchError where model, base and adapter do not fit."""
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        tensors = dict(named)
+        """A plan from headers alone. Raises MismatchError where model, base and adapter do not fit."""
+        tensors_by_name = [
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        ]
+        tensors = dict(tensors_by_name)
         if any(tensor.is_meta for tensor in tensors.values()):
             raise ValueError("the model is on the meta device: give it memory first, as with to_empty")
         loaded, lora_of = base.loaded_names(), {} if source is None else _lora_of(base, source)
@@ -165,8 +171,8 @@ class _Plan:
                     raise MismatchError("has no place in the model", file=base.path, tensor=name)
                 continue
             if tuple(tensor.shape) != base.tensors[name].shape:
-                what = f"is {base.tensors[name].shape}, and {loaded[name]} of the model is {tuple(tensor.shape)}"
-                raise MismatchError(what, file=base.path, tensor=name)
+                message = f"is {base.tensors[name].shape}, and {loaded[name]} of the model is {tuple(tensor.shape)}"
+                raise MismatchError(message, file=base.path, tensor=name)
             plan.slots.append(_Slot(tensor, name, owners.get(id(tensor))))
             owners.setdefault(id(tensor), name)
         plan._check_complete(model, base, owners)
@@ -176,10 +182,10 @@ class _Plan:
     def _check_places(self, base: BaseModel) -> None:
         places: dict[nn.Module, str] = {}
         for linear in self.linears:
-            other = places.setdefault(linear.module, linear.name)
-            if other != linear.name:
-                what = f"and {other} belong to one module of the model, which cannot have two weights"
-                raise MismatchError(what, file=base.path, tensor=linear.name)
+            first_name = places.setdefault(linear.module, linear.name)
+            if first_name != linear.name:
+                message = f"and {first_name} belong to one module of the model, which cannot have two weights"
+                raise MismatchError(message, file=base.path, tensor=linear.name)
 
     def _check_complete(self, model: nn.Module, base: BaseModel, owners: dict[int, str]) -> None:
         replaced = {linear.module for linear in self.linears}
@@ -194,33 +200,33 @@ class _Plan:
 def _linear(
     model: nn.Module, base: BaseModel, name: str, loaded: str, source: AdapterSource | None, lora: LoraTensors | None
 ) -> _Linear:
-    """The linear of the model that the weight called `name` belongs to. Raises MismatchError where there is none."""
+    """The linear of the model for the weight called `name`. Raises MismatchError where the model has no fit."""
     try:
         module = model.get_submodule(module_of(loaded))
     except AttributeError:
         raise MismatchError("has no place in the model", file=base.path, tensor=name) from None
     shape = base.matrix_shape(name)
-    # MultiheadAttention computes with the weight of this class of linear, past its forward.
+    # MultiheadAttention computes with the weight of a NonDynamicallyQuantizableLinear, past the forward.
     is_linear = isinstance(module, nn.Linear) and not isinstance(
         module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
     is_conv1d = hasattr(module, "nf")  # transformers' linear of GPT-2, stored [in, out]
     if not (is_linear or is_conv1d) or isinstance(module, QuantizedLinear):
-        what = f"is for a linear, and {module_of(loaded)} of the model is {type(module).__name__}"
-        raise MismatchError(what, file=base.path, tensor=name)
-    found = tuple(cast(torch.Tensor, module.weight).shape)
-    found = found[::-1] if is_conv1d else found
-    if found != shape:
-        what = f"is {shape}, and {module_of(loaded)} of the model is {found}"
-        raise MismatchError(what, file=base.path, tensor=name)
-    spec = None if source is None or lora is None else _lora_spec(source, lora, found)
+        message = f"is for a linear, and {module_of(loaded)} of the model is {type(module).__name__}"
+        raise MismatchError(message, file=base.path, tensor=name)
+    shape_of_module = tuple(cast(torch.Tensor, module.weight).shape)
+    shape_of_module = shape_of_module[::-1] if is_conv1d else shape_of_module
+    if shape_of_module != shape:
+        message = f"is {shape}, and {module_of(loaded)} of the model is {shape_of_module}"
+        raise MismatchError(message, file=base.path, tensor=name)
+    spec = None if source is None or lora is None else _lora_spec(source, lora, shape_of_module)
     return _Linear(module, name, lora, spec)
 
 
 def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     """The adapter to load; None without one.
 
-    Raises MismatchError for an adapter of another base, or with tensors that are not trained here.
+    Raises MismatchError for an adapter of another base, or with tensors beside lora_A and lora_B of linears.
     """
     if path is None:
         report = read_report(base.folder)
@@ -239,7 +245,7 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
 
 
 def _method_of(base: BaseModel, origin: Origin) -> str | None:
-    """The method that the adapter started with, as its own records or the base's report have it."""
+    """The method of the adapter's start, from the adapter's records or the base's report."""
     if origin.provenance is not None:
         return str(origin.provenance.get("method"))
     report = read_report(base.folder)
@@ -253,7 +259,7 @@ def _check_finite(file: Path, name: str, tensors: Iterable[torch.Tensor]) -> Non
 
 
 def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
-    """The adapter of each base weight. Raises MismatchError for one whose weight is not in the base."""
+    """The adapter of each base weight. Raises MismatchError for an adapter with a module outside of the base."""
     lora_by_name = source.lora_in(base)
     adapted = {lora.module for lora in lora_by_name.values()}
     for lora in source.lora.values():
@@ -263,7 +269,7 @@ def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
 
 
 def _lora_spec(source: AdapterSource, lora: LoraTensors, shape: tuple[int, ...]) -> LoraSpec:
-    """What the adapter's files say of the layer's adapter. Raises MismatchError for a misfit with `shape` [out, in]."""
+    """The files' specification of a layer's adapter. Raises MismatchError for a misfit with `shape` [out, in]."""
     out_features, in_features = shape
     for error in source.fit(lora, (out_features, in_features)):
         raise error
@@ -273,6 +279,6 @@ def _lora_spec(source: AdapterSource, lora: LoraTensors, shape: tuple[int, ...])
 
 
 def _is_ignored(model: nn.Module, name: str) -> bool:
-    """Whether transformers drops a stored tensor of this name: causal masks, frequencies of rotary embeddings."""
+    """True if transformers drops a stored tensor of the name: causal masks, frequencies of rotary embeddings."""
     patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
     return any(re.search(pattern, name) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Trained adapters of a model become a directory, in the form of the adapters that `loftq quantize` writes."""
+"""Trained adapters of a model become a directory, in the form of the adapters of `loftq quantize`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from loftq_cli.output.records import PROVENANCE_NAME, TOOL, dump_json, write_tex
 from loftq_cli.output.staging import Staging, check_apart, check_output
 from loftq_cli.output.writer import OutputFiles
 
-_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # torch.compile puts these words into the names of modules
+_COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # torch.compile puts the words into the names of modules
 
 
 def origin_of(adapter: Path, base: Path | None) -> Origin:
-    """The config and the provenance of the directory `adapter`, an adapter of the directory `base`."""
+    """The config and the provenance of the directory `adapter`, an adapter of the directory `base`.
+
+    Raises InputError for a damaged JSON file, StorageError when reading fails.
+    """
     provenance = adapter / PROVENANCE_NAME
     return Origin(
         None if base is None else base.resolve(),
@@ -41,11 +44,11 @@ def save_adapter(
     model            a model with LoftQLinear, QLoRALinear or QALoRALinear modules
     directory        a new directory, with adapter_config.json and adapter_model.safetensors after the call
     source_adapter   the adapter before training, the loaded adapter by default: the name of the base, the task and the
-                     provenance are copied, so that `loftq merge` can recognize the right base
+                     provenance are copied, so `loftq merge` can recognize the right base
     overwrite        replace the result of an earlier call
 
-    Raises ValueError for a model without adapters, UsageError for a base that trains, UsageError or StorageError where
-    `directory` cannot be written, or is the base or a part of it, NumericError for a factor with NaN or infinite
+    Raises ValueError for a model without adapters, UsageError for a trainable base, UsageError or StorageError where
+    `directory` cannot be written, or is the base or a part of the base, NumericError for a factor with NaN or infinite
     values.
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

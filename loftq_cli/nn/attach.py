@@ -18,8 +18,8 @@ from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.model.targets import module_of
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
 from loftq_cli.nn.adapted_model import adapted_class
-from loftq_cli.nn.layer_jobs import computing, model_recipe, plan_of
-from loftq_cli.nn.linear_start import check_linear, start_of
+from loftq_cli.nn.layer_jobs import computing, make_plan, model_recipe
+from loftq_cli.nn.linear_start import check_linear, make_start
 from loftq_cli.nn.option_types import python_remedies
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
@@ -40,11 +40,12 @@ def attach(
     threads: int | None = None,
     **options: Any,
 ) -> Model:
-    """Make every linear of `model` that `loftq quantize` would quantize a LoftQLinear, QLoRALinear or QALoRALinear with
-    the same numbers, in place. Returns `model`. One matrix at a time is in memory beside the model.
+    """Make every linear of `model` a LoftQLinear, QLoRALinear or QALoRALinear, if `loftq quantize` would quantize the
+    linear, in place and with equal numbers. Returns `model`. A single matrix at a time is in memory beside the model.
 
     model        a loaded model of transformers in the dtype of the checkpoint, or any nn.Module with full-precision
-                 linears: without a config of transformers, linears of numbered blocks and linears that `include` finds
+                 linears: a model without a config of transformers has the linears of numbered blocks and the finds of
+                 `include` quantized
     recipe       the name of a preset, or the path of a TOML file
     options      fields of a recipe, named as the command line's options: method, quant_type, rank, alpha, fit, include,
                  exclude, calibration, seed, ...; `override` is a list of mappings with a `match`
@@ -57,8 +58,8 @@ def attach(
 
     Raises UsageError for an unknown or unfit option, a model with adapters or without memory, and a planned weight of
     another module than a linear; InputError for NaN or infinite weights and for a quantized model; MismatchError for a
-    calibration of another model. The model has not changed when any of these errors comes. NumericError for a weight
-    that the number format cannot hold comes between two layers.
+    calibration of another model. The model has not changed when an error of the list comes. NumericError for a weight
+    beyond the number format comes between two layers.
 
     >>> model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
     >>> attach(model, method="qlora", rank=4, include=["0", "2"])
@@ -84,7 +85,7 @@ def attach(
 
 def _attach(model: nn.Module, settled: Recipe, *, freeze_base: bool, cache: bool, threads: int | None) -> None:
     _check_model(model)
-    plan = plan_of(_headers(model), _config_of(model), settled)
+    plan = make_plan(_headers(model), _config_of(model), settled)
     targets = list(_targets(model, plan))
     statistics = None if settled.calibration is None else _statistics(Path(settled.calibration), plan)
     origin = Origin(None, plan.adapter_config(""), None)
@@ -92,7 +93,7 @@ def _attach(model: nn.Module, settled: Recipe, *, freeze_base: bool, cache: bool
     with computing(plan.work, threads) as workers:
         for target in targets:
             weighting = _weighting(statistics, target.job)
-            start = start_of(
+            start = make_start(
                 target.linear,
                 target.job,
                 workers,
@@ -106,7 +107,7 @@ def _attach(model: nn.Module, settled: Recipe, *, freeze_base: bool, cache: bool
 
 @dataclass(slots=True)
 class _Target:
-    """A linear of the model, the job of the linear, and all parent modules with the attribute that holds the linear."""
+    """A linear of the model, the job of the linear, and all parent modules with the attribute name of the linear."""
 
     job: LayerJob
     linear: nn.Module
@@ -144,7 +145,7 @@ def _headers(model: nn.Module) -> dict[str, TensorRef]:
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
-    """The config of a model of transformers like config.json, for the class of `model`; empty for other models.
+    """The config of a model of transformers like config.json, for the class of `model`; empty for a plain nn.Module.
 
     The config names no dtype: a loaded model computes in the dtype of the weights.
     """

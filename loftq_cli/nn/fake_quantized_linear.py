@@ -1,4 +1,4 @@
-"""A linear that trains: the full-precision weight is a Parameter, and each pass computes with the quantized form of the
+"""A trainable linear: the full-precision weight is a Parameter, and each pass computes with the quantized form of the
 weight. No adapter here.
 
 Fake quantization (Jacob et al., arXiv 1712.05877) with the straight-through estimator (Bengio et al., arXiv 1308.3432).
@@ -19,7 +19,7 @@ from loftq_cli.tensors.rows import TensorRows
 class FakeQuantizedLinear(nn.Linear):
     """A linear with a trainable full-precision weight W: input @ dequant(quantize(W))ᵀ + bias.
 
-    Every pass quantizes W again, so that a training step changes codes and constants. The gradient of W is the gradient
+    Every pass quantizes W again, so a training step changes codes and constants. The gradient of W is the gradient
     of the quantized weight (straight-through); the gradient of the input sees the quantized weight.
 
     weight   Parameter [out, in], floating point
@@ -36,8 +36,8 @@ class FakeQuantizedLinear(nn.Linear):
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, spec: QuantSpec, dtype: str, scales: str = "absmax"
     ) -> None:
-        """`weight` [out, in] and `bias` [out] become the Parameters; `dtype` ("bfloat16", ...) is the dtype that the
-        codes are decoded to; `scales` says how the constants of blocks or groups are chosen, see SCALES.
+        """`weight` [out, in] and `bias` [out] become the Parameters; `dtype` ("bfloat16", ...) is the dtype of decoded
+        codes; `scales` is the choice of the constants of blocks or groups, a name in SCALES.
         """
         super(nn.Linear, self).__init__()  # nn.Linear's own would allocate another weight
         self.out_features, self.in_features = weight.shape
@@ -62,8 +62,8 @@ class FakeQuantizedLinear(nn.Linear):
             return make_quantizer(quantized.spec, quantized.dtype).dequantize(quantized)
 
     def frozen(self, *, cache: bool = False) -> QuantizedLinear:
-        """A QuantizedLinear with the codes of the trained weight and a copy of the bias, on the same device and in the
-        same mode. `cache` makes the QuantizedLinear keep the decoded weight. Torch's threads do not change the codes.
+        """A QuantizedLinear with the codes of the trained weight and a copy of the bias; device and mode stay. `cache`
+        makes the QuantizedLinear keep the decoded weight. Torch's threads do not change the codes.
 
         Raises NumericError for a weight with NaN or infinite values.
         """
@@ -81,5 +81,5 @@ class FakeQuantizedLinear(nn.Linear):
         return functional.linear(input, weight.to(input.dtype), bias)
 
     def extra_repr(self) -> str:
-        """As nn.Linear's, and the number format."""
+        """The text of nn.Linear, and the number format."""
         return f"{super().extra_repr()}, {self.spec.quant_type}, {self.spec.size_text}"

@@ -1,4 +1,4 @@
-"""Recipes and plans for this package: options become jobs, and jobs become numbers. No other file of the package asks
+"""Recipes and plans for the package: options become jobs, and jobs become numbers. No further file of the package asks
 planning for a decision.
 """
 
@@ -36,11 +36,17 @@ from loftq_cli.triton_kernels.backend import has_kernels, use_compiled_kernels, 
 _OF_FILES = ("max_shard_size",)
 _OF_MODELS = ("calibration", "include", "exclude", "override")
 
+# Defaults in the signatures of `from_linear`. A method without a solver, or without random draws, has no such option.
+_SIGNATURE_DEFAULTS: dict[str, Any] = {"svd": "fast", "seed": 0}
+
 
 def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recipe:
     """The recipe of a model from a preset's name or a TOML file, and from options by keyword.
 
-    Raises UsageError for an unknown name, a value of another type, and an option that means nothing beside the others.
+    Raises UsageError for an unknown name, a value of another type, and an option without meaning beside the rest.
+
+    >>> model_recipe(None, {"method": "qlora", "rank": 8}).rank
+    8
     """
     checked = check_options(options, RecipeFields, without=_OF_FILES)
     if overrides := checked.get("override"):
@@ -49,8 +55,16 @@ def model_recipe(source: str | Path | None, options: Mapping[str, Any]) -> Recip
 
 
 def layer_recipe(options: Mapping[str, Any]) -> Recipe:
-    """The recipe of one linear from options by keyword. Raises as `model_recipe` does."""
-    return resolve_recipe(None, check_options(options, RecipeFields, without=_OF_FILES + _OF_MODELS))
+    """The recipe of a single linear from options by keyword, the rank among them. Raises UsageError as `model_recipe`
+    does.
+
+    >>> layer_recipe({"rank": 8, "quant_type": "int4", "group_size": 32}).quant.group_size
+    32
+    """
+    if options.get("rank") is None:
+        raise UsageError("rank must be a whole number, not None", hint="rank=16")
+    settings = {name: value for name, value in options.items() if _SIGNATURE_DEFAULTS.get(name, ...) != value}
+    return resolve_recipe(None, check_options(settings, RecipeFields, without=_OF_FILES + _OF_MODELS))
 
 
 def layer_job(
@@ -63,10 +77,15 @@ def layer_job(
     transposed          the weight is stored [in, out]
     is_container_named  the caller chose the recipe's container
 
-    The number format follows the recipe's container. A matrix that the default container does not hold gets the format
-    of the recipe unchanged, because nothing is stored.
-    Raises UsageError for a rank above min(out, in), for groups that do not divide `in`, and for a matrix that the named
-    container does not hold.
+    The number format follows the recipe's container. A matrix beyond the default container gets the format of the
+    recipe unchanged, because nothing is stored.
+    Raises UsageError for a rank above min(out, in), for groups unfit for `in`, and for a matrix beyond the named
+    container.
+
+    >>> recipe = layer_recipe({"rank": 4})
+    >>> job = layer_job(recipe, "head", (64, 128), "float32", transposed=False, is_container_named=False)
+    >>> job.matrix.spec.quant_type, job.lora.rank
+    ('nf4', 4)
     """
     model_dtype = dtype if dtype in MODEL_DTYPES else "float32"
     spec, lora, _ = layer_settings(recipe, name, model_dtype)
@@ -91,10 +110,14 @@ def layer_job(
     )
 
 
-def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
+def make_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
     """The plan of `loftq quantize` for a checkpoint of `tensors` and `config`.
 
     Raises UsageError with the reasons when no tensor is quantized, and when an option does not fit a tensor.
+
+    >>> make_plan({}, {}, model_recipe(None, {}))
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: no linear to quantize among the 0 matrices of the model: ...
     """
     jobs = plan_jobs(tensors, config, recipe)
     if not any(isinstance(job, LayerJob) for job in jobs):
@@ -108,8 +131,14 @@ def plan_of(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe:
 def initialize(job: LayerJob, weight: Rows, weighting: Weighting | None, workers: Workers = SERIAL) -> Initialization:
     """The base and the adapter of a job, bit for bit as `loftq quantize` writes both.
 
-    Raises NumericError for a weight with NaN or infinite values and for a weight that the number format cannot hold,
-    InputError for factors that overflow the adapter's dtype.
+    Raises NumericError for a weight with NaN or infinite values and for a weight beyond the number format, InputError
+    for factors beyond the adapter's dtype.
+
+    >>> options = {"method": "qlora", "rank": 4}
+    >>> job = layer_job(layer_recipe(options), "", (64, 64), "float32", transposed=False, is_container_named=False)
+    >>> initial = initialize(job, TensorRows(torch.ones(64, 64)), None)
+    >>> initial.quantized.shape, initial.lora.lora_A.shape
+    ((64, 64), torch.Size([4, 64]))
     """
     quantizer = job.quantizer(weighting)
     return _finite(_initialize(job, weight, quantizer, job.procedure.fitting, weighting, workers))
@@ -119,8 +148,8 @@ def initialize(job: LayerJob, weight: Rows, weighting: Weighting | None, workers
 class TrainableStart:
     """Base and adapter before training.
 
-    weight               [out, in], the full-precision matrix that trains
-    spec, dtype, scales  how every pass quantizes the matrix
+    weight               [out, in], the trainable full-precision matrix
+    spec, dtype, scales  number format, decoded dtype and choice of constants in every pass
     lora                 the adapter of the quantization error of the matrix
     """
 
@@ -134,12 +163,17 @@ class TrainableStart:
 def initialize_trainable(
     job: LayerJob, weight: TensorRows, weighting: Weighting | None, workers: Workers = SERIAL
 ) -> TrainableStart:
-    """The last alternation of a job, with the matrix P that the last alternation quantizes: P = W − s·B·A with the
-    adapter of the alternation before, Q = quantize(P), and the adapter of W − dequant(Q). A single alternation and a
-    method without alternations quantize P = W.
+    """The last alternation of a job, and the matrix P quantized by the last alternation: P = W − s·B·A by the adapter
+    of the alternation before, Q = quantize(P), and the adapter of W − dequant(Q). A single alternation and a method
+    without alternations quantize P = W.
 
     Rounds of refinement happen before the last alternation: refined codes are not the codes of any matrix.
     Raises NumericError and InputError like `initialize`.
+
+    >>> options = {"rank": 4, "iterations": 1}
+    >>> job = layer_job(layer_recipe(options), "", (64, 64), "float32", transposed=False, is_container_named=False)
+    >>> initialize_trainable(job, TensorRows(torch.ones(64, 64)), None).weight.shape
+    torch.Size([64, 64])
     """
     quantizer, fitting = job.quantizer(weighting), job.procedure.fitting
     all_but_last = replace(fitting, iterations=max(fitting.iterations - 1, 1))
@@ -162,6 +196,10 @@ def computing(work: int, threads: int | None = None) -> Iterator[Workers]:
 
     `threads` of None is the number of available processors. The end of the block restores torch's threads and kernels.
     Raises UsageError for `threads` below 1.
+
+    >>> with computing(work=1, threads=2) as workers:
+    ...     list(workers.map(abs, [-1, 2]))
+    [1, 2]
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}")
@@ -177,19 +215,27 @@ def computing(work: int, threads: int | None = None) -> Iterator[Workers]:
 
 
 def check_solver(svd: str) -> None:
-    """Raises UsageError for a low-rank solver that does not exist."""
+    """Raises UsageError for an unknown low-rank solver.
+
+    >>> check_solver("exact")
+    """
     if svd not in SVD_MODES:
         raise UsageError(f"svd {svd!r} does not exist", hint=f"one of {', '.join(SVD_MODES)}")
 
 
-def work_of(job: LayerJob) -> int:
-    """Weights of the matrix times alternations."""
+def count_work(job: LayerJob) -> int:
+    """Weights of the matrix times alternations.
+
+    >>> recipe = layer_recipe({"rank": 4, "fit": "loftq", "iterations": 5})
+    >>> count_work(layer_job(recipe, "", (64, 64), "float32", transposed=False, is_container_named=False))
+    20480
+    """
     return job.numel * job.procedure.fitting.iterations
 
 
 @dataclass(frozen=True, slots=True)
 class _AlreadyQuantized:
-    """A quantizer that gives `quantized` for every matrix, and leaves everything else to `quantizer`."""
+    """A quantizer with `quantized` as the answer for every matrix; `quantizer` does everything else."""
 
     quantizer: Quantizer
     quantized: QuantizedTensor

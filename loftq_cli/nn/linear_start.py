@@ -25,7 +25,7 @@ class LinearStart:
     """The parts of an adapted linear.
 
     base_layer       QuantizedLinear, or FakeQuantizedLinear where the base trains
-    lora_A, lora_B   the factors, as LoraPair has them
+    lora_A, lora_B   the factors, in the shapes of LoraPair
     lora             rank, alpha and pooling
     """
 
@@ -37,8 +37,8 @@ class LinearStart:
 
 @dataclass(frozen=True, slots=True)
 class LinearFacts:
-    """A linear in three words: `shape` [out, in] and `dtype` ("bfloat16", ...) of the weight, and whether the weight is
-    stored [in, out] (`transposed`).
+    """A linear in three words: `shape` [out, in] and `dtype` ("bfloat16", ...) of the weight; `transposed` is True for
+    a weight stored as [in, out].
     """
 
     shape: tuple[int, int]
@@ -47,15 +47,22 @@ class LinearFacts:
 
 
 def is_conv1d(module: object) -> bool:
-    """Whether `module` is transformers' Conv1D, the linear of GPT-2, whose weight is stored [in, out]."""
+    """True if `module` is transformers' Conv1D, the linear of GPT-2, with a weight stored as [in, out].
+
+    >>> is_conv1d(nn.Linear(2, 3))
+    False
+    """
     return isinstance(module, nn.Module) and hasattr(module, "nf") and type(module).__name__ == "Conv1D"
 
 
 def check_linear(linear: object, name: str = "") -> LinearFacts:
-    """The shape and the dtype of a linear with a weight that can be quantized; `name` is for messages.
+    """The shape and the dtype of a linear with a quantizable weight; `name` is for messages.
 
-    Raises UsageError for a module other than nn.Linear and Conv1D, for the linear inside MultiheadAttention, for a
+    Raises UsageError for a module beside nn.Linear and Conv1D, for the linear inside MultiheadAttention, for a
     quantized or empty weight, and for a weight without memory.
+
+    >>> check_linear(nn.Linear(2, 3))
+    LinearFacts(shape=(3, 2), dtype='float32', transposed=False)
     """
     tensor = name or None
     if isinstance(linear, QuantizedLinear | FakeQuantizedLinear):
@@ -88,7 +95,7 @@ def check_linear(linear: object, name: str = "") -> LinearFacts:
     return LinearFacts((columns, rows) if transposed else (rows, columns), dtype, transposed)
 
 
-def start_of(
+def make_start(
     linear: nn.Module,
     job: LayerJob,
     workers: Workers,
@@ -97,10 +104,17 @@ def start_of(
     cache: bool = False,
     weighting: Weighting | None = None,
 ) -> LinearStart:
-    """Base and adapter of a linear that `check_linear` accepts. The CPU computes both, so that the numbers are the
-    numbers that `loftq quantize` writes. `linear` does not change.
+    """Base and adapter of a linear after `check_linear`. The CPU computes both, so the numbers equal the numbers of
+    `loftq quantize`. `linear` does not change.
 
-    Raises NumericError or InputError, with the tensor's name, for numbers that cannot be quantized.
+    Raises NumericError or InputError, with the tensor's name, when the numbers cannot be quantized.
+
+    >>> from loftq_cli.nn.layer_jobs import layer_job, layer_recipe
+    >>> from loftq_cli.runtime.workers import SERIAL
+    >>> options = {"method": "qlora", "rank": 4}
+    >>> job = layer_job(layer_recipe(options), "", (32, 64), "float32", transposed=False, is_container_named=False)
+    >>> make_start(nn.Linear(64, 32), job, SERIAL).base_layer
+    QuantizedLinear(in_features=64, out_features=32, bias=True, nf4, block 64)
     """
     weight = cast(torch.Tensor, linear.weight).detach()
     bias = None if linear.bias is None else cast(torch.Tensor, linear.bias).detach().clone()

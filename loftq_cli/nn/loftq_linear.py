@@ -1,4 +1,4 @@
-"""The linears of LoftQ and QLoRA: the adapter reads every input. `from_linear` makes one of an existing linear."""
+"""The linears of LoftQ and QLoRA: the adapter reads every input. `from_linear` makes a module of an existing linear."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from loftq_cli.quant.formats import FORMATS
 _BLOCK_SIZE, _DOUBLE_QUANT = 64, True
 
 
-class AffineOptions(TypedDict, total=False):
+class AffineKeywords(TypedDict, total=False):
     """More options of `from_linear`, named as the command line's options.
 
     symmetric     integers without zero points
     scale_dtype   dtype of integer scales: "float32", "bfloat16" or "float16"; the dtype of the weight by default
     scales        choice of the constants: "absmax" or "search"
-    layout        a container, which decides details of the number format ("mlx" has float offsets)
+    layout        a container; the container decides details of the number format ("mlx" has float offsets)
     start         first adapter of the alternation: "zero" or "principal"
     rounds        rounds of refinement after the alternation of a joint fit
     """
@@ -31,17 +31,17 @@ class AffineOptions(TypedDict, total=False):
     rounds: int | None
 
 
-class LinearOptions(AffineOptions, total=False):
-    """AffineOptions, and the group size of integer formats.
+class LinearOptions(AffineKeywords, total=False):
+    """AffineKeywords, and the group size of integer formats.
 
-    group_size    neighbouring inputs that share a scale: 16, 32, 64 (the default), ..., 1024
+    group_size    neighbouring inputs with a common scale: 16, 32, 64 (the default), ..., 1024
     """
 
     group_size: int | None
 
 
 class LoftQLinear(AdaptedLinear):
-    """LoftQ (arXiv 2310.08659): the adapter starts as the best approximation of what quantization lost."""
+    """LoftQ (arXiv 2310.08659): the adapter starts as the best approximation of the quantization error."""
 
     @classmethod
     def from_linear(
@@ -64,7 +64,7 @@ class LoftQLinear(AdaptedLinear):
         cache: bool = False,
         **options: Unpack[LinearOptions],
     ) -> Self:
-        """A LoftQLinear with the numbers that `loftq quantize --fit loftq --iterations 5` writes for the matrix.
+        """A LoftQLinear with the numbers of `loftq quantize --fit loftq --iterations 5` for the matrix.
         `linear` does not change. The module has the device, the mode and the weight dtype of `linear`.
 
         linear         nn.Linear, or transformers' Conv1D, with a weight [out, in] of 16 bits or more
@@ -73,7 +73,7 @@ class LoftQLinear(AdaptedLinear):
         iterations     alternations of quantizing and fitting the adapter; None for the command line's number
         quant_type     "nf4" or "fp4", or "int2", "int3", "int4", "int8"
         double_quant   8-bit block constants, for a codebook
-        block_size     weights that share a constant, for a codebook; integers have a group_size
+        block_size     weights with a common constant, for a codebook; integers have a group_size
         freeze_base    False trains the full-precision weight, see FakeQuantizedLinear, and the bias too
         fit            "loftq", the alternation of the paper, or "joint", the command line's default
         svd            "fast", "faithful" or "exact"
@@ -82,12 +82,12 @@ class LoftQLinear(AdaptedLinear):
         cache          the base keeps the decoded weight
         options        see LinearOptions
 
-        freeze_base=False trains the matrix that the last alternation quantizes, W − s·B·A of the alternation before.
+        freeze_base=False trains the matrix quantized by the last alternation: W − s·B·A of the alternation before.
         Rows of 96 get blocks of 32, because the default container does; layout="dense" takes every block size.
 
         Raises UsageError for another module than a full-precision linear with memory, an unknown or wrong option, a
-        rank above min(out, in), and groups that do not divide `in`; NumericError for NaN, infinite or too large
-        weights; InputError for factors that overflow `adapter_dtype`.
+        rank above min(out, in), and groups unfit for `in`; NumericError for NaN, infinite or too large weights;
+        InputError for factors beyond `adapter_dtype`.
 
         >>> layer = LoftQLinear.from_linear(nn.Linear(128, 64), rank=4)
         >>> sorted(name for name, parameter in layer.named_parameters() if parameter.requires_grad)
@@ -132,8 +132,8 @@ class QLoRALinear(AdaptedLinear):
         cache: bool = False,
         **options: Unpack[LinearOptions],
     ) -> Self:
-        """A QLoRALinear with the numbers that `loftq quantize --method qlora` writes for the matrix: lora_A uniform,
-        lora_B zero. `linear` does not change.
+        """A QLoRALinear with the numbers of `loftq quantize --method qlora` for the matrix: lora_A uniform, lora_B
+        zero. `linear` does not change.
 
         Parameters and errors are described at `LoftQLinear.from_linear`. QLoRA fits nothing, and has no options for a
         fit.

@@ -59,7 +59,13 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
 
 @contextmanager
 def python_remedies() -> Iterator[None]:
-    """Errors that leave the block name options as keyword arguments: `rank=8` in place of `--rank 8`."""
+    """Rewrite errors from the block: options become keyword arguments, `rank=8` in place of `--rank 8`.
+
+    >>> with python_remedies():
+    ...     raise LoftqError("rank is too large", hint="--rank 8")
+    Traceback (most recent call last):
+    loftq_cli.errors.LoftqError: rank is too large (rank=8)
+    """
     try:
         yield
     except LoftqError as error:
@@ -78,13 +84,13 @@ def in_python(text: str) -> str:
 
 def _keyword(match: re.Match[str]) -> str:
     name, value = match["name"].replace("-", "_"), match["value"]
-    rest = "" if value is None else f" {value}"
+    suffix = "" if value is None else f" {value}"
     if match["no"]:
-        return f"{name}=False{rest}"
+        return f"{name}=False{suffix}"
     if match["name"] in _SWITCHES:
-        return f"{_SWITCHES[match['name']]}{rest}"
+        return f"{_SWITCHES[match['name']]}{suffix}"
     if name in _LISTS and value is not None and value.startswith("'"):
         return f"{name}=[{value}]"
-    if value is None or value in ("it", "as", "so", "they", "holds", "keeps"):
-        return f"{name}{rest}"
+    if value is None or value in ("it", "as", "so", "they", "holds", "keeps", "out"):
+        return f"{name}{suffix}"
     return f"{name}={value if re.fullmatch(r'[0-9.]+', value) else repr(value.strip(chr(39)))}"

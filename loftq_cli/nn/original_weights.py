@@ -1,4 +1,4 @@
-"""Full-precision weights of a model by the names of their linears: in a checkpoint, in memory, or from a function."""
+"""Full-precision weights of a model by the names of the linears, from a checkpoint, from memory, or from a function."""
 
 from __future__ import annotations
 
@@ -78,10 +78,14 @@ class OriginalWeights:
 
 
 @contextmanager
-def opened(original: Original) -> Iterator[OriginalWeights]:
-    """The weights of `original`. Nothing is read before `OriginalWeights.load`.
+def open_original(original: Original) -> Iterator[OriginalWeights]:
+    """The weights of `original`, during the block. Nothing is read before `OriginalWeights.load`.
 
     Raises UsageError for an object of another kind than `Original`, InputError for a damaged checkpoint.
+
+    >>> with open_original({"head": torch.ones(3, 2)}) as weights:
+    ...     weights.get("head").shape
+    torch.Size([3, 2])
     """
     if isinstance(original, nn.Module):
         original = original.state_dict()

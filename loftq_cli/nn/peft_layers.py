@@ -1,6 +1,7 @@
-"""LoRA layers of PEFT over a quantized linear, found in a model, and the codes of such a linear.
+"""LoRA layers of PEFT over a quantized linear, found in a model, and the codes of the linear.
 
-PEFT's modules are recognized by their attributes (0.21), bitsandbytes' by the form of their state: nothing is imported.
+Modules of PEFT (0.21) are recognized by attributes, modules of bitsandbytes by the form of the state: nothing is
+imported.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ from loftq_cli.nn.quantized_linear import QuantizedLinear
 from loftq_cli.quant.formats import QuantizedTensor
 from loftq_cli.tensors.headers import TensorRef
 
-_PREFIX = "base_model.model."  # PeftModel puts these words before the names of modules
+_PREFIX = "base_model.model."  # PeftModel puts the words before the names of modules
 _IN_MEMORY = Path("the model")
 _PLAIN = "make the adapter with a plain LoraConfig"
 
 
 @dataclass(frozen=True, slots=True)
 class PeftLayer:
-    """One adapter of one of PEFT's layers over a quantized linear of `shape` [out, in].
+    """An adapter of a PEFT layer over a quantized linear of `shape` [out, in].
 
-    name            of the linear in the model before PEFT wrapped it
+    name            of the linear in the model before PEFT wrapped the model
     lora_A, lora_B  Parameters [rank, in] and [out, rank]
-    scaling         the factor that PEFT multiplies B·A by
+    scaling         PEFT's factor for B·A
     """
 
     name: str
@@ -65,8 +66,8 @@ class PeftLayer:
 def peft_layers(model: nn.Module, adapter_name: str | None) -> list[PeftLayer]:
     """The layers of an adapter over quantized linears; `adapter_name` of None is the active adapter.
 
-    Raises UsageError for a model without such layers, and for an adapter that is merged, on the meta device, a variant
-    of LoRA, or of a rank above min(out, in).
+    Raises UsageError for a model without LoRA layers over quantized linears, and for an adapter in a merged state, on
+    the meta device, of a variant of LoRA, or of a rank above min(out, in).
     """
     wrapped: dict[str, Any] = {name: module for name, module in model.named_modules() if _is_lora_layer(module)}
     if not wrapped:
@@ -140,7 +141,7 @@ def _shape_of(base: Any, name: str) -> tuple[int, int]:
     if state is None:
         hint = "move the model to its device first: bitsandbytes quantizes then"
         raise UsageError("its weight is not quantized yet", tensor=name, hint=hint)
-    # On processors with bfloat16 products, a pass in evaluation mode rounds the constants, for good (0.50).
+    # A pass in evaluation mode rounds the constants for good on processors with bfloat16 products (0.50).
     if getattr(state, "packing_format_for_cpu", False) or state.absmax.dtype not in (torch.float32, torch.uint8):
         message = "bitsandbytes has rounded the constants of its weight to bfloat16, in a pass in evaluation mode"
         raise UsageError(message, tensor=name, hint="load the base anew, and replace the weights before the first pass")

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional
 
 from loftq_cli.errors import UsageError
-from loftq_cli.nn.adapted_linear import AdaptedLinear, copied, group_sums
+from loftq_cli.nn.adapted_linear import AdaptedLinear, copy_bias, group_sums
 from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
-from loftq_cli.nn.loftq_linear import AffineOptions
+from loftq_cli.nn.loftq_linear import AffineKeywords
 from loftq_cli.nn.quantized_linear import QuantizedLinear
 from loftq_cli.quant.affine import move_offsets
 from loftq_cli.quant.formats import FORMATS, as_affine, as_affine_tensor
@@ -58,21 +58,21 @@ class QALoRALinear(AdaptedLinear):
         name: str = "",
         seed: int = 0,
         cache: bool = False,
-        **options: Unpack[AffineOptions],
+        **options: Unpack[AffineKeywords],
     ) -> Self:
-        """A QALoRALinear with the numbers that `loftq quantize --method qalora --quant-type intN` writes for the
-        matrix. `linear` does not change.
+        """A QALoRALinear with the numbers of `loftq quantize --method qalora --quant-type intN` for the matrix.
+        `linear` does not change.
 
         linear       nn.Linear, or transformers' Conv1D, with a weight [out, in] of 16 bits or more
         rank         columns of lora_B
         bits         bits of a code: 2, 3, 4 or 8
-        group_size   neighbouring inputs with a common scale and zero point; the adapter reads their sum
+        group_size   neighbouring inputs with a common scale and zero point; the adapter reads the sum of the group
         alpha        the scaling is alpha / rank; None for rank
         init         "residual" (the adapter starts with the quantization error) or "standard" (the adapter adds
                      nothing, as in the paper); None for "residual"
         pooling      the convention of the pooled input: "peft", "paper" or "repo"; None for "peft"
 
-        The other parameters are described at `LoftQLinear.from_linear`; `fit` and `iterations` of None take the command
+        `LoftQLinear.from_linear` describes the remaining parameters; `fit` and `iterations` of None take the command
         line's defaults. Raises the errors of `LoftQLinear.from_linear`, and UsageError for bits without a format.
 
         >>> layer = QALoRALinear.from_linear(nn.Linear(128, 64), rank=4, bits=4, group_size=32)
@@ -105,9 +105,9 @@ class QALoRALinear(AdaptedLinear):
 
     @property
     def quantization_enabled(self) -> bool:
-        """Whether training sees the rounded zero points of `loftq merge --round-zeros`: zero' = round(zero − U / scale)
-        in the range of the codes. The adapter gets the gradient of the unrounded U (straight-through); the
-        gradient of the input sees the rounded weight.
+        """True if training sees the rounded zero points of `loftq merge --round-zeros`: zero' = round(zero − U / scale)
+        in the range of the codes. The adapter gets the gradient of the unrounded U (straight-through); the gradient of
+        the input sees the rounded weight.
 
         Off by default, because float offsets hold U exactly; off also suits a warm-up. Raises ValueError for True over
         a base without integer zero points.
@@ -126,15 +126,15 @@ class QALoRALinear(AdaptedLinear):
         Raises ValueError for a base without integer zero points.
         """
         update = self._update().detach()
-        # Groups are of equal size, and both weights have the same codes: differences of U are differences of weights.
-        difference = (self._rounded(update) - update.double()).abs()
+        # Groups are of equal size, and the two weights have equal codes: differences of U are differences of weights.
+        difference = (self._round_update(update) - update.double()).abs()
         return QuantizationStats(float(difference.mean()), float(difference.max()), difference.numel())
 
     def merge(self) -> nn.Linear:
-        """A QuantizedLinear with the codes of the base and float32 offsets, which hold the adapter exactly;
+        """A QuantizedLinear with the codes of the base and float32 offsets. The offsets hold the adapter exactly;
         `quantization_enabled` has no effect. An nn.Linear for a base without integer codes.
 
-        Raises ValueError for adapter groups that are not whole groups of the base.
+        Raises ValueError when adapter groups are not whole groups of the base.
         """
         base = self._quantized_base()
         if base is None or not base.spec.is_affine:
@@ -142,17 +142,17 @@ class QALoRALinear(AdaptedLinear):
         stored = as_affine_tensor(base.quantized())
         spec = replace(stored.spec, symmetric=False, zero_point="float", scale_dtype="float32")
         delta = group_delta(self.pair()).repeat_interleave(self._groups_read_as_one(stored.spec.group_size), dim=1)
-        moved = move_offsets(stored, delta, spec, "float32")
-        merged = QuantizedLinear(moved, copied(self.bias), dtype=base.weight.dtype, cache=base.cache)
+        quantized = move_offsets(stored, delta, spec, "float32")
+        merged = QuantizedLinear(quantized, copy_bias(self.bias), dtype=base.weight.dtype, cache=base.cache)
         return merged.train(self.training)
 
-    def _added(self, input: torch.Tensor) -> torch.Tensor:
+    def _adapter_output(self, input: torch.Tensor) -> torch.Tensor:
         if not self.quantization_enabled:
-            return super()._added(input)
+            return super()._adapter_output(input)
         update = self._update()
         group_size = input.shape[-1] // update.shape[1]
         # The difference is 0, and has the gradient of U.
-        through = self._rounded(update.detach()).to(update.dtype) + (update - update.detach())
+        through = self._round_update(update.detach()).to(update.dtype) + (update - update.detach())
         return functional.linear(group_sums(input, group_size), through)
 
     def _update(self) -> torch.Tensor:
@@ -165,11 +165,11 @@ class QALoRALinear(AdaptedLinear):
             return update
         return update.repeat_interleave(self._groups_read_as_one(group_size), dim=1)
 
-    def _rounded(self, update: torch.Tensor) -> torch.Tensor:
-        """float64 [out, groups]: the update that the rounded zero points of `move_offsets` add in place of `update`."""
+    def _round_update(self, update: torch.Tensor) -> torch.Tensor:
+        """float64 [out, groups]: the update by the rounded zero points of `move_offsets` in place of `update`."""
         scales, zero_points, highest = self._zero_points()
-        moved = ((scales * zero_points - update.double()) / scales).round().clamp(0, highest)
-        return scales * (zero_points - moved)
+        rounded_zeros = ((scales * zero_points - update.double()) / scales).round().clamp(0, highest)
+        return scales * (zero_points - rounded_zeros)
 
     def _zero_points(self) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Scales and zero points of the base, float64 [out, groups], and the highest code. Raises ValueError for a base

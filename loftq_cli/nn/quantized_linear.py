@@ -1,4 +1,4 @@
-"""A frozen linear with a quantized weight, which every pass decodes. No adapter here."""
+"""A frozen linear with a quantized weight. Every pass decodes the weight. No adapter here."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from loftq_cli.triton_kernels.dequant_matmul.contract import dequant_matmul, deq
 class QuantizedLinear(nn.Linear):
     """A frozen linear with a quantized weight Q [out, in]: input @ dequant(Q)ᵀ + bias, in the dtype of the input.
 
-    Every pass decodes Q to the numbers of a loader, and the gradient of the input decodes Q again, so that no dense
-    weight waits for backward; `cache` decodes once. GPU kernels multiply by NF4 codes directly, see dequant_matmul.
-    Codes and constants are buffers, and keep their dtypes when the module is cast: codes are packed, int32
+    Every pass decodes Q to the numbers of a loader, and the gradient of the input decodes Q again, so no dense weight
+    waits for backward; `cache` decodes once. GPU kernels multiply by NF4 codes directly, see dequant_matmul.
+    Codes and constants are buffers, and keep the dtypes when the module is cast: codes are packed, int32
     [out, ceil(in * bits / 32)] for integers, or uint8 [ceil(out * in / 2)] for a codebook.
-    The bias [out] is a Parameter that does not train.
+    The bias [out] is a frozen Parameter.
 
     >>> from loftq_cli.quant.formats import make_quantizer
     >>> from loftq_cli.tensors.rows import TensorRows
+    >>> from loftq_cli.tensors.specs import CodebookSpec
     >>> quantizer = make_quantizer(CodebookSpec(), "float32")
     >>> linear = QuantizedLinear(quantizer.quantize(TensorRows(torch.randn(32, 64))))
     >>> linear(torch.randn(2, 64)).shape, linear.packed.shape
@@ -51,7 +52,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features, self.in_features = quantized.shape
         for name, tensor in quantized.to_buffers().items():
             self.register_buffer(name, tensor)
-        self.bias = frozen(bias)
+        self.bias = freeze_bias(bias)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -92,7 +93,7 @@ class QuantizedLinear(nn.Linear):
         codes = self._codes_for(input)
         if codes is None:
             return functional.linear(input, self._weight_as(input.dtype), bias)
-        output = self._multiplied(dequant_matmul, input, codes)
+        output = self._multiply(dequant_matmul, input, codes)
         return output if bias is None else output.add_(bias)
 
     def input_gradient(self, gradient: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class QuantizedLinear(nn.Linear):
         codes = self._codes_for(gradient)
         if codes is None:
             return gradient @ self._weight_as(gradient.dtype)
-        return self._multiplied(dequant_matmul_input_gradient, gradient, codes)
+        return self._multiply(dequant_matmul_input_gradient, gradient, codes)
 
     def extra_repr(self) -> str:
         """The text of nn.Linear, and the number format."""
@@ -115,8 +116,8 @@ class QuantizedLinear(nn.Linear):
         return next(self.buffers(recurse=False)).device
 
     def _codes_for(self, tokens: torch.Tensor) -> CodebookOperand | None:
-        """The stored codes for a kernel that multiplies `tokens` by codes; None where no kernel does. Under autocast no
-        kernel does: autocast chooses the dtype of dense operands.
+        """The stored codes for a kernel with products of `tokens` and codes; None where no kernel fits. No kernel fits
+        under autocast: autocast chooses the dtype of dense operands.
         """
         has_kernel = (
             self.spec.has_code_kernels
@@ -127,7 +128,7 @@ class QuantizedLinear(nn.Linear):
         )
         return self.quantized().operand() if has_kernel else None
 
-    def _multiplied(
+    def _multiply(
         self, operation: Callable[..., torch.Tensor], tokens: torch.Tensor, codes: CodebookOperand
     ) -> torch.Tensor:
         """The product of tokens [..., features] and stored codes, by an operation of dequant_matmul."""
@@ -144,7 +145,7 @@ class QuantizedLinear(nn.Linear):
         return self._cached
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> QuantizedLinear:
-        # Cast constants decode to different numbers, so that a cast changes only the dtype of `weight`.
+        # Cast constants decode to different numbers, so a cast changes only the dtype of `weight`.
         stored = dict(self.named_buffers(recurse=False))
         self._dtype = fn(torch.empty(0, dtype=self._dtype, device=self._device)).dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -161,7 +162,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _DecodedLinear(torch.autograd.Function):
-    """A linear that decodes the weight in each pass. Only input and bias have gradients."""
+    """A linear with decoding in each pass. Only input and bias have gradients."""
 
     @staticmethod
     def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, linear: QuantizedLinear) -> torch.Tensor:
@@ -176,16 +177,24 @@ class _DecodedLinear(torch.autograd.Function):
 
 
 def dense_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
-    """A frozen nn.Linear with `weight` [out, in] and `bias` [out]."""
+    """A frozen nn.Linear with `weight` [out, in] and `bias` [out].
+
+    >>> [parameter.requires_grad for parameter in dense_linear(torch.ones(3, 2), torch.ones(3)).parameters()]
+    [False, False]
+    """
     out_features, in_features = weight.shape
     linear = nn.Linear(in_features, out_features, bias=False, device="meta")
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    linear.bias = frozen(bias)
+    linear.bias = freeze_bias(bias)
     return linear
 
 
-def frozen(bias: torch.Tensor | None) -> Any:
-    """`bias` as a Parameter that does not train; a Parameter stays the same object."""
+def freeze_bias(bias: torch.Tensor | None) -> Any:
+    """`bias` [out] as a frozen Parameter, or None; a Parameter stays the object of the caller.
+
+    >>> freeze_bias(torch.ones(3)).requires_grad, freeze_bias(None)
+    (False, None)
+    """
     if isinstance(bias, nn.Parameter):
         return bias.requires_grad_(False)
     return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)

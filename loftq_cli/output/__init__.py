@@ -1,13 +1,13 @@
 """Writing files so that a crash at any moment loses nothing. Knows no number format and no method.
 
 checksums.py   the completeness mark of a result
-disk.py        every change that is made to a disk
-journal.py     the units that a run has finished, line by line
+disk.py        every change to a disk
+journal.py     the finished units of a run, line by line
 records.py     the small JSON and text files beside weights
-side_files.py  tokenizers and other files that travel with a model
-writer.py      one .safetensors file, written header first
-copies.py      tensors that are copied, as they are or in another dtype
-place.py       where a result is made, and how the result becomes visible
+side_files.py  tokenizers and further small files of a model
+writer.py      a .safetensors file, written header first
+copies.py      copies of tensors, unchanged or cast to a dtype
+place.py       the folder of a result in the making, and the publication of the result
 staging.py     the output directory: locked, and hidden until complete
-staged_run.py  the one way from a plan to a published result
+staged_run.py  the only way from a plan to a published result
 """

@@ -1,4 +1,4 @@
-"""checksums.json, the completeness mark of a result: the sha256 of every other file, and of every tensor.
+"""checksums.json, the completeness mark of a result: the sha256 of every file beside the mark, and of every tensor.
 
 Callers decide how to react to a mismatch.
 """
@@ -25,7 +25,7 @@ _TOOL = "loftq-cli"
 class Checksums:
     """The completeness mark of a result.
 
-    fingerprint    hash of the input headers and of every option that affects bytes
+    fingerprint    hash of the input headers and of every option with an effect on bytes
     input_sha256   hash of the input numbers; None if not recorded
     files          relative name -> sha256 of the file
     tensors        relative name of a weight file -> tensor name -> sha256 of the bytes
@@ -45,7 +45,11 @@ class Checksums:
 def read_checksums(directory: Path) -> Checksums | None:
     """Read the completeness mark in `directory`; None without a mark.
 
-    Raises InputError for a mark that loftq-cli did not write, and for a name that leads out of the directory.
+    Raises InputError for a mark of a foreign tool, and for a name outside the directory.
+
+    >>> import tempfile
+    >>> read_checksums(Path(tempfile.mkdtemp())) is None
+    True
     """
     path = directory / CHECKSUMS
     if not os.path.lexists(path):
@@ -67,21 +71,32 @@ def read_checksums(directory: Path) -> Checksums | None:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a regular file. Raises InputError for a missing file, StorageError when reading fails."""
+    """sha256 of a regular file, hexadecimal. Raises InputError for a missing file, StorageError when reading fails.
+
+    >>> _ = Path("empty.txt").write_text("")
+    >>> file_sha256(Path("empty.txt"))[:8]
+    'e3b0c442'
+    """
     file = WatchedFile.open(path, may_be_empty=True)
     return file.sha256(0, file.nbytes)
 
 
 def files_in(directory: Path) -> list[str]:
-    """Relative names of all files below `directory`, sorted."""
+    """Relative names of all files below `directory`, sorted.
+
+    >>> Path("model").mkdir()
+    >>> _ = Path("model/config.json").write_text("{}")
+    >>> files_in(Path("model"))
+    ['config.json']
+    """
     names = []
-    for root, _, found in os.walk(directory):
-        names += [(Path(root) / name).relative_to(directory).as_posix() for name in found]
+    for root, _, file_names in os.walk(directory):
+        names += [(Path(root) / name).relative_to(directory).as_posix() for name in file_names]
     return sorted(names)
 
 
 def _is_relative(name: str) -> bool:
-    """Whether `name` is a normalized relative path inside the directory."""
+    """True if `name` is a normalized relative path inside the directory."""
     parts = name.split("/")
     return "\0" not in name and all(part not in ("", ".", "..") for part in parts)
 

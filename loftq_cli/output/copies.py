@@ -1,4 +1,4 @@
-"""Tensors that are copied as they are, or in another dtype, a few rows at a time."""
+"""Copies of tensors, unchanged or cast to a dtype, a few rows at a time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ _SLAB_NUMEL = 1 << 22  # elements converted at once when a copy changes dtype: 1
 
 
 def not_finite_note(name: str) -> str:
-    """The note about a copied tensor with NaN or infinite values."""
+    """The note about the copied tensor `name` with NaN or infinite values.
+
+    >>> not_finite_note("model.norm.weight")
+    'model.norm.weight holds NaN or infinite values, and is copied as it is'
+    """
     return f"{name} holds NaN or infinite values, and is copied as it is"
 
 
@@ -42,8 +46,9 @@ class WatchedChunks:
 
 
 def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) -> Iterator[memoryview]:
-    """Yield the bytes of a floating-point tensor in another dtype, a slab of rows at a time.
+    """Yield the bytes of the floating-point tensor `name` cast to `dtype`, a slab of rows at a time.
 
+    `digest` is a hash of hashlib; the function updates the hash with the bytes before the cast.
     Raises InputError when a finite number becomes infinite.
     """
     import torch
@@ -61,7 +66,7 @@ def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) ->
 
 
 def is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: OutputFiles) -> bool:
-    """Whether a finished unit can be kept: input and output are hashed again, because existence proves nothing."""
+    """True if a finished unit can be kept: input and output are hashed again, because existence proves nothing."""
     if checkpoint.sha256(entry.unit) != entry.input_sha256:
         return False
     return files.hold(entry.outputs)

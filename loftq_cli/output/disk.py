@@ -1,5 +1,5 @@
-"""Every change that loftq-cli makes to a disk, as small operations: tests crash the program, or fill the disk, at each
-operation. An OSError becomes a StorageError that names the file.
+"""Every change of loftq-cli to a disk, as small operations: tests crash the program, or fill the disk, at each
+operation. An OSError becomes a StorageError with the name of the file.
 """
 
 from __future__ import annotations
@@ -24,47 +24,71 @@ _REMEDIES = {
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory unless the directory exists."""
+    """Make a directory unless the directory exists. Raises StorageError.
+
+    >>> make_directory(Path("base"))
+    >>> make_directory(Path("base"))
+    >>> make_directory(Path("absent/base"))
+    Traceback (most recent call last):
+    loftq_cli.errors.StorageError: absent/base: no such file or directory
+    """
     with _reported(path):
         path.mkdir(exist_ok=True)
 
 
 def open_file(path: Path) -> int:
-    """Open a file for reading and writing; a missing file is made with normal permissions."""
+    """Open a file for reading and writing, and return the descriptor, which the caller closes. A missing file is made
+    with normal permissions; a link is refused. Raises StorageError.
+    """
     with _reported(path):
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
 
 def resize(descriptor: int, nbytes: int, path: Path) -> None:
-    """Cut the file, or extend the file by a hole."""
+    """Cut the file to `nbytes` bytes, or extend the file by a hole. `path` is for errors. Raises StorageError.
+
+    >>> descriptor = open_file(Path("weights"))
+    >>> resize(descriptor, 8, Path("weights"))
+    >>> os.close(descriptor)
+    >>> Path("weights").read_bytes() == bytes(8)
+    True
+    """
     with _reported(path):
         os.ftruncate(descriptor, nbytes)
 
 
 def write_at(descriptor: int, position: int, data: bytes | memoryview, path: Path) -> None:
-    """Write all of `data`: a system call writes at most 2 GB, and less on a nearly full disk."""
+    """Write all of `data` from the byte `position` on: a single system call writes at most 2 GB, and less on a nearly
+    full disk. `path` is for errors. Raises StorageError.
+
+    >>> descriptor = open_file(Path("header"))
+    >>> write_at(descriptor, 2, b"ab", Path("header"))
+    >>> os.close(descriptor)
+    >>> Path("header").read_bytes()
+    b'\\x00\\x00ab'
+    """
     view = memoryview(data)
     with _reported(path):
         while view:
-            written = os.pwrite(descriptor, view, position)
-            position += written
-            view = view[written:]
+            n_written = os.pwrite(descriptor, view, position)
+            position += n_written
+            view = view[n_written:]
 
 
 def sync(descriptor: int, path: Path) -> None:
-    """Return when all written bytes are on the disk. After an error the file cannot be trusted: the system may have
-    dropped bytes.
+    """Return when all written bytes are on the disk. Raises StorageError; nobody may trust the file after the error,
+    because the system may have dropped bytes.
     """
     with _reported(path):
         os.fsync(descriptor)
 
 
 def sync_directory(path: Path) -> None:
-    """Return when the names in a directory are on the disk."""
+    """Return when the names in a directory are on the disk. Raises StorageError."""
     with _reported(path):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except PermissionError:  # a directory that can be written but not read
+        except PermissionError:  # the directory can be written but not read
             return
         try:
             os.fsync(descriptor)
@@ -76,33 +100,54 @@ def sync_directory(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Rename a file or a directory within a file system, atomically."""
+    """Rename a file or a directory within a file system, atomically. Raises StorageError.
+
+    >>> make_directory(Path("staging"))
+    >>> rename(Path("staging"), Path("result"))
+    >>> Path("staging").exists(), Path("result").exists()
+    (False, True)
+    """
     with _reported(new):
         os.rename(old, new)
 
 
 def remove(path: Path) -> None:
-    """Remove a file; a missing file is fine."""
+    """Remove a file; a missing file is fine. Raises StorageError.
+
+    >>> remove(Path("no such file"))
+    """
     with _reported(path):
         path.unlink(missing_ok=True)
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all contents; a missing directory is fine. Links are removed, never followed."""
+    """Remove a directory with all contents; a missing directory is fine. Links are removed, never followed. Raises
+    StorageError.
+
+    >>> make_directory(Path("stale"))
+    >>> remove_tree(Path("stale"))
+    >>> Path("stale").exists()
+    False
+    """
     with _reported(path):
         if os.path.lexists(path):
             shutil.rmtree(path)
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Replace the contents of a small file."""
+    """Replace the contents of a small file. Raises StorageError.
+
+    >>> write_file(Path("recipe.toml"), b"rank = 16")
+    >>> Path("recipe.toml").read_text()
+    'rank = 16'
+    """
     with written_file(path) as descriptor:
         write_at(descriptor, 0, data, path)
 
 
 @contextmanager
 def written_file(path: Path) -> Iterator[int]:
-    """Yield a descriptor of an empty file during the block."""
+    """Yield a descriptor of an empty file during the block; an existing file is emptied. Raises StorageError."""
     descriptor = open_file(path)
     try:
         resize(descriptor, 0, path)
@@ -112,10 +157,14 @@ def written_file(path: Path) -> Iterator[int]:
 
 
 def storage_error(error: OSError, path: Path) -> StorageError:
-    """Turn an OSError into a single line for the user."""
-    what = (error.strerror or "input/output error").lower()
+    """Turn an OSError about `path` into a single line for the user, with a remedy for common causes.
+
+    >>> print(storage_error(OSError(errno.EIO, "Input/output error"), Path("model.bin")))
+    model.bin: input/output error (check the disk, then run the same command to continue)
+    """
+    reason = (error.strerror or "input/output error").lower()
     free = f", {_free(path)} are free" if error.errno == errno.ENOSPC else ""
-    return StorageError(what + free, file=path, hint=_REMEDIES.get(error.errno or 0))
+    return StorageError(reason + free, file=path, hint=_REMEDIES.get(error.errno or 0))
 
 
 def _free(path: Path) -> str:

@@ -50,9 +50,12 @@ class JournalContents:
 
 
 def read_journal(path: Path) -> JournalContents:
-    """Read the journal at `path` up to the first line that is torn, foreign or out of place; empty without a file.
+    """Read the journal at `path` up to the first torn, foreign or misplaced line; empty without a file.
 
     Raises StorageError when reading fails.
+
+    >>> read_journal(Path("no such file"))
+    JournalContents(fingerprint=None, entries=(), is_publishing=False, nbytes=0)
     """
     try:
         file = WatchedFile.open(path, may_be_empty=True)
@@ -62,7 +65,12 @@ def read_journal(path: Path) -> JournalContents:
 
 
 def parse_journal(data: bytes) -> JournalContents:
-    """Parse the whole lines of `data`. Raises nothing."""
+    """Parse the whole lines of `data`. Raises nothing.
+
+    >>> line = b'"fingerprint"'
+    >>> parse_journal(_line_hash(line).encode() + b" " + line + b"\\ntorn line").fingerprint
+    'fingerprint'
+    """
     fingerprint, is_publishing, nbytes = None, False, 0
     entries: list[JournalEntry] = []
     for line in data.split(b"\n")[:-1]:  # bytes after the last line end are torn
@@ -110,7 +118,7 @@ class Journal:
         self._append([entry.unit, entry.input_sha256, entry.outputs, entry.result])
 
     def publish(self) -> None:
-        """Record, on the disk, that the result is complete and publication begins."""
+        """Record on the disk: the result is complete and publication begins."""
         self._append(_PUBLISHING)
         self.sync(self._end)
 
@@ -120,7 +128,7 @@ class Journal:
         self._durable = max(self._durable, end)
 
     def cut(self, *, to_nothing: bool = False) -> None:
-        """Cut off lines not known to be on the disk, or all lines: the tensors of such lines may be missing."""
+        """Cut off lines not known to be on the disk, or all lines: the tensors of the lines may be missing."""
         with self._lock:
             self._durable = 0 if to_nothing else self._durable
             disk.resize(self._descriptor, self._durable, self._path)
@@ -165,10 +173,18 @@ def _line_hash(text: bytes) -> str:
 
 
 def by_unit(entries: Iterable[JournalEntry]) -> dict[str, JournalEntry]:
-    """Unit -> entry; the last entry of a unit wins."""
+    """Unit -> entry; the last entry of a unit wins.
+
+    >>> by_unit([JournalEntry("lm_head.weight", "ab12", {}, {})])["lm_head.weight"].input_sha256
+    'ab12'
+    """
     return {entry.unit: entry for entry in entries}
 
 
 def outputs_of(entries: Iterable[JournalEntry]) -> dict[str, str]:
-    """Tensor name -> sha256 over all units."""
+    """Tensor name -> sha256 over all units.
+
+    >>> outputs_of([JournalEntry("lm_head.weight", "ab12", {"lm_head.absmax": "cd34"}, {})])
+    {'lm_head.absmax': 'cd34'}
+    """
     return {name: sha256 for entry in entries for name, sha256 in entry.outputs.items()}

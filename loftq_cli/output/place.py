@@ -1,4 +1,5 @@
-"""Where a result is made, and how the result becomes visible: beside the output, by a single rename.
+"""The folder of a result in the making, and the publication: the folder lies beside the output, and a single rename
+makes the result visible.
 
 A mount point, or a parent without write permission, rules a rename out. The result is then made in `.partial` inside
 the output, and publication moves file by file, config.json and then the checksums last. No file of a result is read
@@ -20,7 +21,7 @@ from loftq_cli.output.journal import read_journal
 _JOURNAL, _RESULT, _REPLACED = ".journal", "result", "replaced"
 HIDDEN_INSIDE = ".partial"
 _HIDDEN = re.compile(r"\.(.+\.)?partial")
-_NO_CONTENT = {HIDDEN_INSIDE, "lost+found"}  # names that leave a mount point empty
+_NO_CONTENT = {HIDDEN_INSIDE, "lost+found"}  # an empty mount point may hold the names
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -28,9 +29,9 @@ _MOUNTS = Path("/proc/self/mountinfo")
 class Place:
     """The directories of a result in the making.
 
-    target   the directory that the result becomes, links resolved
-    root     the hidden, locked directory; its folder `result` holds the written files
-    moves    whether publication moves file by file
+    target   the final directory of the result, links resolved
+    root     the hidden, locked directory; the folder `result` inside holds the written files
+    moves    True if publication moves file by file
     """
 
     target: Path
@@ -52,7 +53,7 @@ class Place:
 
     @property
     def replaced(self) -> Path:
-        """The folder that keeps the previous contents of the output until the result is visible."""
+        """The folder of the previous contents of the output until the result is visible."""
         return self.root / _REPLACED
 
     @property
@@ -61,22 +62,22 @@ class Place:
         return self.root / _JOURNAL
 
     def is_published(self) -> bool:
-        """Whether the hidden directory was left by a run that died after publication."""
+        """True if a run died after publication and left the hidden directory."""
         return self._is_result_gone() and read_journal(self.journal).is_publishing
 
     def is_half_published(self) -> bool:
-        """Whether a run died during publication, so the output may hold a part of a result."""
+        """True if a run died during publication, so the output may hold a part of a result."""
         return not self._is_result_gone() and read_journal(self.journal).is_publishing
 
     def is_left_over(self) -> bool:
-        """Whether the hidden directory exists and holds nothing of use."""
+        """True if the hidden directory exists and holds nothing of use."""
         if not self.root.is_dir():
             return False
-        found = read_journal(self.journal)
-        return found.fingerprint is None or (found.is_publishing and self._is_result_gone())
+        journal = read_journal(self.journal)
+        return journal.fingerprint is None or (journal.is_publishing and self._is_result_gone())
 
     def _is_result_gone(self) -> bool:
-        """Whether nothing is left to publish: the result, or its last file (the mark), has moved."""
+        """True if nothing is left to publish: the result, or the last file of the result (the mark), has moved."""
         return not (self.result / CHECKSUMS if self.moves else self.result).exists()
 
     def contents(self) -> list[str]:
@@ -85,7 +86,7 @@ class Place:
         return [name for name in os.listdir(self.target) if name not in ignored]
 
     def is_hidden(self, name: str) -> bool:
-        """Whether a relative name below `target` belongs to an unfinished result."""
+        """True if a relative name below `target` belongs to an unfinished result."""
         return self.moves and name.startswith(f"{HIDDEN_INSIDE}/")
 
     def publish(self) -> None:
@@ -113,13 +114,21 @@ class Place:
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether `directory` is a hidden directory or the result inside."""
-    whole = Path(os.path.abspath(directory))
-    return any(map(_HIDDEN.fullmatch, (whole.name, whole.parent.name))) or os.path.lexists(directory / _JOURNAL)
+    """True if `directory` is a hidden directory or the result inside.
+
+    >>> Path("unfinished").mkdir()
+    >>> is_unfinished(Path("unfinished"))
+    False
+    >>> (Path("unfinished") / _JOURNAL).touch()
+    >>> is_unfinished(Path("unfinished"))
+    True
+    """
+    absolute = Path(os.path.abspath(directory))
+    return any(map(_HIDDEN.fullmatch, (absolute.name, absolute.parent.name))) or os.path.lexists(directory / _JOURNAL)
 
 
 def _is_mount(path: Path, mounts: Path) -> bool:
-    """Whether `path` is a mount point, bind mounts included."""
+    """True if `path` is a mount point, bind mounts included."""
     if os.path.ismount(path):
         return True
     try:

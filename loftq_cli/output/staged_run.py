@@ -1,7 +1,7 @@
-"""The one way in which a plan becomes a result: units of work run under a lock and a journal, and the result is
-published whole. Quantizing and merging say what a unit is; the order of changes to the disk is here.
+"""The only way from a plan to a result: units of work run under a lock and a journal, and the result is published
+whole. Quantizing and merging define a unit; the order of changes to the disk is here.
 
-1. A result that is complete already is kept, see `is_result_complete`.
+1. A complete result is kept, see `is_result_complete`.
 2. The disk has to have space; the hidden directory is locked and laid out.
 3. Units run in order; a journal lists each finished unit.
 4. The result is checked, files of earlier runs are removed, and side files are written.
@@ -34,10 +34,10 @@ class PlannedResult:
     """A result directory as headers alone foretell the directory.
 
     output        the directory
-    fingerprint   hash of the input's headers and of every option that affects bytes
+    fingerprint   hash of the input's headers and of every option with an effect on bytes
     units         names of the units of work, in order
     files         relative name of a weight file -> the file's tensors
-    side_files    relative name of a copy -> the small file that is copied
+    side_files    relative name of a copy -> the small file to copy
     """
 
     output: Path
@@ -54,7 +54,7 @@ class PlannedResult:
 
 
 class StagedWork(Protocol):
-    """The steps of a run in which quantizing and merging differ."""
+    """The steps of a run with a difference between quantizing and merging."""
 
     def announce(self, text: str) -> None:
         """Tell the observer about the state of the run."""
@@ -69,26 +69,26 @@ class StagedWork(Protocol):
         ...
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect the result of a unit that the journal lists."""
+        """Collect the result of a unit in the journal."""
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
-        """Refuse a result in `directory` that may not be published. Raises LoftqError."""
+        """Refuse to publish a bad result in `directory`. Raises LoftqError."""
 
     def write_side_files(self, directory: Path, entries: Entries) -> None:
         """Write everything beside the weights. Raises StorageError."""
 
     def check_inputs_unchanged(self) -> None:
-        """Raises StorageError for an input file that changed since the file was opened."""
+        """Raises StorageError when an input file changed after opening."""
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
-        """Whether a later run may continue after `error`; otherwise the staging directory is removed."""
+        """True if a later run may continue after `error`; otherwise the staging directory is removed."""
         ...
 
 
 def is_result_complete(planned: PlannedResult, hash_input: Callable[[str], str], *, overwrite: bool) -> bool:
-    """Whether the output is the complete, undamaged result of this very plan, and nobody wants a replacement.
+    """True if the output is the complete, undamaged result of the plan, and nobody wants a replacement.
 
-    hash_input   gives the sha256 of the numbers that a unit reads: the fingerprint covers headers and options only
+    hash_input   gives the sha256 of the input numbers of a unit: the fingerprint covers headers and options only
 
     Raises UsageError when something else stands under the output's name.
     """
@@ -112,9 +112,9 @@ def run_staged(
 ) -> None:
     """Run all units and publish the result; continue an interrupted run of the same plan unless `restart`.
 
-    device   kind of the device ("cpu", "cuda"): a run is continued on the same kind only
+    device   kind of the device ("cpu", "cuda"): a run is continued on an equal kind only
 
-    Raises LoftqError; under the output's name then stands what stood there before.
+    Raises LoftqError; the output's name then stands for the previous contents, as before the run.
     """
     check_space(planned.output, planned.nbytes)
     staging = Staging(
@@ -142,9 +142,9 @@ def run_staged(
 
 
 def _run_units(work: StagedWork, staging: Staging, files: OutputFiles, workers: Workers) -> dict[str, JournalEntry]:
-    """Run every unit, and record each unit that an earlier run did not finish."""
+    """Run every unit, and record each unit without an entry of an earlier run."""
     entries: dict[str, JournalEntry] = {}
-    # The units end before the recording does: by then nothing is being written any more.
+    # The units end before the recording does: no write is under way during the last sync.
     with (
         staging.recording(files.sync) as record,
         closing(work.run_units(files, staging.entries, workers)) as results,

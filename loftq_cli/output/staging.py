@@ -22,8 +22,8 @@ from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_
 from loftq_cli.output.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
 from loftq_cli.output.place import Place
 
-_SYNC_SECONDS = 2.0  # a power failure costs this much work beside the unit at hand; a kill costs that unit only
-_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of network file systems that are mounted without locks
+_SYNC_SECONDS = 2.0  # a power failure costs work of so many seconds and the unit at hand; a kill costs the unit only
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # network file systems without locks answer so
 
 
 class Staging:
@@ -36,12 +36,12 @@ class Staging:
     def __init__(self, output: Path, *, fingerprint: str, overwrite: bool, restart: bool, device: str = "cpu") -> None:
         """Lock the staging directory of `output`.
 
-        fingerprint   hash of the input and of every option that affects bytes
-        overwrite     whether a finished result under the output's name may be replaced
-        restart       whether an unfinished run is discarded
-        device        kind of the device that computes: another kind takes sums in another order
+        fingerprint   hash of the input and of every option with an effect on bytes
+        overwrite     True lets the run replace a finished result under the output's name
+        restart       True discards an unfinished run
+        device        kind of the computing device: another kind takes sums in another order
 
-        An unfinished run is continued only with the fingerprint and the kind of device that began the run.
+        A run continues an unfinished run only with the fingerprint and the kind of device of the unfinished run.
         Raises UsageError when `output` is taken or an unfinished run cannot be continued, StorageError when another
         process is writing to `output`.
         """
@@ -67,7 +67,7 @@ class Staging:
         sync   brings the tensors of finished units to the disk; runs beside the work every few seconds, and once more
                when the block ends
 
-        Raises StorageError when the disk fails; units that may not be on the disk are taken back out of the journal.
+        Raises StorageError when the disk fails; the journal then loses the units without a proven place on the disk.
         """
         journal, running = self._open(), list[Future[None]]()
         since = time.monotonic()
@@ -183,12 +183,15 @@ class Staging:
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises UsageError when something stands under `output` that a result may not replace."""
+    """Raises UsageError when something irreplaceable stands under `output`. `overwrite` lets a result be replaced.
+
+    >>> check_output(Path("absent"), overwrite=False)
+    """
     place = Place.of(output)
     if not place.target.parent.is_dir():
         hint = f"mkdir -p {place.target.parent}"
         raise UsageError("its parent directory does not exist", file=output, hint=hint)
-    if not os.path.lexists(output) or place.is_half_published():  # that is undone first
+    if not os.path.lexists(output) or place.is_half_published():  # a half publication is undone first
         return
     if not output.is_dir():
         raise UsageError("is not a directory", file=output, hint="choose another output")
@@ -215,11 +218,11 @@ def check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksums | None:
-    """The completeness mark of the result under `output`; None unless the result has this `fingerprint` and every file
-    has the listed sha256. A staging directory that a finished run left behind is removed.
+    """The completeness mark of the result under `output`; None unless the result has the `fingerprint` and every file
+    has the listed sha256. The leftover staging directory of a finished run is removed.
 
-    A result that may be overwritten counts only where the run left a staging directory behind: the user typed the
-    command to continue that run.
+    `overwrite` counts a result only beside a leftover staging directory: the user typed the command to continue the
+    run.
     """
     if overwrite and not Place.of(output).is_left_over():
         return None
@@ -237,7 +240,13 @@ def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksu
 
 
 def check_apart(output: Path, inputs: Iterable[Path]) -> None:
-    """Raises UsageError when `output` is, contains or lies inside one of `inputs`."""
+    """Raises UsageError when `output` is, contains or lies inside a path of `inputs`.
+
+    >>> check_apart(Path("base"), [Path("model")])
+    >>> check_apart(Path("model/base"), [Path("model")])
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: ...
+    """
     target = Path(os.path.realpath(output))
     for path in inputs:
         source = Path(os.path.realpath(path))
@@ -248,8 +257,10 @@ def check_apart(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_space(output: Path, nbytes: int) -> None:
-    """Raises StorageError when the file system of `output` has less than `nbytes` free; space that an unfinished run
-    takes up already counts as free.
+    """Raises StorageError when the file system of `output` has less than `nbytes` free. The space of an unfinished run
+    counts as free.
+
+    >>> check_space(Path("base"), 0)
     """
     place = Place.of(output)
     staged_nbytes = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
@@ -263,8 +274,8 @@ def check_space(output: Path, nbytes: int) -> None:
 
 
 def _locked(place: Place, output: Path) -> int:
-    """A descriptor that holds the lock on the hidden directory. The lock ends with the process, so no stale lock has to
-    be cleaned up.
+    """A descriptor with the lock on the hidden directory. The lock ends with the process, so nobody has to clean up a
+    stale lock.
     """
     disk.make_directory(place.root)
     try:
@@ -292,7 +303,7 @@ def _locked(place: Place, output: Path) -> int:
 
 
 def _sweep(output: Path) -> None:
-    """Remove the staging directory of a run that died after publishing."""
+    """Remove the staging directory of a run with a crash after publishing."""
     place = Place.of(output)
     if not place.is_left_over():
         return

@@ -27,7 +27,11 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
     """Lay out a file: the header bytes, the offset of each tensor, and the size of the file in bytes.
 
     Wide dtypes come first, then names in order, so every tensor is aligned and the layout depends on nothing else.
-    `__metadata__` holds a single key: with more keys, the order in safetensors' writer varies between processes.
+    `__metadata__` holds a single key: the order of several keys in safetensors' writer varies between processes.
+
+    >>> header, offsets, nbytes = safetensors_layout([OutTensor("b", "uint8", (2,)), OutTensor("a", "float32", (3,))])
+    >>> nbytes - len(header), offsets["b"] - offsets["a"]
+    (14, 12)
     """
     rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
     short_name = {dtype: name for name, dtype in DTYPES.items()}
@@ -152,8 +156,8 @@ class TensorPlace:
     def close(self) -> str:
         """Return the sha256 of all bytes. Raises ValueError for fewer bytes than planned."""
         if self._position != self._end:
-            found, planned = self._position - self._start, self._end - self._start
-            raise ValueError(f"{self._name} has {found} bytes, planned were {planned}")
+            n_written, planned = self._position - self._start, self._end - self._start
+            raise ValueError(f"{self._name} has {n_written} bytes, planned were {planned}")
         return self._digest.hexdigest()
 
 
@@ -175,7 +179,7 @@ class OutputFiles:
         return self._writer_of[name]
 
     def hold(self, sums: Mapping[str, str]) -> bool:
-        """Whether the files hold each tensor with the given sha256; the files are read back."""
+        """True if the files hold each tensor with the given sha256; the files are read back."""
         return all(self[name].sha256(name) == sha256 for name, sha256 in sums.items())
 
     def sums_by_file(self, sums: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -204,7 +208,12 @@ class OutputFiles:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The row-major little-endian bytes of a CPU tensor; no copy for a contiguous tensor."""
+    """The row-major little-endian bytes of a CPU tensor; no copy for a contiguous tensor.
+
+    >>> import torch
+    >>> bytes(tensor_bytes(torch.tensor([1, 258], dtype=torch.int16)))
+    b'\\x01\\x00\\x02\\x01'
+    """
     import torch
 
     flat = tensor.detach().contiguous().view(-1)

@@ -1,13 +1,13 @@
-"""What a conversion will do, decided from headers and configs alone. Needs no torch.
+"""The plan of a conversion: headers and configs decide all bytes but the numbers. Needs no torch.
 
 sizes.py           sizes like 5GB
-recipe.py          the options of a conversion: asked, and settled
-format_options.py  the number format that options ask for
-settle.py          what was asked becomes a settled recipe, or is refused
+recipe.py          the options of a conversion, before and after settling
+format_options.py  options become a number format
+settle.py          requested options become a settled recipe, or an error
 recipe_files.py    presets and TOML files
 jobs.py            a weight to quantize, a tensor to copy, a shard
 settings.py        a recipe applied to one layer
-matrices.py        what would be quantized, in any container
+matrices.py        the weights to quantize, in any container
 plan.py            all jobs, all output tensors, all sizes
 planner.py         headers and a recipe become a plan
 """

@@ -1,4 +1,4 @@
-"""The number format of a recipe: missing options get a default, options of the other kind of format are refused."""
+"""The number format of a recipe: absent options get a default, options without meaning for the format are refused."""
 
 from __future__ import annotations
 
@@ -18,12 +18,15 @@ _BLOCK_SIZE, _GROUP_SIZE = 64, 64
 
 
 def settle_format(fields: RecipeFields, quant_type: str, layout: str, typed: Collection[str] = ()) -> FormatOptions:
-    """The number format `quant_type` with the options that `fields` ask for, and defaults for the others.
+    """Settle the number format: the options in `fields`, and defaults for absent options.
 
-    layout   the container, a key of LAYOUTS
-    typed    names of options that the user typed as flags, for the hint
+    fields       the requested options; only options of number formats, the method and the overrides are read
+    quant_type   the number format, a key of FORMATS
+    layout       the container, a key of LAYOUTS
+    typed        names of options from the command line; the hint spells a typed option as a flag
 
-    Raises UsageError for an option of the other kind of format, and for a size that the format does not have.
+    Raises UsageError for an integer option beside a codebook, for a codebook option beside integers, and for a block
+    size or group size unknown to the format.
 
     >>> settle_format(RecipeFields(), "nf4", "bitsandbytes")
     CodebookOptions(quant_type='nf4', block_size=64, double_quant=True)
@@ -43,10 +46,18 @@ def settle_format(fields: RecipeFields, quant_type: str, layout: str, typed: Col
 
 
 def check_layout(options: FormatOptions, layout: str) -> None:
-    """Raises UsageError for a number format that the container called `layout` does not hold."""
+    """Raises UsageError unless the container called `layout` holds the number format.
+
+    options   the settled number format
+    layout    a key of LAYOUTS
+
+    >>> check_layout(CodebookOptions("nf4", 64, double_quant=True), "gptq")
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: layout gptq does not hold nf4 (one of bitsandbytes, dense)
+    """
     row, quant_type = LAYOUTS[layout], options.quant_type
     if quant_type not in row.quant_types:
-        holding = ", ".join(name for name, other in LAYOUTS.items() if quant_type in other.quant_types)
+        holding = ", ".join(name for name, candidate in LAYOUTS.items() if quant_type in candidate.quant_types)
         raise UsageError(f"layout {layout} does not hold {quant_type}", hint=f"one of {holding}")
     if isinstance(options, CodebookOptions):
         return
@@ -61,7 +72,16 @@ def check_layout(options: FormatOptions, layout: str) -> None:
 
 
 def check_sizes(quant_type: str, block_size: int | None, group_size: int | None) -> None:
-    """Raises UsageError for a size of blocks or groups that the format called `quant_type` does not have."""
+    """Raises UsageError for a block size or group size unknown to the format called `quant_type`.
+
+    quant_type   a key of FORMATS
+    block_size   weights with a common absmax; None is right for every format
+    group_size   columns with a common scale; None is right for every format
+
+    >>> check_sizes("nf4", block_size=64, group_size=32)
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: group_size 32 does not exist for nf4 (leave group_size out)
+    """
     row = FORMATS[quant_type]
     for name, size, sizes in (
         ("block_size", block_size, row.block_sizes),
@@ -75,22 +95,36 @@ def check_sizes(quant_type: str, block_size: int | None, group_size: int | None)
 
 
 def check_choice(name: str, value: str | None, choices: Collection[str]) -> None:
-    """Raises UsageError unless `value` of the option `name` is one of `choices`."""
+    """Raises UsageError unless `value`, the value of the option called `name`, is among `choices`.
+
+    >>> check_choice("svd", "slow", ["fast", "exact"])
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: svd 'slow' does not exist (one of fast, exact)
+    """
     if value not in choices:
         raise UsageError(f"{name} {value!r} does not exist", hint=f"one of {', '.join(choices)}")
 
 
 def refuse(name: str, where: str, typed: Collection[str] = ()) -> None:
-    """Raises UsageError: the option `name` means nothing `where` it was asked for. The hint spells the option as the
-    user did: as a flag where `typed` has the name, else as the key of a file.
+    """Raises UsageError: the option called `name` means nothing.
+
+    where   the setting without a meaning for the option, as words after "with"
+    typed   names of options from the command line; the hint spells a typed option as a flag, and other options as keys
+
+    >>> refuse("block_size", "quant_type int4", typed=["block_size"])
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: block_size means nothing with quant_type int4 (leave --block-size out)
     """
     spelled = f"--{name.replace('_', '-')}" if name in typed else name
     raise UsageError(f"{name} means nothing with {where}", hint=f"leave {spelled} out")
 
 
 def _default_symmetry(fields: RecipeFields, quant_type: str, layout: str) -> bool:
-    """Whether integers have no zero points. Servers' 8-bit kernels read symmetric weights; with fewer bits a zero point
-    is worth its space.
+    """Whether integers are symmetric, so without zero points, when the user leaves the choice open.
+
+    Servers' 8-bit kernels read symmetric weights. A zero point is worth the space when codes have fewer bits.
+    Pooled adapters merge into zero points, and containers of float offsets hold an offset for every group. Overrides
+    of format or group size become symmetric where loaders mix symmetric formats only.
     """
     row = LAYOUTS[layout]
     if row.zero_point == "float" or (fields.method is not None and METHODS[fields.method].is_pooled):

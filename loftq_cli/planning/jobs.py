@@ -1,4 +1,4 @@
-"""The units of a plan: a weight to quantize, a tensor to copy, and the files that hold their outputs."""
+"""The units of a plan: a weight to quantize, a tensor to copy, and the shards of the base."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Procedure:
-    """How base and adapter of a layer are computed.
+    """The way of computing base and adapter of a layer.
 
     method          a key of METHODS
-    fitting         how the method looks for base and adapter
-    scales          how constants of blocks and groups are chosen, see SCALES
-    seed            where random draws begin, together with the tensor's name
-    is_calibrated   whether statistics of the layer's inputs say what errors cost
+    fitting         the method's search for base and adapter
+    scales          the choice of block and group constants, a member of SCALES
+    seed            start of all random draws, together with the tensor's name
+    is_calibrated   whether statistics of the layer's inputs weight the errors
     """
 
     method: str
@@ -40,11 +40,11 @@ class Procedure:
 
 @dataclass(frozen=True, slots=True)
 class QuantizableMatrix:
-    """A weight that fits a container.
+    """A weight with a place in a container.
 
-    matrix   shape and number format in the container; `matrix.name` is the tensor's name in the source
+    matrix   shape and number format in the container; `matrix.name` is the tensor's name in the original
     module   name of the linear in the loaded model
-    note     the difference from the wanted format and the reason; None where the matrix has the wanted format
+    note     the difference from the requested format and the reason; None for a matrix in the requested format
     """
 
     matrix: StoredMatrix
@@ -53,7 +53,7 @@ class QuantizableMatrix:
 
     @property
     def name(self) -> str:
-        """The tensor's name in the source."""
+        """The tensor's name in the original."""
         return self.matrix.name
 
     @property
@@ -66,13 +66,14 @@ class QuantizableMatrix:
 class LayerJob:
     """One weight to quantize.
 
-    matrix            shape and number format in the base; `matrix.name` is the tensor's name in the source
+    matrix            shape and number format in the base; `matrix.name` is the tensor's name in the original
     module            name of the linear in the loaded model, and in the adapter
-    layout            the container of the base
-    procedure         how base and adapter are computed
-    base_tensors      the tensors in the base
-    adapter_tensors   the tensors in the adapter
-    note              the difference from the recipe and the reason; None where the recipe is followed
+    lora              rank, alpha, dtype and pooling of the adapter
+    layout            the container of the base, a key of LAYOUTS
+    procedure         the way of computing base and adapter
+    base_tensors      the layer's tensors in the base
+    adapter_tensors   the layer's tensors in the adapter
+    note              the difference from the recipe and the reason; None for a layer in the recipe's format
     """
 
     matrix: StoredMatrix
@@ -86,7 +87,7 @@ class LayerJob:
 
     @property
     def name(self) -> str:
-        """The tensor's name in the source."""
+        """The tensor's name in the original."""
         return self.matrix.name
 
     @property
@@ -96,17 +97,17 @@ class LayerJob:
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits of the stored base, constants included."""
+        """Bits of the stored base for each weight, constants included."""
         return 8 * sum(t.nbytes for t in self.base_tensors) / self.numel
 
     def quantizer(self, weighting: Weighting | None = None) -> Quantizer:
-        """The quantizer of the layer. A `weighting` gives the columns of the matrix different importance."""
+        """Make the quantizer of the layer. A `weighting` gives the columns of the matrix different importance."""
         importance = None if weighting is None else weighting.importance
         return make_quantizer(self.matrix.spec, self.matrix.dtype, self.procedure.scales, importance)
 
     def generator(self) -> torch.Generator:
-        """A generator for the layer alone, seeded by the recipe's seed and the tensor's name: the order of the jobs
-        cannot change the draws.
+        """Make a generator for the layer alone, seeded by the recipe's seed and the tensor's name: the order of the
+        jobs cannot change the draws.
         """
         import torch
 
@@ -116,10 +117,12 @@ class LayerJob:
 
 @dataclass(frozen=True, slots=True)
 class CopyJob:
-    """One tensor that is copied, in the stored dtype or in the model's.
+    """One tensor to copy, in the stored dtype or in the dtype of the model.
 
-    reason   why the tensor is not quantized
-    note     a sentence for the user, beside the reason
+    name     the tensor's name in the original
+    output   name, dtype and shape in the base
+    reason   the reason against quantizing the tensor
+    note     a sentence for the user about the reason; None for an expected copy
     """
 
     name: str
@@ -140,18 +143,25 @@ class CopyJob:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One output file of the base, and the tensors in the file."""
+    """One output file of the base.
+
+    file      the file's name
+    tensors   the tensors in the file, in order
+    """
 
     file: str
     tensors: tuple[OutTensor, ...]
 
 
 def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:
-    """Files for the tensors of `units`, in order, each file as full as `max_nbytes` allows. Tensors of one unit stay
-    together, even where the unit is larger than `max_nbytes`.
+    """Pack the tensors of `units` into shards, in order, each shard as full as `max_nbytes` allows.
 
-    >>> [shard.file for shard in pack_shards([[], []], 10)]
-    ['model.safetensors']
+    units        tensors to keep in a common shard, for each job
+    max_nbytes   the largest size of a shard in bytes; a larger unit gets a shard alone
+
+    >>> units = [[OutTensor(name, "uint8", (6,))] for name in "abc"]
+    >>> [shard.file for shard in pack_shards(units, max_nbytes=12)]
+    ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
     groups: list[list[OutTensor]] = [[]]
     filled = 0

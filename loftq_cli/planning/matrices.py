@@ -1,5 +1,5 @@
-"""Headers become the matrices that a container can hold, and the tensors that are copied. Knows no method and no
-adapter: whoever looks at a checkpoint learns here what would be quantized.
+"""Headers become matrices for a container, and tensors to copy. Knows no method and no adapter: a look at a checkpoint
+lists the weights to quantize without either.
 """
 
 from __future__ import annotations
@@ -22,14 +22,22 @@ from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor, TensorRef, config
 def quantizable_matrices(
     tensors: Mapping[str, TensorRef], config: Mapping[str, Any], *, quant_type: str = "nf4", layout: str | None = None
 ) -> list[QuantizableMatrix | CopyJob]:
-    """What `quantize` takes by default, and what would be copied and why, for a look at a checkpoint. Nothing to
-    quantize is no error.
+    """List the default choice of `quantize` for a look at a checkpoint: weights to quantize, and copies with reasons.
 
-    tensors      the headers of the checkpoint; config: its config.json, empty where there is none
-    quant_type   the number format, with its default block size or group size
-    layout       the container; by default the usual one of the format. "dense" holds every shape.
+    tensors      the headers of the checkpoint
+    config       the content of config.json; empty for a checkpoint without a config
+    quant_type   the number format, with the default block size or group size
+    layout       the container; None for the default container of the format. "dense" holds every shape.
 
-    Raises InputError for a config with a value of the wrong type.
+    A checkpoint without weights to quantize is no error. Raises InputError for a config with a value of the wrong
+    type.
+
+    >>> from loftq_cli.checkpoint.source import open_checkpoint
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> checkpoint = open_checkpoint(resolve_model("builtin:tiny-llama"))
+    >>> units = quantizable_matrices(checkpoint.tensors, checkpoint.config())
+    >>> sum(isinstance(unit, QuantizableMatrix) for unit in units)
+    28
     """
     layout = layout or default_layout(quant_type)
     family = Family(config, config_file_beside(tensors.values()))
@@ -42,16 +50,25 @@ def quantizable_matrices(
 
 
 def model_dtype(tensors: Mapping[str, TensorRef], targets: Mapping[str, Target], family: Family) -> str:
-    """The dtype of the model: the one in the config, or the most common dtype among the linears."""
+    """The dtype of the model's computations: the config's dtype, or the most common dtype among the linears.
+
+    tensors   the headers of the checkpoint
+    targets   the decision about each tensor, from `choose_targets`
+    family    the config and the facts about the family
+
+    >>> model_dtype({}, {}, Family({"dtype": "bfloat16"}))
+    'bfloat16'
+    """
     return family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
 
 
 class MatrixPlanner:
-    """Turns one tensor after the other into a matrix or a copy, and collects notes for the user.
+    """Turns tensor after tensor into a matrix or a copy, and collects notes for the user.
 
-    notes    about tensors that are stored once for two
-    recast   number of copies that are converted to the model's dtype
-    unfit    the reason of the first matrix that does not fit the container
+    layout   the container
+    notes    sentences about tied tensors, stored once for two names
+    recast   number of copies with a dtype other than the stored dtype
+    unfit    the reason against the first matrix without a place in the container; None while every matrix has a place
     """
 
     def __init__(
@@ -65,11 +82,13 @@ class MatrixPlanner:
     ) -> None:
         """Arguments:
 
-        dtype      of the model
-        modules    names of all modules of the source
+        family     the config and the facts about the family
+        layout     the container, a key of LAYOUTS
+        dtype      dtype of the stored model
+        modules    names of all modules of the original
         spec       the number format of the model
-        spec_for   gives the format of a module, None for a module that an override leaves in full precision; by default
-                   the format of the model
+        spec_for   returns the format of a module, or None for a module left in full precision by an override; by
+                   default every module has the format of the model
         """
         self._family, self._layout_name, self._dtype, self._modules = family, layout, dtype, modules
         self._spec, self._spec_for = spec, spec_for or (lambda module: spec)
@@ -79,7 +98,10 @@ class MatrixPlanner:
         self.unfit: Fit | None = None
 
     def plan(self, ref: TensorRef, target: Target) -> QuantizableMatrix | CopyJob | None:
-        """The matrix or the copy that a tensor becomes; None for the second name of a tied tensor.
+        """Plan a tensor as a matrix or as a copy; None for the second name of a tied tensor.
+
+        ref      the header of the tensor
+        target   the decision about the tensor, from `choose_targets`
 
         Raises UsageError for an override with integers that the container does not hold.
         """
@@ -107,8 +129,8 @@ class MatrixPlanner:
     def _check_own_format(
         self, name: str, spec: QuantSpec, fit: Fit, shape: tuple[int, int], *, transposed: bool
     ) -> None:
-        """Raises UsageError for an override with integers that the container does not hold, where a copy in full
-        precision would be silent disobedience.
+        """Raises UsageError for an override with integers that the container does not hold: a copy in full precision
+        would be silent disobedience.
         """
         common, layout = self._spec, self._layout_name
         if spec == common or not spec.is_affine:
@@ -128,7 +150,7 @@ class MatrixPlanner:
     def _copy(self, ref: TensorRef, reason: str, *, note: str | None = None) -> CopyJob:
         dtype = ref.dtype
         # transformers loads a "weight" of a quantized checkpoint in the stored dtype, and a model with two float dtypes
-        # does not compute. So every weight is stored in the dtype of the model.
+        # does not compute: every weight gets the dtype of the model.
         row = self.layout.row
         parameter = (".weight", ".bias") if row.one_dtype else ".weight"
         if row.stores_codes and ref.name.endswith(parameter) and dtype in MODEL_DTYPES:

@@ -1,4 +1,4 @@
-"""The plan of a conversion: every job, every output tensor in its file, every size, the small JSON files. Needs no
+"""The plan of a conversion: every job, every output tensor with a shard, every size, the small JSON files. Needs no
 torch: `--dry-run` prints a plan.
 """
 
@@ -13,7 +13,6 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
-from loftq_cli import __version__
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.layouts.layout import ModelFacts, common_spec, load_layout
 from loftq_cli.methods.method import METHODS
@@ -25,20 +24,23 @@ from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.runtime.kernel_choice import COMPILER_NBYTES, is_worth_compiling
+from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.headers import OutTensor, TensorRef
 
 _TORCH_NBYTES = 280_000_000  # importing torch and the first operations, measured on Linux
-_WEIGHTED_NBYTES = 20  # for each entry of the statistics of a layer's inputs: the entry, a root, products, measured
+_WEIGHTED_NBYTES = 20  # measured, for each entry of a layer's input statistics: the entry, a root, products
 # Cost of a search for constants, and of a round of refinement, in passes of plain quantizing over the weights.
 _SEARCH_PASSES, _ROUND_PASSES = 4, 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a conversion will do.
+    """The complete plan of a conversion.
 
-    dtype    of the stored model
-    jobs     one for each tensor of the source, in the order of the source
+    recipe   the settled options
+    family   the config and the facts about the family
+    dtype    dtype of the stored model
+    jobs     a job for each tensor of the original, in order; tied tensors share a job
     shards   the files of the base
     notes    sentences for the user, before the work starts
     """
@@ -62,7 +64,7 @@ class Plan:
 
     @property
     def layout(self) -> str:
-        """The container of the base."""
+        """The container of the base, a key of LAYOUTS."""
         return self.recipe.layout
 
     @property
@@ -87,7 +89,7 @@ class Plan:
 
     @property
     def peak_nbytes(self) -> int:
-        """About how many bytes of memory the conversion takes: the largest matrix decides, not their number."""
+        """Approximate peak memory of the conversion in bytes: the largest matrix decides, not the matrix count."""
         method = METHODS[self.recipe.method]
         per_weight, per_gram = method.exact_nbytes if self.recipe.fitting.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
@@ -104,7 +106,7 @@ class Plan:
 
     @property
     def work(self) -> int:
-        """Weights of all layers, times the passes over every weight."""
+        """Weights of all layers, times the passes over every weight: a measure of the run time."""
         recipe = self.recipe
         passes = recipe.fitting.iterations
         passes *= _SEARCH_PASSES if recipe.scales == "search" else 1
@@ -113,28 +115,31 @@ class Plan:
 
     @property
     def shard_of(self) -> dict[str, str]:
-        """File of each output tensor by name, as a safetensors index lists the files."""
+        """Tensor name -> file name for each tensor of the base: the weight map of a safetensors index."""
         return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
 
     def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
-        """config.json of the output."""
+        """Build config.json of the base; `config` is the content of the original's config.json.
+
+        Raises UsageError for a model that the container's loaders do not read.
+        """
         names = [module_of(job.name) for job in self.jobs]
-        unquantized = [self.family.loaded_name(name, names) for name in _unquantized_linears(self.copies)]
+        unquantized = [self.family.loaded_name(name, names) for name in _list_unquantized_linears(self.copies)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
-        spec, others = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
-        if spec.is_affine:  # a codebook stands beside each weight
-            spec, others = common_spec({job.module: job.matrix.spec for job in self.layers})
+        spec, uncommon = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
+        if spec.is_affine:  # codebooks need no entry: each weight has a table of values on disk
+            spec, uncommon = common_spec({job.module: job.matrix.spec for job in self.layers})
         refused_by = self.family.row.refused_by
         modules = [job.module for job in self.layers]
-        facts = ModelFacts(self.dtype, spec, modules, unquantized, has_experts, others, refused_by)
+        facts = ModelFacts(self.dtype, spec, modules, unquantized, has_experts, uncommon, refused_by)
         layout = load_layout(self.layout)
-        # Loaders of quantized weights decode to what the config says; nothing else would name it.
-        named = {key: value for key, value in config.items() if key != "torch_dtype"} | {"dtype": self.dtype}
-        unnamed = (layout.row.stores_codes or config) and not ("dtype" in config or "torch_dtype" in config)
-        return layout.model_config(named if unnamed or layout.row.one_dtype else config, facts)
+        # Loaders of quantized weights decode to the dtype in the config: no tensor names the dtype.
+        config_with_dtype = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": self.dtype}
+        lacks_dtype = (layout.row.stores_codes or config) and not ("dtype" in config or "torch_dtype" in config)
+        return layout.model_config(config_with_dtype if lacks_dtype or layout.row.one_dtype else config, facts)
 
     def adapter_config(self, base_model: str) -> dict[str, Any]:
-        """adapter_config.json of the output."""
+        """Build adapter_config.json of the adapter; `base_model` is the name of the base in the config."""
         return adapter_config.adapter_config(
             [adapter_config.AdaptedModule(job.module, job.matrix.shape, job.lora) for job in self.layers],
             base_model=base_model,
@@ -145,17 +150,17 @@ class Plan:
         )
 
     def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str, statistics: str | None = None) -> str:
-        """A hash of everything that decides the bytes of the result, but for the numbers in the input.
+        """Hash every fact behind the bytes of the result, but for the numbers in the input: sha256 in hex digits.
 
-        tensors      headers of the source
+        tensors      headers of the original
         base_model   name of the base in the adapter's config
-        statistics   sha256 of a calibration; the path of the calibration does not count
+        statistics   sha256 of a calibration, None for a recipe without a calibration; the path does not count
         """
         recipe = {name: value for name, value in recipe_json(self.recipe).items() if name != "calibration"}
         return hashlib.sha256(
             json.dumps(
                 [
-                    [__version__, version("torch"), recipe, dict(self.family.config), base_model, statistics],
+                    [VERSION, version("torch"), recipe, dict(self.family.config), base_model, statistics],
                     sorted([ref.name, ref.dtype, ref.shape] for ref in tensors.values()),
                 ],
                 sort_keys=True,
@@ -163,15 +168,15 @@ class Plan:
         ).hexdigest()
 
 
-def _unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
-    """Names of copied modules that a loader might take for linears to quantize: matrices, and prefixes of experts."""
-    seen = set()
+def _list_unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
+    """Yield names of copies that a loader might take for quantized linears: matrices and prefixes of experts."""
+    listed_modules = set()
     for job in copies:
         module = module_of(job.name)
         if job.reason == "expert":
             module = re.split(r"(?<=experts)(?:\.|$)", module, maxsplit=1)[0]
         elif len(job.output.shape) != 2 or not job.name.endswith(".weight"):
             continue
-        if module not in seen:
-            seen.add(module)
+        if module not in listed_modules:
+            listed_modules.add(module)
             yield module

@@ -1,4 +1,4 @@
-"""Headers and a recipe become a plan, or one error that names the tensor and the option. Needs no torch."""
+"""Headers and a recipe become a plan, or an error naming the tensor and the option. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,25 @@ from loftq_cli.tensors.headers import TensorRef, config_file_beside
 
 
 def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
-    """The plan for a checkpoint's tensors and its config.json (empty where there is none).
+    """Build the plan of a conversion from headers alone.
 
-    Raises UsageError when an option does not fit a tensor, or nothing is left to quantize; InputError for a config with
-    a value of the wrong type.
+    tensors   the headers of the original
+    config    the content of config.json; empty for a checkpoint without a config
+    recipe    the settled options
+
+    Raises UsageError when an option does not fit a tensor, when no weight remains to quantize, and for a model
+    that the container's loaders do not read; InputError for a config with a value of the wrong type.
+
+    >>> from loftq_cli.checkpoint.source import open_checkpoint
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> from loftq_cli.planning.settle import make_recipe
+    >>> checkpoint = open_checkpoint(resolve_model("builtin:tiny-llama"))
+    >>> plan = build_plan(checkpoint.tensors, checkpoint.config(), make_recipe(rank=8))
+    >>> len(plan.layers), [shard.file for shard in plan.shards]
+    (28, ['model.safetensors'])
     """
     family = Family(config, config_file_beside(tensors.values()))
-    dtype, planner, jobs = _planned(tensors, family, recipe)
+    dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
@@ -35,39 +47,45 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
             raise UsageError(f"no weight to quantize: {planner.unfit.reason}", hint=planner.unfit.hint)
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)
-    notes = [*planner.notes, *_summary_notes(jobs, planner.recast), *_fused_notes(recipe, jobs)]
+    notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
     plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
-    plan.model_config(config)  # refuses a model that the container's loaders do not read
+    plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
 
 
 def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> list[LayerJob | CopyJob]:
-    """The jobs of the plan that `build_plan` makes, also where no weight is quantized. Raises as `build_plan` does for
-    an option that does not fit a tensor.
+    """Plan the jobs of `build_plan`, also for a checkpoint without weights to quantize.
+
+    Parameters as in `build_plan`. Raises UsageError when an option does not fit a tensor; InputError for a config with
+    a value of the wrong type.
+
+    >>> from loftq_cli.planning.settle import make_recipe
+    >>> plan_jobs({}, {}, make_recipe(rank=8))
+    []
     """
-    return _planned(tensors, Family(config, config_file_beside(tensors.values())), recipe)[2]
+    return _plan_tensors(tensors, Family(config, config_file_beside(tensors.values())), recipe)[2]
 
 
-def _planned(
+def _plan_tensors(
     tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
 ) -> tuple[str, MatrixPlanner, list[LayerJob | CopyJob]]:
-    """The dtype of the stored model, the planner with its notes, and the jobs."""
+    """Return the dtype of the stored model, the planner with notes, and the jobs."""
     targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
-    dtype = _stored_dtype(recipe, model_dtype(tensors, targets, family))
-    planner = _matrix_planner(tensors, family, recipe, dtype)
+    dtype = _choose_stored_dtype(recipe, model_dtype(tensors, targets, family))
+    planner = _make_matrix_planner(tensors, family, recipe, dtype)
     units = ((ref, planner.plan(ref, targets[name])) for name, ref in tensors.items())
-    return dtype, planner, [_job(recipe, planner, dtype, ref, unit) for ref, unit in units if unit is not None]
+    return dtype, planner, [_make_job(recipe, planner, dtype, ref, unit) for ref, unit in units if unit is not None]
 
 
-def _stored_dtype(recipe: Recipe, dtype: str) -> str:
-    """The dtype of the stored model. Some loaders need all tensors in one dtype: then the dtype of the scales."""
+def _choose_stored_dtype(recipe: Recipe, dtype: str) -> str:
+    """Choose the dtype of the stored model: the dtype of the scales for loaders of a single dtype, else `dtype`."""
     if LAYOUTS[recipe.layout].one_dtype and isinstance(recipe.quant, AffineOptions):
         return recipe.quant.scale_dtype or dtype
     return dtype
 
 
-def _matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe, dtype: str) -> MatrixPlanner:
+def _make_matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe, dtype: str) -> MatrixPlanner:
     def spec_for(module: str) -> QuantSpec | None:
         spec, _, is_quantized = layer_settings(recipe, module, dtype)
         return spec if is_quantized else None
@@ -76,15 +94,15 @@ def _matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recipe: Re
     return MatrixPlanner(family, recipe.layout, dtype, modules, spec_of(recipe.quant, recipe.layout, dtype), spec_for)
 
 
-def _job(
+def _make_job(
     recipe: Recipe, planner: MatrixPlanner, dtype: str, ref: TensorRef, unit: QuantizableMatrix | CopyJob
 ) -> LayerJob | CopyJob:
-    """The job of a tensor. Raises UsageError for a rank that the matrix does not have."""
+    """Make the job of a tensor. Raises UsageError for a rank above the smaller side of the matrix."""
     if isinstance(unit, CopyJob):
         return unit
     module, shape = module_of(ref.name), unit.matrix.shape
     _, lora, _ = layer_settings(recipe, module, dtype)
-    # A pooled adapter may have more rank than an input has groups: PEFT trains such adapters.
+    # A pooled adapter may have more rank than an input has groups: PEFT trains adapters of higher rank.
     if lora.rank > min(shape):
         raise UsageError(
             f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
@@ -109,7 +127,7 @@ def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None
             raise UsageError(f"the override {override.match!r} matches no module", hint="loftq inspect lists the names")
 
 
-def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[str]:
+def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[str]:
     experts = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "expert"]
     if experts:
         nbytes = sum(job.output.nbytes for job in experts)
@@ -117,17 +135,17 @@ def _summary_notes(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[
             f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: loaders fuse experts into "
             "one parameter that the container does not hold"
         )
-    without = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
-    if without:
-        yield f"{len(without)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
+    unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
+    if unadapted:
+        yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
     if recast:
         yield f"{recast} copied weights are converted to the model's dtype"
     yield from (f"{job.name}: {job.note}" for job in jobs if job.note)
 
 
-def _fused_notes(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> Iterator[str]:
-    """A note on layers that vLLM makes one matrix of, where the formats differ. Other loaders read such layers, so the
-    model is not refused.
+def _note_fused_layers(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> Iterator[str]:
+    """Yield a note about layers of different formats that vLLM fuses into a matrix. Loaders without fused layers read
+    the model, so the plan is no error.
     """
     layout = recipe.layout
     specs = {module_of(job.name): job.matrix.spec if isinstance(job, LayerJob) else None for job in jobs}

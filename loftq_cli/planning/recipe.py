@@ -1,5 +1,5 @@
-"""The options of a conversion as three records: what a file and flags ask for, what an override asks for a few layers,
-and the settled recipe that planning reads. No record decides anything about a particular checkpoint; none needs torch.
+"""The options of a conversion as three records: the requests of a file and of flags, the requests of an override for a
+few layers, and the settled recipe for planning. No record depends on a checkpoint, and no record needs torch.
 """
 
 from __future__ import annotations
@@ -14,10 +14,17 @@ from loftq_cli.tensors.specs import Pooling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Override:
-    """Other values for the layers whose module name `match` (a regular expression) finds. Later overrides win.
+    """Values for some layers in place of the model's values; None keeps the model's value. Later overrides win.
 
-    A layer with another rank keeps the model's scaling unless the override gives an alpha. The quant_type of an
-    override is of the model's kind, integers or a codebook, and symmetric where the model's is.
+    match          regular expression; the override is for layers with a match anywhere in the module name
+    quantize       False leaves the layers in full precision
+    quant_type     number format; integers in a model of integers, symmetric like the model, or a codebook in a model of
+                   codebooks
+    group_size     columns with a common scale, for integers
+    block_size     weights with a common absmax, for a codebook
+    double_quant   whether absmax are 8-bit, for a codebook
+    rank           columns of lora_B
+    alpha          numerator of the scaling; None: a layer of uncommon rank keeps the model's scaling
     """
 
     match: str
@@ -32,8 +39,10 @@ class Override:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecipeFields:
-    """What a recipe file and flags ask for. The names of the fields are the keys of the file; their order is the order
-    of the lines that the tool writes. None: nobody asked, and `settle` chooses.
+    """The requests of a recipe file and of flags. None: no request, and `settle` chooses a value.
+
+    The names of the fields are the keys of a recipe file, in the order of written files. `Recipe` and its parts explain
+    the values.
     """
 
     method: str | None = None
@@ -66,7 +75,12 @@ class RecipeFields:
 
 @dataclass(frozen=True, slots=True)
 class CodebookOptions:
-    """The number format of a base in a codebook: blocks of `block_size` weights share one absmax."""
+    """The number format of a base in a codebook.
+
+    quant_type     "nf4" or "fp4"
+    block_size     weights with a common absmax
+    double_quant   whether absmax are 8-bit, in blocks of their own
+    """
 
     quant_type: str
     block_size: int
@@ -75,8 +89,12 @@ class CodebookOptions:
 
 @dataclass(frozen=True, slots=True)
 class AffineOptions:
-    """The number format of a base in integers: groups of `group_size` weights share one scale. A `scale_dtype` of None
-    is the dtype that loaders of the layout expect, which can depend on the model.
+    """The number format of a base in integers.
+
+    quant_type    "int2", "int3", "int4" or "int8"
+    group_size    neighbouring columns of a row with a common scale
+    symmetric     whether groups have no zero points
+    scale_dtype   dtype of the scales; None: the default dtype of the container, or else the dtype of the model
     """
 
     quant_type: str
@@ -90,13 +108,24 @@ FormatOptions: TypeAlias = CodebookOptions | AffineOptions
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """A settled recipe: everything that decides the bytes of a conversion, each option with a value. `settle` makes
-    recipes and has checked that the options belong together.
+    """A settled recipe: every option that decides the bytes of a conversion. `settle` accepts consistent options only.
 
-    alpha         lora_alpha; None: equal to the rank of each layer, scaling 1
-    fitting       how the method looks for base and adapter
-    pooling       how the adapter pools inputs; None: the adapter reads every input
-    calibration   the path of what `loftq calibrate` wrote; None: each weight counts the same
+    method           a key of METHODS
+    quant            the number format of layers without an override
+    layout           the container of the base, a key of LAYOUTS
+    scales           the choice of block and group constants, a member of SCALES
+    rank             columns of lora_B
+    alpha            lora_alpha; None: equal to the recipe's rank
+    rslora           whether the scaling is alpha / sqrt(rank) in place of alpha / rank
+    fitting          the method's search for base and adapter
+    pooling          the adapter's pooling of inputs; None: the adapter reads every input
+    calibration      path of the statistics from `loftq calibrate`; None: errors of all weights count alike
+    adapter_dtype    dtype of lora_A and lora_B
+    seed             start of all random draws
+    include          regular expressions; matching modules replace the default choice of layers
+    exclude          regular expressions; matching modules stay in full precision
+    max_shard_size   largest size of a shard of the base, as text: "5GB"
+    override         values for some layers in place of the model's values
     """
 
     method: str
@@ -118,7 +147,7 @@ class Recipe:
 
     @property
     def init(self) -> str | None:
-        """How the adapter of the method starts; None where a method has one start only."""
+        """The way of starting the adapter; None for a method with a single way."""
         return self.fitting.init
 
     @property

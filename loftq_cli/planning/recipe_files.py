@@ -1,4 +1,4 @@
-"""Recipes in files: presets, TOML in and out, and how command-line flags override them."""
+"""Recipes in files: presets, TOML in and out, and command-line flags over the values of a file."""
 
 from __future__ import annotations
 
@@ -23,22 +23,27 @@ from loftq_cli.quant.formats import FORMATS
 
 
 def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool = False) -> Recipe:
-    """The settled recipe of defaults < `source` (a preset's name or a TOML file) < `flags`.
+    """Settle a recipe from three sources: flags win over `source`, and `source` wins over defaults.
 
-    flags   values by the names of RecipeFields; None: the flag was not typed
-    mixes   whether defaults are those of a model whose layers have several formats, though no override says so yet
+    source   a preset's name or the path of a TOML file; None for defaults and flags alone
+    flags    values by the names of RecipeFields; None: the flag was not typed
+    mixes    whether to choose defaults for a model of several number formats, even without an override
 
-    Where a flag names another quant_type or method, what `source` says of the replaced one is dropped. Raises
-    UsageError for a source that is no recipe, and for options that do not exist, contradict each other or mean nothing.
+    A flag for quant_type, method, init, fit, calibration or svd drops the options of `source` that have no meaning
+    beside the flag.
+
+    Raises UsageError for a source without a recipe, and for unknown, contradictory or meaningless options; StorageError
+    for an unreadable file.
 
     >>> resolve_recipe("qlora-nf4", {"rank": 4}).rank
     4
     """
     typed = {name: value for name, value in flags.items() if value is not None}
     values = {} if source is None else _read_recipe(source)
-    outdated = _outdated(values, typed)
+    outdated = _find_outdated_options(values, typed)
     values["override"] = tuple(
-        _without(override, outdated | _changed_family(override, typed)) for override in values.get("override", ())
+        _drop_options(override, outdated | _find_outdated_formats(override, typed))
+        for override in values.get("override", ())
     )
     fields = RecipeFields(**{**{name: value for name, value in values.items() if name not in outdated}, **typed})
     recipe = settle(fields, typed)
@@ -48,40 +53,41 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool 
     return recipe
 
 
-def _without(override: Override, names: set[str]) -> Override:
-    gone = names.intersection(field.name for field in dataclasses.fields(Override))
-    nothing: dict[str, Any] = dict.fromkeys(gone)
-    return replace(override, **nothing)
+def _drop_options(override: Override, names: set[str]) -> Override:
+    dropped_names = names.intersection(field.name for field in dataclasses.fields(Override))
+    absent_values: dict[str, Any] = dict.fromkeys(dropped_names)
+    return replace(override, **absent_values)
 
 
-def _changed_family(override: Override, typed: Mapping[str, Any]) -> set[str]:
-    """{"quant_type"} for an override of integers where `typed` names a codebook for the model, or vice versa."""
-    model, own = FORMATS.get(typed.get("quant_type", "")), FORMATS.get(override.quant_type or "")
-    return {"quant_type"} if model and own and model.is_affine != own.is_affine else set()
+def _find_outdated_formats(override: Override, typed: Mapping[str, Any]) -> set[str]:
+    """Return {"quant_type"} for integers in the override and a codebook in `typed`, or vice versa; else no name."""
+    model_row, override_row = FORMATS.get(typed.get("quant_type", "")), FORMATS.get(override.quant_type or "")
+    is_outdated = model_row and override_row and model_row.is_affine != override_row.is_affine
+    return {"quant_type"} if is_outdated else set()
 
 
-def _outdated(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
-    """Names of options that mean nothing any more once `typed` has changed the format or the method of `values`."""
+def _find_outdated_options(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
+    """Find options without a meaning after `typed` has changed the format or the method of `values`."""
     names: set[str] = set()
     if (quant_type := typed.get("quant_type")) in FORMATS:
         names.update(CODEBOOK_OPTIONS if FORMATS[quant_type].is_affine else AFFINE_OPTIONS)
         layout = LAYOUTS.get(values.get("layout", ""))
         if layout is not None and quant_type not in layout.quant_types:
             names.add("layout")
-    # Counts and starts were meant for the fit that the file names beside them.
+    # Counts and starts of a file belong to the fit in the file.
     changed = {n for n in ("method", "init", "fit", "calibration") if n in typed and typed[n] != values.get(n)}
     if changed:
         names |= {"start", "rounds", "iterations", "scales"}
     if changed & {"method", "init"}:
-        names |= {"fit"} | _untaken(values, typed)
+        names |= {"fit"} | _find_unused_options(values, typed)
     entry = METHODS.get(typed.get("method", values.get("method", DEFAULT_METHOD)))
     if typed.get("svd") == "exact" and entry is not None and not entry.draws_adapter:
-        names.add("seed")  # nothing is drawn any more
+        names.add("seed")  # the exact solver draws nothing
     return names
 
 
-def _untaken(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
-    """Names of options of `values` that mean nothing for the method or the start in `typed`."""
+def _find_unused_options(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
+    """Find options of `values` without a meaning for the method or the start in `typed`."""
     entry = METHODS.get(typed.get("method", values.get("method", DEFAULT_METHOD)))
     if entry is None:
         return set()
@@ -94,14 +100,22 @@ def _untaken(values: Mapping[str, Any], typed: Mapping[str, Any]) -> set[str]:
 
 
 def preset_directory() -> Path:
-    """Where the packaged presets lie: inside the package, or beside it in a source tree."""
+    """The folder of the presets: inside an installed package, or beside the package in a source tree.
+
+    >>> preset_directory().name
+    'configs'
+    """
     package = Path(__file__).parent.parent
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
 
 
 def presets() -> dict[str, str]:
-    """The first line of the comment in each preset, by the preset's name."""
+    """Preset name -> first line of the preset's comment, in alphabetical order.
+
+    >>> "qlora-nf4" in presets()
+    True
+    """
     return {
         path.stem: path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         for path in sorted(preset_directory().glob("*.toml"))
@@ -109,25 +123,29 @@ def presets() -> dict[str, str]:
 
 
 def recipe_toml(recipe: Recipe) -> str:
-    """The whole recipe as TOML that `--recipe` reads back to an equal one.
+    """Write the whole recipe as TOML; `--recipe` reads an equal recipe back.
 
     >>> recipe_toml(resolve_recipe("qlora-nf4", {})).splitlines()[0]
     'method = "qlora"'
     """
     lines = []
-    for name, value in _set_fields(fields_of(recipe)).items():
+    for name, value in _list_values(fields_of(recipe)).items():
         if name != "override":
-            lines.append(f"{name} = {_toml_value(value)}")
+            lines.append(f"{name} = {_format_toml(value)}")
     for override in recipe.override:
         lines.append("\n[[override]]")
-        lines += [f"{name} = {_toml_value(value)}" for name, value in _set_fields(override).items()]
+        lines += [f"{name} = {_format_toml(value)}" for name, value in _list_values(override).items()]
     return "\n".join(lines) + "\n"
 
 
 def recipe_json(recipe: Recipe) -> dict[str, Any]:
-    """The whole recipe as JSON values, without options that are None."""
-    values = _set_fields(fields_of(recipe))
-    values["override"] = [_set_fields(override) for override in recipe.override]
+    """The whole recipe as JSON values, without absent options.
+
+    >>> recipe_json(resolve_recipe("qlora-nf4", {}))["quant_type"]
+    'nf4'
+    """
+    values = _list_values(fields_of(recipe))
+    values["override"] = [_list_values(override) for override in recipe.override]
     return values
 
 
@@ -148,19 +166,19 @@ def _read_recipe(source: str) -> dict[str, Any]:
     overrides = table.pop("override", [])
     if not isinstance(overrides, list) or not all(isinstance(entry, dict) for entry in overrides):
         raise UsageError("override must be a list of tables", file=path, hint="write [[override]]")
-    values = _typed(RecipeFields, table, path)
-    values["override"] = tuple(_override(entry, path) for entry in overrides)
+    values = _convert_table(RecipeFields, table, path)
+    values["override"] = tuple(_read_override(entry, path) for entry in overrides)
     return values
 
 
-def _override(entry: dict[str, Any], path: Path) -> Override:
+def _read_override(entry: dict[str, Any], path: Path) -> Override:
     if "match" not in entry:
         raise UsageError("an [[override]] has no match", file=path, hint="match = 'regular expression'")
-    return Override(**_typed(Override, entry, path))
+    return Override(**_convert_table(Override, entry, path))
 
 
-def _typed(record: type, table: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The values of `table` by the names of the fields of `record`. Raises UsageError for another key or type."""
+def _convert_table(record: type, table: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Convert the values of `table` by the fields of `record`. Raises UsageError for an unknown key or a wrong type."""
     hints = get_type_hints(record)
     values = {}
     for name, value in table.items():
@@ -195,13 +213,13 @@ def _convert(value: Any, hint: Any, name: str, path: Path) -> Any:
 _KIND_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 
-def _set_fields(record: RecipeFields | Override) -> dict[str, Any]:
+def _list_values(record: RecipeFields | Override) -> dict[str, Any]:
     values = {f.name: getattr(record, f.name) for f in dataclasses.fields(record)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _toml_value(value: Any) -> str:
+def _format_toml(value: Any) -> str:
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return "[" + ", ".join(map(_format_toml, value)) + "]"
     # JSON strings, numbers and booleans are TOML too.
     return json.dumps(value, ensure_ascii=False)

@@ -1,5 +1,5 @@
-"""Asked options become a settled recipe: every option gets a value, and an option that means nothing beside the others
-is refused. The row of a method lists the options that mean something.
+"""Requested options become a settled recipe: every option gets a value, and a meaningless option is an error. The row
+of a method in METHODS lists the meaningful options.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS, Pooling
 
-# Alternations of a joint fit, without statistics of the inputs and with statistics: where the error stops falling by
-# much.
+# Alternations of a joint fit, without input statistics and with statistics: more alternations reduce the error little.
 _JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 2
 _ROUNDS, _WEIGHTED_ROUNDS = 0, 2
 
-# What every recipe file has, also where the option means nothing. A file may say so; a flag may not.
+# Options of every written recipe file, even without a meaning. A file may repeat the value; a flag may not.
 _RECORDED: dict[str, Any] = {"iterations": 8, "svd": "fast", "seed": 0}
 
 
 def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
-    """The recipe that `fields` ask for.
+    """Settle a recipe: give every option a value.
 
-    typed   names of the options that the user typed as flags. A flag that means nothing is refused whatever its value;
-            a file may repeat what every recipe file of the tool has.
+    fields   the requested options; None for an option without a request
+    typed    names of options from the command line. A meaningless flag is an error with any value; a file may repeat
+             the values of every written recipe file.
 
-    Raises UsageError for a value that does not exist, for options that contradict each other, and for an option that
-    means nothing beside the others; the hint names the remedy.
+    Raises UsageError for an unknown value, for contradictory options, and for an option that has no meaning beside the
+    remaining options; the hint names the remedy.
 
     >>> settle(RecipeFields(rank=8)).fitting.fit
     'joint'
@@ -96,7 +96,7 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
 
 
 def make_recipe(**fields: Any) -> Recipe:
-    """The settled recipe of keyword arguments, which are fields of RecipeFields. Raises UsageError as `settle` does.
+    """Settle a recipe from keyword arguments, the fields of RecipeFields. Raises UsageError like `settle`.
 
     >>> make_recipe(method="qlora", rank=8).quant_type
     'nf4'
@@ -105,7 +105,9 @@ def make_recipe(**fields: Any) -> Recipe:
 
 
 def revise(recipe: Recipe, **fields: Any) -> Recipe:
-    """`recipe` with other values of some options, settled again. Raises UsageError as `settle` does.
+    """Replace some options of `recipe`, and settle the result again. Raises UsageError like `settle`.
+
+    fields   replacements, by the names of RecipeFields; None lets `settle` choose
 
     >>> revise(make_recipe(rank=8), rank=4).rank
     4
@@ -114,8 +116,9 @@ def revise(recipe: Recipe, **fields: Any) -> Recipe:
 
 
 def fields_of(recipe: Recipe) -> RecipeFields:
-    """Every option of a recipe as a file names it; `settle` makes an equal recipe of the fields. What means nothing in
-    the recipe is None, but for the few options that every file has.
+    """The options of a settled recipe under the keys of a recipe file; `settle` makes an equal recipe from the fields.
+
+    Meaningless options are None, but for iterations, svd and seed: every written recipe file has a value.
 
     >>> fields_of(make_recipe(method="qlora")).fit is None
     True
@@ -153,12 +156,12 @@ def fields_of(recipe: Recipe) -> RecipeFields:
 def _settle_method(
     fields: RecipeFields, entry: MethodEntry, quant: FormatOptions, typed: Collection[str]
 ) -> tuple[Pooling | None, str | None]:
-    """How the adapter pools inputs, and how the adapter starts."""
-    where = f"method {fields.method}"
+    """Settle the pooling of inputs by the adapter, and the start of the adapter."""
+    setting = f"method {fields.method}"
     if fields.pooling is not None and not entry.is_pooled:
-        refuse("pooling", where, typed)
+        refuse("pooling", setting, typed)
     if fields.init is not None and None in entry.inits:
-        refuse("init", where, typed)
+        refuse("init", setting, typed)
     init = fields.init or next(iter(entry.inits))
     if init is not None:
         check_choice("init", init, [name for name in entry.inits if name is not None])
@@ -168,25 +171,25 @@ def _settle_method(
     check_choice("pooling", convention, POOLINGS)
     if not isinstance(quant, AffineOptions):
         integers = ", ".join(name for name, row in FORMATS.items() if row.is_affine)
-        raise UsageError(f"{where} does not work with {quant.quant_type}", hint=f"--quant-type {integers}")
+        raise UsageError(f"{setting} does not work with {quant.quant_type}", hint=f"--quant-type {integers}")
     if quant.symmetric:
-        raise UsageError(f"{where} merges into zero points, and a symmetric base has none", hint="--asymmetric")
+        raise UsageError(f"{setting} merges into zero points, and a symmetric base has none", hint="--asymmetric")
     return Pooling(convention, quant.group_size), init
 
 
 def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, typed: Collection[str]) -> Fitting:
-    """The fit, the solver and the counts: asked values, or values that suit the method, the fit and a calibration."""
+    """Settle fit, solver and counts: requested values, or defaults for the method, the fit and a calibration."""
     takes = entry.inits[init].takes
-    where = f"method {fields.method}" + (f" and init {init}" if init else "")
+    setting = f"method {fields.method}" + (f" and init {init}" if init else "")
     for name in ("start", "fit", "iterations", "svd", "calibration"):
         if name not in takes:
-            _refuse_unless_recorded(fields, name, where, typed)
+            _refuse_unless_recorded(fields, name, setting, typed)
     if "svd" in takes and fields.svd == "exact" and not entry.draws_adapter:
         _refuse_unless_recorded(fields, "seed", "svd exact, where nothing is drawn", typed)
     fit = (fields.fit or JOINT_FIT) if "fit" in takes else PAPER_FIT
     check_choice("fit", fit, FITS)
     is_joint, is_weighted = fit == JOINT_FIT, fields.calibration is not None
-    # Where errors count by outputs, the principal part of the weights is no better a start at 4 bits.
+    # Under a calibration, errors count by outputs: the principal part of the weights is no better a start at 4 bits.
     start = fields.start or (entry.joint_start if is_joint and not is_weighted else STARTS[0])
     check_choice("start", start, STARTS)
     iterations = 1
@@ -199,28 +202,28 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     if _has_rounds(takes, fit, is_weighted=is_weighted):
         rounds = _default(fields.rounds, _WEIGHTED_ROUNDS if is_weighted else _ROUNDS)
     elif fields.rounds is not None:
-        without = f"fit {fit}" if "fit" in takes else f"{where} without calibration"
-        refuse("rounds", without if "rounds" in takes else where, typed)
+        setting_without_rounds = f"fit {fit}" if "fit" in takes else f"{setting} without calibration"
+        refuse("rounds", setting_without_rounds if "rounds" in takes else setting, typed)
     _check_at_least("rounds", rounds, 0)
     return Fitting(iterations=iterations, svd=str(fields.svd), start=start, fit=fit, rounds=rounds, init=init)
 
 
 def _has_rounds(takes: Collection[str], fit: str, *, is_weighted: bool) -> bool:
-    """Whether codes and constants are refined after the alternations: in the joint fit, and of a base without a fit
-    where statistics say what errors do to outputs.
+    """Whether codes and constants are refined after the alternations: always in the joint fit, and under a calibration
+    for a method without a choice of fits.
     """
     return "rounds" in takes and (fit == JOINT_FIT or (is_weighted and "fit" not in takes))
 
 
 def _refuse_unless_recorded(fields: RecipeFields, name: str, where: str, typed: Collection[str]) -> None:
-    """Raises UsageError for an option that was asked for, unless a file repeats what every recipe file has."""
+    """Raises UsageError for a requested option, unless a file repeats the value of every written recipe file."""
     value = getattr(fields, name)
     if name in typed or (value is not None and value != _RECORDED.get(name)):
         refuse(name, where, typed)
 
 
 def _check_texts(recipe: Recipe) -> None:
-    """Raises UsageError for expressions, sizes and overrides that are not valid."""
+    """Raises UsageError for an invalid expression, size or override."""
     for name in ("include", "exclude"):
         for pattern in getattr(recipe, name):
             _check_regex(name, pattern)

@@ -1,4 +1,4 @@
-"""Sizes as people write them, like 5GB."""
+"""Sizes in people's spelling, like 5GB."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 
 from loftq_cli.errors import UsageError, printable
 
-MAX_INT = 2**63 - 1  # the limit of TOML; Python's reader has none
+MAX_INT = 2**63 - 1  # the limit of TOML; Python's TOML reader has no limit
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def parse_size(text: str, name: str = "max_shard_size", least: int = 10**6) -> int:
-    """Bytes of a size as people write sizes: "5GB", "500 MB", "1GiB" or "1000000".
+    """Read a size in people's spelling, "5GB", "500 MB", "1GiB" or "1000000", as a number of bytes.
 
-    name    the option that has the size, for the error
+    name    the option with the size, for the error
     least   the smallest size allowed, in bytes
 
-    Raises UsageError for a text that is no size, and for a size under `least`.
+    Raises UsageError for a text without a number or with an unknown unit, and for a size under `least` or over 64 bits.
 
     >>> parse_size("1.5GB")
     1500000000

@@ -1,4 +1,4 @@
-"""Number formats: what `--quant-type` may name. One file per family; they know no methods and no files.
+"""Number formats: the names that `--quant-type` takes. Each family has a file; the files know no methods and no disk.
 
 formats.py         the table of formats, and the protocol of a quantizer
 blocks.py          the search and the refinement of constants, for all families

@@ -1,5 +1,5 @@
-"""Group-wise integer formats: a matrix becomes stored codes, scales and offsets, and becomes again the matrix that a
-loader computes. An adapter of QA-LoRA moves into the offsets.
+"""Group-wise integer formats: a matrix becomes stored codes, scales and offsets, and stored numbers become the matrix
+of a loader. An adapter of QA-LoRA moves into the offsets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loftq_cli.errors import NumericError
-from loftq_cli.quant.blocks import refine_rows, searched
+from loftq_cli.quant.blocks import refine_rows, search_constants
 from loftq_cli.quant.formats import Cost, QuantizedTensor, QuantSpec, Refinement, as_affine, as_affine_tensor
 from loftq_cli.runtime.workers import SERIAL, Workers
 from loftq_cli.tensors.matrices import AffineTensor, DecodedGroups, LoraPair
@@ -47,10 +47,10 @@ class AffineQuantizer:
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> AffineTensor:
-        """The stored codes and constants of a matrix; with `minus`, of the matrix less the rows that `minus` returns.
+        """The stored codes and constants of a matrix. Rows from `minus` are subtracted before quantizing.
 
-        A search begins with the constants of `start`. With `sink`, the codes [rows, in] go to `sink` a few rows at a
-        time, in order, and the result holds no codes.
+        A search begins with the constants of `start`. A `sink` receives the codes uint8 [rows, in] a few rows at a
+        time, in order, and the result then holds no codes.
         Raises NumericError when a weight is NaN or infinite, when a scale or a bias overflows the stored dtype, and
         when a stored number decodes to infinity in a loader's dtype.
         """
@@ -64,20 +64,20 @@ class AffineQuantizer:
             if not all(bool(torch.isfinite(constant).all()) for constant in constants):
                 if not bool(torch.isfinite(target).all()):
                     raise not_finite(weight)
-                what = "scales" if groups.biases is None else "scales or biases"
-                raise NumericError(f"its {what} are too large for {spec.scale_dtype}", hint=self._larger)
+                overflowing = "scales" if groups.biases is None else "scales or biases"
+                raise NumericError(f"its {overflowing} are too large for {spec.scale_dtype}", hint=self._overflow_hint)
             if not self._decodes(groups):
-                raise NumericError(f"decodes to numbers too large for {self._narrowest}", hint=self._larger)
+                raise NumericError(f"decodes to numbers too large for {self._narrowest}", hint=self._overflow_hint)
             return groups
 
         groups_shape = (weight.shape[0], weight.shape[1] // spec.group_size)
         scale_dtype = getattr(torch, spec.scale_dtype)
-        on = weight.device
-        codes = torch.empty((0, weight.shape[1]) if sink else weight.shape, dtype=torch.uint8, device=on)
-        scales = torch.empty(groups_shape, dtype=scale_dtype, device=on)
+        device = weight.device
+        codes = torch.empty((0, weight.shape[1]) if sink else weight.shape, dtype=torch.uint8, device=device)
+        scales = torch.empty(groups_shape, dtype=scale_dtype, device=device)
         has_zeros, has_biases = spec.zero_point == "int" and not spec.symmetric, spec.zero_point == "float"
-        zero_points = torch.empty(groups_shape, dtype=torch.uint8, device=on) if has_zeros else None
-        biases = torch.empty(groups_shape, dtype=scale_dtype, device=on) if has_biases else None
+        zero_points = torch.empty(groups_shape, dtype=torch.uint8, device=device) if has_zeros else None
+        biases = torch.empty(groups_shape, dtype=scale_dtype, device=device) if has_biases else None
         parts = slabs_of(weight, numel=STREAMED_NUMEL)
         for part, groups in zip(parts, workers.map(encode, parts), strict=True):
             if sink:
@@ -109,8 +109,8 @@ class AffineQuantizer:
         if costs is None:
             return None
         zero_points, biases = (blocks.offsets, None) if quantized.biases is None else (None, blocks.offsets)
-        refined = replace(quantized, codes=blocks.codes, scales=blocks.scales, zero_points=zero_points, biases=biases)
-        return Refinement(refined, *costs)
+        tensor = replace(quantized, codes=blocks.codes, scales=blocks.scales, zero_points=zero_points, biases=biases)
+        return Refinement(tensor, *costs)
 
     def _encode(self, target: torch.Tensor, start: AffineTensor | None, part: slice) -> AffineGroups:
         """The groups of some rows, float32."""
@@ -124,16 +124,16 @@ class AffineQuantizer:
                 scale_dtype=spec.scale_dtype,
                 zero_point=spec.zero_point,
             )
-        begun = None
+        start_constants = None
         if start is not None:
             offsets = start.zero_points if start.biases is None else start.biases
-            begun = (start.scales[part], None if offsets is None else offsets[part])
-        found = searched(target, spec.group_size, self._levels, begun, self.importance)
+            start_constants = (start.scales[part], None if offsets is None else offsets[part])
+        blocks = search_constants(target, spec.group_size, self._levels, start_constants, self.importance)
         shape = (len(target), -1)
-        scales = found.scales.view(shape)
-        offsets = None if found.offsets is None else found.offsets.view(shape)
+        scales = blocks.scales.view(shape)
+        offsets = None if blocks.offsets is None else blocks.offsets.view(shape)
         zero_points, biases = (None, offsets) if spec.zero_point == "float" else (offsets, None)
-        return AffineGroups(found.codes.view(target.shape), scales, zero_points, biases)
+        return AffineGroups(blocks.codes.view(target.shape), scales, zero_points, biases)
 
     @property
     def _levels(self) -> Levels:
@@ -146,15 +146,15 @@ class AffineQuantizer:
         return min(self.spec.scale_dtype, self.dtype, key=lambda name: torch.finfo(getattr(torch, name)).max)
 
     @property
-    def _larger(self) -> str:
-        """The hint for numbers that are too large. A range of 3e38 on both sides of 0 is twice the range of float32."""
+    def _overflow_hint(self) -> str:
+        """The hint for too large numbers. A range of 3e38 on both sides of 0 is twice the range of float32."""
         if self.spec.scale_dtype == "float16":
             return "--scale-dtype float32 where the layout has it, or --exclude it"
         has_other_form = self.spec.zero_point == "int" and not self.spec.symmetric
         return "--symmetric, or --exclude it" if has_other_form else "--exclude it"
 
     def _decodes(self, groups: AffineGroups) -> bool:
-        """Whether all values are finite in each dtype in which a loader computes: a product of code and scale can
+        """True if all values are finite in every dtype of a loader's arithmetic: a product of code and scale can
         overflow although the scale does not, and so can the end of a range after rounding up.
         """
         constants = [groups.scales] if groups.biases is None else [groups.scales, groups.biases]
@@ -172,7 +172,7 @@ class AffineQuantizer:
         return bool(torch.isfinite(values.to(getattr(torch, self.dtype))).all())
 
     def residual(self, weight: Rows, quantized: AffineTensor, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:
-        """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
+        """Write weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; return the sum of squares."""
         decoded = self.decoded(quantized)
 
         def subtract(part: slice) -> float:
@@ -191,15 +191,15 @@ class AffineQuantizer:
         *,
         workers: Workers = SERIAL,
     ) -> bool:
-        """Replace each group of `new` by the group of `previous` if the older group is closer to the matrix less the
-        rows that `minus` returns. Returns True.
+        """Replace each group of `new` by the group of `previous` if the older group is closer to weight - minus.
+        Returns True.
         """
         size = self.spec.group_size
         olds, news = self.decoded(previous), self.decoded(new)
 
         def choose(part: slice) -> None:
             target = _target(weight, minus, part)
-            largest = target.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # a square of it could overflow
+            largest = target.abs().max().clamp(min=torch.finfo(torch.float32).tiny)  # larger squares could overflow
             squared_errors = [
                 (decoded.rows(part).float() - target).div_(largest).square_().view(len(target), -1, size).sum(dim=2)
                 for decoded in (olds, news)
@@ -209,8 +209,8 @@ class AffineQuantizer:
             for old, fresh in [*pairs, (previous.biases, new.biases)]:
                 if old is not None and fresh is not None:
                     fresh[part] = torch.where(keep, old[part], fresh[part])
-            wide = keep.repeat_interleave(size, dim=1)
-            new.codes[part] = torch.where(wide, previous.codes[part], new.codes[part])
+            keeps_column = keep.repeat_interleave(size, dim=1)
+            new.codes[part] = torch.where(keeps_column, previous.codes[part], new.codes[part])
 
         workers.each(choose, slabs_of(weight, numel=STREAMED_NUMEL))
         return True
@@ -247,8 +247,8 @@ class OffsetDifference:
 class OffsetMerge:
     """A matrix of integers with an adapter in its offsets.
 
-    quantized       the codes of the base with other offsets
-    difference      how far its values are from the exact sum
+    quantized       the codes of the base with moved offsets
+    difference      the distance of the decoded values from the exact sum
     squared_weight  the squared norm of the base as a loader decodes it
     squared_delta   the squared norm of s·B·A over all inputs
     """
@@ -264,30 +264,36 @@ def merge_into_offsets(
 ) -> OffsetMerge:
     """The integers of `base` in the format `spec`, with a pooled adapter added to the offsets; the codes stay.
 
-    `base` and `spec` are of an integer format; each group of inputs that `pair` reads as one is a union of groups of
-    `base`; `dtype` is what a loader decodes the result to.
-    Raises NumericError for what is not finite; TypeError for a codebook format.
+    `base` and `spec` are of an integer format. A pooled group of inputs of `pair` is a union of groups of `base`.
+    A loader decodes the result to `dtype` ("bfloat16", ...).
+    Raises NumericError for NaN or infinite numbers; TypeError for a codebook format.
     """
     stored, target = as_affine_tensor(base), as_affine(spec)
     size = stored.spec.group_size
     delta = stored.scales.new_zeros(stored.scales.shape).double()
     if pair is not None:
         delta = group_delta(pair).repeat_interleave(pair.group_size // size, dim=1)
-    moved = move_offsets(stored, delta, target, dtype)
-    difference, squared_weight = offset_difference(moved, stored, delta), 0.0
+    merged = move_offsets(stored, delta, target, dtype)
+    difference, squared_weight = offset_difference(merged, stored, delta), 0.0
     if pair is not None:
         values = stored.decoded()
         squared_weight = layer_error(values, values, None, workers).squared_weight
-    return OffsetMerge(moved, difference, squared_weight, size * float(delta.double().square().sum()))
+    return OffsetMerge(merged, difference, squared_weight, size * float(delta.double().square().sum()))
 
 
 def move_offsets(base: AffineTensor, delta: torch.Tensor, spec: AffineSpec, dtype: str) -> AffineTensor:
     """`base` in the format `spec`, with delta[o, k] added to every weight of group k of row o; the codes stay.
 
-    delta: [out, in / group_size], taken in float64. With float zero points, bias' = bias + delta, or
-    -zero point * scale + delta (QA-LoRA, arXiv 2309.14717, section 3.3, without its division). With integer ones,
+    delta: float64 [out, in / group_size]. Float zero points become bias' = bias + delta, or -zero point * scale + delta
+    (QA-LoRA, arXiv 2309.14717, section 3.3, without the division). Integer zero points become
     zero' = round(zero point - delta / scale), clamped to the codes' range: most of a small delta is lost.
-    Raises NumericError for what is not finite, before or after.
+    Raises NumericError for constants that are not finite, before or after.
+
+    >>> base = AffineTensor(torch.tensor([[7, 9]], dtype=torch.uint8), torch.ones(1, 1), None, None,
+    ...                     AffineSpec(4, 2, symmetric=True), "float32")
+    >>> spec = AffineSpec(4, 2, symmetric=False, zero_point="float")
+    >>> move_offsets(base, torch.full((1, 1), 0.25, dtype=torch.float64), spec, "float32").dequantize().tolist()
+    [[-0.75, 1.25]]
     """
     scales, offsets = base.scales.double(), _offsets(base)
     if not bool(torch.isfinite(scales).all() and torch.isfinite(offsets).all()):
@@ -319,7 +325,9 @@ def _narrow(constants: torch.Tensor, spec: AffineSpec) -> torch.Tensor:
 
 
 def offset_difference(moved: AffineTensor, base: AffineTensor, delta: torch.Tensor) -> OffsetDifference:
-    """The loss of `move_offsets`: decoded values of `moved` in float32 against exact values, a few rows at a time."""
+    """The loss of `move_offsets(base, delta, ...)`: decoded values of `moved` in float32 against exact values in
+    float64. delta: float64 [out, in / group_size]. The comparison takes a few rows at a time.
+    """
     size, exact_offsets = base.spec.group_size, _offsets(base) + delta
     biases = None if moved.biases is None else moved.biases.float()
     largest, largest_weight, squares = 0.0, 0.0, []
@@ -354,5 +362,9 @@ def _offsets(quantized: AffineTensor) -> torch.Tensor:
 
 
 def make_quantizer(spec: AffineSpec, dtype: str, scales: str, importance: torch.Tensor | None) -> AffineQuantizer:
-    """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
+    """The quantizer of an integer format; parameters as in `loftq_cli.quant.formats.make_quantizer`.
+
+    >>> make_quantizer(AffineSpec(4, 64, symmetric=True), "bfloat16", "search", None).scales
+    'search'
+    """
     return AffineQuantizer(spec, dtype, scales, importance)

@@ -1,4 +1,4 @@
-"""Codebook formats: a matrix becomes stored codes and block constants, and again the matrix that a loader computes."""
+"""Codebook formats: a matrix becomes stored codes and block constants, and stored numbers the matrix of a loader."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from loftq_cli.errors import NumericError
-from loftq_cli.quant.blocks import refine_rows, searched
+from loftq_cli.quant.blocks import refine_rows, search_constants
 from loftq_cli.quant.formats import Cost, Refinement
 from loftq_cli.runtime.workers import SERIAL, Workers
 from loftq_cli.tensors.matrices import CodebookTensor, DecodedCodebook, NestedAbsmax, rows_of_blocks
@@ -28,10 +28,10 @@ from loftq_cli.triton_kernels.refinement.contract import Blocks, Levels
 _NESTED_ERROR = 0.0072
 
 # The floor under the divisor of a block: smaller numbers have lost digits already. A nested absmax with an overflowing
-# reciprocal is below the floor, and so is the error of such a block.
+# reciprocal is below the floor, and so is the error of the block.
 _SMALLEST = 1e-38
 
-# The share of nonzero blocks that may have a smaller constant than a constant ruined by double quantization.
+# The allowed share of nonzero blocks with a smaller constant than a constant ruined by double quantization.
 _RUINED_SHARE = 0.25
 
 _CODE_OF_ZERO = 7
@@ -59,10 +59,10 @@ class CodebookQuantizer:
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> CodebookTensor:
-        """The stored codes and constants of a matrix; with `minus`, of the matrix less the rows that `minus` returns.
+        """The stored codes and constants of a matrix. Rows from `minus` are subtracted before quantizing.
 
-        A search begins with the constants of `start`. With `sink`, the packed codes go to `sink` a few rows at a time,
-        in order, and the result holds no codes.
+        A search begins with the constants of `start`. A `sink` receives the packed codes a few rows at a time, in
+        order, and the result then holds no codes.
         Raises NumericError when a weight is NaN or infinite, when a stored number decodes to infinity in a loader's
         dtype, and when double quantization ruins the constants of a matrix: see `_is_ruined`.
         """
@@ -70,7 +70,7 @@ class CodebookQuantizer:
         numel = out_features * in_features
         packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8, device=weight.device)
         absmax = torch.empty(-(-numel // spec.block_size), device=weight.device)
-        begun = None if start is None or self.scales != "search" else start.decoded_absmax()
+        start_absmax = None if start is None or self.scales != "search" else start.decoded_absmax()
 
         def encode(part: slice) -> torch.Tensor:
             first, last = part.start * in_features, part.stop * in_features
@@ -81,12 +81,17 @@ class CodebookQuantizer:
             if self.scales == "search":
                 target = weight.rows(part).float()
                 target = target if subtracted is None else target - subtracted
-                own = None
-                if begun is not None:
-                    own = (rows_of_blocks(packed, begun, part, in_features, spec.block_size)[1], None)
-                found = searched(target, spec.block_size, self._levels(weight.device), own, self.importance)
-                codes.copy_(_packed(found.codes))
-                constants.copy_(found.scales)
+                start_constants = None
+                if start_absmax is not None:
+                    start_constants = (
+                        rows_of_blocks(packed, start_absmax, part, in_features, spec.block_size)[1],
+                        None,
+                    )
+                blocks = search_constants(
+                    target, spec.block_size, self._levels(weight.device), start_constants, self.importance
+                )
+                codes.copy_(_pack(blocks.codes))
+                constants.copy_(blocks.scales)
                 return codes
             quantize_codebook(
                 weight.rows(part), spec.codebook, spec.block_size, minus=subtracted, out=(codes, constants)
@@ -100,7 +105,7 @@ class CodebookQuantizer:
         # The constant of a block is finite exactly if all weights of the block are: no weight goes unchecked.
         if not bool(torch.isfinite(absmax).all()):
             raise not_finite(weight)
-        stored = self._nested(absmax, judges=minus is None) if spec.double_quant else absmax
+        stored = self._nest(absmax, judges=minus is None) if spec.double_quant else absmax
         quantized = CodebookTensor(packed, stored, spec, (out_features, in_features), self.dtype)
         # The largest weight of a block is the constant: a block decodes to infinity exactly if the constant rounds to
         # infinity. Double quantization moves a constant by less than the largest constant.
@@ -126,7 +131,7 @@ class CodebookQuantizer:
         if shape[1] % spec.block_size:
             return None
         absmax = quantized.decoded_absmax().view(shape[0], -1)
-        blocks = Blocks(_unpacked(quantized.packed, shape), absmax.clone(), None)
+        blocks = Blocks(_unpack(quantized.packed, shape), absmax.clone(), None)
         levels = self._levels(weight.device)
         costs = refine_rows(weight, blocks, spec.block_size, levels, cost, fits_scales=fits_scales, workers=workers)
         if costs is None:
@@ -134,13 +139,13 @@ class CodebookQuantizer:
         constants: torch.Tensor | NestedAbsmax = quantized.absmax
         if fits_scales:
             fitted = blocks.scales.reshape(-1)
-            constants = self._nested(fitted, judges=False) if spec.double_quant else fitted
-        return Refinement(replace(quantized, packed=_packed(blocks.codes.view(-1)), absmax=constants), *costs)
+            constants = self._nest(fitted, judges=False) if spec.double_quant else fitted
+        return Refinement(replace(quantized, packed=_pack(blocks.codes.view(-1)), absmax=constants), *costs)
 
     def residual(
         self, weight: Rows, quantized: CodebookTensor, out: torch.Tensor, *, workers: Workers = SERIAL
     ) -> float:
-        """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
+        """Write weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; return the sum of squares."""
         spec, absmax, in_features = self.spec, quantized.decoded_absmax(), weight.shape[1]
 
         def subtract(part: slice) -> float:
@@ -160,7 +165,7 @@ class CodebookQuantizer:
         *,
         workers: Workers = SERIAL,
     ) -> bool:
-        """No: double quantization ties the constants of all blocks together, so none can stay as it was."""
+        """Returns False and changes nothing: double quantization ties the constants of all blocks together."""
         del weight, minus, previous, new, workers
         return False
 
@@ -177,9 +182,9 @@ class CodebookQuantizer:
     def _slabs(self, weight: Rows, numel: int = SLAB_NUMEL) -> list[slice]:
         return slabs_of(weight, row_multiple(weight.shape[1], self.spec.block_size), numel)
 
-    def _nested(self, absmax: torch.Tensor, *, judges: bool) -> NestedAbsmax:
-        """The double-quantized form of constants float32 [n_blocks]. Raises NumericError for constants or a mean that
-        overflow, and with `judges` for constants that double quantization ruins.
+    def _nest(self, absmax: torch.Tensor, *, judges: bool) -> NestedAbsmax:
+        """The double-quantized form of constants float32 [n_blocks]. Raises NumericError when constants or the mean
+        overflow, and under `judges` when double quantization ruins the constants.
 
         The constants of a matrix less an adapter are not judged: the matrix itself was judged first, and subtracting
         turns zero blocks into rounding noise.
@@ -204,8 +209,11 @@ class CodebookQuantizer:
 
 
 def is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> torch.Tensor:
-    """bool [...]: whether double quantization moves each constant of [..., blocks] by less than the smallest constant.
-    A few numbers decide without decoding, and most matrices need no more.
+    """bool [...]: True if double quantization moves each constant float32 [..., blocks] by less than the smallest
+    constant. The nested constants float32 [..., nested blocks] decide without decoding, and suffice for most matrices.
+
+    >>> [bool(is_near(torch.tensor([smallest, 4.0]), torch.tensor([2.0]))) for smallest in (1.0, 0.01)]
+    [True, False]
     """
     if not absmax.numel():
         return torch.ones(absmax.shape[:-1], dtype=torch.bool, device=absmax.device)
@@ -214,7 +222,7 @@ def is_near(absmax: torch.Tensor, nested_absmax: torch.Tensor) -> torch.Tensor:
 
 
 def _is_ruined(absmax: torch.Tensor, decoded: torch.Tensor) -> bool:
-    """Whether double quantization has swallowed ordinary constants float32 [n_blocks] beside far larger constants.
+    """True if double quantization has swallowed ordinary constants float32 [n_blocks] beside far larger constants.
     Double quantization is exact to 0.7 % of the largest constant among 256, counted from the mean of all constants, and
     is finer near the mean.
 
@@ -224,22 +232,23 @@ def _is_ruined(absmax: torch.Tensor, decoded: torch.Tensor) -> bool:
     the error of a ruined constant reaches the lower quartile of the constants of all nonzero blocks. An accepted matrix
     has an error of at most the constant itself or the quartile in each block.
 
-    The largest error in units of the bound, measured: 0.09 in MiniLM and 0.04 in tiny-llama, at their worst block
-    size; with blocks of 64, normal weights with 1 to 16 columns of 50 times their size 0.02 to 0.43, of 100 times up to
-    0.81; one weight of 1e3 times theirs 0.03 to 0.48, of 1e6 times 2.5 among 4 million and 500 among 4096. At 0.5
-    double quantization adds up to three times what NF4 itself loses, which is poor; at 1 nothing is left to lose.
+    The largest error in units of the bound, measured: 0.09 in MiniLM and 0.04 in tiny-llama, at the worst block size.
+    Normal weights in blocks of 64 give 0.02 to 0.43 when 1 to 16 columns are 50 times larger, and up to 0.81 when the
+    columns are 100 times larger. A single weight 1e3 times larger gives 0.03 to 0.48, and 1e6 times larger 2.5 among 4
+    million weights and 500 among 4096. Double quantization at 0.5 adds up to three times the error of NF4 itself, a
+    poor result; an error of 1 leaves nothing to lose.
     """
     error = (decoded - absmax).abs_()
     if not bool(torch.isfinite(error.max())):
         return True
-    own = absmax.masked_fill(absmax == 0, torch.inf)  # a zero block decodes to zero with any constant
-    worst = error.masked_fill_(error < own, 0.0).max()
+    nonzero_absmax = absmax.masked_fill(absmax == 0, torch.inf)  # a zero block decodes to zero with any constant
+    worst = error.masked_fill_(error < nonzero_absmax, 0.0).max()
     if worst < _SMALLEST:
         return False
-    return int((own <= worst).sum()) >= _RUINED_SHARE * int((absmax > 0).sum())
+    return int((nonzero_absmax <= worst).sum()) >= _RUINED_SHARE * int((absmax > 0).sum())
 
 
-def _packed(codes: torch.Tensor) -> torch.Tensor:
+def _pack(codes: torch.Tensor) -> torch.Tensor:
     """uint8 [ceil(n / 2)] of codes [n]; an odd end is filled with the code of 0.0, as bitsandbytes does."""
     if codes.numel() % 2:
         codes = torch.cat([codes, codes.new_full((1,), _CODE_OF_ZERO)])
@@ -247,11 +256,15 @@ def _packed(codes: torch.Tensor) -> torch.Tensor:
     return (pairs << 4).bitwise_or_(pairs >> 8).to(torch.uint8)
 
 
-def _unpacked(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _unpack(packed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     """Codes uint8 [out, in]."""
     return torch.stack((packed >> 4, packed & 15), dim=1).view(-1)[: math.prod(shape)].view(shape)
 
 
 def make_quantizer(spec: CodebookSpec, dtype: str, scales: str, importance: torch.Tensor | None) -> CodebookQuantizer:
-    """The quantizer of `spec`; see `loftq_cli.quant.formats`."""
+    """The quantizer of a codebook format; parameters as in `loftq_cli.quant.formats.make_quantizer`.
+
+    >>> make_quantizer(CodebookSpec("nf4", 64), "bfloat16", "absmax", None).dtype
+    'bfloat16'
+    """
     return CodebookQuantizer(spec, dtype, scales, importance)

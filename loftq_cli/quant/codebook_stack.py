@@ -1,4 +1,4 @@
-"""Codebook formats for a stack of equal matrices on a GPU that never wait for the GPU. Unusual matrices are marked, and
+"""Codebook formats for a stack of equal matrices on a GPU. No call waits for the GPU: unusual matrices are marked, and
 the reader of the result quantizes a marked matrix again with the careful code of `loftq_cli.quant.codebook`.
 """
 
@@ -22,7 +22,7 @@ class QuantizedStack:
 
     coded         the codes, and the constants as a loader decodes the constants
     nested        the double-quantized constants, each with a first dimension n; None without double quantization
-    is_ordinary   bool [n]: whether the matrix needs no careful code
+    is_ordinary   bool [n]: True if the matrix needs no careful code
     """
 
     coded: CodedStack
@@ -41,11 +41,16 @@ def quantize_stack(
     dtype: str,
     update: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> QuantizedStack:
-    """The stored codes and constants of [n, out, in]; with `update` (left, right), of the matrices less left @ right.
+    """The stored codes and constants of `weight` [n, out, in], or of weight - left @ right for `update` (left, right).
 
-    A matrix is ordinary if all weights are finite, no block is zero, double quantization ruins no constant, and no
-    value overflows `dtype`, a loader's dtype.
+    left is float32 [n, out, rank], right float32 [n, rank, in]. A matrix is ordinary if all weights are finite, no
+    block is zero, double quantization ruins no constant, and no value overflows `dtype`, a loader's dtype.
     Raises TypeError for a format without `has_code_kernels`.
+
+    >>> from loftq_cli.tensors.specs import CodebookSpec
+    >>> stack = quantize_stack(torch.ones(3, 2, 64), CodebookSpec("nf4", 64), "float32")
+    >>> stack.coded.packed.shape, stack.is_ordinary.tolist()
+    (torch.Size([3, 64]), [True, True, True])
     """
     spec, n = as_codebook(spec), len(weight)
     if update is not None:
@@ -59,7 +64,7 @@ def quantize_stack(
     is_ordinary = (largest < torch.finfo(getattr(torch, dtype)).max / 2) & largest.isfinite()
     decoded, nested = absmax, None
     if spec.double_quant:
-        decoded, nested = _nested(absmax, spec.nested_block_size)
+        decoded, nested = _nest(absmax, spec.nested_block_size)
         is_ordinary &= nested.offset.isfinite()
         # The constants of a matrix less an adapter are not judged: see `CodebookQuantizer`.
         is_ordinary &= is_near(absmax, nested.absmax) if update is None else nested.absmax.isfinite().all(dim=1)
@@ -75,7 +80,15 @@ def unstacked(
     dtype: str,
     i: int,
 ) -> QuantizedTensor:
-    """The i-th matrix of a stack. Raises TypeError for a format without `has_code_kernels`."""
+    """The i-th matrix [out, in] = `shape` of a stack with packed codes uint8 [n, bytes] and constants [n, blocks].
+
+    Raises TypeError for a format without `has_code_kernels`.
+
+    >>> from loftq_cli.tensors.specs import CodebookSpec
+    >>> spec, packed = CodebookSpec("nf4", 64, double_quant=False), torch.full((3, 32), 255, dtype=torch.uint8)
+    >>> unstacked(packed, torch.tensor([[1.0], [2.0], [3.0]]), spec, (1, 64), "float32", 1).dequantize().unique()
+    tensor([2.])
+    """
     spec = as_codebook(spec)
     if isinstance(constants, NestedAbsmax):
         nested = NestedAbsmax(constants.codes[i], constants.absmax[i], constants.code_map, constants.offset[i])
@@ -83,7 +96,7 @@ def unstacked(
     return CodebookTensor(packed[i], constants[i], spec, shape, dtype)
 
 
-def _nested(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, NestedAbsmax]:
+def _nest(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch.Tensor, NestedAbsmax]:
     """Constants float32 [n, blocks] as a loader decodes the constants, and the double-quantized form."""
     code_map = dynamic_map(absmax.device)
     codes, nested_absmax, offset = double_quantize(absmax, nested_block_size)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 QuantSpec: TypeAlias = CodebookSpec | AffineSpec
 QuantizedTensor: TypeAlias = CodebookTensor | AffineTensor
 
-# How the constants of a block or group are chosen: from its largest weights, or for the least squared error.
+# The choice of the constants of a block or group: the largest weights decide, or the least squared error.
 SCALES = ("absmax", "search")
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The cost of an error E [out, in]: the sum of e·H·eᵀ over the rows e. H is either
-    - diag(importance) − vectors·vectorsᵀ; `vectors` float32 [in, r], `importance` float32 [in], or None for ones
+    - diag(importance) − vectors·vectorsᵀ; `vectors` float32 [in, r], `importance` float32 [in], or None for all 1
     - or hessian, float32 [in, in]
     """
 
@@ -58,22 +58,23 @@ class Quantizer(Protocol):
         sink: Callable[[slice, torch.Tensor], None] | None = None,
         workers: Workers = SERIAL,
     ) -> Any:
-        """The quantized form of a matrix: a QuantizedTensor. With `sink`, the codes go to `sink` a few rows at a time.
+        """The quantized form of a matrix: a QuantizedTensor. A `sink` receives the codes a few rows at a time.
 
-        A search for constants begins with the constants of `start`, a quantized form of nearly the same matrix.
+        A search for constants begins with the constants of `start`, a quantized form of a nearly equal matrix.
         """
         ...
 
     def refine(
         self, weight: Rows, quantized: Any, cost: Cost, *, fits_scales: bool = True, workers: Workers = SERIAL
     ) -> Refinement | None:
-        """Codes with an error of at most the same cost, and with `fits_scales` constants too; rounding the constants
-        for storage may take back a part of the gain. None for rows that are not whole blocks.
+        """Codes whose error costs at most as much as before; `fits_scales` also fits the constants. Rounding the
+        constants for storage may take back a part of the gain. None for rows of broken blocks, and for a cost that
+        rises.
         """
         ...
 
     def residual(self, weight: Rows, quantized: Any, out: torch.Tensor, *, workers: Workers = SERIAL) -> float:
-        """weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; the sum of its squares."""
+        """Write weight - dequant(quantized) into `out` [out, in], float32 or bfloat16; return the sum of squares."""
         ...
 
     def keep_nearer(
@@ -85,14 +86,14 @@ class Quantizer(Protocol):
         *,
         workers: Workers = SERIAL,
     ) -> bool:
-        """Replace parts of `new` by parts of `previous` that are closer to weight - minus. Returns whether the format
-        lets parts be chosen separately; if not, `new` stays unchanged.
+        """Replace parts of `new` by the parts of `previous` closer to weight - minus. Returns True if the format lets
+        parts be chosen separately; otherwise `new` stays unchanged.
         """
         ...
 
     def decoded(self, quantized: Any, codes: Callable[[slice], torch.Tensor] | None = None) -> Rows:
-        """The matrix that a loader computes, see `QuantizedTensor.decoded`; `codes` returns the codes of some rows, in
-        the form that `sink` received, for a `quantized` without codes.
+        """The matrix of a loader, see `QuantizedTensor.decoded`. For a `quantized` without codes, the function `codes`
+        returns the codes of some rows in the form of the argument of `sink`.
         """
         ...
 
@@ -105,10 +106,11 @@ class Quantizer(Protocol):
 class Format:
     """A row of the table.
 
-    module        the module that implements the format
+    module        the module of the format's code
     bits          bits of a code
-    block_sizes   weights that may share a constant, for a codebook format
-    group_sizes   columns that may share a scale, for an integer format
+    summary       a line for the list of formats
+    block_sizes   for a codebook format: allowed numbers of weights with a common constant
+    group_sizes   for an integer format: allowed numbers of columns with a common scale
     """
 
     module: str
@@ -119,7 +121,7 @@ class Format:
 
     @property
     def is_affine(self) -> bool:
-        """Whether codes are integers."""
+        """True if codes are integers."""
         return bool(self.group_sizes)
 
 
@@ -140,8 +142,12 @@ FORMATS: dict[str, Format] = {
 def make_quantizer(
     spec: QuantSpec, dtype: str, scales: str = SCALES[0], importance: torch.Tensor | None = None
 ) -> Quantizer:
-    """The quantizer of `spec` whose values a loader decodes to `dtype` ("bfloat16", ...). A search for constants weighs
-    the squared errors of columns by `importance`, float32 [in].
+    """The quantizer of `spec` whose values a loader decodes to `dtype` ("bfloat16", ...).
+
+    `scales` is a name in SCALES. The "search" weighs the squared errors of columns by `importance`, float32 [in].
+
+    >>> make_quantizer(CodebookSpec("nf4", 64), "float32").scales
+    'absmax'
     """
     module = import_module(FORMATS[spec.quant_type].module)
     quantizer: Quantizer = module.make_quantizer(spec, dtype, scales, importance)
@@ -149,14 +155,22 @@ def make_quantizer(
 
 
 def spec_json(spec: QuantSpec) -> dict[str, Any]:
-    """A specification as in reports: quant_type, and the fields of the kind of format."""
+    """A specification as in reports: quant_type, and the fields of the kind of format.
+
+    >>> spec_json(CodebookSpec("nf4", 64))
+    {'quant_type': 'nf4', 'block_size': 64, 'double_quant': True}
+    """
     hidden = ("codebook", "bits", "nested_block_size")
     values = {field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)}
     return {"quant_type": spec.quant_type, **{name: value for name, value in values.items() if name not in hidden}}
 
 
 def spec_from_json(values: Mapping[str, Any]) -> QuantSpec:
-    """The inverse of `spec_json`. Raises KeyError, TypeError or ValueError for values of another shape."""
+    """The inverse of `spec_json`. Raises KeyError, TypeError or ValueError for values of another shape.
+
+    >>> spec_from_json({"quant_type": "nf4", "block_size": 64, "double_quant": True}) == CodebookSpec("nf4", 64)
+    True
+    """
     quant_type = values["quant_type"]
     if not FORMATS[quant_type].is_affine:
         return CodebookSpec(quant_type, int(values["block_size"]), bool(values["double_quant"]))
@@ -183,21 +197,37 @@ def as_affine(spec: QuantSpec) -> AffineSpec:
 
 
 def as_codebook(spec: QuantSpec) -> CodebookSpec:
-    """`spec` of a codebook format. Raises TypeError for an integer format: the caller chose by `is_affine` before."""
+    """`spec` of a codebook format. Raises TypeError for an integer format: the caller chose by `is_affine` before.
+
+    >>> as_codebook(CodebookSpec("fp4", 64)).codebook
+    'fp4'
+    """
     if not isinstance(spec, CodebookSpec):
         raise TypeError(f"{spec.quant_type} is no codebook format")
     return spec
 
 
 def as_affine_tensor(quantized: QuantizedTensor) -> AffineTensor:
-    """`quantized` of an integer format. Raises TypeError for a codebook format."""
+    """`quantized` of an integer format. Raises TypeError for a codebook format.
+
+    >>> spec = CodebookSpec("nf4", 64)
+    >>> as_affine_tensor(CodebookTensor(packed=None, absmax=None, spec=spec, shape=(2, 64), dtype="float32"))
+    Traceback (most recent call last):
+    TypeError: nf4 is no integer format
+    """
     if not isinstance(quantized, AffineTensor):
         raise TypeError(f"{quantized.spec.quant_type} is no integer format")
     return quantized
 
 
 def as_codebook_tensor(quantized: QuantizedTensor) -> CodebookTensor:
-    """`quantized` of a codebook format. Raises TypeError for an integer format."""
+    """`quantized` of a codebook format. Raises TypeError for an integer format.
+
+    >>> spec = CodebookSpec("nf4", 64)
+    >>> tensor = CodebookTensor(packed=None, absmax=None, spec=spec, shape=(2, 64), dtype="float32")
+    >>> as_codebook_tensor(tensor) is tensor
+    True
+    """
     if not isinstance(quantized, CodebookTensor):
         raise TypeError(f"{quantized.spec.quant_type} is no codebook format")
     return quantized
@@ -211,8 +241,8 @@ def override_spec(
     block_size: int | None = None,
     double_quant: bool | None = None,
 ) -> QuantSpec:
-    """`spec` with the values of one layer: None keeps the value of `spec`, and so does an option of the other kind of
-    format. `quant_type` is of the kind of `spec`.
+    """`spec` with the values of a layer: None keeps the value of `spec`, and an option for another kind of format has
+    no effect. `quant_type` is of the kind of `spec`.
 
     >>> override_spec(AffineSpec(4, 64, symmetric=False), quant_type="int8").quant_type
     'int8'
@@ -232,7 +262,7 @@ def specs_of_sizes(spec: QuantSpec, quant_types: Iterable[str], sizes: Sequence[
     """Every format of the kind of `spec` with each of `sizes`: integers in each of the bits of `quant_types`,
     ascending; a codebook stays the codebook.
 
-    >>> [other.block_size for other in specs_of_sizes(CodebookSpec("nf4", 64), ["nf4", "fp4"], [32, 64])]
+    >>> [spec.block_size for spec in specs_of_sizes(CodebookSpec("nf4", 64), ["nf4", "fp4"], [32, 64])]
     [32, 64]
     """
     if isinstance(spec, CodebookSpec):
@@ -242,8 +272,11 @@ def specs_of_sizes(spec: QuantSpec, quant_types: Iterable[str], sizes: Sequence[
 
 
 def requantized_spec(stored: QuantSpec, spec: QuantSpec) -> QuantSpec:
-    """The format of a matrix stored in `stored` that is quantized again to `spec`: from codebook to codebook, blocks
-    and double quantization stay as they are stored.
+    """The format of a matrix in the format `stored` after quantizing again to `spec`. A codebook matrix keeps the
+    stored blocks and double quantization when `spec` is a codebook format too.
+
+    >>> requantized_spec(CodebookSpec("nf4", 32), CodebookSpec("fp4", 64)).size_text
+    'block 32'
     """
     if isinstance(spec, CodebookSpec) and isinstance(stored, CodebookSpec):
         return dataclasses.replace(stored, codebook=spec.codebook)
@@ -253,7 +286,13 @@ def requantized_spec(stored: QuantSpec, spec: QuantSpec) -> QuantSpec:
 def tensor_from_buffers(
     buffers: Mapping[str, torch.Tensor], spec: QuantSpec, shape: tuple[int, int], dtype: str
 ) -> QuantizedTensor:
-    """The quantized matrix [out, in] whose `to_buffers` gave `buffers`; `dtype` is what a loader decodes to."""
+    """The quantized matrix [out, in] = `shape` whose `to_buffers` gave `buffers`; a loader decodes to `dtype`.
+
+    >>> import torch
+    >>> buffers = {"packed": torch.full((1,), 255, dtype=torch.uint8), "absmax": torch.tensor([3.0])}
+    >>> tensor_from_buffers(buffers, CodebookSpec("nf4", 64, double_quant=False), (1, 2), "float32").dequantize()
+    tensor([[3., 3.]])
+    """
     if isinstance(spec, AffineSpec):
         return AffineTensor.from_buffers(buffers, spec, shape, dtype)
     return CodebookTensor.from_buffers(buffers, spec, shape, dtype)

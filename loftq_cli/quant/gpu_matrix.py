@@ -1,5 +1,5 @@
 """A whole matrix on a GPU, for merge and inspect: merged with an adapter, quantized again, or compared. A function
-called `..._on` returns None for a matrix that the processor has to take: see `SharedDevice.run`.
+called `..._on` returns None when the processor has to take the matrix: see `SharedDevice.run`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BESIDE_NUMEL = 1 << 26
 
 _SLAB_NUMEL = 1 << 24  # weights in a slab, for work without a kernel over the whole matrix
 
-# Bytes of device memory for each weight: a matrix in float64, a copy in float32, and codes or a copy of the result; and
-# for each weight of a slab.
+# Bytes of device memory: each weight needs a matrix in float64, a copy in float32, and codes or a copy of the result;
+# each weight of a slab needs more.
 _NBYTES, _SLAB_NBYTES = 16, 48
 
 
@@ -44,7 +44,7 @@ class MergedMatrix:
 
 @dataclass(frozen=True, slots=True)
 class RequantizedMatrix:
-    """W + s·B·A quantized; ||W||², ||s·B·A||², and the part of the adapter that survives (None without an adapter)."""
+    """W + s·B·A quantized; ||W||², ||s·B·A||², and the surviving part of the adapter (None without an adapter)."""
 
     quantized: QuantizedTensor
     squared_weight: float = 0.0
@@ -55,8 +55,8 @@ class RequantizedMatrix:
 def merge_on(
     gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, dtype: str, *, turned: bool
 ) -> MergedMatrix | None:
-    """The matrix of `numel` weights from `read`, merged in `dtype`; [in, out] if `turned`. None for a result that
-    is not finite.
+    """The matrix of `numel` weights from `read`, merged in `dtype`: [out, in], or [in, out] if `turned`. None for a
+    result with NaN or infinity.
 
     Codes of a codebook with an unpooled adapter become merged weights in a single pass; integers, pooled adapters and
     weights in full precision are merged slab by slab, as on a processor.
@@ -65,11 +65,11 @@ def merge_on(
     def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> MergedMatrix:
         import torch
 
-        made = _merged(*inputs, getattr(torch, dtype))
-        if not (math.isfinite(made.squared_weight) and is_finite(made.tensor)):
+        merged = _merge(*inputs, getattr(torch, dtype))
+        if not (math.isfinite(merged.squared_weight) and is_finite(merged.tensor)):
             raise NumericError("is not finite")
-        tensor = made.tensor.T.contiguous() if turned else made.tensor
-        return MergedMatrix(tensor, made.squared_weight, made.squared_delta)
+        tensor = merged.tensor.T.contiguous() if turned else merged.tensor
+        return MergedMatrix(tensor, merged.squared_weight, merged.squared_delta)
 
     return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
 
@@ -77,7 +77,7 @@ def merge_on(
 def requantize_on(
     gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, quantizer: Quantizer
 ) -> RequantizedMatrix | None:
-    """`requantize` for the matrix of `numel` weights from `read`."""
+    """`requantize` for the matrix of `numel` weights from `read`. None when the merged matrix cannot be quantized."""
 
     def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> RequantizedMatrix:
         return requantize(_rows(inputs[0]), inputs[1], quantizer)
@@ -90,7 +90,14 @@ def requantize(
 ) -> RequantizedMatrix:
     """The merged matrix quantized again, on the device of `weight`. Peak memory beside `weight`: the quantized matrix.
 
-    Raises NumericError for a merged matrix that cannot be quantized.
+    Raises NumericError when the merged matrix cannot be quantized.
+
+    >>> import torch
+    >>> from loftq_cli.quant.formats import CodebookSpec, make_quantizer
+    >>> lora = LoraPair(torch.ones(1, 64), torch.ones(2, 1), scaling=0.5)
+    >>> merged = requantize(TensorRows(torch.ones(2, 64)), lora, make_quantizer(CodebookSpec(), "float32"))
+    >>> round(merged.squared_weight, 3), round(merged.quantized.dequantize()[0, 0].item(), 3)
+    (128.0, 1.5)
     """
     from loftq_cli.triton_kernels.backend import has_kernels
     from loftq_cli.triton_kernels.error_stats.contract import error_stats
@@ -117,8 +124,8 @@ def requantize(
         change = stored.rows(part).float() - rows
         return sums.squared_weight, sums.squared_delta, float((change.double() * added).sum())
 
-    found = list(workers.map(compare, slabs_of(weight, stored.multiple, STREAMED_NUMEL)))
-    return RequantizedMatrix(quantized, *(math.fsum(column) for column in zip(*found, strict=True)))
+    sums_of_slabs = list(workers.map(compare, slabs_of(weight, stored.multiple, STREAMED_NUMEL)))
+    return RequantizedMatrix(quantized, *(math.fsum(column) for column in zip(*sums_of_slabs, strict=True)))
 
 
 def errors_on(
@@ -128,8 +135,8 @@ def errors_on(
     lora: LoraPair | None,
     group_size: int | None,
 ) -> tuple[LayerError, GroupErrors | None] | None:
-    """The `layer_error` of a weight beside the stored matrix, both from `read`; with `group_size`, `group_errors` too.
-    Codes of a codebook are decoded and compared in a single pass. None for an error that is not finite.
+    """The `layer_error` of a weight beside the stored matrix from `read`, and the `group_errors` if `group_size` is a
+    number. A single pass decodes and compares codes of a codebook. None for an error of NaN or infinity.
     """
 
     def work(
@@ -165,17 +172,17 @@ def _rows(matrix: WholeMatrix) -> Rows:
     return ComputedRows(rows.shape, rows.rows, rows.multiple, rows.device, _SLAB_NUMEL)
 
 
-def _merged(weight: WholeMatrix, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
+def _merge(weight: WholeMatrix, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
     import torch
 
     if not isinstance(weight, TensorRows) and lora is not None and lora.group_size == 1:
         codes = weight.operand()
         if codes is not None:
-            return _merged_codes(codes, weight.shape, getattr(torch, weight.dtype), lora, dtype)
-    return _merged_rows(_rows(weight), lora, dtype)
+            return _merge_codes(codes, weight.shape, getattr(torch, weight.dtype), lora, dtype)
+    return _merge_rows(_rows(weight), lora, dtype)
 
 
-def _merged_codes(
+def _merge_codes(
     codes: CodebookOperand, shape: tuple[int, int], values: torch.dtype, lora: LoraPair, dtype: torch.dtype
 ) -> MergedMatrix:
     """Codes [out, in] whose values a loader rounds to `values`, merged in `dtype`."""
@@ -185,7 +192,7 @@ def _merged_codes(
     from loftq_cli.triton_kernels.merging.contract import merge_codebook
 
     lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
-    # Beside a matrix of zeros, the error of codes and of an adapter is the squared norm.
+    # The error of codes and of an adapter beside a matrix of zeros is the squared norm.
     nothing = torch.zeros(shape, dtype=torch.bfloat16, device=lora_A.device)
     sums = codebook_error_sums(nothing, *codes, values, lora_A, lora_B, lora.scaling).tolist()
     del nothing
@@ -193,24 +200,24 @@ def _merged_codes(
     return MergedMatrix(tensor, squared_weight=sums[1], squared_delta=sums[4])
 
 
-def _merged_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
+def _merge_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
     import torch
 
     from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
     delta = None if lora is None else delta_rows(lora)
-    tensor, found = torch.empty(weight.shape, dtype=dtype, device=weight.device), []
+    tensor, sums_of_slabs = torch.empty(weight.shape, dtype=dtype, device=weight.device), []
     for part in slabs_of(weight, numel=STREAMED_NUMEL):
         rows = weight.rows(part).float()
         added = None if delta is None else delta(part)
-        found.append(error_stats(rows, rows, added))
+        sums_of_slabs.append(error_stats(rows, rows, added))
         tensor[part] = rows if added is None else rows + added
-    squared_weight = math.fsum(sums.squared_weight for sums in found)
-    return MergedMatrix(tensor, squared_weight, math.fsum(sums.squared_delta for sums in found))
+    squared_weight = math.fsum(sums.squared_weight for sums in sums_of_slabs)
+    return MergedMatrix(tensor, squared_weight, math.fsum(sums.squared_delta for sums in sums_of_slabs))
 
 
 def _error(weight: Rows, decoded: WholeMatrix, lora: LoraPair | None) -> LayerError:
-    """Raises NumericError where it is not finite."""
+    """The error of the matrix. Raises NumericError for an error of NaN or infinity."""
     error = None if isinstance(decoded, TensorRows) else _error_of_codes(weight, decoded, lora)
     error = error or layer_error(weight, _rows(decoded), lora)
     if not (math.isfinite(error.squared_weight) and math.isfinite(error.squared_error)):
@@ -219,7 +226,7 @@ def _error(weight: Rows, decoded: WholeMatrix, lora: LoraPair | None) -> LayerEr
 
 
 def _error_of_codes(weight: Rows, quantized: QuantizedTensor, lora: LoraPair | None) -> LayerError | None:
-    """The error by a pass that decodes and compares; None for a pooled adapter and for codes without a kernel."""
+    """The error, decoded and compared in a single pass; None for a pooled adapter and for codes without a kernel."""
     import torch
 
     from loftq_cli.triton_kernels.error_stats.contract import codebook_error_sums
@@ -227,6 +234,6 @@ def _error_of_codes(weight: Rows, quantized: QuantizedTensor, lora: LoraPair | N
     codes = quantized.operand() if lora is None or lora.group_size == 1 else None
     if codes is None:
         return None
-    whole, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, quantized.dtype)
+    rows, values = weight.rows(slice(0, weight.shape[0])), getattr(torch, quantized.dtype)
     factors = () if lora is None else (lora.lora_A.float(), lora.lora_B.float(), lora.scaling)
-    return LayerError(*codebook_error_sums(whole, *codes, values, *factors)[:5].tolist())
+    return LayerError(*codebook_error_sums(rows, *codes, values, *factors)[:5].tolist())

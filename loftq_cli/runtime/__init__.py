@@ -1,7 +1,8 @@
 """How work runs: threads, the order of jobs, a GPU, compiled kernels or plain torch. Knows no tensor and no file.
 
-gpu.py            which device computes, its memory, and copies to it and back
+version.py        the version of loftq-cli
+gpu.py            the computing device, the memory of a GPU, and copies to a GPU and back
 kernel_choice.py  whether compiled kernels are worth loading
 workers.py        threads that share the work
-schedule.py       the order in which jobs run, and which run side by side
+schedule.py       the order of jobs, and the jobs that run side by side
 """

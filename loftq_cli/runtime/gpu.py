@@ -1,5 +1,5 @@
-"""A GPU as conversions use it: which one, how much of its memory, and copies to and from it that run while it computes.
-Knows tensors, no jobs.
+"""The GPU of a conversion: the choice of a device, a bound on memory, and copies that run while the GPU computes. Knows
+tensors, no jobs.
 """
 
 from __future__ import annotations
@@ -21,15 +21,26 @@ Inputs = TypeVar("Inputs")
 
 DEVICES = "auto|cpu|cuda|cuda:N"
 
-# Weights times passes from which "auto" takes a GPU: starting it and compiling its kernels takes ten seconds, in which
-# a processor does about as much.
+# The least number of weights times passes for "auto" to take a GPU: a GPU needs ten seconds to start and to compile
+# kernels, and a processor does about 1 << 31 weights times passes meanwhile.
 _WORTH_STARTING = 1 << 31
 
-_FREE_SHARE = 0.8  # of the memory that is free at the start; the rest is for what torch and its libraries add
+_FREE_SHARE = 0.8  # share of the memory free at the start; torch and libraries take from the remaining share
 
 
 def check_device_name(name: str, max_nbytes: int | None = None) -> None:
-    """Raises UsageError for a name that no device has, and for a bound on the memory of a GPU where none computes."""
+    """Check the options --device and --max-memory.
+
+    name         "auto", "cpu", "cuda", or "cuda:N"
+    max_nbytes   bound on the memory of a GPU in bytes; None without the option
+
+    Raises UsageError for another name, and for "cpu" with a bound.
+
+    >>> check_device_name("cuda:1", 8_000_000_000)
+    >>> check_device_name("gpu")
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: --device 'gpu' does not exist (one of auto|cpu|cuda|cuda:N)
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise UsageError(f"--device {name!r} does not exist", hint=f"one of {DEVICES}")
     if name == "cpu" and max_nbytes is not None:
@@ -38,10 +49,16 @@ def check_device_name(name: str, max_nbytes: int | None = None) -> None:
 
 
 def open_device(name: str, work: int, max_nbytes: int | None = None) -> Device | None:
-    """The GPU called `name`, of whose memory `max_nbytes` at most are used; None for the processor. "auto" is the first
-    GPU where there is one and `work`, weights times passes, is worth starting it.
+    """Open the device called `name`. Returns None for the processor.
 
-    Raises UsageError for a GPU that is not there.
+    name         see `check_device_name`; "auto" is the first GPU of a machine with a GPU, for work worth a start
+    work         the number of weights times the number of passes over the weights
+    max_nbytes   most bytes of the GPU's memory to use; None for 80 % of the free memory
+
+    Raises UsageError for an unknown name, and for a GPU that torch does not find.
+
+    >>> open_device("cpu", work=1 << 40) is None
+    True
     """
     check_device_name(name, max_nbytes)
     if name == "cpu" or (name == "auto" and work < _WORTH_STARTING):
@@ -61,20 +78,27 @@ def open_device(name: str, work: int, max_nbytes: int | None = None) -> Device |
 
 @dataclass(frozen=True, slots=True)
 class Download(Generic[Value]):
-    """Something made of tensors that are on their way to the processor's memory."""
+    """A value whose tensors are on the way to the processor's memory.
+
+    value     dataclasses, tuples and dicts of pinned tensors; the numbers are valid after `wait`
+    arrived   recorded after the last copy
+    """
 
     value: Value
     arrived: torch.cuda.Event
 
     def wait(self) -> Value:
-        """It, when all of it is there."""
+        """The value, after the last copy has arrived."""
         self.arrived.synchronize()
         return self.value
 
 
 class Device:
-    """One GPU with a stream for each direction and one to compute in. Used from one thread; what waits for a Download
-    may be others.
+    """A GPU with three streams: copies up, computing, copies down. A single thread uses a Device; other threads may
+    wait for a Download.
+
+    device       the device of torch
+    max_nbytes   most bytes of the GPU's memory to use: at most 80 % of the memory free at the start
     """
 
     def __init__(self, device: torch.device, max_nbytes: int | None = None) -> None:
@@ -92,14 +116,14 @@ class Device:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """What is launched in the block runs in the stream for it."""
+        """Kernels launched in the context run in the computing stream."""
         import torch
 
         with torch.cuda.device(self.device), torch.cuda.stream(self._compute):
             yield
 
     def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copies of pinned tensors, for use in `computing`. Does not wait."""
+        """Copies of pinned tensors on the GPU, for use in `computing`. Does not wait."""
         import torch
 
         with torch.cuda.device(self.device), torch.cuda.stream(self._up):
@@ -112,8 +136,8 @@ class Device:
         return copies
 
     def download(self, value: Value) -> Download[Value]:
-        """`value` with copies in pinned memory of all tensors in it that were made in `computing`; see `with_tensors`.
-        Does not wait.
+        """`value` with copies in pinned memory in place of all GPU tensors; see `map_tensors`. The copies begin after
+        the work launched in `computing` so far. Does not wait.
         """
         import torch
 
@@ -124,16 +148,16 @@ class Device:
             target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return target.copy_(tensor, non_blocking=True)
 
-        made, arrived = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        made.record(self._compute)
+        computed, arrived = torch.cuda.Event(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        computed.record(self._compute)
         with torch.cuda.device(self.device), torch.cuda.stream(self._down):
-            self._down.wait_event(made)
-            copied = with_tensors(value, copy)
+            self._down.wait_event(computed)
+            copied = map_tensors(value, copy)
             arrived.record()
         return Download(copied, arrived)
 
     def drain(self) -> None:
-        """Wait for everything, and give memory that nothing holds back."""
+        """Wait for all launched work, and give unused memory back to the GPU."""
         import torch
 
         torch.cuda.synchronize(self.device)
@@ -141,7 +165,9 @@ class Device:
 
 
 class SharedDevice:
-    """A GPU for threads that take turns: one computes on it, and has all of its memory meanwhile, copies included."""
+    """A GPU for threads that take turns: a thread computes alone and has all memory of the GPU meanwhile, copies
+    included.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device, self._turn = device, Lock()
@@ -150,18 +176,21 @@ class SharedDevice:
         return str(self._device)
 
     def run(self, work: Callable[[Inputs], Value], read: Callable[[], Inputs], nbytes: int) -> Value | None:
-        """What `work` makes of copies on the device of what `read` gives, with all of its tensors back in the
-        processor's memory; see `with_tensors`. `nbytes` is about how much memory of the device it takes, inputs
-        included: nothing is read that does not fit.
+        """Compute `work` on the GPU. Returns the result in the processor's memory, or None for the caller to compute on
+        the processor.
 
-        None for what the processor has to do: what does not fit, and what `work` refuses with a NumericError, which
-        then comes from where the rest of its message is known.
+        work     takes the inputs with tensors on the GPU, see `map_tensors`
+        read     loads the inputs; not called when `nbytes` exceeds the memory bound
+        nbytes   about the memory of the GPU that `work` takes, inputs included
+
+        Returns None when the memory of the GPU does not suffice, and when `work` raises NumericError: the caller's
+        computation on the processor then raises the error with the complete message.
         """
         import torch
 
         if nbytes > self._device.max_nbytes:
             return None
-        host = with_tensors(read(), pinned)
+        host = map_tensors(read(), pinned)
         with self._turn:
             try:
                 return self._run(work, host)
@@ -172,26 +201,33 @@ class SharedDevice:
 
     def _run(self, work: Callable[[Inputs], Value], host: Inputs) -> Value:
         with self._device.computing():
-            made = work(with_tensors(host, lambda tensor: self._device.upload([tensor])[0]))
-        return self._device.download(made).wait()
+            result = work(map_tensors(host, lambda tensor: self._device.upload([tensor])[0]))
+        return self._device.download(result).wait()
 
 
-def with_tensors(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -> Value:
-    """`value` with every tensor in it changed, through dataclasses, tuples and dicts; what has none stays as it is."""
+def map_tensors(value: Value, change: Callable[[torch.Tensor], torch.Tensor]) -> Value:
+    """`value` with `change(tensor)` in place of every tensor inside dataclasses, tuples and dicts. Other values stay.
+
+    >>> import torch
+    >>> map_tensors({"scale": torch.ones(2), "rank": 8}, torch.neg)
+    {'scale': tensor([-1., -1.]), 'rank': 8}
+    """
     import torch
 
     changed: Any = value
     if isinstance(value, torch.Tensor):
         changed = change(value)
     elif isinstance(value, tuple):
-        changed = tuple(with_tensors(item, change) for item in value)
+        changed = tuple(map_tensors(item, change) for item in value)
     elif isinstance(value, dict):
-        changed = {key: with_tensors(item, change) for key, item in value.items()}
+        changed = {key: map_tensors(item, change) for key, item in value.items()}
     elif is_dataclass(value) and not isinstance(value, type):
-        changed = replace(value, **{f.name: with_tensors(getattr(value, f.name), change) for f in fields(value)})
+        changed = replace(value, **{f.name: map_tensors(getattr(value, f.name), change) for f in fields(value)})
     return changed  # type: ignore[no-any-return]
 
 
 def pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in memory that a GPU copies from while it computes. Torch keeps such memory and gives it out again."""
+    """`tensor` in pinned memory, copied if need be: a GPU copies from pinned memory while the GPU computes. Torch
+    reuses freed pinned memory. Needs a GPU.
+    """
     return tensor.pin_memory()

@@ -1,5 +1,5 @@
-"""In which order jobs run: small ones side by side, large ones one after the other with the next one's input read and
-the last one's output written meanwhile. Knows nothing of what a job does; results come in the order of the jobs.
+"""The order of jobs: small jobs run side by side. Large jobs run in turn, while a thread reads the next input and a
+thread writes the last output. Results come in the order of the jobs. Knows no job.
 """
 
 from __future__ import annotations
@@ -19,21 +19,26 @@ Input = TypeVar("Input")
 Output = TypeVar("Output")
 Result = TypeVar("Result")
 
-_STACKS_WRITTEN = 2  # stacks that are being written while another computes
-_NUMEL_AHEAD = 1 << 29  # weights that are read before they are needed, 1 GB in bfloat16; two stacks may be more
-SMALL_NUMEL = 1 << 22  # several matrices of at most so many weights, 16 MB in float32, may be in memory at once
+_STACKS_WRITTEN = 2  # stacks to write while a stack computes: bounds the memory
+_NUMEL_AHEAD = 1 << 29  # weights to read ahead, 1 GB in bfloat16; two stacks are read ahead at any size
+SMALL_NUMEL = 1 << 22  # most weights of a small job, 16 MB in float32: memory holds several small jobs at once
 
 
 @dataclass(frozen=True)
 class Steps(Generic[Job, Input, Output, Result]):
-    """A job in three steps. `compute` may share its work among the workers that it is given."""
+    """The three steps of a job.
+
+    load      reads the input of a job
+    compute   takes the job, the input, and workers to share the work among
+    write     takes the job and the output, and returns the result
+    """
 
     load: Callable[[Job], Input]
     compute: Callable[[Job, Input, Workers], Output]
     write: Callable[[Job, Output], Result]
 
-    def whole(self, job: Job) -> Result:
-        """All three in one thread."""
+    def run(self, job: Job) -> Result:
+        """Run all three steps in the calling thread."""
         return self.write(job, self.compute(job, self.load(job), SERIAL))
 
 
@@ -44,8 +49,14 @@ def in_turn(
     workers: Workers,
     small_numel: int = SMALL_NUMEL,
 ) -> Generator[Result]:
-    """The results of jobs that read and write by themselves: small ones side by side, each of the large ones with all
-    workers.
+    """Yield the results of jobs that read and write in `work`, in the order of `jobs`.
+
+    work          takes a job and workers: SERIAL for a small job, `workers` for a large job
+    numel         the number of weights of a job
+    small_numel   most weights of a small job. Small jobs run side by side; a large job runs alone.
+
+    >>> list(in_turn([3, 1, 2], lambda job, workers: job * 10, lambda job: 1, SERIAL))
+    [30, 10, 20]
     """
     for is_small, batch in groupby(jobs, lambda job: numel(job) <= small_numel):
         if is_small:
@@ -61,25 +72,32 @@ def in_order(
     workers: Workers,
     started: Callable[[Job], None] = lambda job: None,
 ) -> Generator[Result]:
-    """The results of `jobs`; `started` is told of each in the thread that asks for the results.
+    """Yield the results of `jobs` in the order of `jobs`; small jobs, of at most SMALL_NUMEL weights, run side by side.
 
-    In memory at once: one small job a thread and one more; or, of large jobs, one that computes, the input of the next
-    and the output of the last.
+    numel     the number of weights of a job
+    started   takes each job before the job runs, in the thread that asks for the results
+
+    Memory holds a small job per thread and another small job; or a computing large job, the next input, and the last
+    output.
+
+    >>> steps = Steps(load=str, compute=lambda job, text, workers: text * job, write=lambda job, text: text)
+    >>> list(in_order([3, 1, 2], steps, lambda job: 1, SERIAL))
+    ['333', '1', '22']
     """
 
-    def told(batch: Sequence[Job]) -> Iterator[Job]:
+    def announce(batch: Sequence[Job]) -> Iterator[Job]:
         for job in batch:
             started(job)
             yield job
 
     for is_small, batch in groupby(jobs, lambda job: numel(job) <= SMALL_NUMEL):
         if is_small or workers.threads == 1:
-            yield from workers.map(steps.whole, told(list(batch)))
+            yield from workers.map(steps.run, announce(list(batch)))
         else:
-            yield from _large(list(batch), steps, workers, started)
+            yield from _run_large(list(batch), steps, workers, started)
 
 
-def _large(
+def _run_large(
     jobs: Sequence[Job],
     steps: Steps[Job, Input, Output, Result],
     workers: Workers,
@@ -88,9 +106,9 @@ def _large(
     reader, writer = Workers(1, inline=False), Workers(1, inline=False)
     last: Future[Result] | None = None
     try:
-        for job, found in zip(jobs, reader.map(steps.load, jobs), strict=True):
+        for job, loaded in zip(jobs, reader.map(steps.load, jobs), strict=True):
             started(job)
-            output = steps.compute(job, found, workers)
+            output = steps.compute(job, loaded, workers)
             if last is not None:
                 yield last.result()
             last = writer.submit(partial(steps.write, job, output))
@@ -103,8 +121,11 @@ def _large(
 
 @dataclass(frozen=True)
 class StackSteps(Generic[Job, Input, Output, Result]):
-    """Jobs that are computed several at once. `compute` gives something for each of a stack, and had better not wait;
-    `write` is also told what was loaded, and the job's place in its stack.
+    """The three steps of jobs that compute in stacks.
+
+    load      reads the input of a job
+    compute   takes the jobs and inputs of a stack, and returns an output per job; should not wait for the outputs
+    write     takes the job, the input, the output, and the job's place in the stack; returns the result
     """
 
     load: Callable[[Job], Input]
@@ -119,34 +140,41 @@ def in_stacks(
     threads: int,
     started: Callable[[Job], None] = lambda job: None,
 ) -> Generator[Result]:
-    """The results of all jobs, stack by stack. Reading and writing have threads of their own; computing has the one
-    that asks for the results.
+    """Yield the results of all jobs, stack by stack. `threads` threads read and `threads` threads write; the caller's
+    thread computes.
 
-    In memory at once: a stack that computes, two that are being written, and those that are being read: two, or more of
-    small ones, so that all threads have something to read.
+    numel     the number of weights of a job
+    started   takes each job before the stack computes, in the thread that asks for the results
+
+    Memory holds a computing stack, two stacks to write, and the stacks to read: two stacks, or more small stacks, so
+    all threads have a job to read. Results of earlier stacks come before an exception of `load` or `compute`.
+
+    >>> steps = StackSteps(str, lambda jobs, texts: [text * 2 for text in texts], lambda job, text, twice, place: twice)
+    >>> list(in_stacks([[3, 1], [2]], steps, lambda job: 1, threads=1))
+    ['33', '11', '22']
     """
     readers, writers = Workers(threads, inline=False), Workers(threads, inline=False)
     reading: deque[list[Future[Input]]] = deque()
     writing: deque[list[Future[Result]]] = deque()
     try:
         for i, stack in enumerate(stacks):
-            for later in stacks[i + len(reading) :]:
+            for next_stack in stacks[i + len(reading) :]:
                 ahead = sum(map(len, reading))
                 weights = sum(numel(job) for loaded in stacks[i : i + len(reading)] for job in loaded)
                 if len(reading) > 2 and (ahead >= 2 * threads or weights >= _NUMEL_AHEAD):
                     break
-                reading.append([readers.submit(partial(steps.load, job)) for job in later])
+                reading.append([readers.submit(partial(steps.load, job)) for job in next_stack])
             for job in stack:
                 started(job)
             try:
-                found = [future.result() for future in reading.popleft()]
-                made = steps.compute(stack, found)
+                inputs = [future.result() for future in reading.popleft()]
+                outputs = steps.compute(stack, inputs)
             except Exception:
-                while writing:  # what was done before it failed counts
+                while writing:  # earlier stacks are complete: their results count
                     yield from (future.result() for future in writing.popleft())
                 raise
-            written = zip(stack, found, made, range(len(stack)), strict=True)
-            writing.append([writers.submit(partial(steps.write, *one)) for one in written])
+            arguments = zip(stack, inputs, outputs, range(len(stack)), strict=True)
+            writing.append([writers.submit(partial(steps.write, *values)) for values in arguments])
             if len(writing) > _STACKS_WRITTEN:
                 yield from (future.result() for future in writing.popleft())
         while writing:

@@ -1,8 +1,8 @@
-"""The records that all packages exchange: tensors in headers, number formats, quantized matrices, adapters, errors.
+"""The common records of all packages: tensors in headers, number formats, quantized matrices, adapters, errors.
 
-headers.py   a tensor as a header describes it; dtypes
-rows.py      a matrix that is read a few rows at a time
+headers.py   the header's description of a tensor; dtypes
+rows.py      a matrix by rows, a few rows at a time
 specs.py     number formats, pooling, and the shape of an adapter
 matrices.py  quantized matrices and adapter pairs in memory
-metrics.py   the error of a matrix beside its approximation
+metrics.py   the error of an approximation of a matrix
 """

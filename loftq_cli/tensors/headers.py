@@ -1,4 +1,4 @@
-"""Tensors as headers describe them, and the dtypes that files and models use. Needs no torch."""
+"""Records of tensors from headers, and the dtypes of files and models. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ ITEMSIZE = {
     "float64": 8,
     "complex64": 8,
 }
-# Dtypes of a weight that can be quantized. A float8 weight has scales in other tensors, so float8 is no plain weight.
+# Dtypes of quantizable weights. A float8 weight has scales in separate tensors, so float8 is no plain weight.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Dtypes in which a model computes, and to which merged or copied tensors are cast.
+# Dtypes of a model's arithmetic. Merged or copied tensors are cast to a dtype of the list.
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -56,7 +56,12 @@ class TensorRef:
 
 
 def config_file_beside(refs: Iterable[TensorRef]) -> Path | None:
-    """The path of config.json in the folder of the tensors; None without tensors."""
+    """The path of config.json in the folder of the tensors; None without tensors.
+
+    >>> ref = TensorRef("lm_head.weight", "bfloat16", (2, 3), file=Path("model/model.safetensors"))
+    >>> config_file_beside([ref]).as_posix(), config_file_beside([])
+    ('model/config.json', None)
+    """
     ref = next(iter(refs), None)
     return None if ref is None else ref.file.parent / "config.json"
 

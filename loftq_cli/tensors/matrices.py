@@ -1,6 +1,6 @@
-"""Quantized matrices and adapter pairs in memory: records of tensors that decode themselves.
+"""Quantized matrices and adapter pairs in memory: records of tensors, with methods for decoding.
 
-Both kinds of quantized matrix have the same properties and methods, so that users of a matrix never ask for the kind:
+The two kinds of quantized matrix have equal properties and methods, so users of a matrix never ask for the kind:
 `spec`, `shape`, `dtype`, `decoded`, `dequantize`, `operand`, `to_buffers` and `from_buffers`. torch is imported on use.
 """
 
@@ -20,12 +20,12 @@ _NESTED_BUFFERS = ("absmax_codes", "absmax_absmax", "absmax_code_map", "absmax_o
 
 
 class CodebookOperand(NamedTuple):
-    """A matrix as kernels read codebook formats: the first arguments of operations that decode codes.
+    """A codebook matrix as an argument of kernels: the first arguments of operations on codes.
 
     packed      uint8 [ceil(numel / 2)], two codes a byte
     absmax      float32 [ceil(numel / block_size)], decoded where double quantization stored the constants
     codebook    name of the table of values
-    block_size  weights that share one constant
+    block_size  number of weights with a common constant
     """
 
     packed: torch.Tensor
@@ -57,9 +57,10 @@ class CodebookTensor:
     """A matrix in a codebook format.
 
     packed : uint8 [ceil(numel / 2)], two 4-bit codes a byte, the first element in the high nibble
-    absmax : float32 [ceil(numel / block_size)], or its double-quantized form
+    absmax : float32 [ceil(numel / block_size)], or the double-quantized form
+    spec   : the number format
     shape  : [out, in] of the matrix
-    dtype  : what a loader decodes to ("bfloat16", ...); values are rounded to it
+    dtype  : a loader rounds decoded values to the dtype ("bfloat16", ...)
     """
 
     packed: torch.Tensor
@@ -69,14 +70,14 @@ class CodebookTensor:
     dtype: str
 
     def decoded_absmax(self) -> torch.Tensor:
-        """float32 [n_blocks]: the block constants as a loader computes with them."""
+        """float32 [n_blocks]: the block constants of a loader's arithmetic."""
         absmax = self.absmax
         return absmax.decoded(self.spec.nested_block_size) if isinstance(absmax, NestedAbsmax) else absmax
 
     def decoded(self, codes: Callable[[slice], torch.Tensor] | None = None) -> DecodedCodebook:
-        """The matrix that a loader computes, by rows: table[code] * absmax, rounded to `dtype`.
+        """The matrix of a loader by rows: table[code] * absmax, rounded to `dtype`.
 
-        `codes` returns the packed codes of some rows, for a matrix that holds no codes itself.
+        For a matrix without codes, the function `codes` returns the packed codes of some rows.
         """
         return DecodedCodebook(self, self.decoded_absmax(), codes)
 
@@ -85,7 +86,7 @@ class CodebookTensor:
         return self.decoded().rows(slice(0, self.shape[0])).float()
 
     def operand(self) -> CodebookOperand | None:
-        """The matrix as an argument of kernels that decode codes."""
+        """The matrix as an argument of kernels for codes."""
         return CodebookOperand(self.packed, self.decoded_absmax(), self.spec.codebook, self.spec.block_size)
 
     def to_buffers(self) -> dict[str, torch.Tensor]:
@@ -114,7 +115,8 @@ class AffineTensor:
     scales       [out, in / group_size] in `spec.scale_dtype`
     zero_points  uint8 in the shape of the scales; None if symmetric, or where there are biases
     biases       floating point in the shape of the scales, or None
-    dtype        what a loader decodes to; values are rounded to it
+    spec         the number format
+    dtype        a loader rounds decoded values to the dtype ("bfloat16", ...)
     """
 
     codes: torch.Tensor
@@ -131,10 +133,9 @@ class AffineTensor:
         return out_features, groups * self.spec.group_size
 
     def decoded(self, codes: Callable[[slice], torch.Tensor] | None = None) -> DecodedGroups:
-        """The matrix that a loader computes, by rows: (code - zero point) * scale, or code * scale + bias, rounded to
-        `dtype`.
+        """The matrix of a loader by rows: (code - zero point) * scale, or code * scale + bias, rounded to `dtype`.
 
-        `codes` returns the codes of some rows, for a matrix that holds no codes itself.
+        For a matrix without codes, the function `codes` returns the codes of some rows.
         """
         return DecodedGroups(self, codes)
 
@@ -169,7 +170,7 @@ class AffineTensor:
 
 @dataclass(frozen=True, slots=True)
 class DecodedCodebook:
-    """The values of a codebook matrix by rows, see `loftq_cli.tensors.rows`; `absmax` float32, one for each block."""
+    """The values of a codebook matrix by rows, see `loftq_cli.tensors.rows`; `absmax` float32 [n_blocks]."""
 
     quantized: CodebookTensor
     absmax: torch.Tensor
@@ -178,7 +179,7 @@ class DecodedCodebook:
 
     @property
     def device(self) -> torch.device:
-        """Where the constants lie, and the decoded rows come to lie."""
+        """The device of the constants and of decoded rows."""
         return self.absmax.device
 
     @property
@@ -188,7 +189,7 @@ class DecodedCodebook:
 
     @property
     def multiple(self) -> int:
-        """The fewest rows of whole blocks: rows are read in multiples of this number, up to the last row."""
+        """The fewest rows of whole blocks: rows are read in multiples of the number, up to the last row."""
         return row_multiple(self.shape[1], self.quantized.spec.block_size)
 
     def rows(self, part: slice) -> torch.Tensor:
@@ -217,7 +218,7 @@ class DecodedGroups:
 
     @property
     def device(self) -> torch.device:
-        """Where the scales lie, and the decoded rows come to lie."""
+        """The device of the scales and of decoded rows."""
         return self.quantized.scales.device
 
     @property
@@ -246,15 +247,24 @@ class DecodedGroups:
 def rows_of_blocks(
     packed: torch.Tensor, absmax: torch.Tensor, part: slice, columns: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the packed codes and of the block constants of some rows; the first row begins with a block."""
+    """Views of the packed codes uint8 and of the block constants float32 of the rows `part` of `columns` weights.
+
+    The first row begins with a block.
+
+    >>> import torch
+    >>> packed, absmax = rows_of_blocks(torch.zeros(128), torch.arange(4), slice(1, 3), columns=64, block_size=64)
+    >>> packed.shape, absmax
+    (torch.Size([64]), tensor([1, 2]))
+    """
     first, last = part.start * columns, part.stop * columns
     return packed[first // 2 : -(-last // 2)], absmax[first // block_size : -(-last // block_size)]
 
 
 @dataclass(frozen=True, slots=True)
 class LoraPair:
-    """lora_A [rank, in / group_size] and lora_B [out, rank] in their stored dtype; to the weight of output o and input
-    i they add `scaling * (lora_B @ lora_A)[o, i // group_size]`. Of a pooled adapter, `scaling` holds its factor too.
+    """lora_A [rank, in / group_size] and lora_B [out, rank] in the stored dtype. The adapter adds
+    `scaling * (lora_B @ lora_A)[o, i // group_size]` to the weight of output o and input i. The `scaling` of a pooled
+    adapter includes the pooling's factor.
     """
 
     lora_A: torch.Tensor
@@ -264,7 +274,14 @@ class LoraPair:
 
 
 def lora_pair(lora_A: torch.Tensor, lora_B: torch.Tensor, scaling: float, pooling: Pooling | None) -> LoraPair:
-    """The adapter of these factors; `scaling` is alpha / rank or alpha / sqrt(rank), and the pooling's comes to it."""
+    """The adapter of lora_A [rank, in / group_size] and lora_B [out, rank].
+
+    `scaling` is alpha / rank or alpha / sqrt(rank); the pair's scaling is multiplied by the factor of `pooling`.
+
+    >>> import torch
+    >>> lora_pair(torch.ones(1, 2), torch.ones(3, 1), 0.5, Pooling("peft", group_size=4)).scaling
+    0.25
+    """
     if pooling is None:
         return LoraPair(lora_A, lora_B, scaling)
     return LoraPair(lora_A, lora_B, scaling * pooling.factor(lora_A.shape[1] * pooling.group_size), pooling.group_size)

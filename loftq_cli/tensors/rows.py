@@ -1,4 +1,6 @@
-"""A matrix read a few rows at a time: in memory, on a GPU, or from a file. Number formats are left to quant/."""
+"""A matrix read a few rows at a time. The matrix lies in memory, on a GPU, or in a file; number formats are left to
+quant/.
+"""
 
 from __future__ import annotations
 
@@ -97,14 +99,25 @@ class ComputedRows:
 
 
 def stored_rows(load_rows: Callable[[str, int, int], torch.Tensor], name: str, shape: tuple[int, int]) -> Rows:
-    """A matrix read from a file on request; `load_rows(name, start, stop)` reads rows of the tensor `name`."""
+    """A matrix of `shape` [out, in] in a file. `load_rows(name, start, stop)` reads rows [start, stop) of the tensor
+    `name` on request.
+
+    >>> import torch
+    >>> rows = stored_rows(lambda name, start, stop: torch.ones(4, 8)[start:stop], "lm_head.weight", (4, 8))
+    >>> rows.rows(slice(1, 3)).shape
+    torch.Size([2, 8])
+    """
     return ComputedRows(shape, lambda part: plain(load_rows(name, part.start, part.stop)))
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
-    """Convert to contiguous float32 or bfloat16, the dtypes that kernels read.
+    """Convert to contiguous float32 or bfloat16, the dtypes of kernels. Memory is shared where nothing changes.
 
     Raises NumericError for float64 numbers beyond the range of float32.
+
+    >>> import torch
+    >>> plain(torch.ones(2, dtype=torch.float16)).dtype, plain(torch.ones(2, dtype=torch.bfloat16)).dtype
+    (torch.float32, torch.bfloat16)
     """
     import torch
 
@@ -117,8 +130,12 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def not_finite(weight: Rows) -> NumericError:
-    """The error for a matrix, or a matrix minus an update, that is not finite: either the matrix or the update is at
-    fault.
+    """The error for a matrix minus an update with NaN or infinity. `weight` is the matrix alone: the message blames the
+    matrix or the update.
+
+    >>> import torch
+    >>> not_finite(TensorRows(torch.tensor([[torch.nan]])))
+    NumericError('holds NaN or infinite values')
     """
     for part in slabs_of(weight, numel=STREAMED_NUMEL):
         if not bool(weight.rows(part).isfinite().all()):
@@ -142,12 +159,17 @@ def slabs(shape: tuple[int, int], multiple: int = 1, numel: int = SLAB_NUMEL) ->
 
 
 def slabs_of(weight: Rows, multiple: int = 1, numel: int = SLAB_NUMEL) -> list[slice]:
-    """`slabs` of a matrix, in a size that suits the device of the matrix."""
+    """`slabs` of a matrix, in a good size for the device of the matrix.
+
+    >>> import torch
+    >>> slabs_of(TensorRows(torch.ones(5, 10), slab_numel=40), numel=20)
+    [slice(0, 4, None), slice(4, 5, None)]
+    """
     return slabs(weight.shape, math.lcm(weight.multiple, multiple), max(numel, weight.slab_numel))
 
 
 def row_multiple(columns: int, block_size: int) -> int:
-    """The fewest rows that hold whole blocks of `block_size` weights of the flattened matrix.
+    """The fewest rows of whole blocks of `block_size` weights of the flattened matrix.
 
     >>> row_multiple(columns=96, block_size=64)
     2

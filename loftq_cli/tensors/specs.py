@@ -1,6 +1,6 @@
-"""The types that every floor speaks in: tensors as headers know them, number formats, and the adapter pair.
+"""The specifications of number formats, of QA-LoRA's pooling and of a layer's adapter, for all packages.
 
-No arithmetic and no files here; torch is needed for annotations only.
+No files here, and no torch.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class CodebookSpec:
-    """Block-wise codebook quantization: blocks of `block_size` elements of the flattened row-major matrix,
-    one absmax each, codes that index a fixed table; with `double_quant` the absmax are 8-bit themselves,
-    in blocks of `nested_block_size`.
+    """Block-wise codebook quantization: blocks of `block_size` elements of the flattened row-major matrix, an absmax
+    for each block, and codes as places in a fixed table.
+
+    codebook            name of the table, a key of CODEBOOKS
+    block_size          weights with a common absmax
+    double_quant        True if the absmax are 8-bit codes themselves, with constants of their own
+    nested_block_size   absmax with a common constant under double quantization
     """
 
     codebook: str = "nf4"
@@ -33,22 +37,22 @@ class CodebookSpec:
 
     @property
     def is_affine(self) -> bool:
-        """Whether the codes are integers with a scale and an offset: False."""
+        """False: the codes are no integers with a scale and an offset."""
         return False
 
     @property
     def has_code_kernels(self) -> bool:
-        """Whether GPU kernels read the codes as they are stored, alone and in stacks of equal matrices: True."""
+        """True: GPU kernels read the stored codes, alone and in stacks of equal matrices."""
         return True
 
     @property
     def scale_dtype(self) -> str:
-        """The dtype in which a loader multiplies table values by block constants."""
+        """The dtype of a loader's products of table values and block constants."""
         return "float32"
 
     @property
     def group_size_or_none(self) -> int | None:
-        """None: blocks run on from one row to the next and are no groups of columns."""
+        """None: blocks may cross rows and are no groups of columns."""
         return None
 
     @property
@@ -58,7 +62,7 @@ class CodebookSpec:
 
     @property
     def size_text(self) -> str:
-        """How many weights share a constant.
+        """The number of weights with a common constant, as text.
 
         >>> CodebookSpec("nf4", 64).size_text
         'block 64'
@@ -67,18 +71,19 @@ class CodebookSpec:
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """The recipe options that choose this format for a layer, by name, in a model of codebook formats."""
+        """The recipe options of the format for a layer in a model of codebook formats, by name."""
         return {"block_size": self.block_size}
 
     def has_whole_groups_in(self, columns: int) -> bool:
-        """Whether `columns` neighbouring columns are whole groups: never, see `group_size_or_none`."""
+        """False: `columns` neighbouring columns are never whole groups, see `group_size_or_none`."""
         del columns
         return False
 
 
 @dataclass(frozen=True, slots=True)
 class AffineSpec:
-    """Group-wise integers: groups of `group_size` neighbouring columns of one row, one scale each, unsigned codes.
+    """Group-wise integers: groups of `group_size` neighbouring columns of a row, a scale for each group, and unsigned
+    codes of `bits` bits. Scales and biases have the dtype `scale_dtype`.
 
     zero_point "int"    value = (code - zero point) * scale; the zero point is an integer in the range of the codes,
                         2^(bits - 1) everywhere if `symmetric`
@@ -104,12 +109,12 @@ class AffineSpec:
 
     @property
     def is_affine(self) -> bool:
-        """Whether the codes are integers with a scale and an offset: True."""
+        """True: the codes are integers with a scale and an offset."""
         return True
 
     @property
     def has_code_kernels(self) -> bool:
-        """Whether GPU kernels read the codes as they are stored, alone and in stacks of equal matrices: False."""
+        """False: no GPU kernel reads the stored codes."""
         return False
 
     @property
@@ -128,7 +133,7 @@ class AffineSpec:
 
     @property
     def size_text(self) -> str:
-        """How many weights share a scale.
+        """The number of weights with a common scale, as text.
 
         >>> AffineSpec(4, 128, symmetric=True).size_text
         'group 128'
@@ -137,11 +142,11 @@ class AffineSpec:
 
     @property
     def layer_options(self) -> dict[str, Any]:
-        """The recipe options that choose this format for a layer, by name, in a model of integer formats."""
+        """The recipe options of the format for a layer in a model of integer formats, by name."""
         return {"quant_type": self.quant_type, "group_size": self.group_size}
 
     def has_whole_groups_in(self, columns: int) -> bool:
-        """Whether `columns` neighbouring columns are whole groups.
+        """True if `columns` neighbouring columns are whole groups.
 
         >>> [AffineSpec(4, 32, symmetric=False).has_whole_groups_in(columns) for columns in (64, 48)]
         [True, False]
@@ -154,11 +159,11 @@ POOLINGS = ("peft", "paper", "repo")
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """QA-LoRA's pooled input: lora_A reads one number for each `group_size` neighbouring inputs.
+    """QA-LoRA's pooled input: lora_A reads a single number for each group of `group_size` neighbouring inputs.
 
-    "paper"  their sum (Xu et al., arXiv 2309.14717)
-    "repo"   their mean (the paper's code)
-    "peft"   their mean times the number of groups (PEFT's use_qalora)
+    convention   "paper": the sum of the group (Xu et al., arXiv 2309.14717)
+                 "repo": the mean of the group (the paper's code)
+                 "peft": the mean of the group times the number of groups (PEFT's use_qalora)
     """
 
     convention: str
@@ -171,7 +176,11 @@ class Pooling:
             raise ValueError("group_size is at least 1")
 
     def factor(self, in_features: int) -> float:
-        """The pooled input is this times the sum over the group."""
+        """The number f in pooled input = f · sum of the group, for `in_features` inputs.
+
+        >>> [Pooling(convention, group_size=4).factor(in_features=32) for convention in POOLINGS]
+        [2.0, 1.0, 0.25]
+        """
         if self.convention == "paper":
             return 1.0
         groups = in_features // self.group_size if self.convention == "peft" else 1
@@ -180,7 +189,14 @@ class Pooling:
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """The adapter of one linear layer. `scaling` is defined here and nowhere else."""
+    """The adapter of a linear layer. `scaling` is defined here and nowhere else.
+
+    rank      rows of lora_A and columns of lora_B
+    alpha     lora_alpha
+    rslora    True divides alpha by √rank in place of rank
+    dtype     dtype of lora_A and lora_B
+    pooling   the pooled input of QA-LoRA, or None
+    """
 
     rank: int
     alpha: float
@@ -201,5 +217,5 @@ class LoraSpec:
 
     @property
     def group_size(self) -> int:
-        """Inputs that lora_A reads as one: 1 where nothing is pooled."""
+        """Inputs in a pooled group: 1 where nothing is pooled."""
         return self.pooling.group_size if self.pooling else 1

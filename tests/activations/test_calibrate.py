@@ -20,10 +20,10 @@ from loftq_cli.activations import transformers_models
 from loftq_cli.activations.calibration import (
     CalibrationOptions,
     CalibrationResult,
-    _Sum,
     prepare_calibration,
     run_calibration,
 )
+from loftq_cli.activations.input_sums import InputSum
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.cli.main import _run
 from loftq_cli.errors import InputError, UsageError
@@ -209,16 +209,16 @@ def test_at_most_one_block_is_in_memory(text, tmp_path, monkeypatch):
     numel = {name: tensor.numel() for name, tensor in load_file(model / "model.safetensors").items()}
     one_block = sum(count for name, count in numel.items() if name.startswith("model.layers.0."))
     outside = max(count for name, count in numel.items() if not name.startswith("model.layers."))
-    most, original = [], _Sum.add
+    most, original = [], InputSum.add
 
     def counting(self: Any, x: torch.Tensor) -> None:
         most.append(sum(p.numel() for p in built[0].parameters() if not p.is_meta))
         original(self, x)
 
     built: list[Any] = []
-    empty_model = transformers_models.empty_model
-    monkeypatch.setattr(transformers_models, "empty_model", lambda *a: built.append(empty_model(*a)) or built[0])
-    monkeypatch.setattr(_Sum, "add", counting)
+    build = transformers_models.build_empty_model
+    monkeypatch.setattr(transformers_models, "build_empty_model", lambda *a: built.append(build(*a)) or built[0])
+    monkeypatch.setattr(InputSum, "add", counting)
     calibrate(model, text, tmp_path / "stats", context=32, tokens=128, batch_tokens=32)
     assert len(most) == 5 * 4 * 4  # blocks, inputs, windows
     assert 0 < max(most) <= one_block + outside

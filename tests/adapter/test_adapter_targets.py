@@ -72,12 +72,12 @@ def test_the_modules_are_those_that_peft_chooses(config: dict[str, Any]) -> None
 
     expected = {module for module in MODULES if check_target_module_exists(theirs, module)}
 
-    assert TargetModules.of(config).named(MODULES) == expected
+    assert TargetModules.of(config).select(MODULES) == expected
 
 
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_where_peft_chooses_by_the_model_every_module_is_taken(targets: str | None) -> None:
-    assert TargetModules.of({"target_modules": targets}).named(MODULES) == set(MODULES)
+    assert TargetModules.of({"target_modules": targets}).select(MODULES) == set(MODULES)
 
 
 def test_patterns_are_matched_at_the_end_of_a_name_and_the_first_wins() -> None:

@@ -22,9 +22,9 @@ from support import models
 from support.adapters import tensors_of
 from support.conversions import files_of, run_conversion
 
-from loftq_cli.allocation.allocation import Allocation, allocate, exactly
+from loftq_cli.allocation.allocation import Allocation, allocate, build_pattern
 from loftq_cli.allocation.candidates import Budget
-from loftq_cli.allocation.error_curves import error_curves
+from loftq_cli.allocation.error_curves import measure_error_curves
 from loftq_cli.conversion.prepare import Conversion, prepare_conversion, prepare_within_target
 from loftq_cli.conversion.report import bits_per_weight
 from loftq_cli.errors import InputError, UsageError
@@ -61,7 +61,7 @@ def test_curves_are_what_the_best_adapter_leaves(method: str, source: Path) -> N
     recipe = make_recipe(quant_type="int3", method=method, layout=layout, group_size=32, fit="loftq")
     prepared = prepare_conversion(str(source), source.parent / "never", recipe)
     layers, ranks = prepared.plan.layers, (0, 1, 4, 64)
-    curves = error_curves(
+    curves = measure_error_curves(
         prepared.checkpoint,
         layers,
         {job.name: [job.matrix] for job in layers},
@@ -96,7 +96,7 @@ def test_the_larger_a_matrix_the_less_exact_its_decomposition_needs_to_be(
     recipe = make_recipe(quant_type="int2", group_size=32, fit="loftq")
     prepared = prepare_conversion(str(tmp_path / "w.safetensors"), tmp_path / "never", recipe)
     (job,) = prepared.plan.layers
-    curves = error_curves(prepared.checkpoint, recipe, [job], {job.name: [job.matrix]}, {job.name: (16,)})
+    curves = measure_error_curves(prepared.checkpoint, [job], {job.name: [job.matrix]}, {job.name: (16,)})
 
     quantizer = make_quantizer(job.matrix.spec, job.matrix.dtype)
     residual = weight.double() - quantizer.dequantize(quantizer.quantize(TensorRows(weight))).double()
@@ -124,7 +124,7 @@ def test_statistics_change_what_is_measured(source: Path) -> None:
     matrices, ranks = {job.name: [job.matrix] for job in jobs}, {job.name: (0,) for job in jobs}
     statistics: Any = OneChannel()
     plain, weighted = (
-        error_curves(prepared.checkpoint, jobs, matrices, ranks, statistics=s) for s in (None, statistics)
+        measure_error_curves(prepared.checkpoint, jobs, matrices, ranks, statistics=s) for s in (None, statistics)
     )
     for job in jobs:
         curve, other = plain[job.name], weighted[job.name]
@@ -213,7 +213,7 @@ def test_no_other_choice_would_have_been_better(source: Path) -> None:
                 spec = dataclasses.replace(job.matrix.spec, bits=bits, group_size=size)
                 matrix = dataclasses.replace(job.matrix, spec=spec)
                 more += sum(t.nbytes for t in convert_layout().planned(matrix)) - layer.candidate.base_nbytes
-                curves = error_curves(prepared.checkpoint, [job], {job.name: [matrix]}, {job.name: (8,)})
+                curves = measure_error_curves(prepared.checkpoint, [job], {job.name: [matrix]}, {job.name: (8,)})
                 relative = curves[job.name].squared_errors[spec][0] / curves[job.name].squared_weight
                 cost += math.sqrt(layer.numel) * (relative - layer.candidate.relative_error)
             assert more > left or cost >= -1e-9
@@ -332,7 +332,7 @@ def test_patterns_find_exactly_the_names() -> None:
     names = [f"model.layers.{i}.mlp.{part}" for i in (0, 3, 11) for part in ("up_proj", "down_proj")] + ["lm.head"]
     others = [*(f"model.layers.{i}.mlp.up_proj" for i in (1, 30, 111)), "model.layers.0.mlp.gate_proj", "lmxhead"]
     others += ["x.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj.x"]
-    assert [name for name in names + others if re.search(exactly(names), name)] == names
+    assert [name for name in names + others if re.search(build_pattern(names), name)] == names
 
 
 # What is refused.

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support import models
 
-from loftq_cli.methods.lowrank import balanced, make_solver, truncated_svd
+from loftq_cli.methods.lowrank import balance_factors, make_solver, truncated_svd
 from loftq_cli.methods.method import Fitting, load_method
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.tensors.metrics import layer_error, total_error
@@ -106,7 +106,7 @@ def test_factors_that_need_no_balance_have_the_same_product(svd):
     free = make_solver(svd, RANK, (320, 384), generator())(matrix, balances=False)
     even = make_solver(svd, RANK, (320, 384), generator())(matrix)
     torch.testing.assert_close(free.left @ free.right, even.left @ even.right, rtol=1e-4, atol=1e-6)
-    assert what_is_left(matrix, balanced(free)) == pytest.approx(what_is_left(matrix, free), rel=1e-6)
+    assert what_is_left(matrix, balance_factors(free)) == pytest.approx(what_is_left(matrix, free), rel=1e-6)
 
 
 @pytest.mark.parametrize("svd", ["fast", "faithful"])

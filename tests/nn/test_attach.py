@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "float16 scales of GPTQ": ("llama", {"method": "qlora", "quant_type": "int4", "layout": "gptq"}),
     "tied embeddings": ("tied_llama", {"method": "qlora"}),
     "Conv1D": ("gpt2", {"fit": "loftq", "iterations": 2, "rank": 4}),
-    "an encoder": ("bert", {"method": "qlora", "svd": "fast", "adapter_dtype": "bfloat16"}),
+    "an encoder": ("bert", {"method": "qlora", "adapter_dtype": "bfloat16"}),
 }
 CLASSES = {
     "bert": transformers.AutoModelForSequenceClassification,
@@ -243,13 +243,13 @@ def test_the_weight_of_a_layer_is_let_go_before_the_next_one_is_made(monkeypatch
     module = sys.modules["loftq_cli.nn.attach"]  # `loftq_cli.nn.attach` itself is the function
     model = small()
     weights = [weakref.ref(model[1][0][name].weight) for name in ("up", "down")]
-    alive, start_of = [], module.start_of  # type: ignore[attr-defined]
+    alive, make_start = [], module.make_start  # type: ignore[attr-defined]
 
     def watched(*arguments: Any, **keywords: Any) -> Any:
         alive.append([weight() is not None for weight in weights])
-        return start_of(*arguments, **keywords)
+        return make_start(*arguments, **keywords)
 
-    monkeypatch.setattr(module, "start_of", watched)
+    monkeypatch.setattr(module, "make_start", watched)
 
     attach(model, method="qlora", rank=4)
 

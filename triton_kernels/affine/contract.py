@@ -61,6 +61,11 @@ def quantize_affine(
     finite scale can decode to Inf where a product overflows the scale dtype (65504 in float16). Raises ValueError
     unless `weight` is contiguous float32 with two dimensions and groups divide its rows, for unknown choices, and for a
     symmetric float zero point.
+
+    >>> weight = torch.tensor([[0.0, 1.0, 2.0, 15.0]])
+    >>> groups = quantize_affine(weight, 4, 4, symmetric=False, scale_dtype="float32")
+    >>> groups.codes.tolist(), groups.scales.item(), groups.zero_points.item()
+    ([[0, 1, 2, 15]], 1.0, 0)
     """
     if weight.dtype != torch.float32 or weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError("weight must be contiguous float32 with two dimensions")
@@ -95,6 +100,10 @@ def dequantize_affine(
     [out, in]; scales and offsets [out, in / group_size]. Zero points have any integer dtype, or are None for
     2^(bits - 1); biases have any dtype of scales.
     Raises ValueError when shapes or dtypes do not fit, and for zero points beside biases.
+
+    >>> codes = torch.tensor([[0, 1, 2, 15]], dtype=torch.uint8)
+    >>> dequantize_affine(codes, torch.tensor([[0.5]]), None, 4, 4).tolist()
+    [[-4.0, -3.5, -3.0, 3.5]]
     """
     if codes.dtype != torch.uint8 or codes.dim() != 2:
         raise ValueError("codes must be uint8 with two dimensions")

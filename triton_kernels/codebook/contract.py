@@ -44,7 +44,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 @cache
 def codebook_table(codebook: str, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The table of `codebook`, float32 [16], ascending; read-only. Raises ValueError for an unknown name."""
+    """The table of `codebook`, float32 [16], ascending; read-only. Raises ValueError for an unknown name.
+
+    >>> codebook_table("nf4")[[0, 7, 15]].tolist()
+    [-1.0, 0.0, 1.0]
+    """
     if codebook not in CODEBOOKS:
         raise ValueError(f"unknown codebook {codebook!r}; known: {', '.join(CODEBOOKS)}")
     return torch.tensor(CODEBOOKS[codebook], dtype=torch.float32, device=device)
@@ -97,6 +101,10 @@ def dequantize_codebook(
     `quantize_codebook`, whose docstring has an example.
 
     Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
+
+    >>> packed, absmax = torch.tensor([0xF7], dtype=torch.uint8), torch.tensor([2.0])
+    >>> dequantize_codebook(packed, absmax, "nf4", block_size=2, numel=2).tolist()
+    [2.0, 0.0]
     """
     check_constants(packed, absmax, block_size, numel)
     table = codebook_table(codebook, packed.device)
@@ -122,6 +130,11 @@ def codebook_residual(
 
     Raises ValueError unless both tensors are contiguous float32, bfloat16 or float16 of equal size and the constants
     fit.
+
+    >>> packed, absmax = torch.tensor([0xF7], dtype=torch.uint8), torch.tensor([2.0])
+    >>> weight, out = torch.tensor([2.5, 0.0]), torch.empty(2)
+    >>> codebook_residual(weight, packed, absmax, "nf4", 2, torch.float32, out), out.tolist()
+    (0.25, [0.5, 0.0])
     """
     numel = weight.numel()
     _check_floats("weight", weight, numel)
@@ -140,7 +153,10 @@ def _check_floats(name: str, tensor: torch.Tensor, numel: int) -> None:
 
 
 def check_constants(packed: torch.Tensor, absmax: torch.Tensor, block_size: int, numel: int) -> None:
-    """Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`."""
+    """Raises ValueError when the sizes of `packed` (uint8) and `absmax` (float32) do not belong to `numel`.
+
+    >>> check_constants(torch.zeros(1, dtype=torch.uint8), torch.ones(1), block_size=2, numel=2)
+    """
     if packed.dtype != torch.uint8 or packed.numel() != (numel + 1) // 2:
         raise ValueError(f"packed must be uint8 with {(numel + 1) // 2} elements")
     if absmax.dtype != torch.float32 or absmax.numel() != -(-numel // block_size):

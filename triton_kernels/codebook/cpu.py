@@ -26,7 +26,7 @@ def quantize(
     """See codebook/reference.py."""
     weight, minus = _readable(weight), None if minus is None else _readable(minus)
     n_blocks = weight.numel() // block_size
-    whole = n_blocks * block_size
+    numel_in_blocks = n_blocks * block_size
     thresholds = ((table[:-1] + table[1:]) / 2).numpy()
     bits = bits_of(weight)
     quantize_blocks(
@@ -39,9 +39,11 @@ def quantize(
         bits_of(absmax),
         n_blocks,
     )
-    if whole < weight.numel():
-        tail = None if minus is None else minus[whole:]
-        codebook_reference.quantize(weight[whole:], tail, table, block_size, packed[whole // 2 :], absmax[n_blocks:])
+    if numel_in_blocks < weight.numel():
+        tail = None if minus is None else minus[numel_in_blocks:]
+        codebook_reference.quantize(
+            weight[numel_in_blocks:], tail, table, block_size, packed[numel_in_blocks // 2 :], absmax[n_blocks:]
+        )
 
 
 def dequantize(
@@ -49,22 +51,24 @@ def dequantize(
 ) -> None:
     """See codebook/reference.py."""
     if values.dtype == torch.float16:  # numba has no half precision
-        wide = torch.empty_like(values, dtype=torch.float32)
-        dequantize(packed, absmax, table, block_size, wide)
-        values.copy_(wide)
+        widened = torch.empty_like(values, dtype=torch.float32)
+        dequantize(packed, absmax, table, block_size, widened)
+        values.copy_(widened)
         return
     n_blocks = values.numel() // block_size
-    whole = n_blocks * block_size
+    numel_in_blocks = n_blocks * block_size
     decode_blocks(
-        packed[: whole // 2].numpy(),
+        packed[: numel_in_blocks // 2].numpy(),
         absmax[:n_blocks].numpy(),
         table.numpy(),
         _pairs(table),
         block_size,
-        bits_of(values[:whole]),
+        bits_of(values[:numel_in_blocks]),
     )
-    if whole < values.numel():
-        codebook_reference.dequantize(packed[whole // 2 :], absmax[n_blocks:], table, block_size, values[whole:])
+    if numel_in_blocks < values.numel():
+        codebook_reference.dequantize(
+            packed[numel_in_blocks // 2 :], absmax[n_blocks:], table, block_size, values[numel_in_blocks:]
+        )
 
 
 def residual(
@@ -78,24 +82,30 @@ def residual(
 ) -> float:
     """See codebook/reference.py."""
     n_blocks = weight.numel() // block_size
-    whole = n_blocks * block_size
+    numel_in_blocks = n_blocks * block_size
     squares = 0.0
     if torch.float16 in (weight.dtype, dtype, out.dtype):
-        n_blocks = whole = 0
+        n_blocks = numel_in_blocks = 0
     elif n_blocks:
         squares = residual_of_blocks(
-            bits_of(weight[:whole]),
-            packed[: whole // 2].numpy(),
+            bits_of(weight[:numel_in_blocks]),
+            packed[: numel_in_blocks // 2].numpy(),
             absmax[:n_blocks].numpy(),
             table.numpy(),
             _pairs(table),
             block_size,
             dtype == torch.bfloat16,
-            bits_of(out[:whole]),
+            bits_of(out[:numel_in_blocks]),
         )
-    if whole < weight.numel():
+    if numel_in_blocks < weight.numel():
         squares += codebook_reference.residual(
-            weight[whole:], packed[whole // 2 :], absmax[n_blocks:], table, block_size, dtype, out[whole:]
+            weight[numel_in_blocks:],
+            packed[numel_in_blocks // 2 :],
+            absmax[n_blocks:],
+            table,
+            block_size,
+            dtype,
+            out[numel_in_blocks:],
         )
     return squares
 

@@ -24,21 +24,21 @@ def quantize(
     """weight - minus [n] into uint8 [ceil(n / 2)] and float32 [ceil(n / block_size)]. See codebook/contract.py."""
     numel = weight.numel()
     thresholds = ((table[:-1] + table[1:]) / 2).tolist()
-    whole = numel - numel % block_size
+    numel_in_blocks = numel - numel % block_size
     piece = max(PIECE_NUMEL // block_size, 1) * block_size
-    for start in range(0, whole, piece):
-        stop = min(start + piece, whole)
+    for start in range(0, numel_in_blocks, piece):
+        stop = min(start + piece, numel_in_blocks)
         blocks = _difference(weight, minus, start, stop).view(-1, block_size)  # [blocks, block_size]
         largest = torch.linalg.vector_norm(blocks, float("inf"), dim=1)  # [blocks]
         absmax[start // block_size : stop // block_size] = largest
         scaled = blocks * (1.0 / largest.clamp(min=SMALLEST_ABSMAX))[:, None]
         packed[start // 2 : stop // 2] = _pack(_encode(scaled.view(-1), thresholds))
-    if whole < numel:
-        tail = _difference(weight, minus, whole, numel)
+    if numel_in_blocks < numel:
+        tail = _difference(weight, minus, numel_in_blocks, numel)
         largest = tail.abs().max().clamp(min=SMALLEST_ABSMAX)
         absmax[-1] = largest
         # bitsandbytes divides in the short block and multiplies by the reciprocal elsewhere: the last bit can differ.
-        packed[whole // 2 :] = _pack(_encode(tail / largest, thresholds))
+        packed[numel_in_blocks // 2 :] = _pack(_encode(tail / largest, thresholds))
 
 
 def dequantize(
@@ -79,8 +79,8 @@ def residual(
 
 
 def _difference(weight: torch.Tensor, minus: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-    wide = weight[start:stop].float()
-    return wide if minus is None else wide - minus[start:stop].float()
+    widened = weight[start:stop].float()
+    return widened if minus is None else widened - minus[start:stop].float()
 
 
 def _encode(scaled: torch.Tensor, thresholds: list[float]) -> torch.Tensor:

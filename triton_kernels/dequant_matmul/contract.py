@@ -26,6 +26,10 @@ def dequant_matmul(
     Q [out, in] holds the codes decoded in `dtype` and rounded to the dtype of x. lora_A [rank, in], lora_B [out, rank].
     Sums are float32. x is float32, bfloat16 or float16; no gradient is recorded.
     Raises ValueError when x, codes, constants (see codebook/contract.py) or factors do not fit `shape`.
+
+    >>> packed, absmax = torch.tensor([0xF7], dtype=torch.uint8), torch.tensor([2.0])
+    >>> dequant_matmul(torch.tensor([[1.0, 3.0]]), packed, absmax, "nf4", 2, (1, 2), torch.float32)
+    tensor([[2.]])
     """
     table, factors = _checked(x, shape[1], packed, absmax, codebook, block_size, shape, lora_A, lora_B)
     output: torch.Tensor = implementation("dequant_matmul", x.device.type).product(
@@ -48,6 +52,10 @@ def dequant_matmul_input_gradient(
 ) -> torch.Tensor:
     """The gradient of `dequant_matmul` by x: gradient·Q + scaling·(gradient·lora_B)·lora_A, [tokens, in] in the dtype
     of `gradient` [tokens, out]. Raises as `dequant_matmul` does.
+
+    >>> packed, absmax = torch.tensor([0xF7], dtype=torch.uint8), torch.tensor([2.0])
+    >>> dequant_matmul_input_gradient(torch.ones(1, 1), packed, absmax, "nf4", 2, (1, 2), torch.float32)
+    tensor([[2., 0.]])
     """
     table, factors = _checked(gradient, shape[0], packed, absmax, codebook, block_size, shape, lora_A, lora_B)
     for_input: torch.Tensor = implementation("dequant_matmul", gradient.device.type).input_gradient(

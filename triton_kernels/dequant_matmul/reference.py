@@ -20,10 +20,10 @@ def product(
     scaling: float,
 ) -> torch.Tensor:
     """x·Qᵀ + scaling·(x·lora_Aᵀ)·lora_Bᵀ [tokens, out]. See dequant_matmul/contract.py."""
-    wide = x.float()
-    output = wide @ _decoded(packed, absmax, table, block_size, shape, dtype, x.dtype).float().T
+    widened = x.float()
+    output = widened @ _decoded(packed, absmax, table, block_size, shape, dtype, x.dtype).float().T
     if lora_A is not None and lora_B is not None:
-        output += (wide @ lora_A.float().T) @ lora_B.float().T * scaling
+        output += (widened @ lora_A.float().T) @ lora_B.float().T * scaling
     return output.to(x.dtype)
 
 
@@ -40,10 +40,10 @@ def input_gradient(
     scaling: float,
 ) -> torch.Tensor:
     """gradient·Q + scaling·(gradient·lora_B)·lora_A [tokens, in]. See dequant_matmul/contract.py."""
-    wide = gradient.float()
-    for_input = wide @ _decoded(packed, absmax, table, block_size, shape, dtype, gradient.dtype).float()
+    widened = gradient.float()
+    for_input = widened @ _decoded(packed, absmax, table, block_size, shape, dtype, gradient.dtype).float()
     if lora_A is not None and lora_B is not None:
-        for_input += (wide @ lora_B.float()) @ lora_A.float() * scaling
+        for_input += (widened @ lora_B.float()) @ lora_A.float() * scaling
     return for_input.to(gradient.dtype)
 
 

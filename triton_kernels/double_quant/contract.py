@@ -19,6 +19,9 @@ def dynamic_map(device: torch.device | str = "cpu") -> torch.Tensor:
 
     Seven decades 10^-6 .. 10^0; decade i has 2^i values, the means of neighbouring points of an even grid on
     [0.1, 1], with both signs; then 0 and 1.
+
+    >>> dynamic_map().shape, dynamic_map()[-1].item()
+    (torch.Size([256]), 1.0)
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -36,6 +39,10 @@ def double_quantize(absmax: torch.Tensor, nested_block_size: int) -> tuple[torch
     The offset is infinite where the mean overflows float32 (on a CPU, where the float32 sum does): the caller decides
     how to react. On a GPU the mean is exact before rounding, so the last bits can differ from a CPU. Raises ValueError
     unless `absmax` is contiguous float32 with one or two dimensions.
+
+    >>> codes, nested_absmax, offset = double_quantize(torch.tensor([1.0, 3.0]), 256)
+    >>> codes.shape, nested_absmax.item(), offset.item()
+    (torch.Size([2]), 1.0, 2.0)
     """
     if absmax.dtype != torch.float32 or absmax.dim() not in (1, 2) or not absmax.is_contiguous():
         raise ValueError("absmax must be contiguous float32 with one or two dimensions")
@@ -57,6 +64,10 @@ def double_dequantize(
 ) -> torch.Tensor:
     """float32 [n], or [m, n] for a stack: the absmax that a loader computes from stored constants. `code_map` has 256
     entries.
+
+    >>> codes = torch.tensor([255], dtype=torch.uint8)
+    >>> double_dequantize(codes, torch.tensor([0.5]), dynamic_map(), torch.tensor(2.0), 256).tolist()
+    [2.5]
     """
     if codes.dtype != torch.uint8 or code_map.numel() != 256:
         raise ValueError("codes must be uint8 and code_map must have 256 entries")

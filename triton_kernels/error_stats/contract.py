@@ -61,6 +61,10 @@ def codebook_error_sums(
     rounded to float32. lora_A [rank, in], lora_B [out, rank].
     Raises ValueError unless the weight is a contiguous float32, bfloat16 or float16 matrix, and codes, constants (see
     codebook/contract.py) and factors fit the weight.
+
+    >>> packed, absmax = torch.tensor([0xF7], dtype=torch.uint8), torch.tensor([2.0])
+    >>> codebook_error_sums(torch.tensor([[2.5, 0.0]]), packed, absmax, "nf4", 2, torch.float32).tolist()
+    [6.25, 0.25, 0.25, 0.5, 0.0, 0.0, 0.0]
     """
     if weight.dim() != 2 or not weight.is_contiguous():
         raise ValueError("weight must be a contiguous matrix")

@@ -55,10 +55,10 @@ def codebook_sums(
         d = torch.zeros_like(w)
         if lora_A is not None and lora_B is not None:
             d = (lora_B[part].float() @ lora_A.float()) * scaling
-        both = q + d
-        squares = [x.double().square().sum() for x in (w, w.double() - q, w.double() - both, d)]
-        largest = torch.maximum(totals[3], (w.double() - both).abs().amax())  # a NaN always wins
-        counts = [(w.sign() * both.sign() < 0).sum(), ((w != 0) & (both == 0)).sum()]
+        approximation = q + d
+        squares = [x.double().square().sum() for x in (w, w.double() - q, w.double() - approximation, d)]
+        largest = torch.maximum(totals[3], (w.double() - approximation).abs().amax())  # a NaN always wins
+        counts = [(w.sign() * approximation.sign() < 0).sum(), ((w != 0) & (approximation == 0)).sum()]
         totals += torch.stack((*squares[:3], torch.zeros_like(largest), squares[3], *counts))
         totals[3] = largest
     return totals

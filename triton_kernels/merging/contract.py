@@ -30,13 +30,18 @@ def merge_codebook(
     rounded once. lora_A [rank, in], lora_B [out, rank].
 
     Raises ValueError when codes, constants (see codebook/contract.py) or factors do not fit `shape`.
+
+    >>> packed, absmax = torch.tensor([0xF7], dtype=torch.uint8), torch.tensor([2.0])
+    >>> lora_A, lora_B = torch.ones(1, 2), torch.ones(1, 1)
+    >>> merge_codebook(packed, absmax, "nf4", 2, (1, 2), torch.float32, lora_A, lora_B, 0.5, torch.bfloat16)
+    tensor([[2.5000, 0.5000]], dtype=torch.bfloat16)
     """
     check_constants(packed, absmax, block_size, shape[0] * shape[1])
-    left, right = checked_factors(lora_A, lora_B, shape)
+    factor_A, factor_B = checked_factors(lora_A, lora_B, shape)
     out = torch.empty(shape, dtype=out_dtype, device=packed.device)
     table = codebook_table(codebook, packed.device)
     implementation("merging", packed.device.type).merge(
-        packed.reshape(-1), absmax.reshape(-1), table, block_size, dtype, left, right, scaling, out
+        packed.reshape(-1), absmax.reshape(-1), table, block_size, dtype, factor_A, factor_B, scaling, out
     )
     return out
 
@@ -47,6 +52,9 @@ def retention_sums(base: torch.Tensor, requantized: torch.Tensor, delta: torch.T
     `requantized` is base + delta after quantizing again; the third sum is the part of the second that survives. All
     tensors have equal shapes and are float32, bfloat16 or float16. Raises ValueError when shapes or dtypes do not
     match.
+
+    >>> retention_sums(torch.tensor([3.0]), torch.tensor([4.0]), torch.tensor([2.0])).tolist()
+    [9.0, 4.0, 2.0]
     """
     for tensor in (base, requantized, delta):
         if tensor.shape != base.shape:

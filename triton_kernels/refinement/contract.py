@@ -79,12 +79,20 @@ class RowErrors:
 
 
 def codebook_levels(table: torch.Tensor) -> Levels:
-    """Levels of a codebook format: float32 constants of either sign."""
+    """Levels of a codebook format: float32 constants of either sign.
+
+    >>> codebook_levels(torch.linspace(-1.0, 1.0, 16)).is_signed
+    True
+    """
     return Levels(table, 4, "none", torch.float32, is_signed=True)
 
 
 def factors_of(levels: Levels, start: Blocks | None) -> tuple[float, ...]:
-    """Factors of the range of a block that a search tries."""
+    """Factors of the range of a block that a search tries.
+
+    >>> factors_of(Levels(None, 4, "int", torch.float32), None) == FACTORS
+    True
+    """
     if start is not None:
         return FACTORS[:1]
     has_signs = levels.is_signed and levels.offset == "none"
@@ -94,6 +102,9 @@ def factors_of(levels: Levels, start: Blocks | None) -> tuple[float, ...]:
 def block_importance(importance: torch.Tensor, block_size: int) -> torch.Tensor:
     """float32 [blocks of a row, block_size]: importance of each column relative to the largest in the block; ones where
     the whole block is 0.
+
+    >>> block_importance(torch.tensor([1.0, 4.0, 0.0, 0.0]), 2).tolist()
+    [[0.25, 1.0], [1.0, 1.0]]
     """
     blocks = importance.view(-1, block_size)
     largest = blocks.amax(dim=1, keepdim=True)
@@ -120,6 +131,10 @@ def search_scales(
     is not finite exactly where a weight of the block is not finite or the scale overflows the scale dtype; codes of
     such a block are meaningless. Raises ValueError unless `weight` is contiguous float32 [rows, in], blocks divide the
     rows, and all shapes and dtypes fit.
+
+    >>> levels = Levels(None, 4, "none", torch.float32)
+    >>> search_scales(torch.tensor([[-8.0, 7.0]]), 2, levels).codes.tolist()
+    [[0, 15]]
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
@@ -127,14 +142,19 @@ def search_scales(
         _check_blocks(start, levels, weight.shape, block_size)
     _check_importance(importance, weight)
     search = implementation("refinement", weight.device.type).search_scales
-    found: Blocks = search(weight, block_size, levels, start, importance)
-    return found
+    blocks: Blocks = search(weight, block_size, levels, start, importance)
+    return blocks
 
 
 def residual(weight: torch.Tensor, blocks: Blocks, block_size: int, levels: Levels, out: torch.Tensor) -> torch.Tensor:
     """Squared error float64 [rows] of each row of float32 [rows, in]; the error goes into `out`, float32.
 
     Raises ValueError when shapes or dtypes do not fit.
+
+    >>> blocks = Blocks(torch.tensor([[8, 10]], dtype=torch.uint8), torch.ones(1, 1), None)
+    >>> levels, out = Levels(None, 4, "none", torch.float32), torch.empty(1, 2)
+    >>> residual(torch.tensor([[0.5, 2.0]]), blocks, 2, levels, out).tolist(), out.tolist()
+    ([0.25], [[0.5, 0.0]])
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
@@ -168,6 +188,12 @@ def refine(
     0 keeps all codes. Rows are independent of order and division; compiled, to the last bit. Results of a row with NaN,
     infinity or numbers whose squares leave the range of float32 are meaningless: the errors of the row are not finite,
     and other rows are unaffected. Raises ValueError when shapes or dtypes do not fit.
+
+    >>> blocks = Blocks(torch.tensor([[8, 10]], dtype=torch.uint8), torch.ones(1, 1), None)
+    >>> weight, levels = torch.tensor([[1.0, 2.0]]), Levels(None, 4, "none", torch.float32)
+    >>> refined = refine(weight, blocks, 2, levels, torch.zeros(2, 1), sweeps=1, fits_scales=False)
+    >>> refined.before.item(), refined.after.item(), blocks.codes.tolist()
+    (1.0, 0.0, [[9, 10]])
     """
     _check_levels(levels)
     _check_weight(weight, block_size)
@@ -177,10 +203,10 @@ def refine(
         raise ValueError(f"vectors must be float32 [{weight.shape[1]}, r]")
     if out is not None:
         _check("out", out, torch.float32, weight.shape)
-    refined: Refined = implementation("refinement", weight.device.type).refine(
+    refinement: Refined = implementation("refinement", weight.device.type).refine(
         weight, blocks, block_size, levels, vectors, importance, sweeps, fits_scales, out
     )
-    return refined
+    return refinement
 
 
 def refine_dense(
@@ -199,6 +225,12 @@ def refine_dense(
 
     A column whose diagonal element is not positive keeps its code. Errors have the precision of float32 products; for
     an unchanged row, before equals after. Raises ValueError when shapes or dtypes do not fit.
+
+    >>> blocks = Blocks(torch.tensor([[8, 10]], dtype=torch.uint8), torch.ones(1, 1), None)
+    >>> weight, levels = torch.tensor([[1.0, 2.0]]), Levels(None, 4, "none", torch.float32)
+    >>> errors = refine_dense(weight, blocks, 2, levels, torch.eye(2), sweeps=1, fits_scales=False)
+    >>> errors.before.item(), errors.after.item(), blocks.codes.tolist()
+    (1.0, 0.0, [[9, 10]])
     """
     _check_levels(levels)
     _check_weight(weight, block_size)

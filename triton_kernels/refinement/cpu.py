@@ -42,7 +42,7 @@ def search_scales(
     weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None, importance: torch.Tensor | None
 ) -> Blocks:
     """See refinement/reference.py."""
-    counted = torch.empty(0, block_size) if importance is None else block_importance(importance, block_size)
+    relative_importance = torch.empty(0, block_size) if importance is None else block_importance(importance, block_size)
     shape = (weight.shape[0], weight.shape[1] // block_size)
     blocks, codes = weight.view(-1, block_size).numpy(), np.empty((weight.numel() // block_size, block_size), np.uint8)
     scales, zeros, biases = (np.empty(len(codes), np.float32) for _ in range(3))
@@ -52,12 +52,12 @@ def search_scales(
     refits = REFITS if start is None else WARM_REFITS
     fixed = (factors, refits, levels.is_signed, _DTYPES[levels.scale_dtype], start is not None, codes)
     if levels.table is not None:
-        search_table(blocks, counted.numpy(), *_table(levels), *fixed, scales)
+        search_table(blocks, relative_importance.numpy(), *_table(levels), *fixed, scales)
     else:
         numbers = (OFFSETS.index(levels.offset), 2**levels.bits - 1)
-        search_steps(blocks, counted.numpy(), *numbers, *fixed, scales, zeros, biases)
-    kept = {"none": None, "int": _tensor(zeros, torch.uint8), "float": _tensor(biases, levels.scale_dtype)}
-    offsets = kept[levels.offset]
+        search_steps(blocks, relative_importance.numpy(), *numbers, *fixed, scales, zeros, biases)
+    offsets_by_kind = {"none": None, "int": _tensor(zeros, torch.uint8), "float": _tensor(biases, levels.scale_dtype)}
+    offsets = offsets_by_kind[levels.offset]
     return Blocks(
         torch.from_numpy(codes).view(weight.shape),
         _tensor(scales, levels.scale_dtype).view(shape),
@@ -141,28 +141,28 @@ def refine_dense(
     for sweep in range(sweeps):
         for start in range(0, columns, width):
             tile = slice(start, min(start + width, columns))
-            own = hessian[tile, tile].contiguous()
+            tile_hessian = hessian[tile, tile].contiguous()
             products = error[:, start:] @ hessian[start:, tile]
             if sweep == 0:
                 add_inner_products(products.numpy(), error.numpy(), start, 2.0, before)
-                add_inner_products((error[:, tile] @ own).numpy(), error.numpy(), start, -1.0, before)
-            moved = error[:, :start] @ hessian[:start, tile]
+                add_inner_products((error[:, tile] @ tile_hessian).numpy(), error.numpy(), start, -1.0, before)
+            moved_products = error[:, :start] @ hessian[:start, tile]
             refine_columns(
                 weight.numpy(),
                 codes,
                 *constants,
                 *table,
                 2**levels.bits - 1,
-                own.numpy(),
-                products.add_(moved).numpy(),
+                tile_hessian.numpy(),
+                products.add_(moved_products).numpy(),
                 start,
                 *_moves(levels, fits_scales),
                 error.numpy(),
                 is_changed,
             )
             if sweep == sweeps - 1:
-                add_inner_products(moved.numpy(), error.numpy(), start, 2.0, after)
-                add_inner_products((error[:, tile] @ own).numpy(), error.numpy(), start, 1.0, after)
+                add_inner_products(moved_products.numpy(), error.numpy(), start, 2.0, after)
+                add_inner_products((error[:, tile] @ tile_hessian).numpy(), error.numpy(), start, 1.0, after)
     _store(blocks, levels, constants[0], constants[2])
     return RowErrors(torch.from_numpy(before), torch.from_numpy(np.where(is_changed, after, before)))
 

@@ -33,10 +33,10 @@ class Constants:
     zero: torch.Tensor
     bias: torch.Tensor
 
-    def where(self, chosen: torch.Tensor, other: Constants) -> Constants:
-        """These constants where `chosen` is true, `other` elsewhere."""
-        pairs = ((self.scale, other.scale), (self.zero, other.zero), (self.bias, other.bias))
-        return Constants(*(torch.where(chosen, own, others) for own, others in pairs))
+    def where(self, mask: torch.Tensor, alternative: Constants) -> Constants:
+        """The constants where `mask` [n, 1] is true, `alternative` elsewhere."""
+        pairs = ((self.scale, alternative.scale), (self.zero, alternative.zero), (self.bias, alternative.bias))
+        return Constants(*(torch.where(mask, constant, replacement) for constant, replacement in pairs))
 
     def flattened(self) -> Constants:
         """Constants with a block a row."""
@@ -51,9 +51,9 @@ def search_scales(
     if importance is not None:
         importance = block_importance(importance, block_size).repeat(len(weight), 1)  # [n, block_size]
     ranges = list(_ranges(blocks, levels, factors_of(levels, start)))
-    begun = [] if start is None else [_stored(start, levels).flattened()]
+    candidates = [] if start is None else [_stored(start, levels).flattened()]
     best, error = ranges[0], torch.tensor(torch.inf)
-    for tried in begun + ranges:
+    for tried in candidates + ranges:
         new_error = _squared_error(blocks, tried, levels, importance)
         is_less = (new_error < error) & torch.isfinite(tried.scale) & (tried.scale != 0.0)
         if start is not None and levels.table is not None:
@@ -124,18 +124,18 @@ def _refitted(
     level = codes - constants.zero if levels.table is None else levels.table[codes.int()]
     largest = blocks.abs().amax(dim=1, keepdim=True)
     unit = blocks * _inverse(largest)
-    counted = _weighted(unit, importance)
+    weighted_unit = _weighted(unit, importance)
     zero, bias = constants.zero, constants.bias
     if levels.offset != "none" and (levels.offset == "float" or moves_zero):
         mean, unit_mean = _mean(level, importance), _mean(unit, importance)
-        slope = _inner(counted, level - mean) / _inner(_weighted(level - mean, importance), level - mean)
+        slope = _inner(weighted_unit, level - mean) / _inner(_weighted(level - mean, importance), level - mean)
         start = unit_mean - slope * mean  # value at level 0 of the line through the weights
         bias = _rounded(start * largest, levels)
         if levels.offset == "int":
-            moved = (zero - start / slope).round_().clamp_(0, 2**levels.bits - 1)
-            level, zero, bias = level + zero - moved, moved, constants.bias
+            moved_zero = (zero - start / slope).round_().clamp_(0, 2**levels.bits - 1)
+            level, zero, bias = level + zero - moved_zero, moved_zero, constants.bias
     if levels.offset != "float":
-        slope = _inner(counted, level) / _inner(_weighted(level, importance), level)
+        slope = _inner(weighted_unit, level) / _inner(_weighted(level, importance), level)
     scale = _rounded(slope * largest, levels)
     is_usable = torch.isfinite(scale) & torch.isfinite(bias) & torch.isfinite(zero)
     is_usable &= (scale != 0.0) if levels.is_signed else (scale > 0.0)
@@ -235,12 +235,12 @@ def _descend(
     """Move codes and values of a column [rows, 1] to the least error, where the error falls; return the steps of the
     values. `slope` [rows, 1] is half of the derivative of the error by a step, negated; `h` is the weight of a step.
     """
-    found = encode(value + slope / h, constants, levels)
-    step = decode(found, constants, levels) - value
+    codes = encode(value + slope / h, constants, levels)
+    step = decode(codes, constants, levels) - value
     # A step d changes the error by d·(d·h − 2·slope).
     lowers = (step * slope.sign() > 0) & (step.abs() * h < 2.0 * WORTHWHILE * slope.abs())
     step.masked_fill_(~lowers, 0.0)
-    code[lowers] = found[lowers].to(torch.uint8)
+    code[lowers] = codes[lowers].to(torch.uint8)
     value += step
     return step
 
@@ -271,13 +271,13 @@ def _fit(
 ) -> None:
     """Fit the constants of the block of each row [rows, block_size]; `m` follows."""
     linear = values - _stored(blocks, levels, block).bias
-    error, counted = (weight - values) * importance, linear * importance
+    error, weighted_linear = (weight - values) * importance, linear * importance
     projected, ones = linear @ vectors, vectors.sum(dim=0)  # [rows, r], [r]
-    bound = _inner(counted, linear)
+    bound = _inner(weighted_linear, linear)
     products = Products(
         _inner(linear, error) - _inner(projected, m),
         error.sum(dim=1, keepdim=True) - (m @ ones)[:, None],
-        counted.sum(dim=1, keepdim=True) - (projected @ ones)[:, None],
+        weighted_linear.sum(dim=1, keepdim=True) - (projected @ ones)[:, None],
         bound - _inner(projected, projected),
         importance.sum() - ones @ ones,
         bound,
@@ -329,10 +329,10 @@ def _fitted(blocks: Blocks, block: int, levels: Levels, products: Products) -> t
     accepted = is_usable & (change < 0.0) & (torch.isfinite(scale) & (scale != 0.0))
     if not levels.is_signed:
         accepted &= scale > 0.0
-    chosen = accepted[:, 0]
-    blocks.scales[chosen, block] = scale[chosen, 0].to(levels.scale_dtype)
+    changed_rows = accepted[:, 0]
+    blocks.scales[changed_rows, block] = scale[changed_rows, 0].to(levels.scale_dtype)
     if levels.offset == "float" and blocks.offsets is not None:
-        blocks.offsets[chosen, block] = bias[chosen, 0].to(levels.scale_dtype)
+        blocks.offsets[changed_rows, block] = bias[changed_rows, 0].to(levels.scale_dtype)
     return factor.where(accepted, 0.0), shift.where(accepted, 0.0)
 
 
@@ -352,8 +352,8 @@ def encode(values: torch.Tensor, constants: Constants, levels: Levels) -> torch.
 
 def decode(codes: torch.Tensor, constants: Constants, levels: Levels) -> torch.Tensor:
     """float32 values of codes [n, columns], before the rounding of a loader."""
-    found = codes - constants.zero if levels.table is None else levels.table[codes.int()]
-    return found * constants.scale + constants.bias
+    level = codes - constants.zero if levels.table is None else levels.table[codes.int()]
+    return level * constants.scale + constants.bias
 
 
 def _stored(blocks: Blocks, levels: Levels, block: int | None = None) -> Constants:
@@ -380,5 +380,5 @@ def _errors(
 
 
 def _dense_errors(error: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    wide = error.double()
-    return _inner(wide @ hessian.double(), wide)[:, 0]
+    widened = error.double()
+    return _inner(widened @ hessian.double(), widened)[:, 0]

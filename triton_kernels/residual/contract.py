@@ -39,6 +39,11 @@ def quantize_difference(
 
     weight: float32, bfloat16 or float16 [n, out, in]; left float32 [n, out, rank]; right float32 [n, rank, in].
     Raises ValueError when shapes do not fit.
+
+    >>> weight, left, right = torch.tensor([[[3.0, 1.0]]]), torch.ones(1, 1, 1), torch.ones(1, 1, 2)
+    >>> packed, absmax = quantize_difference(weight, left, right, "nf4", block_size=2)
+    >>> packed.tolist(), absmax.tolist()
+    ([[247]], [[2.0]])
     """
     n, out_features, in_features = _shape(weight)
     rank = left.shape[2] if left.dim() == 3 else -1
@@ -60,6 +65,11 @@ def residual_product(
     """(weight - decoded) @ vectors, float32 [n, out, rank], and the sum of squares of weight - decoded, float64 [n].
 
     vectors: float32 [n, in, rank]. Raises ValueError when shapes do not fit.
+
+    >>> coded = CodedStack(torch.tensor([[0xF7]], dtype=torch.uint8), torch.tensor([[2.0]]), "nf4", 2, torch.float32)
+    >>> product, squares = residual_product(torch.tensor([[[3.0, 1.0]]]), coded, torch.ones(1, 2, 1))
+    >>> product.tolist(), squares.tolist()
+    ([[[2.0]]], [2.0])
     """
     n, _, in_features = _check_coded(weight, coded)
     rank = vectors.shape[2] if vectors.dim() == 3 else -1
@@ -77,6 +87,10 @@ def transposed_residual_product(weight: torch.Tensor, coded: CodedStack, vectors
     """vectors^T @ (weight - decoded), float32 [n, rank, in].
 
     vectors: float32 [n, out, rank]. Raises ValueError when shapes do not fit.
+
+    >>> coded = CodedStack(torch.tensor([[0xF7]], dtype=torch.uint8), torch.tensor([[2.0]]), "nf4", 2, torch.float32)
+    >>> transposed_residual_product(torch.tensor([[[3.0, 1.0]]]), coded, torch.ones(1, 1, 1)).tolist()
+    [[[1.0, 1.0]]]
     """
     n, out_features, _ = _check_coded(weight, coded)
     rank = vectors.shape[2] if vectors.dim() == 3 else -1

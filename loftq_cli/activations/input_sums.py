@@ -1,0 +1,192 @@
+"""Running sums of x·xᵀ over the inputs x of linears, and the groups of weights with a common input. Watches a model
+that runs block by block; writes no file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.errors import NumericError, UsageError
+from loftq_cli.planning.jobs import QuantizableMatrix
+
+if TYPE_CHECKING:
+    import torch
+
+    from loftq_cli.activations.streamed_model import StreamedModel
+
+_CHUNK_ROWS = 4096  # rows of an input per product: bounds the float32 and float64 copies of an input
+
+
+def share_inputs(
+    streamed: StreamedModel, jobs: Sequence[QuantizableMatrix], feed: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Map each reached weight to the first weight that has the same input tensor; both share one statistic.
+
+    jobs   the weights to watch; "first" means first among `jobs`
+    feed   keyword arguments of one forward, a few tokens
+
+    Weights that `feed` does not reach are absent. Raises as `StreamedModel.run` does.
+    """
+    # Inputs stay in the list until the block is done: Python gives the address of a dropped tensor to a later tensor.
+    inputs: list[tuple[torch.Tensor, int, str]] = []
+    groups: dict[str, str] = {}
+
+    def note_input(name: str, x: torch.Tensor) -> None:
+        leader = next((first for y, version, first in inputs if y is x and version == x._version), None)
+        groups.setdefault(name, leader or name)
+        if leader is None:
+            inputs.append((x, x._version, name))
+
+    with _watch_inputs(_find_modules(streamed, jobs), note_input):
+        streamed.run([feed], _find_blocks(streamed, jobs), lambda block: inputs.clear())
+    first_names: dict[str, str] = {}
+    names = [job.name for job in jobs if job.name in groups]
+    for name in names:
+        first_names.setdefault(groups[name], name)
+    return {name: first_names[groups[name]] for name in names}
+
+
+class InputSums:
+    """Sums of x·xᵀ for the layers of the block in memory; the means go to `write`.
+
+    jobs            the weights to measure: a single weight of each group with a common input
+    write           takes a weight's name and the mean, float32 [in, in] or [in]
+    block_written   takes the name of a finished block and the number of means
+    diagonal        sum the squares of x in place of x·xᵀ
+    path            the model, for errors
+    blocks          names of the blocks that hold the weights
+    """
+
+    def __init__(
+        self,
+        streamed: StreamedModel,
+        jobs: Sequence[QuantizableMatrix],
+        write: Callable[[str, torch.Tensor], object],
+        block_written: Callable[[str, int], None],
+        *,
+        diagonal: bool,
+        path: Path,
+    ) -> None:
+        self.blocks = _find_blocks(streamed, jobs)
+        self._modules = _find_modules(streamed, jobs)
+        self._diagonal, self._write, self._block_written, self._path = diagonal, write, block_written, path
+        self._unwritten = {job.name for job in jobs}
+        self._sums: dict[str, InputSum] = {}
+
+    def watch(self) -> Any:
+        """A context: add up the inputs of all layers until the block of the `with` statement ends."""
+        return _watch_inputs(self._modules, self._add)
+
+    def flush(self, block: str) -> None:
+        """Write the means of the layers in `block`, after the last batch has left `block`.
+
+        Raises UsageError for a layer with a written mean, NumericError for a mean with NaN or infinite values.
+        """
+        for name, input_sum in self._sums.items():
+            if name not in self._unwritten:
+                raise UsageError("runs again after other blocks, which is not supported", file=self._path, tensor=name)
+            mean = input_sum.mean()
+            if not bool(mean.isfinite().all()):
+                raise NumericError("its input is not finite on this text").at(file=self._path, tensor=name)
+            self._write(name, mean)
+            self._unwritten.discard(name)
+        if self._sums:
+            self._block_written(block, len(self._sums))
+        self._sums.clear()
+
+    def check_complete(self) -> None:
+        """Write the means of layers outside of blocks.
+
+        Raises UsageError for a layer that the text did not reach, although the first tokens had reached the layer.
+        """
+        if self._sums:
+            self.flush("outside of the blocks")
+        if self._unwritten:
+            message = "reads the beginning of the text and nothing of the rest"
+            raise UsageError(message, file=self._path, tensor=min(self._unwritten))
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        if name not in self._sums:
+            self._sums[name] = InputSum(x.shape[-1], diagonal=self._diagonal)
+        self._sums[name].add(x)
+
+
+class InputSum:
+    """The sum of x·xᵀ over rows x [in], or the sum of the squares of x with `diagonal`.
+
+    Products are added in float32, a product per chunk of rows: few terms, so rounding stays small. Squares are added
+    in float64.
+
+    >>> import torch
+    >>> rows = InputSum(2, diagonal=True)
+    >>> rows.add(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    >>> rows.mean()
+    tensor([ 5., 10.])
+    """
+
+    def __init__(self, features: int, *, diagonal: bool) -> None:
+        import torch
+
+        self._diagonal, self._rows = diagonal, 0
+        dtype = torch.float64 if diagonal else torch.float32
+        self._sum = torch.zeros((features,) if diagonal else (features, features), dtype=dtype)
+
+    def add(self, x: torch.Tensor) -> None:
+        """Add all rows of x [..., in], any float dtype."""
+        import torch
+
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self._rows += len(rows)
+        for chunk in torch.split(rows, _CHUNK_ROWS):
+            if self._diagonal:
+                self._sum += chunk.double().square().sum(0)
+            else:
+                self._sum.addmm_(chunk.T, chunk)
+
+    def mean(self) -> torch.Tensor:
+        """The mean over all rows, float32: symmetric [in, in], or [in] with `diagonal`."""
+        if self._diagonal:
+            return (self._sum / self._rows).float()
+        return (self._sum + self._sum.T).mul_(0.5 / self._rows)
+
+
+def _find_modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> dict[str, tuple[Any, int]]:
+    """Name of each weight -> the module of the weight, and in_features. Weights without a module of their name in the
+    loaded model, as fused experts, are absent.
+    """
+    modules = dict(streamed.model.named_modules())
+    return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
+
+
+def _find_blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> set[str]:
+    modules = dict(streamed.model.named_modules())
+    blocks = {streamed.block_of(job.module) for job in jobs if job.module in modules}
+    return {block for block in blocks if block is not None}
+
+
+@contextmanager
+def _watch_inputs(modules: Mapping[str, tuple[Any, int]], watch: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call `watch(name, x)` with the input x [..., in] at each call of a module, until the context ends. Empty inputs,
+    and inputs whose last dimension is not in_features, are skipped.
+    """
+
+    def hook(name: str, features: int) -> Callable[..., None]:
+        def call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if x.shape[-1] == features and x.numel():
+                watch(name, x)
+
+        return call
+
+    handles = [
+        module.register_forward_pre_hook(hook(name, features), with_kwargs=True)
+        for name, (module, features) in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
