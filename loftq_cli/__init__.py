@@ -9,7 +9,7 @@ tensors         headers, number formats, matrices, adapters, errors: the records
 checkpoint      reading files, with distrust
 quant           number formats
 output          writing files, crash-safe
-methods         LoftQ, QLoRA and QA-LoRA
+methods         LoftQ, QLoRA, QA-LoRA and QPiSSA
 layouts         containers on disk
 model           a model directory
 adapter         an adapter directory

@@ -81,7 +81,7 @@ def quantize(
         model: a Hugging Face model directory, one weight file, or "builtin:NAME".
         output: the directory to write.
         recipe: a TOML file or the name of a preset; the remaining options override the recipe.
-        method: how the adapter starts, "loftq", "qlora" or "qalora".
+        method: how the adapter starts, "loftq", "pissa", "qlora" or "qalora".
         rank, alpha, rslora: rank of the adapter, lora_alpha, and whether the scaling is alpha/√rank.
         fit, start, iterations, rounds, svd: how base and adapter are fitted to each other.
         pooling, init: how a QA-LoRA adapter reads groups of inputs, and how the adapter starts.

@@ -5,7 +5,6 @@ Planning needs no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -87,19 +86,6 @@ class ModelFacts:
     def specs(self) -> set[QuantSpec]:
         """Every number format in the model."""
         return {self.spec, *self.other_specs.values()}
-
-
-def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
-    """Return the most common number format of some modules, and the modules of uncommon formats.
-
-    `specs` maps module names to number formats, and is not empty. The first among equally common formats wins.
-
-    >>> from loftq_cli.tensors.specs import CodebookSpec
-    >>> common_spec({"q": CodebookSpec("nf4"), "k": CodebookSpec("nf4"), "v": CodebookSpec("fp4")})[1].keys()
-    dict_keys(['v'])
-    """
-    ((spec, _),) = Counter(specs.values()).most_common(1)
-    return spec, {module: module_spec for module, module_spec in specs.items() if module_spec != spec}
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.errors import UsageError, printable
-from loftq_cli.layouts.layout import ModelFacts, common_spec, load_layout
+from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner, is_vocabulary_head
 from loftq_cli.merging.provenance import Provenance, check_provenance
@@ -32,6 +32,7 @@ from loftq_cli.output.staged_run import PlannedResult
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.jobs import Shard, pack_shards
 from loftq_cli.planning.sizes import parse_size
+from loftq_cli.quant.formats import common_spec
 
 _MAX_NAMES = 3  # more names hide the sentence around them
 

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
-from loftq_cli.layouts.layout import ModelFacts, common_spec, load_layout
+from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
@@ -22,7 +22,7 @@ from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
 from loftq_cli.planning.recipe import Recipe
 from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
-from loftq_cli.quant.formats import QuantSpec
+from loftq_cli.quant.formats import QuantSpec, common_spec
 from loftq_cli.runtime.kernel_choice import COMPILER_NBYTES, is_worth_compiling
 from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.headers import OutTensor, TensorRef

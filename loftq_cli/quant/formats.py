@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -296,3 +297,15 @@ def tensor_from_buffers(
     if isinstance(spec, AffineSpec):
         return AffineTensor.from_buffers(buffers, spec, shape, dtype)
     return CodebookTensor.from_buffers(buffers, spec, shape, dtype)
+
+
+def common_spec(specs: Mapping[str, QuantSpec]) -> tuple[QuantSpec, dict[str, QuantSpec]]:
+    """Return the most common number format of some modules, and the modules of uncommon formats.
+
+    `specs` maps module names to number formats, and is not empty. The first among equally common formats wins.
+
+    >>> common_spec({"q": CodebookSpec("nf4"), "k": CodebookSpec("nf4"), "v": CodebookSpec("fp4")})[1].keys()
+    dict_keys(['v'])
+    """
+    ((spec, _),) = Counter(specs.values()).most_common(1)
+    return spec, {module: module_spec for module, module_spec in specs.items() if module_spec != spec}
