@@ -42,6 +42,7 @@ def quantize(
     start: str | None = None,
     iterations: int | None = None,
     rounds: int | None = None,
+    keep_base: float | None = None,
     svd: str | None = None,
     pooling: str | None = None,
     init: str | None = None,
@@ -84,6 +85,8 @@ def quantize(
         method: how the adapter starts, "loftq", "pissa", "qlora" or "qalora".
         rank, alpha, rslora: rank of the adapter, lora_alpha, and whether the scaling is alpha/√rank.
         fit, start, iterations, rounds, svd: how base and adapter are fitted to each other.
+        keep_base: share of the error that counts the base alone: 0 counts only base and adapter together, 1 makes the
+            base as good as without an adapter.
         pooling, init: how a QA-LoRA adapter reads groups of inputs, and how the adapter starts.
         adapter_dtype, seed: dtype of the adapter; seed of random factors.
         quant_type: number format of the base: "nf4", "int4", ...
@@ -124,8 +127,8 @@ def quantize(
     """
     settings: dict[str, Any] = {
         "method": method, "rank": rank, "alpha": alpha, "rslora": rslora, "fit": fit, "start": start,
-        "iterations": iterations, "rounds": rounds, "svd": svd, "pooling": pooling, "init": init,
-        "adapter_dtype": adapter_dtype, "seed": seed, "quant_type": quant_type, "block_size": block_size,
+        "iterations": iterations, "rounds": rounds, "keep_base": keep_base, "svd": svd, "pooling": pooling,
+        "init": init, "adapter_dtype": adapter_dtype, "seed": seed, "quant_type": quant_type, "block_size": block_size,
         "double_quant": double_quant, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype,
         "scales": scales, "calibration": None if calibration is None else os.fspath(calibration), "layout": layout,
         "max_shard_size": size_text(max_shard_size), "include": texts_of(include) or None,

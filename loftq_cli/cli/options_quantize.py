@@ -70,6 +70,15 @@ Rounds = Annotated[
         rich_help_panel=ADAPTER,
     ),
 ]
+KeepBase = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SHARE",
+        help="Share of the error that counts the base alone, 0 to 1: at 0 only base and adapter together count, at 1 "
+        "the base is as good as without an adapter. [default: 0]",
+        rich_help_panel=ADAPTER,
+    ),
+]
 Calibration = Annotated[
     Path | None,
     typer.Option(

@@ -23,6 +23,7 @@ def quantize(
     start: options_quantize.Start = None,
     iterations: options_quantize.Iterations = None,
     rounds: options_quantize.Rounds = None,
+    keep_base: options_quantize.KeepBase = None,
     svd: options_quantize.Svd = None,
     pooling: options_quantize.Pooling = None,
     init: options_quantize.Init = None,
@@ -64,12 +65,13 @@ def quantize(
     with CommandProgress(quiet=quiet, verbose=verbose) as progress:
         result = quantize_checkpoint(
             model, output, recipe=recipe, method=method, rank=rank, alpha=alpha, rslora=rslora, fit=fit, start=start,
-            iterations=iterations, rounds=rounds, svd=svd, pooling=pooling, init=init, adapter_dtype=adapter_dtype,
-            seed=seed, quant_type=quant_type, block_size=block_size, double_quant=double_quant, group_size=group_size,
-            symmetric=symmetric, scale_dtype=scale_dtype, scales=scales, calibration=calibration, layout=layout,
-            max_shard_size=max_shard_size, include=include, exclude=exclude, target_bpw=target_bpw,
-            target_size=target_size, lora_budget=lora_budget, threads=threads, device=device, max_memory=max_memory,
-            dry_run=dry_run, overwrite=overwrite, restart=restart, verify=not no_verify, observer=progress,
+            iterations=iterations, rounds=rounds, keep_base=keep_base, svd=svd, pooling=pooling, init=init,
+            adapter_dtype=adapter_dtype, seed=seed, quant_type=quant_type, block_size=block_size,
+            double_quant=double_quant, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
+            scales=scales, calibration=calibration, layout=layout, max_shard_size=max_shard_size, include=include,
+            exclude=exclude, target_bpw=target_bpw, target_size=target_size, lora_budget=lora_budget, threads=threads,
+            device=device, max_memory=max_memory, dry_run=dry_run, overwrite=overwrite, restart=restart,
+            verify=not no_verify, observer=progress,
         )  # fmt: skip
     if isinstance(result, QuantizePlan):
         print_plan(result, as_json=as_json, verbose=verbose)

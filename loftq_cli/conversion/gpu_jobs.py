@@ -186,7 +186,7 @@ class DeviceRunner:
             return None
         procedure, shape, lora = job.procedure, job.matrix.shape, job.lora
         entry, fitting = METHODS[procedure.method], procedure.fitting
-        if fitting.fit not in entry.stacks or fitting.start != STARTS[0]:
+        if fitting.fit not in entry.stacks or fitting.start != STARTS[0] or fitting.keep_base:
             return None
         if procedure.scales != SCALES[0] or procedure.is_calibrated:
             return None

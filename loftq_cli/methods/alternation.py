@@ -1,8 +1,9 @@
 """The alternation of LoftQ (Li et al., arXiv 2310.08659, Algorithm 1) for any kind of adapter: quantize W − s·B·A, fit
 s·B·A to the residual E = W − dequant(Q), repeat. dequant(Q) is the matrix a loader computes.
 
-The paper has no start from the adapter of W, no momentum, and no final rounds that refine codes and constants beside
-the adapter. triton_kernels/refinement/README.md derives the rounds and defines the symbols.
+The paper has no start from the adapter of W, no momentum, no final rounds that refine codes and constants beside the
+adapter, and no share of the cost for the base alone: `Fitting.keep_base` makes W − γ·s·B·A the target of the base, with
+γ = 1 − keep_base. triton_kernels/refinement/README.md derives the rounds and the target, and defines the symbols.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ def alternate(
 
     weight      W [out, in]
     adapting    the fit of an adapter to the residual E = W − dequant(Q)
-    weighting   the cost of the error W − dequant(Q) − s·B·A
+    weighting   the cost c of an error. A step costs γ·c(E − s·B·A) + (1 − γ)·c(E), where γ is `fitting.adapter_share`
     dtype       float32 or bfloat16, of the stored residual
+
+    A single alternation is enough for γ = 0: the target of the base is W, whatever the adapter.
 
     A step of the paper's alternation can raise the error, for instance by the ranges of integer formats at 2 bits. All
     groups of integers that are farther from W − s·B·A than before then get back the previous codes and constants, and
@@ -69,16 +72,17 @@ def alternate(
     the float32 factors of the adapter, good to four digits (`Factors.gain`).
     Peak memory: the residual, and the quantized matrix twice.
     """
-    loop = _Alternation(weight, quantizer, adapting, weighting, dtype, workers)
+    loop = _Alternation(weight, quantizer, adapting, weighting, fitting.adapter_share, dtype, workers)
     total = loop.measure_weight_cost()
     current = loop.make_first_step(quantizer.quantize(weight, workers=workers), fitting.start)
     best, best_iteration, errors = current, 1, [current.cost]
     before: LoraPair | None = None
-    for iteration in range(2, fitting.iterations + 1):
+    iterations = fitting.iterations if fitting.adapter_share else 1
+    for iteration in range(2, iterations + 1):
         previous = current
         extrapolates = fitting.fit == "joint" and iteration >= _FIRST_WITH_MOMENTUM and before is not None
         adapter = extrapolate(previous.pair, before) if extrapolates and before is not None else previous.pair
-        before, update = previous.pair, loop.make_update(adapter)
+        before, update = previous.pair, loop.make_base_update(adapter)
         quantized = quantizer.quantize(weight, minus=update, start=previous.quantized, workers=workers)
         current = loop.make_step(quantized)
         if (
@@ -98,7 +102,7 @@ def alternate(
             break
         errors.append(candidate.cost)
         if candidate.cost < (1 - TIE) * best.cost:
-            best, best_iteration = candidate, fitting.iterations + round_number
+            best, best_iteration = candidate, iterations + round_number
     return Initialization(
         best.quantized,
         best.pair,
@@ -151,7 +155,7 @@ class _Step:
 
     quantized   the base Q
     pair        the adapter of the residual W − dequant(Q)
-    cost        of W − dequant(Q) − s·B·A
+    cost        γ·c(E − s·B·A) + (1 − γ)·c(E), where c is the cost of an error and E = W − dequant(Q)
     """
 
     quantized: QuantizedTensor
@@ -160,7 +164,7 @@ class _Step:
 
 
 class _Alternation:
-    """The state of all steps of a matrix: above all, the memory of the residual E = W − dequant(Q)."""
+    """The state of all steps of a matrix: above all, the memory of the residual E = W − dequant(Q). `share` is γ."""
 
     def __init__(
         self,
@@ -168,11 +172,12 @@ class _Alternation:
         quantizer: Quantizer,
         adapting: Adapting,
         weighting: Weighting,
+        share: float,
         dtype: torch.dtype,
         workers: Workers,
     ) -> None:
         self._weight, self._quantizer, self._adapting = weight, quantizer, adapting
-        self._weighting, self._workers = weighting, workers
+        self._weighting, self._share, self._workers = weighting, share, workers
         self._is_plain = weighting.importance is None
         self._residual = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.squared_base_error = math.nan
@@ -185,7 +190,7 @@ class _Alternation:
         for part in slabs_of(self._weight):
             self._residual[part] = self._weight.rows(part)
         principal, _ = self._adapting.fit(self._residual)
-        update = self.make_update(principal)
+        update = self.make_base_update(principal)
         return self.make_step(self._quantizer.quantize(self._weight, minus=update, workers=self._workers))
 
     def make_step(self, quantized: QuantizedTensor) -> _Step:
@@ -199,7 +204,7 @@ class _Alternation:
         """
         right = self._weighting.right_of(best.pair.lora_A.float())
         vectors = torch.linalg.qr(right.T).Q.contiguous()
-        cost = self._weighting.left_over(vectors)
+        cost = self._weighting.left_over(vectors, self._share)
         refinement = self._quantizer.refine(
             self._weight, best.quantized, cost, fits_scales=fits_scales, workers=self._workers
         )
@@ -208,14 +213,16 @@ class _Alternation:
         self._adapting.solve.restart(right)
         squared = self._fill(refinement.quantized)
         if not self._is_plain:
-            # tr(E·H·Eᵀ) = c(E) + ||E·F·V||², equation 4 of the derivation: a product with H would cost more.
+            # tr(E·H·Eᵀ) = c(E) + γ·||E·F·V||², equation 12 of the derivation: a product with H would cost more.
             absorbed = self._multiply_residual(self._weighting.spread(vectors))
-            squared = refinement.after + float(absorbed.double().square().sum())
+            squared = refinement.after + self._share * float(absorbed.double().square().sum())
         return self._fit_step(refinement.quantized, squared)
 
-    def make_update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
-        """The function from a slice of rows to rows of s·B·A, in the dtype of products with the residual."""
-        return delta_rows(pair, product_dtype(self._residual))
+    def make_base_update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
+        """The function from a slice of rows to rows of γ·s·B·A, in the dtype of products with the residual: W minus the
+        rows is the target of the base.
+        """
+        return self._make_update(replace(pair, scaling=self._share * pair.scaling))
 
     def measure_squared_weight(self) -> float:
         """||W||²."""
@@ -238,6 +245,9 @@ class _Alternation:
 
         return math.fsum(self._workers.map(cost, slabs_of(self._weight)))
 
+    def _make_update(self, pair: LoraPair) -> Callable[[slice], torch.Tensor]:
+        return delta_rows(pair, product_dtype(self._residual))
+
     def _fill(self, quantized: QuantizedTensor) -> float:
         """Compute the residual of `quantized`; returns the sum of squares."""
         return self._quantizer.residual(self._weight, quantized, self._residual, workers=self._workers)
@@ -254,12 +264,15 @@ class _Alternation:
         """The step of a base whose residual is computed: fits the adapter. `cost` is the cost without the adapter."""
         pair, gain = self._adapting.fit(self._residual)
         if self._is_plain and self._residual.dtype == torch.float32:
-            return _Step(quantized, pair, self._measure_cost(pair))
-        return _Step(quantized, pair, max(cost - gain, 0.0))
+            adapted_cost = self._measure_cost(pair)
+            # Costs may be infinite: 0·∞ would be NaN.
+            kept_cost = (1.0 - self._share) * cost if self._share < 1.0 else 0.0
+            return _Step(quantized, pair, self._share * adapted_cost + kept_cost)
+        return _Step(quantized, pair, max(cost - self._share * gain, 0.0))
 
     def _measure_cost(self, pair: LoraPair) -> float:
         """||E − s·B·A||² of the stored adapter."""
-        rows_of, residual = self.make_update(pair), self._residual
+        rows_of, residual = self._make_update(pair), self._residual
 
         def squares(part: slice) -> float:
             return error_stats(residual[part], rows_of(part)).squared_base_error

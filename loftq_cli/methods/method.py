@@ -29,7 +29,8 @@ class Initialization:
     quantization_error   relative Frobenius error of quantizing W once, without an adapter; None if no adapter
                          is fitted
     iteration_errors     relative error with the adapter after each iteration and round: by Frobenius norms, or by costs
-                         with statistics of the inputs; empty for a method without iterations
+                         with statistics of the inputs; empty for a method without iterations. `Fitting.keep_base`
+                         mixes the squared error of the base into the squared errors
     best_iteration       number of the returned iteration or round, counted from 1; 0 if no iteration is returned
     """
 
@@ -61,6 +62,9 @@ class Fitting:
     start        how the alternation begins, see STARTS
     fit          the kind of fit, see FITS
     rounds       number of rounds that refine codes and constants, after the alternations
+    keep_base    share of the cost that counts the base alone, from 0 to 1: a step is judged by
+                 (1 − keep_base)·cost(base + adapter) + keep_base·cost(base). 0 counts only base + adapter; 1 quantizes
+                 as if there were no adapter, and fits the adapter afterwards
     init         how the adapter starts, a key of `MethodEntry.inits`; None for a method with a single start
     """
 
@@ -69,7 +73,17 @@ class Fitting:
     start: str = STARTS[0]
     fit: str = FITS[0]
     rounds: int = 0
+    keep_base: float = 0.0
     init: str | None = None
+
+    @property
+    def adapter_share(self) -> float:
+        """γ = 1 − keep_base: the part of the adapter that the base makes room for, section 8 of the derivation.
+
+        >>> Fitting(keep_base=0.25).adapter_share
+        0.75
+        """
+        return 1.0 - self.keep_base
 
 
 class Method(Protocol):
@@ -107,7 +121,8 @@ class InitEntry:
 
     is_fitted   whether the adapter holds a part of the weights that the base lacks, so the adapter is wrong beside any
                 different base; if false, the adapter adds nothing before training
-    takes       the options with a meaning, out of "fit", "start", "iterations", "svd", "rounds" and "calibration"
+    takes       the options with a meaning, out of "fit", "start", "iterations", "svd", "rounds", "keep_base" and
+                "calibration"
     """
 
     is_fitted: bool
@@ -156,7 +171,9 @@ class MethodEntry:
         return self.inits[init].is_fitted
 
 
-_FITTED = InitEntry(is_fitted=True, takes=frozenset({"fit", "start", "iterations", "svd", "rounds", "calibration"}))
+_FITTED = InitEntry(
+    is_fitted=True, takes=frozenset({"fit", "start", "iterations", "svd", "rounds", "keep_base", "calibration"})
+)
 _ZERO = InitEntry(is_fitted=False, takes=frozenset({"rounds", "calibration"}))
 
 METHODS: dict[str, MethodEntry] = {

@@ -56,8 +56,10 @@ def initialize(
     dtype = torch.bfloat16 if fitting.svd != "exact" and coordinates is None else torch.float32
     adapting = Adapting(lambda residual: fit_adapter(residual, lora, start, solve, coordinates), solve)
     best = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
-    # Weighted iteration errors cannot be compared with the quantization error, a Frobenius norm.
-    if weighting.importance is not None or min(best.iteration_errors) < (best.quantization_error or math.inf):
+    # Weighted iteration errors cannot be compared with the quantization error, a Frobenius norm. A base that counts
+    # alone has the quantization error with any adapter.
+    is_kept = weighting.importance is not None or fitting.adapter_share == 0.0
+    if is_kept or min(best.iteration_errors) < (best.quantization_error or math.inf):
         return best
     return replace(best, quantized=quantizer.quantize(weight, workers=workers), lora=start, best_iteration=0)
 

@@ -59,10 +59,11 @@ class Weighting(Protocol):
         """rows [n, in] @ C with C·Cᵀ = H: the sum of squares of a row of the product is the cost e·H·eᵀ of row e."""
         ...
 
-    def left_over(self, vectors: torch.Tensor | None) -> Cost:
-        """The cost c(E) = tr(E·M·Eᵀ) that an adapter with the right vectors V leaves (equation 4).
+    def left_over(self, vectors: torch.Tensor | None, share: float = 1.0) -> Cost:
+        """The cost c(E) = tr(E·M·Eᵀ) that an adapter with the right vectors V leaves (equations 4 and 12).
 
-        vectors   V, orthonormal columns [groups, r]: M = H − (F·V)·(F·V)ᵀ. None for no adapter: M = H
+        vectors   V, orthonormal columns [groups, r]: M = H − γ·(F·V)·(F·V)ᵀ. None for no adapter: M = H
+        share     γ, from 0 to 1, see `Fitting.adapter_share`
         """
         ...
 
@@ -146,8 +147,10 @@ class Diagonal:
     def rooted(self, rows: torch.Tensor) -> torch.Tensor:
         return rows if self.importance is None else rows * self.importance.sqrt()
 
-    def left_over(self, vectors: torch.Tensor | None) -> Cost:
-        return Cost(None if vectors is None else self.spread(vectors).contiguous(), self.importance)
+    def left_over(self, vectors: torch.Tensor | None, share: float = 1.0) -> Cost:
+        if vectors is None or share == 0.0:
+            return Cost(None, self.importance)
+        return Cost((self.spread(vectors) * math.sqrt(share)).contiguous(), self.importance)
 
 
 @dataclass(frozen=True)
@@ -223,11 +226,11 @@ class Dense:
         parts = [rows[:, i:] @ root[i:, i : i + step] for i in range(0, len(root), step)]
         return torch.cat(parts, dim=1)
 
-    def left_over(self, vectors: torch.Tensor | None) -> Cost:
-        if vectors is None:
+    def left_over(self, vectors: torch.Tensor | None, share: float = 1.0) -> Cost:
+        if vectors is None or share == 0.0:
             return Cost(hessian=self.hessian)
         absorbed = self.spread(vectors)  # F·V
-        return Cost(hessian=torch.addmm(self.hessian, absorbed, absorbed.T, alpha=-1.0))
+        return Cost(hessian=torch.addmm(self.hessian, absorbed, absorbed.T, alpha=-share))
 
 
 def cost_of(weighting: Weighting, error: torch.Tensor, workers: Workers = SERIAL, *, rounds: bool = False) -> float:

@@ -21,6 +21,7 @@ class AffineKeywords(TypedDict, total=False):
     layout        a container; the container decides details of the number format ("mlx" has float offsets)
     start         first adapter of the alternation: "zero" or "principal"
     rounds        rounds of refinement after the alternation of a joint fit
+    keep_base     share of the cost that counts the base alone, from 0 (the default) to 1
     """
 
     symmetric: bool | None
@@ -29,6 +30,7 @@ class AffineKeywords(TypedDict, total=False):
     layout: str | None
     start: str | None
     rounds: int | None
+    keep_base: float | None
 
 
 class LinearOptions(AffineKeywords, total=False):

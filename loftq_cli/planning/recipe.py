@@ -60,6 +60,7 @@ class RecipeFields:
     fit: str | None = None
     iterations: int | None = None
     rounds: int | None = None
+    keep_base: float | None = None
     svd: str | None = None
     calibration: str | None = None
     pooling: str | None = None

@@ -29,8 +29,8 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool 
     flags    values by the names of RecipeFields; None: the flag was not typed
     mixes    whether to choose defaults for a model of several number formats, even without an override
 
-    A flag for quant_type, method, init, fit, calibration or svd drops the options of `source` that have no meaning
-    beside the flag.
+    A flag for quant_type, method, init, fit, keep_base, calibration or svd drops the options of `source` that have no
+    meaning beside the flag.
 
     Raises UsageError for a source without a recipe, and for unknown, contradictory or meaningless options; StorageError
     for an unreadable file.
@@ -78,6 +78,9 @@ def _find_outdated_options(values: Mapping[str, Any], typed: Mapping[str, Any]) 
     changed = {n for n in ("method", "init", "fit", "calibration") if n in typed and typed[n] != values.get(n)}
     if changed:
         names |= {"start", "rounds", "iterations", "scales"}
+    shares = (values.get("keep_base", 0.0), typed.get("keep_base", values.get("keep_base", 0.0)))
+    if shares[0] != shares[1]:
+        names |= {"start", "iterations"} if 1.0 in shares else {"start"}
     if changed & {"method", "init"}:
         names |= {"fit"} | _find_unused_options(values, typed)
     entry = METHODS.get(typed.get("method", values.get("method", DEFAULT_METHOD)))
@@ -96,7 +99,7 @@ def _find_unused_options(values: Mapping[str, Any], typed: Mapping[str, Any]) ->
     if init not in entry.inits:
         names.add("init")
         init = next(iter(entry.inits))
-    return names | {name for name in ("svd", "calibration") if name not in entry.inits[init].takes}
+    return names | {name for name in ("svd", "keep_base", "calibration") if name not in entry.inits[init].takes}
 
 
 def preset_directory() -> Path:

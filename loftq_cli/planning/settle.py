@@ -127,6 +127,7 @@ def fields_of(recipe: Recipe) -> RecipeFields:
     values = {name: getattr(fitting, name) if name in takes else None for name in ("start", "fit", "rounds")}
     if not _has_rounds(takes, fitting.fit, is_weighted=recipe.calibration is not None):
         values["rounds"] = None
+    values["keep_base"] = fitting.keep_base or None  # the default stays out of files
     values |= {name: getattr(fitting, name) if name in takes else _RECORDED[name] for name in ("iterations", "svd")}
     if isinstance(quant, CodebookOptions):
         values |= {"block_size": quant.block_size, "double_quant": quant.double_quant}
@@ -181,7 +182,7 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     """Settle fit, solver and counts: requested values, or defaults for the method, the fit and a calibration."""
     takes = entry.inits[init].takes
     setting = f"method {fields.method}" + (f" and init {init}" if init else "")
-    for name in ("start", "fit", "iterations", "svd", "calibration"):
+    for name in ("start", "fit", "iterations", "keep_base", "svd", "calibration"):
         if name not in takes:
             _refuse_unless_recorded(fields, name, setting, typed)
     if "svd" in takes and fields.svd == "exact" and not entry.draws_adapter:
@@ -189,11 +190,13 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     fit = (fields.fit or JOINT_FIT) if "fit" in takes else PAPER_FIT
     check_choice("fit", fit, FITS)
     is_joint, is_weighted = fit == JOINT_FIT, fields.calibration is not None
+    keep_base = _settle_keep_base(fields, typed)
     # Under a calibration, errors count by outputs: the principal part of the weights is no better a start at 4 bits.
-    start = fields.start or (entry.joint_start if is_joint and not is_weighted else STARTS[0])
+    # A base that counts alone has to hold the principal part.
+    start = fields.start or (entry.joint_start if is_joint and not is_weighted and not keep_base else STARTS[0])
     check_choice("start", start, STARTS)
     iterations = 1
-    if "iterations" in takes:
+    if "iterations" in takes and keep_base < 1.0:
         joint = _WEIGHTED_ITERATIONS if is_weighted else _JOINT_ITERATIONS
         usual = entry.iterations or (joint if is_joint else SVD_MODES[str(fields.svd)])
         iterations = _default(fields.iterations, usual)
@@ -205,7 +208,29 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
         setting_without_rounds = f"fit {fit}" if "fit" in takes else f"{setting} without calibration"
         refuse("rounds", setting_without_rounds if "rounds" in takes else setting, typed)
     _check_at_least("rounds", rounds, 0)
-    return Fitting(iterations=iterations, svd=str(fields.svd), start=start, fit=fit, rounds=rounds, init=init)
+    return Fitting(
+        iterations=iterations,
+        svd=str(fields.svd),
+        start=start,
+        fit=fit,
+        rounds=rounds,
+        keep_base=keep_base,
+        init=init,
+    )
+
+
+def _settle_keep_base(fields: RecipeFields, typed: Collection[str]) -> float:
+    """Settle the share of the cost that counts the base alone. At 1 the base never sees the adapter, so a start and a
+    number of alternations have no meaning; a file may repeat the values of a written recipe file.
+    """
+    keep_base = float(_default(fields.keep_base, 0.0))
+    if not 0.0 <= keep_base <= 1.0:
+        raise UsageError(f"keep_base must be from 0 to 1, not {fields.keep_base}")
+    if keep_base == 1.0:
+        for name, recorded in (("start", STARTS[0]), ("iterations", 1)):
+            if name in typed or getattr(fields, name) not in (None, recorded):
+                refuse(name, "keep_base 1", typed)
+    return keep_base
 
 
 def _has_rounds(takes: Collection[str], fit: str, *, is_weighted: bool) -> bool:

@@ -42,6 +42,7 @@ STACKED = {
 ALONE = {
     "loftq, exact": {"method": "loftq", "iterations": 2, "svd": "exact"},
     "loftq, faithful": {"method": "loftq", "iterations": 2, "svd": "faithful"},
+    "loftq, base kept": {"method": "loftq", "iterations": 2, "keep_base": 0.5},
     "loftq in bfloat16": {"method": "loftq", "iterations": 2, "adapter_dtype": "bfloat16"},
     "loftq on integers": {"method": "loftq", "iterations": 2, "quant_type": "int4", "group_size": 32},
     "qalora": {"method": "qalora", "iterations": 2, "quant_type": "int3", "group_size": 32},
@@ -213,8 +214,9 @@ class TestStacks:
         assert all(len(shape) == 1 for shape in shapes)
         assert len({next(iter(shape)) for shape in shapes}) == len(shapes)  # one stack a shape
 
-    def test_what_has_to_be_made_alone_is_a_stack_of_one(self, model):
-        jobs, stacks = self.stacks(model, method="loftq", svd="exact", rank=4)
+    @pytest.mark.parametrize("option", [{"svd": "exact"}, {"keep_base": 0.5}], ids=str)
+    def test_what_has_to_be_made_alone_is_a_stack_of_one(self, model, option):
+        jobs, stacks = self.stacks(model, method="loftq", rank=4, **option)
         assert stacks == [[i] for i in layers_in(jobs)]
 
     def test_a_stack_fits_its_share_of_the_memory(self, model):

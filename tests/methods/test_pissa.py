@@ -130,7 +130,9 @@ def test_the_preset_is_the_default_of_the_method() -> None:
     assert make_recipe(method="pissa").fitting.iterations == 1
 
 
-@pytest.mark.parametrize("option", [{"fit": "joint"}, {"start": "zero"}, {"rounds": 1}, {"calibration": "STATS"}])
+@pytest.mark.parametrize(
+    "option", [{"fit": "joint"}, {"start": "zero"}, {"rounds": 1}, {"keep_base": 0.5}, {"calibration": "STATS"}]
+)
 def test_options_of_other_fits_are_refused(option: dict[str, Any]) -> None:
     (name,) = option
     with pytest.raises(UsageError, match=rf"{name} means nothing with method pissa \(leave {name} out\)"):

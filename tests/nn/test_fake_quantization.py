@@ -109,6 +109,20 @@ def test_the_weight_that_trains_is_what_the_last_alternation_quantizes():
     torch.testing.assert_close(trained.base_layer.weight.double(), expected, rtol=0, atol=1e-6)
 
 
+def test_the_weight_that_trains_holds_the_part_of_the_adapter_that_the_base_keeps():
+    options = {"svd": "exact", "keep_base": 0.75}
+    before = LoftQLinear.from_linear(linear(), RANK, 6.0, iterations=2, **options)
+    trained = LoftQLinear.from_linear(linear(), RANK, 6.0, iterations=3, freeze_base=False, **options)
+
+    added = before.scaling * (before.lora_B.double() @ before.lora_A.double())
+
+    expected = linear().weight.double() - 0.25 * added
+    torch.testing.assert_close(trained.base_layer.weight.double(), expected, rtol=0, atol=1e-6)
+    frozen = LoftQLinear.from_linear(linear(), RANK, 6.0, iterations=3, **options)
+    codes = codes_of(trained.base_layer.frozen())
+    assert all(torch.equal(codes[name], tensor) for name, tensor in codes_of(frozen.base_layer).items())
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "int3"])
 @pytest.mark.parametrize("fit", ["loftq", "joint"])
 def test_the_adapter_is_the_best_one_of_what_quantizing_that_weight_loses(fit, quant_type):

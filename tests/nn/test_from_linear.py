@@ -81,6 +81,11 @@ CASES: dict[str, tuple[str, list[str], Any]] = {
         ["--alpha", "8", "--seed", "3", "--rslora"],
         lambda module, name: nf4(module, name, fit="joint", iterations=None, alpha=8, seed=3, rslora=True),
     ),
+    "loftq joint, base kept": (
+        LLAMA,
+        ["--keep-base", "0.5", "--iterations", "3"],
+        lambda module, name: nf4(module, name, fit="joint", iterations=3, keep_base=0.5),
+    ),
     "loftq, int4": (
         LLAMA,
         ["--quant-type", "int4", "--group-size", "32", "--fit", "loftq", "--iterations", "3", "--svd", "faithful"],

@@ -61,6 +61,7 @@ ROWS = {
     "start": values("--start", "zero", "principal"),
     "iterations": values("--iterations", 1, 3),
     "rounds": values("--rounds", 0, 1),
+    "keep_base": values("--keep-base", 0, 0.5, "--iterations", "2"),
     "svd": values("--svd", "fast", "exact", "--iterations", "2"),
     "pooling": values("--pooling", "peft", "paper", *QALORA),
     "init": values("--init", "residual", "standard", *QALORA),
@@ -239,11 +240,19 @@ class Meaningless:
     options: dict[str, str] = field(default_factory=dict)
 
 
-FIT_OPTIONS = {"--iterations": "8", "--svd": "fast", "--start": "zero", "--fit": "loftq", "--rounds": "0"}
+FIT_OPTIONS = {
+    "--iterations": "8",
+    "--svd": "fast",
+    "--start": "zero",
+    "--fit": "loftq",
+    "--rounds": "0",
+    "--keep-base": "0",
+}
 MEANINGLESS = [
     Meaningless(("--method", "qlora"), "method qlora", {**FIT_OPTIONS, "--pooling": "peft", "--init": "residual"}),
     Meaningless((*QALORA, "--init", "standard"), "method qalora and init standard", FIT_OPTIONS),
     Meaningless(("--fit", "loftq"), "fit loftq", {"--rounds": "1"}),
+    Meaningless(("--keep-base", "1"), "keep_base 1", {"--start": "zero", "--iterations": "1"}),
     Meaningless(("--svd", "exact"), "svd exact", {"--seed": "0"}),
     Meaningless(INT4, "quant_type int4", {"--block-size": "64"}),
     Meaningless((), "quant_type nf4", {"--group-size": "64", "--scale-dtype": "float32"}),

@@ -48,6 +48,10 @@ def test_a_format_and_an_adapter_that_nobody_asked_for(asked: dict[str, Any], de
         (QALORA, "joint", "zero", "search", 11, 0),
         (CALIBRATED, "joint", "zero", "search", 2, 2),
         ({**QALORA, **CALIBRATED}, "joint", "zero", "search", 2, 2),
+        ({"keep_base": 0.5}, "joint", "zero", "search", 11, 0),
+        ({"keep_base": 1.0}, "joint", "zero", "search", 1, 0),
+        ({**CALIBRATED, "keep_base": 1.0}, "joint", "zero", "search", 1, 2),
+        ({**PAPER, "keep_base": 0.5}, "loftq", "zero", "absmax", 8, None),
         (PAPER, "loftq", "zero", "absmax", 8, None),
         ({**PAPER, "svd": "faithful"}, "loftq", "zero", "absmax", 5, None),
         ({**PAPER, "svd": "exact"}, "loftq", "zero", "absmax", 5, None),
@@ -61,6 +65,14 @@ def test_a_fit_that_nobody_asked_for(
     recipe = written(asked)
     assert (recipe["fit"], recipe["start"], recipe["scales"]) == (fit, start, scales)
     assert (recipe["iterations"], recipe.get("rounds")) == (iterations, rounds)
+
+
+@pytest.mark.parametrize("asked", [{}, {"keep_base": 0.0}, {"method": "qlora"}, QALORA], ids=str)
+def test_a_base_counts_with_its_adapter_unless_a_share_is_asked_for(asked: dict[str, Any]) -> None:
+    assert resolve_recipe(None, asked).fitting.keep_base == 0.0
+    assert "keep_base" not in written(asked)
+    if asked.get("method") != "qlora":
+        assert written({**asked, "keep_base": 0.5})["keep_base"] == 0.5
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,27 @@ def test_what_a_file_says_of_its_fit_goes_with_the_fit(tmp_path):
     assert resolve_recipe(source, {"rank": 4}).fitting.rounds == 3
 
 
+def test_a_share_of_the_base_goes_with_a_start_of_its_own(tmp_path):
+    """A principal start is for a base that nobody runs alone; one alternation is all where the base alone counts."""
+    for keep_base in (0.5, 1.0):
+        assert resolve_recipe("loftq-nf4", {"keep_base": keep_base}) == make_recipe(keep_base=keep_base)
+        saved = recipe_file(tmp_path, recipe_toml(make_recipe(keep_base=keep_base)))
+        assert resolve_recipe(saved, {}) == make_recipe(keep_base=keep_base)
+        assert resolve_recipe(saved, {"method": "qlora"}) == make_recipe(method="qlora")
+        assert resolve_recipe(saved, {"keep_base": 0.0}).fitting.keep_base == 0.0
+    paper = resolve_recipe("loftq-paper", {"keep_base": 0.5}).fitting
+    assert (paper.iterations, paper.svd, paper.keep_base) == (5, "exact", 0.5)
+    source = recipe_file(tmp_path, 'keep_base = 0.5\nstart = "principal"\niterations = 3\n')
+    assert resolve_recipe(source, {"rank": 4}).fitting.start == "principal"
+    assert resolve_recipe(source, {"keep_base": 0.5}).fitting.start == "principal"
+
+
+@pytest.mark.parametrize("keep_base", [-0.01, 1.01, float("nan"), float("inf")])
+def test_a_share_below_nothing_or_above_everything_is_refused(keep_base):
+    with pytest.raises(UsageError, match="keep_base must be from 0 to 1"):
+        make_recipe(keep_base=keep_base)
+
+
 def test_the_default_preset_is_the_default():
     assert resolve_recipe("loftq-nf4", {}) == make_recipe()
 

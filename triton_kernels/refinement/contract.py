@@ -2,8 +2,9 @@
 
 A search treats each block alone. Refinement then counts only the error that an adapter leaves: an adapter with
 orthonormal right vectors V absorbs E·V·Vᵀ of an error E [rows, in] and leaves the cost E·H·Eᵀ with H = I − V·Vᵀ.
-Columns of unequal importance d give H = diag(d) − v·vᵀ with v = √d·V; correlated columns give any H. A block is
-`block_size` neighbouring columns of a row, and rows are independent. README.md in this folder has the derivation.
+Columns of unequal importance d give H = diag(d) − v·vᵀ with v = √d·V; correlated columns give any H. V may be shorter:
+√γ·V counts the error of the base alone by a share of 1 − γ. A block is `block_size` neighbouring columns of a row, and
+rows are independent. README.md in this folder has the derivation.
 
 A value is level * scale + bias in float32, before a loader rounds the value: see `Levels`.
 """
@@ -63,7 +64,7 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Refined:
-    """Squared error of each row under H, before and after, float64 [rows]; and E·V float32 [rows, r], after."""
+    """Squared error of each row under H, before and after, float64 [rows]; and E·vectors float32 [rows, r], after."""
 
     before: torch.Tensor
     after: torch.Tensor
@@ -179,7 +180,8 @@ def refine(
     """Lower the error under H = D − vectors·vectorsᵀ by `sweeps` passes over `blocks`, which change in place.
 
     D is the diagonal matrix of `importance` float32 [in], finite and not negative; None means ones. `vectors` float32
-    [in, r] are √D·V, where columns of V are orthonormal or zero. The error goes into `out` float32 [rows, in].
+    [in, r] are √D·V, where columns of V are orthogonal and at most 1 long. The error goes into `out`, float32
+    [rows, in].
 
     A pass goes through the blocks of a row in order. With `fits_scales` a pass first moves scale and bias of a block to
     the least error for the codes, if rounded constants lower the error. (Zero points stay.) Then each code in turn

@@ -163,9 +163,9 @@ class TrainableStart:
 def initialize_trainable(
     job: LayerJob, weight: TensorRows, weighting: Weighting | None, workers: Workers = SERIAL
 ) -> TrainableStart:
-    """The last alternation of a job, and the matrix P quantized by the last alternation: P = W − s·B·A by the adapter
-    of the alternation before, Q = quantize(P), and the adapter of W − dequant(Q). A single alternation and a method
-    without alternations quantize P = W.
+    """The last alternation of a job, and the matrix P quantized by the last alternation: P = W − γ·s·B·A by the adapter
+    of the alternation before and γ = 1 − keep_base, Q = quantize(P), and the adapter of W − dequant(Q). A single
+    alternation and a method without alternations quantize P = W.
 
     Rounds of refinement happen before the last alternation: refined codes are not the codes of any matrix.
     Raises NumericError and InputError like `initialize`.
@@ -181,7 +181,7 @@ def initialize_trainable(
     dtype = weight.tensor.dtype
     target = weight.rows(slice(0, weight.shape[0])).clone().to(dtype)
     if fitting.iterations > 1 or not initial.iteration_errors:
-        delta = delta_rows(initial.lora)
+        delta = delta_rows(replace(initial.lora, scaling=fitting.adapter_share * initial.lora.scaling))
         for part in slabs_of(weight):
             target[part] = (weight.rows(part).float() - delta(part)).to(dtype)
     quantized = quantizer.quantize(TensorRows(target), workers=workers)
