@@ -110,13 +110,13 @@ def test_the_weight_that_trains_is_what_the_last_alternation_quantizes():
 
 
 def test_the_weight_that_trains_holds_the_part_of_the_adapter_that_the_base_keeps():
-    options = {"svd": "exact", "keep_base": 0.75}
+    options = {"svd": "exact", "keep_base": 0.25}
     before = LoftQLinear.from_linear(linear(), RANK, 6.0, iterations=2, **options)
     trained = LoftQLinear.from_linear(linear(), RANK, 6.0, iterations=3, freeze_base=False, **options)
 
     added = before.scaling * (before.lora_B.double() @ before.lora_A.double())
 
-    expected = linear().weight.double() - 0.25 * added
+    expected = linear().weight.double() - 0.75 * added
     torch.testing.assert_close(trained.base_layer.weight.double(), expected, rtol=0, atol=1e-6)
     frozen = LoftQLinear.from_linear(linear(), RANK, 6.0, iterations=3, **options)
     codes = codes_of(trained.base_layer.frozen())
