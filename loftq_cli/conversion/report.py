@@ -35,7 +35,8 @@ class LayerResult:
     rank, alpha          of the adapter
     scaling              factor of B·A
     quantization_error   relative Frobenius error of quantizing W alone, a single time
-    iteration_errors     relative error with the adapter after each iteration and round; empty without iterations
+    iteration_errors     relative error with the adapter after each iteration and round, by the cost that `keep_base`
+                         mixes; empty without iterations
     best_iteration       the iteration in the result, counted from 1; 0 without iterations
     error                errors of the written base and adapter against W
     output_error         relative error of the layer's outputs on the inputs of a calibration; None without a

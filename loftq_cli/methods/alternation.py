@@ -27,7 +27,8 @@ from loftq_cli.triton_kernels.error_stats.contract import error_stats
 TIE = 1e-9  # a squared error has to fall by more than this part to count as lower
 
 # Multiple of the last step by which an alternation of the joint fit extrapolates; 0.5 and 1.5 are worse, measured on
-# MiniLM. Momentum begins at alternation 3, the first with two earlier adapters of quantization errors.
+# MiniLM. Momentum lowers the cost with `keep_base` too: by 0.7 % at 0.25, and by less than 0.1 % at 0.75. Momentum
+# begins at alternation 3, the first with two earlier adapters of quantization errors.
 _MOMENTUM = 1.0
 _FIRST_WITH_MOMENTUM = 3
 

@@ -192,7 +192,7 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     is_joint, is_weighted = fit == JOINT_FIT, fields.calibration is not None
     keep_base = _settle_keep_base(fields, typed)
     # Under a calibration, errors count by outputs: the principal part of the weights is no better a start at 4 bits.
-    # A base that counts alone has to hold the principal part.
+    # A base that counts alone has to hold the principal part: from 0.05 on, measured, zero leaves less of the cost.
     start = fields.start or (entry.joint_start if is_joint and not is_weighted and not keep_base else STARTS[0])
     check_choice("start", start, STARTS)
     iterations = 1
