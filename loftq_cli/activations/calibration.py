@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loftq_cli.activations import transformers_models
-from loftq_cli.activations.input_sums import InputSums, share_inputs
+from loftq_cli.activations.input_sums import MomentSums, share_inputs
 from loftq_cli.activations.text_windows import TextFile, Windows, cut_windows, read_text
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
@@ -183,7 +183,7 @@ def run_calibration(
         staging = Staging(prepared.output, fingerprint=fingerprint, overwrite=prepared.overwrite, restart=True)
         with staging.whole(TOOL) as path:
             with OutputFiles(path, {STATISTICS_NAME: measurement.tensors}) as files:
-                sums = InputSums(
+                sums = MomentSums(
                     streamed,
                     measurement.jobs,
                     lambda name, mean: files[name].write(name, mean),

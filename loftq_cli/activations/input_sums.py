@@ -49,7 +49,7 @@ def share_inputs(
     return {name: first_names[groups[name]] for name in names}
 
 
-class InputSums:
+class MomentSums:
     """Sums of x·xᵀ for the layers of the block in memory; the means go to `write`.
 
     jobs            the weights to measure: a single weight of each group with a common input

@@ -8,8 +8,8 @@ from loftq_cli.activations.calibration import CalibrationResult
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.api.calibrate import calibrate as calibrate_model
 from loftq_cli.cli import options, options_inspect
-from loftq_cli.cli.console import format_nbytes, say_done, write_result
-from loftq_cli.cli.progress import CommandProgress
+from loftq_cli.cli.render.console import format_nbytes, say_done, write_result
+from loftq_cli.cli.render.progress import CommandProgress
 from loftq_cli.errors import printable
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from loftq_cli.api.inspect import inspect as inspect_path
 from loftq_cli.api.results import check_errors
 from loftq_cli.cli import options, options_inspect
-from loftq_cli.cli.progress import InspectionProgress
-from loftq_cli.cli.render_inspect import print_inspection
-from loftq_cli.cli.render_verification import print_verification
+from loftq_cli.cli.render.inspection import print_inspection
+from loftq_cli.cli.render.progress import InspectionProgress
+from loftq_cli.cli.render.verification import print_verification
 from loftq_cli.inspecting.findings import Verification
 
 

@@ -12,10 +12,10 @@ from typing import Annotated
 import typer
 
 from loftq_cli.cli.calibrate import calibrate
-from loftq_cli.cli.console import say
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
 from loftq_cli.cli.quantize import quantize
+from loftq_cli.cli.render.console import say
 from loftq_cli.errors import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,

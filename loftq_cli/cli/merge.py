@@ -5,9 +5,9 @@ from __future__ import annotations
 from loftq_cli.api.merge import merge as merge_checkpoint
 from loftq_cli.api.results import MergePlan
 from loftq_cli.cli import options
-from loftq_cli.cli.console import say, say_done
-from loftq_cli.cli.progress import CommandProgress
-from loftq_cli.cli.render_merge import format_summary, print_plan, print_result
+from loftq_cli.cli.render.console import say, say_done
+from loftq_cli.cli.render.merging import format_summary, print_plan, print_result
+from loftq_cli.cli.render.progress import CommandProgress
 
 
 def merge(

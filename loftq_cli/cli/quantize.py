@@ -5,9 +5,9 @@ from __future__ import annotations
 from loftq_cli.api.quantize import quantize as quantize_checkpoint
 from loftq_cli.api.results import QuantizePlan
 from loftq_cli.cli import options, options_quantize
-from loftq_cli.cli.console import say, say_done
-from loftq_cli.cli.progress import CommandProgress
-from loftq_cli.cli.render_quantize import print_plan, print_result
+from loftq_cli.cli.render.console import say, say_done
+from loftq_cli.cli.render.conversion import print_plan, print_result
+from loftq_cli.cli.render.progress import CommandProgress
 from loftq_cli.errors import UsageError
 
 

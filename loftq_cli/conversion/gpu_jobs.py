@@ -170,7 +170,7 @@ class DeviceRunner:
     def write(
         self, job: LayerJob, weight: DeviceWeight | JournalEntry, output: JobOutput, place: int
     ) -> tuple[JournalEntry, bool]:
-        """Wait for the outputs of a job, at `place` in the stack, and write. See `JobRunner.write` for the result."""
+        """Write the outputs of a job, at `place` in the stack, after the download; see `JobRunner.write`."""
         if isinstance(output, StackOnDevice):
             assert isinstance(weight, DeviceWeight)
             output = self._describe_matrix(job, weight, output, place)
@@ -273,7 +273,7 @@ class DeviceRunner:
         return None
 
     def _describe_matrix(self, job: LayerJob, weight: DeviceWeight, stack: StackOnDevice, place: int) -> Converted:
-        """Wait for the stack, and describe the matrix at `place`. A processor converts unusual matrices, in jobs.py."""
+        """Wait for the stack; describe the matrix at `place`. jobs.py converts unusual matrices, on the processor."""
         host, i = stack.download.wait(), stack.places.index(place)
         if not bool(host.is_ordinary[i]):
             choose_kernels(job.numel * job.procedure.fitting.iterations)

@@ -15,7 +15,7 @@ from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.conversion.report import LayerResult, read_report
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
-from loftq_cli.inspecting.devices import check_idle_device, load_weight, open_inspection_device, small_numel
+from loftq_cli.inspecting.devices import load_weight, open_inspection_device, small_numel
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.quant.formats import QuantSpec
@@ -82,15 +82,13 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     threads   number of threads to compute with
     device    see `open_device`; the processor compares a layer too large for the GPU
 
-    Raises UsageError for an absent or idle GPU; MismatchError when `against` lacks a layer, or holds a layer quantized
+    Raises UsageError for an absent GPU; MismatchError when `against` lacks a layer, or holds a layer quantized
     or in a different shape; InputError when `base` lacks a layer of the report, or a weight holds NaN.
 
     >>> from loftq_cli.model.builtin import resolve_model
     >>> inspect_converted(BaseModel.open(resolve_model("builtin:tiny-llama")), None).rows
     ()
     """
-    if against is None:
-        check_idle_device(device, "--against ORIGINAL")
     report = read_report(base.folder)
     reported = {layer.name: layer for layer in report[1]} if report else {}
     for name in reported:

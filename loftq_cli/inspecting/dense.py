@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.inspecting.converted import check_sort_key
-from loftq_cli.inspecting.devices import check_idle_device, load_weight, open_inspection_device, small_numel
+from loftq_cli.inspecting.devices import load_weight, open_inspection_device, small_numel
 from loftq_cli.layouts.layout import DENSE, StoredMatrix
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.planning.jobs import CopyJob, QuantizableMatrix
@@ -62,7 +62,6 @@ def inspect_checkpoint(
     formats = {quant_type: _matrices(base, quant_type) for quant_type in quant_types}
     jobs = quantizable_matrices(base.tensors, base.config)
     if not formats:
-        check_idle_device(device, "--try nf4")
         yield from (_tensor_row(base, job, {}) for job in jobs)
         return
     work = sum(job.numel * len(formats) for job in jobs if isinstance(job, QuantizableMatrix))

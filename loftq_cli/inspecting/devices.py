@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from loftq_cli.errors import UsageError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.quant.gpu_matrix import BESIDE_NUMEL
 from loftq_cli.runtime.gpu import SharedDevice, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import SMALL_NUMEL
 from loftq_cli.tensors.rows import TensorRows
-
-
-def check_idle_device(device: str, remedy: str) -> None:
-    """Refuse a GPU for an inspection without errors of weights to compute: reading a report needs no GPU, and
-    `--reference` runs models on the processor.
-
-    device   "auto", "cpu", "cuda" or "cuda:N"
-    remedy   the option under which a GPU computes errors
-
-    Raises UsageError when `device` names a GPU.
-
-    >>> check_idle_device("cuda", "--try nf4")
-    Traceback (most recent call last):
-    loftq_cli.errors.UsageError: --device cuda is for errors of weights, and none are computed here (--try nf4 ...)
-    """
-    if device not in ("auto", "cpu"):
-        message = f"--device {device} is for errors of weights, and none are computed here"
-        raise UsageError(message, hint=f"{remedy} computes them; or leave --device out")
 
 
 def open_inspection_device(device: str, work: int) -> SharedDevice | None:

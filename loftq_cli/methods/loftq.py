@@ -52,7 +52,9 @@ def initialize(
     balances = lora.dtype != "float32"
     adapting = Adapting(lambda residual: fit_adapter(residual, lora, solve, balances, coordinates), solve)
     best = alternate(weight, quantizer, adapting, fitting, weighting, dtype, workers)
-    return best if balances or decomposes else replace(best, lora=balanced_pair(best.lora))
+    # Only subspace iteration leaves factors unbalanced; balanced factors would not be balanced by balancing again.
+    is_balanced = balances or decomposes or fitting.svd != "fast"
+    return best if is_balanced else replace(best, lora=balanced_pair(best.lora))
 
 
 def fit_adapter(

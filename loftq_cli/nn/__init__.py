@@ -4,18 +4,13 @@ from the output of `loftq quantize`. Plain torch; no training loop.
 read_only_weight.py       the weight attribute of a quantized linear
 quantized_linear.py       the frozen linear
 fake_quantized_linear.py  the linear whose full-precision weight trains
-option_types.py           options by keyword, checked
-layer_jobs.py             recipes and plans from the view of the package
-linear_start.py           an existing linear becomes base and adapter
+starts/                   base and adapter computed in memory
 adapted_linear.py         a linear with an adapter
 loftq_linear.py           linear and adapter for LoftQ and QLoRA
 qalora_linear.py          linear and adapter for QA-LoRA
 adapter_directory.py      saving trained adapters
 adapted_model.py          loading base and adapter into a model
 attach.py                 all linears of a loaded model
-peft_layers.py            LoRA layers of PEFT over quantized linears
-original_weights.py       full-precision weights by the names of linears
-lora_weights.py           the fitted start of a model wrapped by PEFT
 """
 
 from loftq_cli.nn.adapted_linear import AdaptedLinear
@@ -24,9 +19,9 @@ from loftq_cli.nn.adapter_directory import save_adapter
 from loftq_cli.nn.attach import attach
 from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
 from loftq_cli.nn.loftq_linear import LoftQLinear, QLoRALinear
-from loftq_cli.nn.lora_weights import replace_lora_weights
 from loftq_cli.nn.qalora_linear import QALoRALinear, QuantizationStats
 from loftq_cli.nn.quantized_linear import QuantizedLinear
+from loftq_cli.nn.starts.lora_weights import replace_lora_weights
 
 __all__ = [
     "AdaptedLinear",

@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from loftq_cli.errors import UsageError
 from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
-from loftq_cli.nn.layer_jobs import computing, count_work, layer_job, layer_recipe
-from loftq_cli.nn.linear_start import LinearStart, check_linear, make_start
-from loftq_cli.nn.option_types import python_remedies
 from loftq_cli.nn.quantized_linear import QuantizedLinear, dense_linear
 from loftq_cli.nn.read_only_weight import ReadOnlyWeight
+from loftq_cli.nn.starts.layer_jobs import computing, count_work, layer_job, layer_recipe
+from loftq_cli.nn.starts.linear_start import LinearStart, check_linear, make_start
+from loftq_cli.nn.starts.option_types import python_remedies
 from loftq_cli.tensors.matrices import LoraPair, lora_pair
 from loftq_cli.tensors.metrics import adapter_delta
 from loftq_cli.tensors.specs import LoraSpec

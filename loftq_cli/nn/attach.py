@@ -18,9 +18,9 @@ from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.model.targets import module_of
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
 from loftq_cli.nn.adapted_model import adapted_class
-from loftq_cli.nn.layer_jobs import computing, make_plan, model_recipe
-from loftq_cli.nn.linear_start import check_linear, make_start
-from loftq_cli.nn.option_types import python_remedies
+from loftq_cli.nn.starts.layer_jobs import computing, make_plan, model_recipe
+from loftq_cli.nn.starts.linear_start import check_linear, make_start
+from loftq_cli.nn.starts.option_types import python_remedies
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.recipe import Recipe

@@ -110,7 +110,7 @@ PEAK = """
 import sys
 from pathlib import Path
 from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
-from loftq_cli.cli.console import peak_nbytes
+from loftq_cli.cli.render.console import peak_nbytes
 from loftq_cli.errors import InputError
 before = peak_nbytes()
 try:

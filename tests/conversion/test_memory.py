@@ -15,7 +15,7 @@ from support.conversions import run_conversion
 
 PROGRAM = """
 import sys, torch
-from loftq_cli.cli.console import peak_nbytes
+from loftq_cli.cli.render.console import peak_nbytes
 from loftq_cli.cli.main import _run
 torch.zeros(1) + 1
 before = peak_nbytes()

@@ -507,15 +507,14 @@ def test_what_headers_tell_needs_no_torch(arguments, status, original, converted
     assert run.returncode == status, run.stderr
 
 
-@pytest.mark.parametrize("options", [(), ("--reference", "ORIGINAL", "--text", "TEXT")], ids=" ".join)
-def test_a_gpu_that_has_nothing_to_compute_is_refused(options, original, converted, tmp_path, capsys):
+def test_a_gpu_that_has_nothing_to_compute_is_refused(original, converted, tmp_path, capsys):
     (tmp_path / "TEXT").write_text("a text")
-    places = {"ORIGINAL": original, "TEXT": tmp_path / "TEXT"}
-
-    status, said = refused(capsys, converted, "--device", "cuda:7", *(places.get(o, o) for o in options))
-
-    assert status == 2
-    assert "--device cuda:7 is for errors of weights, and none are computed here" in said
-    assert "(--against ORIGINAL computes them; or leave --device out)" in said
-    status, said = refused(capsys, original, "--device", "cuda:7")
-    assert (status, "(--try nf4 computes them; or leave --device out)" in said) == (2, True), said
+    reference = ("--reference", original, "--text", tmp_path / "TEXT")
+    messages = {
+        (converted,): "--device cuda:7 has nothing to compute (--against ORIGINAL, or leave --device out)",
+        (converted, *reference): "and --device cuda:7 is for --against (leave --device out)",
+        (original,): "--device cuda:7 has nothing to compute (--try TYPE, or leave --device out)",
+    }
+    for arguments, message in messages.items():
+        status, said = refused(capsys, *arguments, "--device", "cuda:7")
+        assert (status, message in said) == (2, True), said

@@ -180,3 +180,21 @@ def test_delta_is_scaling_times_b_times_a():
     assert initial.lora.scaling == 1.0
     expected = initial.lora.lora_B.double() @ initial.lora.lora_A.double()
     assert float((adapter_delta(initial.lora) - expected).abs().max()) <= 1e-7
+
+
+@pytest.mark.parametrize("svd", ["fast", "faithful", "exact"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_factors_carry_the_root_of_the_singular_values_with_every_solver(svd, dtype):
+    weight = gaussian(320, 384)
+    quantizer = make_quantizer(CodebookSpec(), "float32")
+    initial = load_method("loftq")(
+        TensorRows(weight),
+        quantizer,
+        LoraSpec(8, 8.0, dtype=dtype),
+        Fitting(iterations=3, svd=svd),
+        generator=torch.Generator().manual_seed(0),
+    )
+    rows, columns = initial.lora.lora_A.float().norm(dim=1), initial.lora.lora_B.float().norm(dim=0)
+    assert torch.allclose(
+        rows, columns, rtol=2e-3 if dtype == "float32" else 2e-2
+    )  # U from iteration is orthonormal to 3e-4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from loftq_cli.api.results import MergePlan, MergeResult
-from loftq_cli.cli.console import format_nbytes, format_shape, print_table, say, write_result
+from loftq_cli.cli.render.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.errors import printable
 from loftq_cli.merging.report import finite_or_none, layer_json
 

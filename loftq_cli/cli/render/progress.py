@@ -13,10 +13,10 @@ from rich.text import Text
 
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, QuantizePlan
-from loftq_cli.cli.console import format_nbytes, peak_nbytes, say, write_result
-from loftq_cli.cli.render_merge import format_summary
-from loftq_cli.cli.render_quantize import announce, announce_copies
-from loftq_cli.cli.render_verification import MAX_LINES, problem_line
+from loftq_cli.cli.render.console import format_nbytes, peak_nbytes, say, write_result
+from loftq_cli.cli.render.conversion import announce, announce_copies
+from loftq_cli.cli.render.merging import format_summary
+from loftq_cli.cli.render.verification import MAX_LINES, problem_line
 from loftq_cli.conversion.report import LayerResult
 from loftq_cli.errors import printable
 from loftq_cli.inspecting.findings import Problem

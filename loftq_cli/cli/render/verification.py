@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from loftq_cli.cli.console import format_nbytes, say, write_result
+from loftq_cli.cli.render.console import format_nbytes, say, write_result
 from loftq_cli.errors import InputError
 from loftq_cli.inspecting.findings import Problem, Verification
 

@@ -11,8 +11,8 @@ from torch import nn
 from loftq_cli.errors import LoftqError, UsageError
 from loftq_cli.methods.weighting import Weighting
 from loftq_cli.nn.fake_quantized_linear import FakeQuantizedLinear
-from loftq_cli.nn.layer_jobs import initialize, initialize_trainable
 from loftq_cli.nn.quantized_linear import QuantizedLinear
+from loftq_cli.nn.starts.layer_jobs import initialize, initialize_trainable
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
@@ -109,7 +109,7 @@ def make_start(
 
     Raises NumericError or InputError, with the tensor's name, when the numbers cannot be quantized.
 
-    >>> from loftq_cli.nn.layer_jobs import layer_job, layer_recipe
+    >>> from loftq_cli.nn.starts.layer_jobs import layer_job, layer_recipe
     >>> from loftq_cli.runtime.workers import SERIAL
     >>> options = {"method": "qlora", "rank": 4}
     >>> job = layer_job(layer_recipe(options), "", (32, 64), "float32", transposed=False, is_container_named=False)

@@ -13,9 +13,9 @@ from torch import nn
 from loftq_cli.errors import MismatchError
 from loftq_cli.methods.loftq import fit_adapter
 from loftq_cli.methods.lowrank import make_solver
-from loftq_cli.nn.layer_jobs import check_solver, computing
-from loftq_cli.nn.original_weights import Original, open_original
-from loftq_cli.nn.peft_layers import PeftLayer, peft_layers
+from loftq_cli.nn.starts.layer_jobs import check_solver, computing
+from loftq_cli.nn.starts.original_weights import Original, open_original
+from loftq_cli.nn.starts.peft_layers import PeftLayer, peft_layers
 from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.matrices import LoraPair

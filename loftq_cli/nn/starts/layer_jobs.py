@@ -16,7 +16,7 @@ from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.layout import StoredMatrix, load_layout
 from loftq_cli.methods.method import SVD_MODES, Fitting, Initialization, load_method
 from loftq_cli.methods.weighting import Weighting
-from loftq_cli.nn.option_types import check_options
+from loftq_cli.nn.starts.option_types import check_options
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan, plan_jobs

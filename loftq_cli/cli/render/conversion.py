@@ -6,7 +6,7 @@ import json
 
 from loftq_cli.allocation.allocation import Allocation
 from loftq_cli.api.results import QuantizePlan, QuantizeResult
-from loftq_cli.cli.console import format_nbytes, format_shape, print_table, say, write_result
+from loftq_cli.cli.render.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.conversion.report import error_json
 from loftq_cli.errors import printable
 from loftq_cli.planning.jobs import CopyJob, LayerJob

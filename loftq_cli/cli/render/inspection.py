@@ -8,7 +8,7 @@ from typing import Any
 
 from loftq_cli.activations.comparison import Comparison, Drift, Predictions
 from loftq_cli.api.results import CheckpointInspection, ConvertedInspection
-from loftq_cli.cli.console import format_nbytes, format_shape, print_table, say, write_result
+from loftq_cli.cli.render.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.conversion.report import error_json
 from loftq_cli.inspecting.converted import LayerRow
 from loftq_cli.quant.formats import spec_json
