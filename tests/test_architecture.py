@@ -86,6 +86,14 @@ def test_packages_of_the_project_file_are_those_on_disk():
     assert sorted(listed) == sorted([*(name for name, _ in packages()), "loftq_cli.configs"])
 
 
+@pytest.mark.parametrize("command", ["quantize", "merge", "inspect", "calibrate"])
+def test_command_files_only_parse_call_and_print(command):
+    path = PACKAGE / "cli" / f"{command}.py"
+    assert len(path.read_text().splitlines()) < 100
+    packages = {name.split(".")[1] for name in imported(path) if name.startswith("loftq_cli.")}
+    assert packages <= {"api", "cli", "errors", "inspecting", "activations"}, packages
+
+
 def test_the_version_is_that_of_the_project_file():
     assert loftq_cli.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from loftq_cli.methods.weighting import Weighting
 
 
-_WHOLE_NUMEL = 1 << 20  # weights of the largest matrix that is never streamed: 4 MB in float32
+WHOLE_NUMEL = 1 << 20  # weights of the largest matrix that is never streamed: 4 MB in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ def is_streamed(job: LayerJob) -> bool:
     False
     """
     procedure = job.procedure
-    if not METHODS[procedure.method].streams or procedure.is_calibrated or job.numel <= _WHOLE_NUMEL:
+    if not METHODS[procedure.method].streams or procedure.is_calibrated or job.numel <= WHOLE_NUMEL:
         return False
     return load_layout(job.layout).code_rows(job.matrix) is not None
 

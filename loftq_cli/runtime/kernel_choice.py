@@ -12,7 +12,7 @@ Result = TypeVar("Result")
 
 # Weights times passes. Loading the compiler takes half a second, and the first run on a machine takes more to compile.
 # A pass over a weight takes 20 ns in the reference and 2 ns in compiled code.
-_WORTH_COMPILING = 1 << 26
+WORTH_COMPILING = 1 << 26
 
 COMPILER_NBYTES = 120_000_000  # memory that numba and LLVM take, measured on Linux
 
@@ -23,7 +23,7 @@ def is_worth_compiling(work: int) -> bool:
     >>> is_worth_compiling(4096 * 4096), is_worth_compiling(4096 * 4096 * 5)
     (False, True)
     """
-    return work >= _WORTH_COMPILING
+    return work >= WORTH_COMPILING
 
 
 def choose_kernels(work: int) -> str | None:

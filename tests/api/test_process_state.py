@@ -141,7 +141,7 @@ FAILURES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_a_call_leaves_the_process_as_it_was(call, directory, monkeypatch):
-    monkeypatch.setattr("loftq_cli.runtime.kernel_choice._WORTH_COMPILING", 0)
+    monkeypatch.setattr("loftq_cli.runtime.kernel_choice.WORTH_COMPILING", 0)
     before = process_state()
     call()
     gc.collect()
@@ -150,7 +150,7 @@ def test_a_call_leaves_the_process_as_it_was(call, directory, monkeypatch):
 
 @pytest.mark.parametrize("call", FAILURES.values(), ids=FAILURES)
 def test_a_call_that_fails_leaves_the_process_as_it_was(call, directory, monkeypatch):
-    monkeypatch.setattr("loftq_cli.runtime.kernel_choice._WORTH_COMPILING", 0)
+    monkeypatch.setattr("loftq_cli.runtime.kernel_choice.WORTH_COMPILING", 0)
     before = process_state()
     with pytest.raises((loftq.LoftqError, KeyboardInterrupt)):
         call()

@@ -5,10 +5,12 @@ result or the complete new one; and the same command again ends with the bytes o
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -152,7 +154,8 @@ def scenario(
 ) -> Iterator[Callable[[], Scenario]]:
     """Makes fresh copies of one scenario, each in a folder of its own; the output is always typed as `out`."""
     name = str(request.param)
-    monkeypatch.setattr(staging, "_SYNC_SECONDS", -1.0)
+    # A clock on which minutes pass between units: every unit is brought to the disk.
+    monkeypatch.setattr(time, "monotonic", itertools.count(0.0, 60.0).__next__)
     monkeypatch.setattr(staging, "ThreadPoolExecutor", AtOnce)
     if "mounted" in name:
         monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")

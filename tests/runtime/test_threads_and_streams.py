@@ -55,7 +55,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def large(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every matrix counts as too large to have several of them, or all of one, in memory."""
     monkeypatch.setattr(schedule, "SMALL_NUMEL", 0)
-    monkeypatch.setattr(conversion_jobs, "_WHOLE_NUMEL", 0)
+    monkeypatch.setattr(conversion_jobs, "WHOLE_NUMEL", 0)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_a_large_matrix_of_qlora_is_never_whole_in_memory(case, model, tmp_path,
 @pytest.mark.parametrize("case", ["loftq nf4", "qlora nf4", "qlora int4", "qalora int4"])
 def test_compiled_kernels_write_the_same_files(case, model, expected, tmp_path, monkeypatch):
     pytest.importorskip("numba")
-    monkeypatch.setattr("loftq_cli.runtime.kernel_choice._WORTH_COMPILING", 0)
+    monkeypatch.setattr("loftq_cli.runtime.kernel_choice.WORTH_COMPILING", 0)
     made = converted(model, tmp_path, 2, **RECIPES[case])
     assert backend.implementation("codebook", "cpu").__name__.endswith(".cpu")
     backend.use_reference_kernels()
