@@ -24,6 +24,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The number of test processes: one a processor, at most 8. The slow tests measure memory and kill processes, and
+    tests on a GPU measure its memory: such runs stay in a single process.
+    """
+    if torch.cuda.is_available() or config.option.markexpr != "not slow" or config.option.usepdb:
+        config.option.dist = "no"
+        return 0
+    return min(len(os.sched_getaffinity(0)), 8)
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where there is a GPU, tests of kernels run on it, compiled: `-m gpu` has them too. Where there is none, tests
