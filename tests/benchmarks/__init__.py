@@ -28,7 +28,8 @@ corpus.py           text for the built-in model
 train_tiny_llama.py its training
 perplexity.py       its score
 quality.py          what conversions do to it
+language_model.py   what conversions do to SmolLM2-135M, and to the base alone
 finetuning.py       what a better start is worth after training
 drift.py            what conversions do to a sentence encoder
-figures/            what quality.py, finetuning.py, drift.py and joint.py wrote
+figures/            what quality.py, language_model.py, finetuning.py, drift.py and joint.py wrote
 """

@@ -77,7 +77,8 @@ class Row:
 
 def run_loftq(command: str, *arguments: object) -> dict[str, Any]:
     """What `loftq COMMAND ... --json` says. Raises RuntimeError with what it said when it fails."""
-    line = [sys.executable, "-m", "loftq_cli", command, *map(str, arguments), "--json", "--quiet"]
+    quiet = () if command == "inspect" else ("--quiet",)
+    line = [sys.executable, "-m", "loftq_cli", command, *map(str, arguments), "--json", *quiet]
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(line, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     if done.returncode:

@@ -106,6 +106,20 @@ def test_the_perplexity_tables_show_the_measured_numbers(rows, heading):
         assert cells[-3:] == [f"{row['error']:.4f}", f"{row['perplexity']:.4f}", above]
 
 
+def test_the_table_of_the_real_language_model_shows_the_measured_numbers_beside_qlora():
+    measured = json.loads((FIGURES / "language_model.json").read_text())["rows"]
+    (peer,) = [row["scores"] for row in measured if row["variant"] == "QLoRA, NF4"]
+    cells = table("tests/benchmarks/README.md", "SmolLM2-135M")
+    assert [name for name, *_ in cells] == [row["variant"] for row in measured]
+    for row, (_, error, *kls, adapted_perplexity, base_perplexity) in zip(measured, cells, strict=True):
+        scores = row["scores"]
+        pairs = [(scores[text][key], peer[text]["base_kl"]) for text in "AB" for key in ("adapted_kl", "base_kl")]
+        assert error == f"{row['error']:.4f}"
+        assert kls == [f"{kl:.3f} ({kl / qlora:.2f})" for kl, qlora in pairs]
+        perplexities = scores["A"]["adapted_perplexity"], scores["A"]["base_perplexity"]
+        assert (adapted_perplexity, base_perplexity) == tuple(f"{value:.2f}" for value in perplexities)
+
+
 def test_pages_name_no_path_of_a_machine():
     for page in pages().values():
         assert not re.search(r"(?<![\w.])/(?:home|root|work|Users|tmp)/", page.text), page.name
