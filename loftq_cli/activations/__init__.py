@@ -2,6 +2,7 @@
 
 text_windows.py         text files as windows of tokens
 transformers_models.py  models and tokenizers as transformers loads them
+paused_forward.py       a forward that waits before each block
 streamed_model.py       a model with one block in memory
 input_sums.py           running sums of x·xᵀ over the inputs of layers
 calibration.py          statistics of the inputs of layers, written to files

@@ -28,7 +28,8 @@ from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.headers import OutTensor
 
 _TRACE_TOKENS = 16  # tokens of the forward that groups the weights by input
-_BATCH_TOKENS = 4096  # tokens per call of a block: enough to use all processors, and small beside a block
+# Tokens per call of a block, by a single thread: few, so that many threads have work, and enough for full speed.
+BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +155,7 @@ def measurable_matrices(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]
 
 @transformers_models.silence()
 def run_calibration(
-    prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1, batch_tokens: int = _BATCH_TOKENS
+    prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1, batch_tokens: int = BATCH_TOKENS
 ) -> CalibrationResult:
     """Run the model over the text and write the statistics: all files, or none.
 
@@ -184,17 +185,21 @@ def run_calibration(
         with staging.whole(TOOL) as path:
             with OutputFiles(path, {STATISTICS_NAME: measurement.tensors}) as files:
                 sums = MomentSums(
-                    streamed,
-                    measurement.jobs,
-                    lambda name, mean: files[name].write(name, mean),
-                    observer.block_calibrated,
-                    diagonal=prepared.options.diagonal,
-                    path=directory,
+                    streamed, measurement.jobs, diagonal=prepared.options.diagonal, path=directory
                 )
+
+                def write_means(block: str) -> None:
+                    means = sums.take_means()
+                    for name, mean in means.items():
+                        files[name].write(name, mean.cpu())
+                    if means:
+                        observer.block_calibrated(block, len(means))
+
                 with sums.watch():
                     feeds = [transformers_models.text_inputs(config, batch) for batch in windows.batches(batch_tokens)]
-                    streamed.run(feeds, sums.blocks, sums.flush, threads=threads)
-                sums.check_complete()
+                    streamed.run(feeds, sums.blocks, write_means, threads=threads, batch_done=sums.merge)
+                write_means("outside of the blocks")
+                sums.check_complete(job.name for job in measurement.jobs)
             prepared.checkpoint.check_unchanged()
             values = _calibration_json(measurement, file_sha256(path / STATISTICS_NAME))
             write_texts(path, {CALIBRATION_NAME: dump_json(values)})

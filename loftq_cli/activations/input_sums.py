@@ -4,13 +4,13 @@ that runs block by block; writes no file.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.errors import NumericError, UsageError
-from loftq_cli.planning.jobs import QuantizableMatrix
+from loftq_cli.planning.jobs import LayerJob, QuantizableMatrix
 
 if TYPE_CHECKING:
     import torch
@@ -50,68 +50,102 @@ def share_inputs(
 
 
 class MomentSums:
-    """Sums of x·xᵀ for the layers of the block in memory; the means go to `write`.
+    """Sums of x·xᵀ for the layers of the block in memory. Weights with a common input tensor share a sum. A sum is added
+    up batch by batch, in the order of the batches, whatever the order in which batches compute.
 
-    jobs            the weights to measure: a single weight of each group with a common input
-    write           takes a weight's name and the mean, float32 [in, in] or [in]
-    block_written   takes the name of a finished block and the number of means
-    diagonal        sum the squares of x in place of x·xᵀ
-    path            the model, for errors
-    blocks          names of the blocks that hold the weights
+    jobs       the weights to measure
+    diagonal   sum the squares of x in place of x·xᵀ
+    path       the model, for errors
+    blocks     names of the blocks that hold the weights
     """
 
     def __init__(
-        self,
-        streamed: StreamedModel,
-        jobs: Sequence[QuantizableMatrix],
-        write: Callable[[str, torch.Tensor], object],
-        block_written: Callable[[str, int], None],
-        *,
-        diagonal: bool,
-        path: Path,
+        self, streamed: StreamedModel, jobs: Sequence[QuantizableMatrix | LayerJob], *, diagonal: bool, path: Path
     ) -> None:
         self.blocks = _find_blocks(streamed, jobs)
         self._modules = _find_modules(streamed, jobs)
-        self._diagonal, self._write, self._block_written, self._path = diagonal, write, block_written, path
-        self._unwritten = {job.name for job in jobs}
-        self._sums: dict[str, InputSum] = {}
+        self._diagonal, self._path = diagonal, path
+        self._batches: dict[int, _BatchSums] = {}
+        self._sums, self._leaders = dict[str, InputSum](), dict[str, str]()
+        self._taken = set[str]()
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the weights with a module in the model."""
+        return frozenset(self._modules)
 
     def watch(self) -> Any:
         """A context: add up the inputs of all layers until the block of the `with` statement ends."""
         return _watch_inputs(self._modules, self._add)
 
-    def flush(self, block: str) -> None:
-        """Write the means of the layers in `block`, after the last batch has left `block`.
+    def merge(self, batch: int) -> None:
+        """Add the sums of the batch number `batch`, after the batch has run through a block."""
+        sums = self._batches.pop(batch, None)
+        if sums is None:
+            return
+        for name, leader in sums.leaders.items():
+            self._leaders.setdefault(name, leader)
+        for name, batch_sum in sums.sums.items():
+            if name in self._sums:
+                self._sums[name].merge(batch_sum)
+            else:
+                self._sums[name] = batch_sum
 
-        Raises UsageError for a layer with a written mean, NumericError for a mean with NaN or infinite values.
+    def take_means(self) -> dict[str, torch.Tensor]:
+        """The means over the inputs since the last call, by weight: float32, symmetric [in, in], or [in] with
+        `diagonal`. Weights with a common input get one tensor.
+
+        Raises UsageError for a weight with a mean in an earlier call, NumericError for a mean with NaN or infinite
+        values.
         """
-        for name, input_sum in self._sums.items():
-            if name not in self._unwritten:
-                raise UsageError("runs again after other blocks, which is not supported", file=self._path, tensor=name)
-            mean = input_sum.mean()
+        means = {name: input_sum.mean() for name, input_sum in self._sums.items()}
+        for name, mean in means.items():
             if not bool(mean.isfinite().all()):
                 raise NumericError("its input is not finite on this text").at(file=self._path, tensor=name)
-            self._write(name, mean)
-            self._unwritten.discard(name)
-        if self._sums:
-            self._block_written(block, len(self._sums))
+        for name in self._leaders.keys() & self._taken:
+            raise UsageError("runs again after other blocks, which is not supported", file=self._path, tensor=name)
+        means = {name: means[leader] for name, leader in self._leaders.items()}
+        self._taken |= means.keys()
         self._sums.clear()
+        self._leaders.clear()
+        return means
 
-    def check_complete(self) -> None:
-        """Write the means of layers outside of blocks.
-
-        Raises UsageError for a layer that the text did not reach, although the first tokens had reached the layer.
-        """
-        if self._sums:
-            self.flush("outside of the blocks")
-        if self._unwritten:
+    def check_complete(self, names: Iterable[str]) -> None:
+        """Raises UsageError for a weight in `names` without a mean so far."""
+        missing = set(names) - self._taken
+        if missing:
             message = "reads the beginning of the text and nothing of the rest"
-            raise UsageError(message, file=self._path, tensor=min(self._unwritten))
+            raise UsageError(message, file=self._path, tensor=min(missing))
 
     def _add(self, name: str, x: torch.Tensor) -> None:
-        if name not in self._sums:
-            self._sums[name] = InputSum(x.shape[-1], diagonal=self._diagonal)
-        self._sums[name].add(x)
+        from loftq_cli.activations.paused_forward import current_forward
+
+        batch = current_forward().number
+        self._batches.setdefault(batch, _BatchSums(self._diagonal)).add(name, x)
+
+
+class _BatchSums:
+    """The sums of a single batch in a single block.
+
+    sums      name of a weight -> the sum over the inputs of the weight; only for the first weight of each input
+    leaders   name of a weight -> the first weight with the same input tensor
+    """
+
+    def __init__(self, diagonal: bool) -> None:
+        self.sums, self.leaders = dict[str, InputSum](), dict[str, str]()
+        self._diagonal = diagonal
+        # Inputs stay until the batch is merged: Python gives the address of a dropped tensor to a later tensor.
+        self._inputs: list[tuple[torch.Tensor, int, str]] = []
+
+    def add(self, name: str, x: torch.Tensor) -> None:
+        leader = next((first for y, version, first in self._inputs if y is x and version == x._version), None)
+        self.leaders.setdefault(name, leader or name)
+        if leader is not None:
+            return
+        self._inputs.append((x, x._version, name))
+        if name not in self.sums:
+            self.sums[name] = InputSum(x.shape[-1], diagonal=self._diagonal, device=x.device)
+        self.sums[name].add(x)
 
 
 class InputSum:
@@ -127,12 +161,12 @@ class InputSum:
     tensor([ 5., 10.])
     """
 
-    def __init__(self, features: int, *, diagonal: bool) -> None:
+    def __init__(self, features: int, *, diagonal: bool, device: torch.device | str = "cpu") -> None:
         import torch
 
         self._diagonal, self._rows = diagonal, 0
         dtype = torch.float64 if diagonal else torch.float32
-        self._sum = torch.zeros((features,) if diagonal else (features, features), dtype=dtype)
+        self._sum = torch.zeros((features,) if diagonal else (features, features), dtype=dtype, device=device)
 
     def add(self, x: torch.Tensor) -> None:
         """Add all rows of x [..., in], any float dtype."""
@@ -146,6 +180,11 @@ class InputSum:
             else:
                 self._sum.addmm_(chunk.T, chunk)
 
+    def merge(self, other: InputSum) -> None:
+        """Add the rows of another sum."""
+        self._rows += other._rows
+        self._sum += other._sum
+
     def mean(self) -> torch.Tensor:
         """The mean over all rows, float32: symmetric [in, in], or [in] with `diagonal`."""
         if self._diagonal:
@@ -153,7 +192,7 @@ class InputSum:
         return (self._sum + self._sum.T).mul_(0.5 / self._rows)
 
 
-def _find_modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> dict[str, tuple[Any, int]]:
+def _find_modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix | LayerJob]) -> dict[str, tuple[Any, int]]:
     """Name of each weight -> the module of the weight, and in_features. Weights without a module of their name in the
     loaded model, as fused experts, are absent.
     """
@@ -161,7 +200,7 @@ def _find_modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) ->
     return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
 
 
-def _find_blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix]) -> set[str]:
+def _find_blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix | LayerJob]) -> set[str]:
     modules = dict(streamed.model.named_modules())
     blocks = {streamed.block_of(job.module) for job in jobs if job.module in modules}
     return {block for block in blocks if block is not None}

@@ -1,20 +1,22 @@
 """A model that runs with the weights of a single block in memory. All batches pass a block before any batch enters the
 next block: a block's weights are loaded when all batches wait before the block, and dropped when all batches have left.
+Every batch computes in a single thread, and several batches compute at once: no number depends on the count of threads.
 Measures nothing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from loftq_cli.activations.paused_forward import EndForward, PausedForward, copied, current_forward
 from loftq_cli.errors import InputError, UsageError
-from loftq_cli.runtime.workers import use_torch_threads
+from loftq_cli.runtime.workers import Workers
 
 if TYPE_CHECKING:
     from loftq_cli.activations.transformers_models import LoadedWeight
@@ -30,10 +32,16 @@ class StreamedModel:
     """
 
     def __init__(
-        self, model: Any, path: Path, load: Callable[[str], torch.Tensor], weights: Mapping[str, LoadedWeight]
+        self,
+        model: Any,
+        path: Path,
+        load: Callable[[str], torch.Tensor],
+        weights: Mapping[str, LoadedWeight],
+        device: torch.device | str = "cpu",
     ) -> None:
         """Reads the buffers of the model that the checkpoint holds."""
         self.model, self._path, self._load_tensor, self._weights = model, path, load, weights
+        self._device, self._loading = torch.device(device), threading.Lock()
         self._modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
         self._shared = _names_of_shared(model)
         owners = [self.block_of(name.rpartition(".")[0]) for name, _ in model.named_parameters()]
@@ -43,6 +51,7 @@ class StreamedModel:
         for name, buffer in model.named_buffers():
             if name in weights:
                 buffer.copy_(self._read(name)[name])
+        _move_buffers(model, self._device)
 
     def block_of(self, module: str) -> str | None:
         """The name of the block around the module `module`: the outermost module with a numbered name that is no
@@ -76,52 +85,83 @@ class StreamedModel:
         block_done: Callable[[str], None],
         *,
         threads: int = 1,
+        batch_done: Callable[[int], None] = lambda number: None,
     ) -> None:
-        """Call the model with each of `feeds`, without gradients, up to the output head. Hooks of the model see every
-        call.
+        """Call the model with each of `feeds`, up to the output head; parameters as for `visits`.
+
+        block_done   takes the name of a block after all batches have left the block
+        """
+        for visit in self.visits(feeds, blocks, threads=threads, batch_done=batch_done):
+            visit.leave()
+            block_done(visit.block)
+
+    def visits(
+        self,
+        feeds: Sequence[Mapping[str, torch.Tensor]],
+        blocks: Iterable[str],
+        *,
+        threads: int = 1,
+        batch_done: Callable[[int], None] = lambda number: None,
+    ) -> Generator[Visit]:
+        """Call the model with each of `feeds`, without gradients, up to the output head. Yields each block in the order
+        of the model, with the weights of the block in memory and all batches waiting before the block; the batches
+        leave the block when the caller asks for the next block, or earlier by `Visit.leave`. Hooks of the model see
+        every call.
 
         feeds        keyword arguments of the forwards, a batch each
         blocks       names of the blocks to reach. After the last of `blocks`, a missing weight outside of blocks ends
                      the run: loaders make up a pooler.
-        block_done   takes the name of a block after all batches have left the block
-        threads      number of torch's threads in each forward
+        threads      number of batches that compute at once, with a thread each
+        batch_done   takes the number of each batch, in order, when the batch has tried out or left a block
 
         Raises InputError for a needed weight that the checkpoint lacks; UsageError for a model that takes a different
         way with each input, or uses weights past their modules.
         """
         handles = list(self._register_hooks())
-        runners = [_Runner(self.model, feed, threads) for feed in feeds]
-        current, places = None, list[_Place]()
+        feeds = [{name: tensor.to(self._device) for name, tensor in feed.items()} for feed in feeds]
+        runners = [PausedForward(self.model, feed, number) for number, feed in enumerate(feeds)]
+        workers = Workers(min(threads, len(runners)), inline=False)
         self._ahead = set(blocks)
+        places = list[_Place]()
+
+        def step(is_trial: bool) -> str | None:
+            return self._step(runners, workers, batch_done, is_trial=is_trial)
+
         try:
-            while (block := self._step(runners)) is not None:
-                if block != current:
-                    if current is not None:
-                        _drop_parameters(places)
-                        block_done(current)
-                    current, places = block, []
-                    self._ahead.discard(block)
-                    self._load_block(block, places)
-            if current is not None:
-                block_done(current)
+            block = step(False)
+            while block is not None:
+                self._ahead.discard(block)
+                self._load_block(block, places)
+                visit = Visit(block, step, self._modules, places)
+                yield visit
+                block = visit.leave()
         finally:
             for runner in runners:
                 runner.stop()
+            workers.close()
             for handle in handles:
                 handle.remove()
             _drop_parameters(places)
             self._drop_loose(to_nothing=True)
 
-    def _step(self, runners: Sequence[_Runner]) -> str | None:
-        """Let every batch run up to the next block. Returns the name of the block, or None at the end."""
+    def _step(
+        self, runners: Sequence[PausedForward], workers: Workers, batch_done: Callable[[int], None], *, is_trial: bool
+    ) -> str | None:
+        """Let every batch run up to the next block, or through the block ahead and back if `is_trial` is true. Returns
+        the name of the block ahead, or None at the end.
+        """
+        blocks = list[str | None]()
         try:
-            blocks = [runner.resume() for runner in runners]
+            for number, block in enumerate(workers.map(lambda runner: runner.resume(is_trial=is_trial), runners)):
+                batch_done(number)
+                blocks.append(block)
         except (NotImplementedError, RuntimeError) as error:
             if "meta" not in str(error):
                 raise
             message = "the model uses weights past the modules that hold them, and cannot be run block by block"
             raise UsageError(message, file=self._path) from error
-        self._drop_loose()
+        if not is_trial:
+            self._drop_loose()
         if len(set(blocks)) > 1:
             message = "the model takes a different way with each input, and cannot be run block by block"
             raise UsageError(message, file=self._path)
@@ -131,14 +171,18 @@ class StreamedModel:
         """Hooks that pause a forward before a block, load loose parameters, and end a forward at the output head."""
 
         def enter(name: str) -> Callable[..., None]:
-            return lambda module, args: _current_runner().pause(name)
+            def pause(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                # `forward` in place of a call: hooks of the block would pause the trial. A block may change its inputs.
+                current_forward().pause(name, lambda: module.forward(*copied(args), **copied(kwargs)))
+
+            return pause
 
         def load_own(name: str) -> Callable[..., None]:
             return lambda module, args: self._load_own(name, module)
 
         for name, module in self.model.named_modules():
             if name in self._blocks:
-                yield module.register_forward_pre_hook(enter(name))
+                yield module.register_forward_pre_hook(enter(name), with_kwargs=True)
             if module._parameters:
                 yield module.register_forward_pre_hook(load_own(name))
         head = _output_head(self.model)
@@ -154,15 +198,16 @@ class StreamedModel:
         """Load the parameters of a module, without submodules, just before the module runs; a block's weights are in
         memory already.
         """
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None and parameter.is_meta:
-                parameter_name = f"{name}.{leaf}" if name else leaf
-                if self._source(parameter_name) is None:
-                    if not self._ahead and self.block_of(name) is None:
-                        raise _End
-                    message = "is needed, and the checkpoint does not have it"
-                    raise InputError(message, file=self._path, tensor=parameter_name)
-                self._load(parameter_name, self._loose)
+        with self._loading:  # several batches may reach the module at once
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    parameter_name = f"{name}.{leaf}" if name else leaf
+                    if self._source(parameter_name) is None:
+                        if not self._ahead and self.block_of(name) is None:
+                            raise EndForward
+                        message = "is needed, and the checkpoint does not have it"
+                        raise InputError(message, file=self._path, tensor=parameter_name)
+                    self._load(parameter_name, self._loose)
 
     def _load(self, name: str, places: list[_Place]) -> None:
         """Load the parameter `name`, and the parameters made from the same checkpoint tensors, and add the filled
@@ -193,7 +238,8 @@ class StreamedModel:
         weight = self._weights[name]
         tensors = {source: self._load_tensor(source) for source in weight.sources}
         tensors = {source: t.float() if t.is_floating_point() else t for source, t in tensors.items()}
-        return weight.convert(tensors, self.model)
+        converted = weight.convert(tensors, self.model)
+        return {target: tensor.to(self._device) for target, tensor in converted.items()}
 
     def _drop_loose(self, *, to_nothing: bool = False) -> None:
         """Drop the parameters outside of blocks. Parameters of a module around a block stay, because the module still
@@ -233,73 +279,54 @@ class _Place:
         return any(not self._path or block.startswith(f"{self._path}.") for block in blocks)
 
 
-class _End(BaseException):
-    """Ends a forward from inside: the rest of the forward is of no interest."""
+class Visit:
+    """A block with the weights in memory, while all batches wait before the block.
 
+    block   the name of the block
+    """
 
-class _Runner(threading.Thread):
-    """A forward in a separate thread, which runs only while `resume` waits."""
+    def __init__(
+        self, block: str, step: Callable[[bool], str | None], modules: Mapping[str, nn.Module], places: list[_Place]
+    ) -> None:
+        self.block, self._step, self._modules, self._places = block, step, modules, places
+        self._has_left, self._next = False, None
 
-    def __init__(self, model: Any, feed: Mapping[str, torch.Tensor], threads: int) -> None:
-        super().__init__(daemon=True)
-        self._model, self._feed, self._threads = model, feed, threads
-        self._go, self._parked = threading.Semaphore(0), threading.Semaphore(0)
-        self._block: str | None = None
-        self._error: BaseException | None = None
-        self._is_ending = self._is_over = False
+    def try_out(self) -> None:
+        """Run all batches through the block, and keep the batches before the block: the outputs are dropped."""
+        self._step(True)
 
-    def run(self) -> None:
-        self._go.acquire()
-        use_torch_threads(self._threads)
-        try:
-            if not self._is_ending:
-                with torch.no_grad():
-                    self._model(**self._feed)
-        except _End:
-            pass
-        except BaseException as error:  # `resume` raises the error again
-            self._error = error
-        self._block, self._is_over = None, True
-        self._parked.release()
-
-    def resume(self) -> str | None:
-        """Run up to the next block. Returns the name of the block, or None when the forward is over. Raises the
-        forward's exception.
+    def replace(self, module: str, weight: torch.Tensor) -> None:
+        """Replace the weight of the linear `module` of the block, in the shape and on the device of the weight, until
+        the batches have left.
         """
-        if self.ident is None:
-            self.start()
-        if self._is_over:
-            return None
-        self._go.release()
-        self._parked.acquire()
-        if self._error is not None:
-            raise self._error
-        return self._block
+        place = _Place(self._modules[module], module, "weight")
+        assert place.empty is not None
+        place.fill(weight.to(place.empty.device).view(place.empty.shape))
 
-    def pause(self, block: str) -> None:
-        """Wait before the block called `block`. Called inside the forward."""
-        self._block = block
-        self._parked.release()
-        self._go.acquire()
-        if self._is_ending:
-            raise _End
-
-    def stop(self) -> None:
-        """End the waiting forward, and return when the thread has ended."""
-        if self.ident is not None:
-            self._is_ending = True
-            self._go.release()
-            self.join()
+    def leave(self) -> str | None:
+        """Run all batches through the block, and drop the weights. Returns the name of the next block, or None at the
+        end; a second call runs nothing.
+        """
+        if not self._has_left:
+            self._next = self._step(False)
+            while self._next == self.block:  # a block that runs several times in a row
+                self._next = self._step(False)
+            _drop_parameters(self._places)
+            self._places.clear()
+            self._has_left = True
+        return self._next
 
 
-def _current_runner() -> _Runner:
-    runner = threading.current_thread()
-    assert isinstance(runner, _Runner)
-    return runner
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    if device.type != "cpu":
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(device)
 
 
 def _end_forward(module: nn.Module, args: Any) -> None:
-    raise _End
+    raise EndForward
 
 
 def _output_head(model: Any) -> nn.Module | None:
