@@ -4,8 +4,11 @@ text_windows.py         text files as windows of tokens
 transformers_models.py  models and tokenizers as transformers loads them
 paused_forward.py       a forward that waits before each block
 streamed_model.py       a model with one block in memory
+self_written.py         text that a model writes
+text_sources.py         files, folders, random tokens and a model's own text as windows of tokens
 input_sums.py           running sums of x·xᵀ over the inputs of layers
 calibration.py          statistics of the inputs of layers, written to files
+text_pass.py            a text through a model during a conversion
 layer_outputs.py        output errors of quantized layers beside the original
 comparison.py           outputs and predictions beside the original
 """

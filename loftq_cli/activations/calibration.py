@@ -184,9 +184,7 @@ def run_calibration(
         staging = Staging(prepared.output, fingerprint=fingerprint, overwrite=prepared.overwrite, restart=True)
         with staging.whole(TOOL) as path:
             with OutputFiles(path, {STATISTICS_NAME: measurement.tensors}) as files:
-                sums = MomentSums(
-                    streamed, measurement.jobs, diagonal=prepared.options.diagonal, path=directory
-                )
+                sums = MomentSums(streamed, measurement.jobs, diagonal=prepared.options.diagonal, path=directory)
 
                 def write_means(block: str) -> None:
                     means = sums.take_means()

@@ -50,8 +50,8 @@ def share_inputs(
 
 
 class MomentSums:
-    """Sums of x·xᵀ for the layers of the block in memory. Weights with a common input tensor share a sum. A sum is added
-    up batch by batch, in the order of the batches, whatever the order in which batches compute.
+    """Sums of x·xᵀ for the layers of the block in memory. Weights with a common input tensor share a sum. A sum grows
+    batch by batch, in the order of the batches, whatever the order in which batches compute.
 
     jobs       the weights to measure
     diagonal   sum the squares of x in place of x·xᵀ

@@ -1,5 +1,4 @@
-"""A forward of a model that waits before each block of the model until somebody resumes the forward. A forward runs in a
-thread of its own; knows neither weights nor blocks.
+"""A forward of a model that waits before each block of the model until `resume`. A forward runs in a separate thread.
 """
 
 from __future__ import annotations

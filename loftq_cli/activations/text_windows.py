@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.watched_file import WatchedFile
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import InputError, UsageError, printable
 
 if TYPE_CHECKING:
     import torch
@@ -54,10 +55,13 @@ def read_text(path: Path) -> TextFile:
     return TextFile(path, text, len(data), hashlib.sha256(data).hexdigest())
 
 
-def _window_length(context: int | None, tokens: int, longest: int | None) -> int:
+def window_length(context: int | None, tokens: int, longest: int | None) -> int:
     """Tokens of a window: `context`, or DEFAULT_CONTEXT; at most `longest` and `tokens`.
 
     Raises UsageError when `context` is more than `longest`, and for a window of fewer than two tokens.
+
+    >>> window_length(None, tokens=10_000, longest=2048)
+    512
     """
     if context is not None and longest is not None and context > longest:
         raise UsageError(f"--context {context} is more than the model takes", hint=f"at most {longest}")
@@ -136,15 +140,16 @@ def cut_windows(
     """
     import torch
 
-    context = _window_length(context, tokens, longest)
-    before, after = _find_added_tokens(tokenizer)
+    context = window_length(context, tokens, longest)
+    before, after = find_added_tokens(tokenizer)
     inside = context - len(before) - len(after)
     if inside < 1:
         raise UsageError(f"windows of {context} tokens have no room for text", hint="a larger --context or --tokens")
     if lines:
         pieces = _cut_lines(texts, tokenizer, inside, tokens, len(before) + len(after))
     else:
-        ids = [token for text in texts for token in _encode(tokenizer, text.text)]
+        documents = [document for text in texts for document in split_documents(text, tokenizer)]
+        ids = [token for document in documents for token in _encode(tokenizer, document)]
         inside = min(inside, len(ids))
         count = max(1, tokens // max(1, inside + len(before) + len(after)))
         pieces = [ids[start : start + inside] for start in _window_starts(len(ids), inside, count)] if ids else []
@@ -161,11 +166,54 @@ def cut_windows(
     return Windows(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
 
 
+def split_documents(text: TextFile, tokenizer: Any, *, lines: bool = False) -> list[str]:
+    """The separate texts of a file: a whole file, or the lines of the file with `lines`. A file called *.jsonl has a
+    JSON object for a text on each line: with "text", with "prompt" and "completion", or with "messages" for the chat
+    template of `tokenizer`.
+
+    Raises InputError naming the line for anything else in such a file.
+
+    >>> file = TextFile(Path("a.jsonl"), '{"text": "one"}\\n{"prompt": "two ", "completion": "three"}', 0, "")
+    >>> split_documents(file, None)
+    ['one', 'two three']
+    """
+    if text.path.suffix != ".jsonl":
+        return [line.strip() for line in text.text.splitlines() if line.strip()] if lines else [text.text]
+    numbered = [(number, line) for number, line in enumerate(text.text.splitlines(), 1) if line.strip()]
+    documents = []
+    for number, line in numbered:
+        try:
+            documents.append(_render_record(json.loads(line), tokenizer))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            message = f"line {number} is no text: {printable(str(error), 200)}"
+            hint = 'lines of {"text": "..."}, {"messages": [...]} or {"prompt": ..., "completion": ...}'
+            raise InputError(message, file=text.path, hint=hint) from None
+    return documents
+
+
+def _render_record(record: Any, tokenizer: Any) -> str:
+    if not isinstance(record, dict):
+        raise TypeError("not a JSON object")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if "messages" in record:
+        messages = record["messages"]
+    else:
+        messages = [record["prompt"], record["completion"]]
+        if all(isinstance(part, str) for part in messages):
+            return "".join(messages)
+        messages = [message for part in messages for message in part]
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # a template is code of the model's author, and raises what the author likes
+        raise ValueError(f"the chat template of the tokenizer does not take the messages ({error})") from None
+
+
 def _cut_lines(texts: Sequence[TextFile], tokenizer: Any, inside: int, tokens: int, around: int) -> list[list[int]]:
     """The first `inside` tokens of every line, or of evenly spread lines when all lines have more than `tokens` tokens.
     `around` counts the tokens that the tokenizer adds to a line.
     """
-    line_texts = [line.strip() for text in texts for line in text.text.splitlines() if line.strip()]
+    line_texts = [line for text in texts for line in split_documents(text, tokenizer, lines=True)]
     lines = [ids[:inside] for ids in tokenizer(line_texts, add_special_tokens=False, verbose=False)["input_ids"]]
     total = sum(len(ids) + around for ids in lines)
     count = len(lines) if total <= tokens else max(1, len(lines) * tokens // total)
@@ -196,8 +244,12 @@ def _encode(tokenizer: Any, text: str, *, special: bool = False) -> list[int]:
     return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _find_added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that the tokenizer adds before and after any text."""
+def find_added_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer adds before and after any text.
+
+    >>> find_added_tokens(lambda text, add_special_tokens, **options: {"input_ids": [1] * add_special_tokens + [7]})
+    ([1], [])
+    """
     plain, framed = (_encode(tokenizer, _EXAMPLE, special=special) for special in (False, True))
     for begin in range(len(framed) - len(plain) + 1):
         if framed[begin : begin + len(plain)] == plain:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
@@ -18,6 +19,8 @@ from loftq_cli.errors import InputError, UsageError
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+    from loftq_cli.checkpoint.source import Checkpoint
 
 _INSTALL, _UPGRADE = "pip install transformers accelerate", "pip install --upgrade transformers"
 # Exceptions of transformers for a folder without a model, config or tokenizer that transformers can load.
@@ -35,6 +38,27 @@ def check_installed() -> None:
     except ImportError:
         hint = _UPGRADE if find_spec("transformers") and find_spec("accelerate") else _INSTALL
         raise UsageError("this needs transformers 5 and accelerate", hint=hint) from None
+
+
+def library_versions() -> list[str]:
+    """Versions of the libraries with an effect on tokens and on forwards. Raises UsageError without the libraries."""
+    check_installed()
+    return [f"{name} {version(name)}" for name in ("transformers", "tokenizers", "torch")]
+
+
+def model_directory(checkpoint: Checkpoint) -> Path:
+    """The folder with the config of a checkpoint. Raises InputError for a weight file without a config; UsageError when
+    transformers or accelerate is not installed.
+
+    >>> from loftq_cli.checkpoint.source import open_checkpoint
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> model_directory(open_checkpoint(resolve_model("builtin:tiny-llama"))).name
+    'tiny-llama'
+    """
+    check_installed()
+    if checkpoint.directory is None:
+        raise InputError("has no config.json beside it", file=checkpoint.path, hint="give the model's folder")
+    return checkpoint.directory
 
 
 @dataclass
@@ -182,6 +206,44 @@ def predicts_next_token(model: Any) -> bool:
     name = type(model).__name__
     # Models of images and text have no causal class name, and are causal on text alone.
     return name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() or name.endswith("ForConditionalGeneration")
+
+
+def fills_masks(model: Any) -> bool:
+    """True for a masked language model: the model predicts tokens behind masks.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> folder = resolve_model("builtin:tiny-llama")
+    >>> fills_masks(build_empty_model(folder, load_config(folder)))
+    False
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
+
+
+def sample_tokens(model: Any, begin: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Continue token ids int64 [windows, tokens] up to `length` tokens, by sampling at temperature 1: int64
+    [windows, length]. The end of a text does not end a window.
+
+    model       a causal language model with all weights in memory
+    generator   the source of the draws, on the device of the model
+    """
+    import torch
+    from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+    class Gumbel(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
+        """Adds noise to logits: the largest sum is a draw by softmax(logits)."""
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            scores = scores.float()
+            return scores - torch.empty_like(scores).exponential_(generator=generator).log_()
+
+    settings = GenerationConfig(
+        do_sample=False, max_length=length, min_length=length, use_cache=True, eos_token_id=None, pad_token_id=0
+    )
+    processors = LogitsProcessorList([Gumbel()])
+    tokens: torch.Tensor = model.generate(begin, generation_config=settings, logits_processor=processors)
+    return tokens
 
 
 def text_inputs(config: Any, ids: torch.Tensor) -> dict[str, torch.Tensor]:

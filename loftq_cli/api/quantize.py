@@ -15,6 +15,7 @@ from loftq_cli.api.arguments import (
     api_call,
     check_gpu_memory,
     nbytes_of,
+    paths_of,
     size_text,
     texts_of,
     thread_count,
@@ -56,6 +57,11 @@ def quantize(
     scale_dtype: str | None = None,
     scales: str | None = None,
     calibration: AnyPath | None = None,
+    text: AnyPath | Iterable[AnyPath] | None = None,
+    tokens: int | None = None,
+    context: int | None = None,
+    lines: bool | None = None,
+    sequential: bool | None = None,
     layout: str | None = None,
     max_shard_size: AnySize | None = None,
     include: str | Iterable[str] | None = None,
@@ -95,6 +101,13 @@ def quantize(
             of the scales.
         scales: how constants are chosen: "absmax" or "search".
         calibration: the directory of an earlier `calibrate`.
+        text: files, folders or *.jsonl conversations that the model reads during the conversion, or "self" for text by
+            the model, or "random" for random tokens: errors then count by the effect on the layers' outputs. Needs
+            transformers 5 and accelerate: pip install transformers accelerate.
+        tokens, context, lines: how many tokens of the text to read, the tokens of a window, and whether each line is a
+            text.
+        sequential: whether each block reads the outputs of the converted blocks before (the default), or of the
+            original blocks.
         layout, max_shard_size: container of the base, and the largest size of a weight file.
         include, exclude: a regular expression or several: the modules to quantize, and not to.
         target_bpw, target_size, lora_budget: bounds for the choice of each layer's format and rank: bits of the base
@@ -130,7 +143,9 @@ def quantize(
         "iterations": iterations, "rounds": rounds, "keep_base": keep_base, "svd": svd, "pooling": pooling,
         "init": init, "adapter_dtype": adapter_dtype, "seed": seed, "quant_type": quant_type, "block_size": block_size,
         "double_quant": double_quant, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype,
-        "scales": scales, "calibration": None if calibration is None else os.fspath(calibration), "layout": layout,
+        "scales": scales, "calibration": None if calibration is None else os.fspath(calibration),
+        "text": None if text is None else tuple(map(str, paths_of(text))), "tokens": tokens, "context": context,
+        "lines": lines, "sequential": sequential, "layout": layout,
         "max_shard_size": size_text(max_shard_size), "include": texts_of(include) or None,
         "exclude": texts_of(exclude) or None,
     }  # fmt: skip

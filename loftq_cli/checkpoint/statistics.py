@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
 from loftq_cli.checkpoint.record_schema import PositiveInt, RecordError, Sha256, read_record
@@ -21,6 +21,19 @@ if TYPE_CHECKING:
 CALIBRATION_NAME, STATISTICS_NAME = "calibration.json", "statistics.safetensors"
 FORMAT = 1
 _AGAIN = "run loftq calibrate again"
+
+
+class InputStatistics(Protocol):
+    """Statistics of the inputs of layers, in files or in memory."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the weights with a statistic."""
+        ...
+
+    def load(self, name: str) -> torch.Tensor:
+        """The statistic of the weight called `name`, float32 [in, in] or [in]; any thread may ask."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import typer
 from loftq_cli.cli.options import ADAPTER, QUANT, RUN, SELECT, one_of
 from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
 from loftq_cli.methods.method import DEFAULT_METHOD, FITS, INITS, METHODS, STARTS, SVD_MODES
+from loftq_cli.planning.recipe import DEFAULT_TEXT_TOKENS, RANDOM, SELF
 from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
@@ -86,6 +87,42 @@ Calibration = Annotated[
         help="Statistics from loftq calibrate: errors then count by the effect on the layers' outputs.",
         rich_help_panel=QUANT,
         show_default=False,
+    ),
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar=f"FILE|{SELF}|{RANDOM}",
+        help=f"Text that the model reads during the conversion: files, folders, *.jsonl conversations, {SELF} (the "
+        f"model writes the text) or {RANDOM} (random tokens). Errors then count by the effect on the layers' outputs. "
+        "Repeatable. Needs: pip install transformers accelerate.",
+        rich_help_panel=QUANT,
+        show_default=False,
+    ),
+]
+Tokens = Annotated[
+    int | None,
+    typer.Option(min=2, help=f"Most tokens of --text to read. [default: {DEFAULT_TEXT_TOKENS}]", rich_help_panel=QUANT),
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=2,
+        help="Tokens of a window of --text. [default: the model's longest input, at most 512; 128 for self]",
+        rich_help_panel=QUANT,
+    ),
+]
+Lines = Annotated[
+    bool | None,
+    typer.Option("--lines", help="Read each line of --text as a separate text.", rich_help_panel=QUANT),
+]
+Sequential = Annotated[
+    bool | None,
+    typer.Option(
+        "--sequential/--no-sequential",
+        help="Whether a block reads the outputs of the converted blocks before, or of the original blocks. "
+        "[default: on]",
+        rich_help_panel=QUANT,
     ),
 ]
 Svd = Annotated[

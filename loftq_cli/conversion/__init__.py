@@ -1,10 +1,11 @@
 """The conversion: a plan runs, and the result is read back and reported.
 
-report.py      measured errors, as records and as loftq_report.json; provenance of the adapter
-jobs.py        a tensor, on a processor
-model_card.py  README.md of the result
-prepare.py     the original opened and planned
-gpu_jobs.py    many tensors, on a GPU
-readback.py    proof that the files hold the computed numbers
-run.py         all jobs in order, then publication
+report.py          measured errors, as records and as loftq_report.json; provenance of the adapter
+jobs.py            a tensor, on a processor
+model_card.py      README.md of the result
+prepare.py         the original opened and planned
+gpu_jobs.py        many tensors, on a GPU
+block_by_block.py  layers, while a text runs through the model
+readback.py        proof that the files hold the computed numbers
+run.py             all jobs in order, then publication
 """

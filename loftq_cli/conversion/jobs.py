@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.checkpoint.statistics import Statistics
+from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.conversion.report import make_layer_result
 from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts.layout import load_layout
@@ -79,7 +79,7 @@ class JobRunner:
         checkpoint: Checkpoint,
         files: OutputFiles,
         entries: Mapping[str, JournalEntry],
-        statistics: Statistics | None = None,
+        statistics: InputStatistics | None = None,
     ) -> None:
         self._checkpoint, self._files, self._entries = checkpoint, files, entries
         self._statistics = statistics

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from loftq_cli.activations.text_sources import TextSource, open_text
+from loftq_cli.activations.transformers_models import library_versions, model_directory
 from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
@@ -15,14 +19,17 @@ from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.model.builtin import resolve_model
-from loftq_cli.output.checksums import CHECKSUMS
-from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
+from loftq_cli.output.checksums import CHECKSUMS, file_sha256
+from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, source_name
 from loftq_cli.output.side_files import side_file_copies
 from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.recipe import Recipe, TextOptions
+
+if TYPE_CHECKING:
+    from loftq_cli.activations.text_pass import TextPass
 
 _OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # stay behind when the original is itself a result
 
@@ -37,6 +44,7 @@ class Conversion:
     output       directory of the result
     base_model   name of the base in the adapter's config
     statistics   of the layers' inputs; None without a calibration
+    text         the text that the model reads during the conversion; None without a text
     allocation   the choice of formats and ranks; None where the recipe sets formats and ranks
     """
 
@@ -47,6 +55,7 @@ class Conversion:
     base_model: str
     statistics: Statistics | None = None
     allocation: Allocation | None = None
+    text: TextSource | None = None
 
     @property
     def side_files(self) -> dict[str, Path]:
@@ -57,6 +66,10 @@ class Conversion:
     def fingerprint(self) -> str:
         """Hash of headers and options, see `Plan.fingerprint`."""
         statistics = None if self.statistics is None else self.statistics.sha256
+        if self.text is not None:
+            # Tokens depend on the tokenizer, which is among the side files, and on the libraries.
+            parts = [self.text.sha256, *map(file_sha256, self.side_files.values()), library_versions()]
+            statistics = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
 
     @property
@@ -89,7 +102,8 @@ def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
     """
     checkpoint = _open_original(model, output)
     plan, statistics = _build_plan(checkpoint, recipe)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics)
+    text = None if recipe.text is None else _open_model_text(checkpoint, recipe.text)
+    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, text=text)
 
 
 def prepare_within_target(
@@ -113,6 +127,9 @@ def prepare_within_target(
 
     Raises LoftqError in the cases of `prepare_conversion` and of `allocate`.
     """
+    if recipe.text is not None:
+        hint = "loftq calibrate, and --calibration in place of --text"
+        raise UsageError("a bound on the size needs the statistics of all layers before the choice", hint=hint)
     checkpoint = _open_original(model, output)
     statistics = None
     if recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
@@ -121,6 +138,27 @@ def prepare_within_target(
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
     plan, statistics = _build_plan(checkpoint, allocation.recipe)
     return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, allocation)
+
+
+def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource:
+    """Read the text. Raises UsageError without transformers, InputError for a model without a config or a text."""
+    model_directory(checkpoint)
+    return open_text(options.names)
+
+
+def text_json(source: TextSource, text: TextPass) -> dict[str, Any]:
+    """JSON values of the text that the model read: the kind, the files, and the numbers of tokens."""
+    files = [{"name": source_name(file.path), "nbytes": file.nbytes, "sha256": file.sha256} for file in source.files]
+    windows = text.windows
+    return {
+        "kind": source.kind,
+        "files": files,
+        "tokens": windows.tokens,
+        "windows": windows.count,
+        "context": windows.longest,
+        "sequential": text.options.sequential,
+        "token_ids_sha256": text.sha256,
+    }
 
 
 def _open_original(model: str, output: Path) -> Checkpoint:

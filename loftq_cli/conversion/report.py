@@ -142,6 +142,7 @@ def report_json(
     base_model: str,
     base_fingerprint: str,
     allocation: Mapping[str, Any] | None = None,
+    text: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """JSON values of loftq_report.json.
 
@@ -152,6 +153,7 @@ def report_json(
     base_model         name of the base
     base_fingerprint   fingerprint of the quantized weights
     allocation         JSON values of the choice of formats and ranks; None without a choice
+    text               JSON values of the text that the model read; None without a text
     """
     return {
         "format_version": 1,
@@ -172,6 +174,7 @@ def report_json(
             **({} if (lost := mean_output_error(layers)) is None else {"output_error": lost}),
         },
         **({} if allocation is None else {"allocation": allocation}),
+        **({} if text is None else {"text": text}),
         "layers": [layer.to_json() for layer in layers],
         "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
         "notes": [*plan.notes, *notes],

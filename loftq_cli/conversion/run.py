@@ -9,17 +9,17 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.conversion.jobs import JobRunner
 from loftq_cli.conversion.model_card import render_model_card
-from loftq_cli.conversion.prepare import Conversion
+from loftq_cli.conversion.prepare import Conversion, text_json
 from loftq_cli.conversion.readback import verify_bytes, verify_layers
 from loftq_cli.conversion.report import LayerResult, provenance_json, report_json
 from loftq_cli.errors import LoftqError
 from loftq_cli.output.checksums import fingerprint_of
-from loftq_cli.output.copies import NOT_FINITE, not_finite_note
+from loftq_cli.output.copies import NOT_FINITE, is_intact, not_finite_note
 from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.records import (
     PROVENANCE_NAME,
@@ -41,6 +41,10 @@ from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import Steps, in_order
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.metrics import LayerError, relative, total_error
+
+if TYPE_CHECKING:
+    from loftq_cli.activations.text_pass import TextPass
+    from loftq_cli.activations.text_sources import TextSource
 
 
 class ConversionObserver(Protocol):
@@ -132,6 +136,7 @@ class ConversionWork:
         self.resumed_layers = 0
         self._conversion, self._observer, self._gpu, self._verify = conversion, observer, gpu, verify
         self._layer_names = {job.name for job in conversion.plan.layers}
+        self._text: TextPass | None = None
 
     def announce(self, text: str) -> None:
         """Tell the observer about a phase of the run."""
@@ -143,14 +148,51 @@ class ConversionWork:
         """Run the jobs of the plan. Yields the journal entry of each job, in the order of the plan, and whether
         `finished` held the entry.
         """
-        conversion, plan = self._conversion, self._conversion.plan
+        conversion = self._conversion
+        if conversion.text is not None:
+            return self._run_with_text(conversion.text, files, finished, workers)
         runner = JobRunner(conversion.checkpoint, files, finished, conversion.statistics)
+        return self._run_jobs(runner, conversion.plan.jobs, workers)
+
+    def _run_jobs(
+        self, runner: JobRunner, jobs: Sequence[LayerJob | CopyJob], workers: Workers
+    ) -> Generator[tuple[JournalEntry, bool]]:
         if self._gpu is None:
             steps = Steps(runner.load, runner.compute, runner.write)
-            return in_order(plan.jobs, steps, lambda job: job.numel, workers, self._announce_layer)
+            return in_order(jobs, steps, lambda job: job.numel, workers, self._announce_layer)
         from loftq_cli.conversion.gpu_jobs import DeviceRunner, run_on_device
 
-        return run_on_device(DeviceRunner(runner, self._gpu), plan.jobs, workers.threads, self._announce_layer)
+        return run_on_device(DeviceRunner(runner, self._gpu), jobs, workers.threads, self._announce_layer)
+
+    def _run_with_text(
+        self, source: TextSource, files: OutputFiles, finished: Entries, workers: Workers
+    ) -> Generator[tuple[JournalEntry, bool]]:
+        from loftq_cli.activations.text_pass import open_text_pass
+        from loftq_cli.conversion.block_by_block import BlockStatistics, WrittenLayers, convert_block_by_block
+
+        conversion, plan = self._conversion, self._conversion.plan
+        assert plan.recipe.text is not None
+        text = open_text_pass(
+            conversion.checkpoint,
+            plan.layers,
+            source,
+            plan.recipe.text,
+            seed=plan.recipe.seed,
+            threads=workers.threads,
+            device="cpu" if self._gpu is None else self._gpu.device,
+            phase=self._observer.phase,
+            note=self._observer.note,
+        )
+        self._text = text
+        self._observer.phase(f"{text.windows.tokens} tokens run through the model, block by block")
+        statistics = BlockStatistics()
+        runner = JobRunner(conversion.checkpoint, files, {}, statistics)
+        intact = {name: entry for name, entry in finished.items() if is_intact(conversion.checkpoint, entry, files)}
+        config = plan.model_config(conversion.config)
+        written = WrittenLayers(plan, config, files, conversion.output)
+        return convert_block_by_block(
+            plan, text, statistics, intact, lambda jobs: self._run_jobs(runner, jobs, workers), written.effective
+        )
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
         """Collect the result of a layer, or note a copied tensor with NaN or infinite values."""
@@ -163,6 +205,8 @@ class ConversionWork:
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
         """Read the result back, unless the user wants no proof. Raises StorageError naming a tensor."""
+        places = {job.name: place for place, job in enumerate(self._conversion.plan.layers)}
+        self.layers.sort(key=lambda layer: places[layer.name])  # a text meets layers in the order of the model
         if self._verify:
             self._observer.phase("verifying what was written")
             if self._gpu is None:
@@ -176,7 +220,7 @@ class ConversionWork:
         """
         self._observer.phase("publishing")
         copy_side_files(self._conversion.side_files, directory)
-        write_texts(directory, _make_texts(self._conversion, self.layers, entries))
+        write_texts(directory, _make_texts(self._conversion, self.layers, entries, self._text))
 
     def check_inputs_unchanged(self) -> None:
         """Raises StorageError for a weight file changed since the plan."""
@@ -197,7 +241,9 @@ def _fingerprint_base(plan: Plan, entries: Entries) -> str:
     return fingerprint_of({tensor: entries[name].outputs[tensor] for name, tensor in tensors})
 
 
-def _make_texts(conversion: Conversion, layers: Sequence[LayerResult], entries: Entries) -> dict[str, str]:
+def _make_texts(
+    conversion: Conversion, layers: Sequence[LayerResult], entries: Entries, text: TextPass | None
+) -> dict[str, str]:
     """Make the text of each small file of the result, by relative name, in the order of writing."""
     plan, base_model = conversion.plan, conversion.base_model
     source, base_fingerprint = source_name(conversion.checkpoint.path), _fingerprint_base(plan, entries)
@@ -206,6 +252,7 @@ def _make_texts(conversion: Conversion, layers: Sequence[LayerResult], entries: 
         plan,
         layers,
         [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result],
+        text=None if text is None or conversion.text is None else text_json(conversion.text, text),
         source=source,
         base_model=base_model,
         base_fingerprint=base_fingerprint,

@@ -94,13 +94,20 @@ class SafetensorsWriter:
         start = self._offsets[name]
         return TensorPlace(name, start, start + self._tensors[name].nbytes, self._write_at)
 
+    def load(self, name: str) -> torch.Tensor:
+        """Read back a whole tensor from the file."""
+        planned = self._tensors[name]
+        return self._read(planned.dtype, planned.shape, self._offsets[name])
+
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read back rows [start, stop) of a tensor from the file."""
         planned = self._tensors[name]
         shape = rows_shape(planned.shape, start, stop)
         row_nbytes = math.prod(shape[1:]) * ITEMSIZE[planned.dtype]
-        tensor, view = unread_tensor(planned.dtype, shape)
-        position = self._offsets[name] + start * row_nbytes
+        return self._read(planned.dtype, shape, self._offsets[name] + start * row_nbytes)
+
+    def _read(self, dtype: str, shape: tuple[int, ...], position: int) -> torch.Tensor:
+        tensor, view = unread_tensor(dtype, shape)
         try:
             while view:
                 count = os.preadv(self._fd, [view], position)

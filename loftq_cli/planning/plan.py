@@ -93,7 +93,7 @@ class Plan:
         method = METHODS[self.recipe.method]
         per_weight, per_gram = method.exact_nbytes if self.recipe.fitting.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
-        per_input = _WEIGHTED_NBYTES if self.recipe.calibration is not None else 0
+        per_input = _WEIGHTED_NBYTES if self.recipe.is_weighted else 0
         compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
         return (
             _TORCH_NBYTES
@@ -154,9 +154,11 @@ class Plan:
 
         tensors      headers of the original
         base_model   name of the base in the adapter's config
-        statistics   sha256 of a calibration, None for a recipe without a calibration; the path does not count
+        statistics   sha256 of a calibration or a text, None for a recipe without statistics; no path counts
         """
-        recipe = {name: value for name, value in recipe_json(self.recipe).items() if name != "calibration"}
+        recipe = {
+            name: value for name, value in recipe_json(self.recipe).items() if name not in ("calibration", "text")
+        }
         return hashlib.sha256(
             json.dumps(
                 [

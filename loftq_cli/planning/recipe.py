@@ -63,6 +63,11 @@ class RecipeFields:
     keep_base: float | None = None
     svd: str | None = None
     calibration: str | None = None
+    text: tuple[str, ...] | None = None
+    tokens: int | None = None
+    context: int | None = None
+    lines: bool | None = None
+    sequential: bool | None = None
     pooling: str | None = None
     init: str | None = None
     adapter_dtype: str | None = None
@@ -107,6 +112,29 @@ class AffineOptions:
 FormatOptions: TypeAlias = CodebookOptions | AffineOptions
 
 
+SELF, RANDOM = "self", "random"  # texts without a file: by the model itself, and of random tokens
+DEFAULT_TEXT_TOKENS = 8192
+TEXT_OPTIONS = ("text", "tokens", "context", "lines", "sequential")  # names in RecipeFields
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """The text that a model reads during the conversion, for statistics of the inputs of the layers.
+
+    names        SELF, RANDOM, or paths of files and folders
+    tokens       most tokens to read, over all windows
+    context      tokens of a window; None: the model's longest input, at most 512, and 128 for SELF
+    lines        whether each line of a file is a text
+    sequential   whether a block reads the outputs of the converted blocks before; otherwise of the original blocks
+    """
+
+    names: tuple[str, ...]
+    tokens: int = DEFAULT_TEXT_TOKENS
+    context: int | None = None
+    lines: bool = False
+    sequential: bool = True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """A settled recipe: every option that decides the bytes of a conversion. `settle` accepts consistent options only.
@@ -120,7 +148,8 @@ class Recipe:
     rslora           whether the scaling is alpha / sqrt(rank) in place of alpha / rank
     fitting          the method's search for base and adapter
     pooling          the adapter's pooling of inputs; None: the adapter reads every input
-    calibration      path of the statistics from `loftq calibrate`; None: errors of all weights count alike
+    calibration      path of the statistics from `loftq calibrate`; None without such statistics
+    text             the text that the model reads during the conversion; None without a text
     adapter_dtype    dtype of lora_A and lora_B
     seed             start of all random draws
     include          regular expressions; matching modules replace the default choice of layers
@@ -139,12 +168,18 @@ class Recipe:
     fitting: Fitting
     pooling: Pooling | None
     calibration: str | None
+    text: TextOptions | None
     adapter_dtype: str
     seed: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     max_shard_size: str
     override: tuple[Override, ...]
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether statistics of the layers' inputs weight the errors; otherwise all errors count alike."""
+        return self.calibration is not None or self.text is not None
 
     @property
     def init(self) -> str | None:

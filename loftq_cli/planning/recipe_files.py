@@ -16,7 +16,7 @@ from loftq_cli.errors import StorageError, UsageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
 from loftq_cli.planning.format_options import AFFINE_OPTIONS, CODEBOOK_OPTIONS
-from loftq_cli.planning.recipe import AffineOptions, Override, Recipe, RecipeFields
+from loftq_cli.planning.recipe import TEXT_OPTIONS, AffineOptions, Override, Recipe, RecipeFields
 from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
 from loftq_cli.quant.formats import FORMATS
@@ -29,8 +29,8 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool 
     flags    values by the names of RecipeFields; None: the flag was not typed
     mixes    whether to choose defaults for a model of several number formats, even without an override
 
-    A flag for quant_type, method, init, fit, keep_base, calibration or svd drops the options of `source` that have no
-    meaning beside the flag.
+    A flag for quant_type, method, init, fit, keep_base, calibration, text or svd drops the options of `source` without
+    a meaning beside the flag.
 
     Raises UsageError for a source without a recipe, and for unknown, contradictory or meaningless options; StorageError
     for an unreadable file.
@@ -75,7 +75,11 @@ def _find_outdated_options(values: Mapping[str, Any], typed: Mapping[str, Any]) 
         if layout is not None and quant_type not in layout.quant_types:
             names.add("layout")
     # Counts and starts of a file belong to the fit in the file.
-    changed = {n for n in ("method", "init", "fit", "calibration") if n in typed and typed[n] != values.get(n)}
+    changed = {n for n in ("method", "init", "fit", "calibration", "text") if n in typed and typed[n] != values.get(n)}
+    if "calibration" in typed:
+        names |= set(TEXT_OPTIONS)
+    elif "text" in typed:
+        names.add("calibration")
     if changed:
         names |= {"start", "rounds", "iterations", "scales"}
     shares = (values.get("keep_base", 0.0), typed.get("keep_base", values.get("keep_base", 0.0)))
@@ -99,7 +103,9 @@ def _find_unused_options(values: Mapping[str, Any], typed: Mapping[str, Any]) ->
     if init not in entry.inits:
         names.add("init")
         init = next(iter(entry.inits))
-    return names | {name for name in ("svd", "keep_base", "calibration") if name not in entry.inits[init].takes}
+    takes = entry.inits[init].takes
+    names |= set() if "calibration" in takes else {"calibration", *TEXT_OPTIONS}
+    return names | {name for name in ("svd", "keep_base") if name not in takes}
 
 
 def preset_directory() -> Path:

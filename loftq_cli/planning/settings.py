@@ -75,8 +75,7 @@ def procedure_of(recipe: Recipe) -> Procedure:
     >>> procedure_of(make_recipe(method="qlora", seed=7)).seed
     7
     """
-    is_calibrated = recipe.calibration is not None
-    return Procedure(recipe.method, recipe.fitting, recipe.scales, recipe.seed, is_calibrated)
+    return Procedure(recipe.method, recipe.fitting, recipe.scales, recipe.seed, recipe.is_weighted)
 
 
 def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, LoraSpec, bool]:

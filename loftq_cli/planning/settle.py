@@ -24,7 +24,19 @@ from loftq_cli.methods.method import (
     MethodEntry,
 )
 from loftq_cli.planning.format_options import check_choice, check_layout, check_sizes, refuse, settle_format
-from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, FormatOptions, Override, Recipe, RecipeFields
+from loftq_cli.planning.recipe import (
+    DEFAULT_TEXT_TOKENS,
+    RANDOM,
+    SELF,
+    TEXT_OPTIONS,
+    AffineOptions,
+    CodebookOptions,
+    FormatOptions,
+    Override,
+    Recipe,
+    RecipeFields,
+    TextOptions,
+)
 from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
@@ -67,10 +79,11 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
     _check_positive("alpha", fields.alpha)
     layout = fields.layout or default_layout(quant_type)
     check_choice("layout", layout, LAYOUTS)
+    text = _settle_text(fields, typed)
     quant = settle_format(fields, quant_type, layout, typed)
     pooling, init = _settle_method(fields, METHODS[method], quant, typed)
     fitting = _settle_fitting(fields, METHODS[method], init, typed)
-    scales = fields.scales or SCALES[fitting.fit == JOINT_FIT or fields.calibration is not None]
+    scales = fields.scales or SCALES[fitting.fit == JOINT_FIT or _is_weighted(fields)]
     check_choice("scales", scales, SCALES)
     check_layout(quant, layout)
     recipe = Recipe(
@@ -84,6 +97,7 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
         fitting=fitting,
         pooling=pooling,
         calibration=fields.calibration,
+        text=text,
         adapter_dtype=adapter_dtype,
         seed=seed,
         include=fields.include or (),
@@ -125,9 +139,12 @@ def fields_of(recipe: Recipe) -> RecipeFields:
     """
     fitting, quant, takes = recipe.fitting, recipe.quant, METHODS[recipe.method].inits[recipe.init].takes
     values = {name: getattr(fitting, name) if name in takes else None for name in ("start", "fit", "rounds")}
-    if not _has_rounds(takes, fitting.fit, is_weighted=recipe.calibration is not None):
+    if not _has_rounds(takes, fitting.fit, is_weighted=recipe.is_weighted):
         values["rounds"] = None
     values["keep_base"] = fitting.keep_base or None  # the default stays out of files
+    if recipe.text is not None:
+        values |= {"text": recipe.text.names, "tokens": recipe.text.tokens, "context": recipe.text.context}
+        values |= {"lines": recipe.text.lines or None, "sequential": recipe.text.sequential}
     values |= {name: getattr(fitting, name) if name in takes else _RECORDED[name] for name in ("iterations", "svd")}
     if isinstance(quant, CodebookOptions):
         values |= {"block_size": quant.block_size, "double_quant": quant.double_quant}
@@ -182,14 +199,14 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     """Settle fit, solver and counts: requested values, or defaults for the method, the fit and a calibration."""
     takes = entry.inits[init].takes
     setting = f"method {fields.method}" + (f" and init {init}" if init else "")
-    for name in ("start", "fit", "iterations", "keep_base", "svd", "calibration"):
-        if name not in takes:
+    for name in ("start", "fit", "iterations", "keep_base", "svd", "calibration", "text"):
+        if ("calibration" if name == "text" else name) not in takes:
             _refuse_unless_recorded(fields, name, setting, typed)
     if "svd" in takes and fields.svd == "exact" and not entry.draws_adapter:
         _refuse_unless_recorded(fields, "seed", "svd exact, where nothing is drawn", typed)
     fit = (fields.fit or JOINT_FIT) if "fit" in takes else PAPER_FIT
     check_choice("fit", fit, FITS)
-    is_joint, is_weighted = fit == JOINT_FIT, fields.calibration is not None
+    is_joint, is_weighted = fit == JOINT_FIT, _is_weighted(fields)
     keep_base = _settle_keep_base(fields, typed)
     # Under a calibration, errors count by outputs: the principal part of the weights is no better a start at 4 bits.
     # A base that counts alone has to hold the principal part: from 0.05 on, measured, zero leaves less of the cost.
@@ -205,7 +222,7 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     if _has_rounds(takes, fit, is_weighted=is_weighted):
         rounds = _default(fields.rounds, _WEIGHTED_ROUNDS if is_weighted else _ROUNDS)
     elif fields.rounds is not None:
-        setting_without_rounds = f"fit {fit}" if "fit" in takes else f"{setting} without calibration"
+        setting_without_rounds = f"fit {fit}" if "fit" in takes else f"{setting} without calibration and text"
         refuse("rounds", setting_without_rounds if "rounds" in takes else setting, typed)
     _check_at_least("rounds", rounds, 0)
     return Fitting(
@@ -217,6 +234,34 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
         keep_base=keep_base,
         init=init,
     )
+
+
+def _is_weighted(fields: RecipeFields) -> bool:
+    return fields.calibration is not None or fields.text is not None
+
+
+def _settle_text(fields: RecipeFields, typed: Collection[str]) -> TextOptions | None:
+    """Settle the text of the conversion, and the reading of the text; None without a text."""
+    if fields.text is None:
+        for name in TEXT_OPTIONS[1:]:
+            if name in typed or getattr(fields, name) is not None:
+                refuse(name, "a conversion without text", typed)
+        return None
+    if fields.calibration is not None:
+        message = "calibration and text both give statistics of the layers' inputs"
+        raise UsageError(message, hint="one of --calibration and --text")
+    if not fields.text:
+        raise UsageError("text names no text", hint=f"a file, a folder, {SELF} or {RANDOM}")
+    if len(fields.text) > 1 and {SELF, RANDOM} & set(fields.text):
+        raise UsageError(f"text {SELF} and text {RANDOM} stand alone", hint=f"./{SELF} for a file of the name")
+    tokens = _default(fields.tokens, DEFAULT_TEXT_TOKENS)
+    _check_at_least("tokens", tokens, 2)
+    if fields.context is not None:
+        _check_at_least("context", fields.context, 2)
+    lines = _default(fields.lines, False)
+    if lines and fields.text[0] in (SELF, RANDOM):
+        refuse("lines", f"text {fields.text[0]}", typed)
+    return TextOptions(fields.text, tokens, fields.context, lines, _default(fields.sequential, True))
 
 
 def _settle_keep_base(fields: RecipeFields, typed: Collection[str]) -> float:

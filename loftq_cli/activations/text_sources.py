@@ -1,0 +1,163 @@
+"""The sources of text for a model: files, folders, conversations, random tokens, and text that the model writes. Each
+becomes windows of token ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loftq_cli.activations.text_windows import (
+    DEFAULT_CONTEXT,
+    TextFile,
+    Windows,
+    cut_windows,
+    find_added_tokens,
+    read_text,
+    window_length,
+)
+from loftq_cli.errors import InputError, UsageError
+from loftq_cli.planning.recipe import RANDOM, SELF, TextOptions
+
+if TYPE_CHECKING:
+    import torch
+
+# A text by the model itself is short: the first tokens of a window are the least sure, and a long window is slow.
+WRITTEN_CONTEXT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """A source of text, with the content of all files.
+
+    kind    SELF, RANDOM, or "files"
+    files   the files, in the order of reading; empty without files
+    """
+
+    kind: str
+    files: tuple[TextFile, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the kind and of the content of all files."""
+        return hashlib.sha256(json.dumps([self.kind, [file.sha256 for file in self.files]]).encode()).hexdigest()
+
+
+def open_text(names: Sequence[str]) -> TextSource:
+    """Read the text called by `names`: SELF or RANDOM alone, or paths of files and folders. A folder stands for all
+    files inside with UTF-8 text, in the order of the paths; hidden files and folders are left out.
+
+    Raises UsageError for no names, and for SELF or RANDOM beside further names; InputError for a blank file, for a file
+    without UTF-8 text, and for a folder without text; StorageError for an unreadable file.
+
+    >>> open_text(["random"]).kind
+    'random'
+    """
+    if not names:
+        raise UsageError("no text to read", hint="--text FILE")
+    words = [name for name in names if name in (SELF, RANDOM)]
+    if words and len(names) > 1:
+        hint = f"--text {words[0]} alone, or ./{words[0]} for a file of the name"
+        raise UsageError(f"--text {words[0]} stands beside other text", hint=hint)
+    if words:
+        return TextSource(words[0])
+    return TextSource("files", tuple(file for name in names for file in _read_path(Path(name))))
+
+
+def _read_path(path: Path) -> list[TextFile]:
+    if not path.is_dir():
+        return [read_text(path)]
+    inside = sorted(file for file in path.rglob("*") if file.is_file())
+    visible = [file for file in inside if not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    files = [text for file in visible if (text := _read_if_text(file)) is not None]
+    if not files:
+        raise InputError("holds no file of text", file=path, hint="--text FILE")
+    return files
+
+
+def _read_if_text(file: Path) -> TextFile | None:
+    try:
+        return read_text(file)
+    except InputError:
+        return None
+
+
+def make_windows(
+    source: TextSource,
+    options: TextOptions,
+    tokenizer: Any,
+    *,
+    longest: int | None,
+    vocabulary: int | None,
+    seed: int,
+    write: Callable[[int, int], torch.Tensor | None],
+    note: Callable[[str], None],
+) -> Windows:
+    """Cut or make windows of token ids.
+
+    source       the text
+    options      tokens, context and lines
+    tokenizer    a tokenizer of transformers
+    longest      most tokens that the model takes; None when unknown
+    vocabulary   number of token ids that the model has; None when unknown
+    seed         start of random draws
+    write        takes a number of windows and a length, and lets the model write the windows, int64 [windows, length];
+                 None from a model that cannot write
+    note         takes a sentence for the user
+
+    Raises InputError for a text that is too short and for damaged conversations, UsageError for a context that the
+    model does not take.
+    """
+    if source.kind == "files":
+        return cut_windows(
+            source.files,
+            tokenizer,
+            tokens=options.tokens,
+            context=options.context,
+            lines=options.lines,
+            longest=longest,
+            vocabulary=vocabulary,
+        )
+    if source.kind == SELF:
+        length = window_length(options.context or _at_most(WRITTEN_CONTEXT, longest), options.tokens, longest)
+        written = write(max(1, options.tokens // length), length)
+        if written is not None:
+            return Windows((written,))
+        note("the model writes no text: random tokens in place of the model's own text")
+    length = window_length(options.context or _at_most(DEFAULT_CONTEXT, longest), options.tokens, longest)
+    return Windows((random_windows(tokenizer, vocabulary, max(1, options.tokens // length), length, seed),))
+
+
+def _at_most(wanted: int, longest: int | None) -> int:
+    return min(wanted, longest or wanted)
+
+
+def random_windows(tokenizer: Any, vocabulary: int | None, count: int, length: int, seed: int) -> torch.Tensor:
+    """Windows of random token ids, int64 [count, length]: uniform over the vocabulary without special tokens, between
+    the tokens that the tokenizer adds to a text.
+
+    >>> from types import SimpleNamespace
+    >>> class Letters(SimpleNamespace):
+    ...     def __call__(self, text, **options):
+    ...         return {"input_ids": [ord(letter) for letter in text]}
+    ...     def __len__(self):
+    ...         return 300
+    >>> random_windows(Letters(all_special_ids=[0]), 256, count=2, length=5, seed=0).shape
+    torch.Size([2, 5])
+    """
+    import torch
+
+    before, after = find_added_tokens(tokenizer)
+    size = min(len(tokenizer), vocabulary or len(tokenizer))
+    special = set(tokenizer.all_special_ids)
+    plain = torch.tensor([token for token in range(size) if token not in special])
+    inside = length - len(before) - len(after)
+    if inside < 1 or not len(plain):
+        raise UsageError(f"windows of {length} tokens have no room for text", hint="a larger --context or --tokens")
+    generator = torch.Generator().manual_seed(seed)
+    ids = plain[torch.randint(len(plain), (count, inside), generator=generator)]
+    return torch.cat([torch.tensor(before).expand(count, -1), ids, torch.tensor(after).expand(count, -1)], 1).long()
