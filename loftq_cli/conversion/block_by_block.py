@@ -30,12 +30,8 @@ RunJobs: TypeAlias = Callable[[Sequence[Job]], Generator[tuple[JournalEntry, boo
 
 @dataclass
 class BlockStatistics:
-    """The statistics of the inputs of the block in work, for `JobRunner`.
+    """The statistics of the inputs of the block in work, for `JobRunner`."""
 
-    unread   weights without a statistic: the text does not reach the weights
-    """
-
-    unread: list[str] = field(default_factory=list)
     _means: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
@@ -77,9 +73,7 @@ def convert_block_by_block(
         for block in text.blocks():
             todo = [jobs[name] for name in sorted(block.names & unfinished, key=list(jobs).index)]
             if todo:
-                means = block.measure()
-                statistics.put(means)
-                statistics.unread += [job.name for job in todo if job.name not in means]
+                statistics.put(block.measure())
                 yield from run_jobs(todo)
             unfinished -= block.names
             if not unfinished:
@@ -89,7 +83,6 @@ def convert_block_by_block(
                     block.replace(name, effective(jobs[name]))
     rest = [job for job in plan.layers if job.name in unfinished]
     statistics.put({})
-    statistics.unread += [job.name for job in rest]
     yield from run_jobs(rest)
 
 

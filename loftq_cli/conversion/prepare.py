@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from loftq_cli.activations.text_sources import TextSource, open_text
 from loftq_cli.activations.transformers_models import library_versions, model_directory
@@ -20,16 +20,13 @@ from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.model.builtin import resolve_model
 from loftq_cli.output.checksums import CHECKSUMS, file_sha256
-from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, source_name
+from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
 from loftq_cli.output.side_files import side_file_copies
 from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import Recipe, TextOptions
-
-if TYPE_CHECKING:
-    from loftq_cli.activations.text_pass import TextPass
 
 _OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # stay behind when the original is itself a result
 
@@ -144,21 +141,6 @@ def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource
     """Read the text. Raises UsageError without transformers, InputError for a model without a config or a text."""
     model_directory(checkpoint)
     return open_text(options.names)
-
-
-def text_json(source: TextSource, text: TextPass) -> dict[str, Any]:
-    """JSON values of the text that the model read: the kind, the files, and the numbers of tokens."""
-    files = [{"name": source_name(file.path), "nbytes": file.nbytes, "sha256": file.sha256} for file in source.files]
-    windows = text.windows
-    return {
-        "kind": source.kind,
-        "files": files,
-        "tokens": windows.tokens,
-        "windows": windows.count,
-        "context": windows.longest,
-        "sequential": text.options.sequential,
-        "token_ids_sha256": text.sha256,
-    }
 
 
 def _open_original(model: str, output: Path) -> Checkpoint:

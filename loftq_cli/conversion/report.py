@@ -9,17 +9,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.record_schema import AtLeast, NonNegative, PositiveInt, RecordError, read_fields, read_record
 from loftq_cli.errors import InputError, NumericError
-from loftq_cli.output.records import REPORT_NAME, TOOL
+from loftq_cli.output.records import REPORT_NAME, TOOL, source_name
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.quant.formats import QuantSpec, spec_from_json, spec_json
 from loftq_cli.tensors.metrics import LayerError, total_error
+
+if TYPE_CHECKING:
+    from loftq_cli.activations.text_pass import TextPass
+    from loftq_cli.activations.text_sources import TextSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +183,33 @@ def report_json(
         "copied": [{"name": job.name, "reason": job.reason} for job in plan.copies],
         "notes": [*plan.notes, *notes],
     }
+
+
+def text_json(source: TextSource, text: TextPass) -> dict[str, Any]:
+    """JSON values of the text that the model read: the kind, the files, and the numbers of tokens."""
+    files = [{"name": source_name(file.path), "nbytes": file.nbytes, "sha256": file.sha256} for file in source.files]
+    windows = text.windows
+    return {
+        "kind": source.kind,
+        "files": files,
+        "tokens": windows.tokens,
+        "windows": windows.count,
+        "context": windows.longest,
+        "sequential": text.options.sequential,
+        "token_ids_sha256": text.sha256,
+    }
+
+
+def unread_notes(layers: Sequence[LayerResult]) -> list[str]:
+    """A note about the layers without statistics of a text: text does not reach a vision tower, for example.
+
+    >>> unread_notes([])
+    []
+    """
+    unread = [layer.name for layer in layers if layer.output_error is None]
+    ending = " and others" if len(unread) > 1 else ""
+    message = f"{len(unread)} layers read no text, and all of their weights count the same: "
+    return [f"{message}{unread[0]}{ending}"] if unread else []
 
 
 def mean_output_error(layers: Sequence[LayerResult]) -> float | None:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.conversion.jobs import JobRunner
 from loftq_cli.conversion.model_card import render_model_card
-from loftq_cli.conversion.prepare import Conversion, text_json
+from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.readback import verify_bytes, verify_layers
-from loftq_cli.conversion.report import LayerResult, provenance_json, report_json
+from loftq_cli.conversion.report import LayerResult, provenance_json, report_json, text_json, unread_notes
 from loftq_cli.errors import LoftqError
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.copies import NOT_FINITE, is_intact, not_finite_note
@@ -218,6 +218,8 @@ class ConversionWork:
         """Write config, index, report, recipe, model card, and the adapter's config and provenance; copy the original's
         side files.
         """
+        for note in [] if self._text is None else unread_notes(self.layers):
+            self._observer.note(note)
         self._observer.phase("publishing")
         copy_side_files(self._conversion.side_files, directory)
         write_texts(directory, _make_texts(self._conversion, self.layers, entries, self._text))
@@ -251,7 +253,10 @@ def _make_texts(
     report = report_json(
         plan,
         layers,
-        [not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result],
+        [
+            *([] if text is None else unread_notes(layers)),
+            *(not_finite_note(job.name) for job in plan.copies if NOT_FINITE in entries[job.name].result),
+        ],
         text=None if text is None or conversion.text is None else text_json(conversion.text, text),
         source=source,
         base_model=base_model,
