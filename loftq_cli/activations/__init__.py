@@ -1,5 +1,6 @@
 """The only package that runs models: statistics of the inputs of layers, and outputs beside those of the original.
 
+weight_statistics.py    statistics of the inputs of layers, from the weights alone
 text_windows.py         text files as windows of tokens
 transformers_models.py  models and tokenizers as transformers loads them
 paused_forward.py       a forward that waits before each block

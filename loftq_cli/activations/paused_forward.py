@@ -1,4 +1,4 @@
-"""A forward of a model that waits before each block of the model until `resume`. A forward runs in a separate thread."""
+"""A forward of a model that waits before each block until `resume`. A forward runs in a separate thread."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from loftq_cli.allocation.choice import Choice, select
 from loftq_cli.allocation.error_curves import measure_error_curves
 from loftq_cli.allocation.integer_program import load_solver
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.checkpoint.statistics import Statistics
+from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.model.targets import module_of
@@ -142,7 +142,7 @@ def allocate(
     checkpoint: Checkpoint,
     recipe: Recipe,
     target: Budget,
-    statistics: Statistics | None = None,
+    statistics: InputStatistics | None = None,
     *,
     threads: int = 1,
     observe: Callable[[str, int, int], None] = lambda name, done, of: None,

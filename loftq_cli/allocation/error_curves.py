@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.source import Checkpoint
-from loftq_cli.checkpoint.statistics import Statistics
+from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.errors import LoftqError
 from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.planning.jobs import LayerJob
@@ -46,7 +46,7 @@ def measure_error_curves(
     ranks: Mapping[str, Sequence[int]],
     *,
     threads: int = 1,
-    statistics: Statistics | None = None,
+    statistics: InputStatistics | None = None,
     observe: Callable[[str], None] = lambda name: None,
 ) -> dict[str, ErrorCurve]:
     """Measure the error curve of each of `layers`. Returns the curves by tensor name.
@@ -85,7 +85,7 @@ def _measure_curve(
     weight: TensorRows,
     matrices: Sequence[StoredMatrix],
     ranks: Sequence[int],
-    statistics: Statistics | None,
+    statistics: InputStatistics | None,
     workers: Workers,
 ) -> ErrorCurve:
     import torch

@@ -100,7 +100,8 @@ def quantize(
         group_size, symmetric, scale_dtype: integers only: weights of a row with a common scale; no zero points; dtype
             of the scales.
         scales: how constants are chosen: "absmax" or "search".
-        calibration: the directory of an earlier `calibrate`.
+        calibration: the directory of an earlier `calibrate`; "weights" estimates statistics of the inputs from the
+            weights alone, "none" counts all errors alike.
         text: files, folders or *.jsonl conversations that the model reads during the conversion, or "self" for text by
             the model, or "random" for random tokens: errors then count by the effect on the layers' outputs. Needs
             transformers 5 and accelerate: pip install transformers accelerate.

@@ -31,6 +31,11 @@ class InputStatistics(Protocol):
         """Names of the weights with a statistic."""
         ...
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the inputs are inputs of the model on a text, so that errors of outputs are worth a report."""
+        ...
+
     def load(self, name: str) -> torch.Tensor:
         """The statistic of the weight called `name`, float32 [in, in] or [in]; any thread may ask."""
         ...
@@ -54,6 +59,11 @@ class Statistics:
     tokens: int
     inputs: Mapping[str, str]
     _file: SafetensorsFile = field(repr=False, compare=False)
+
+    @property
+    def is_measured(self) -> bool:
+        """True: the inputs are inputs of the model on a text."""
+        return True
 
     @property
     def names(self) -> frozenset[str]:

@@ -10,7 +10,7 @@ import typer
 from loftq_cli.cli.options import ADAPTER, QUANT, RUN, SELECT, one_of
 from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
 from loftq_cli.methods.method import DEFAULT_METHOD, FITS, INITS, METHODS, STARTS, SVD_MODES
-from loftq_cli.planning.recipe import DEFAULT_TEXT_TOKENS, RANDOM, SELF
+from loftq_cli.planning.recipe import DEFAULT_TEXT_TOKENS, NONE, RANDOM, SELF, WEIGHTS
 from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
@@ -50,15 +50,15 @@ Start = Annotated[
     str | None,
     typer.Option(
         metavar=one_of(STARTS),
-        help="Start of the alternation: no adapter, or the best adapter of the weights. [default: principal "
-        "for LoftQ's joint fit without --calibration, else zero]",
+        help="Start of the alternation: no adapter, or the best adapter of the weights; the base alone is then no "
+        "model. [default: zero]",
         rich_help_panel=ADAPTER,
     ),
 ]
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of quantizing and fitting the adapter. [default: 11, with --calibration 2; with --fit loftq "
+        help="Alternations of quantizing and fitting the adapter. [default: 2, with --calibration none 11; with --fit loftq "
         f"8, or 5 with another --svd than fast{_OWN_ITERATIONS}]",
         rich_help_panel=ADAPTER,
     ),
@@ -66,8 +66,8 @@ Iterations = Annotated[
 Rounds = Annotated[
     int | None,
     typer.Option(
-        help="Rounds of refining codes and constants, after the iterations. [default: 0, with "
-        "--calibration 2; with --fit loftq none]",
+        help="Rounds of refining codes and constants, after the iterations. [default: 2, with "
+        "--calibration none 0; with --fit loftq none]",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -76,15 +76,17 @@ KeepBase = Annotated[
     typer.Option(
         metavar="SHARE",
         help="Share of the error that counts the base alone, 0 to 1: at 0 only base and adapter together count, at 1 "
-        "the base is as good as without an adapter. [default: 0]",
+        "the base is as good as without an adapter. [default: 0.25, with --calibration none 0.5; with --fit loftq 0]",
         rich_help_panel=ADAPTER,
     ),
 ]
 Calibration = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        metavar="STATS",
-        help="Statistics from loftq calibrate: errors then count by the effect on the layers' outputs.",
+        metavar=f"STATS|{WEIGHTS}|{NONE}",
+        help="Statistics of the layers' inputs, so that errors count by the effect on the outputs: a directory from loftq "
+        f"calibrate; {WEIGHTS} estimates the statistics from the weights alone; {NONE} counts all errors alike. "
+        f"[default: {WEIGHTS} with --fit joint, else {NONE}]",
         rich_help_panel=QUANT,
         show_default=False,
     ),

@@ -39,6 +39,11 @@ class BlockStatistics:
         """Names of the weights with a statistic."""
         return frozenset(self._means)
 
+    @property
+    def is_measured(self) -> bool:
+        """True: the inputs are inputs of the model on a text."""
+        return True
+
     def load(self, name: str) -> torch.Tensor:
         """The mean of x·xᵀ over the inputs x of a weight, float32 [in, in]."""
         return self._means[name]

@@ -129,7 +129,9 @@ class JobRunner:
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
         initial = _initialize(job, weight, weighting, None, workers)
         decoded = job.quantizer().decoded(initial.quantized)
-        loss = None if weighting is None else output_error(weighting, weight, decoded, initial.lora, workers)
+        loss = None
+        if weighting is not None and self._statistics is not None and self._statistics.is_measured:
+            loss = output_error(weighting, weight, decoded, initial.lora, workers)
         return self.describe_layer(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, loss)
 
     def describe_layer(

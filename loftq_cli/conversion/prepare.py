@@ -11,6 +11,7 @@ from typing import Any
 
 from loftq_cli.activations.text_sources import TextSource, open_text
 from loftq_cli.activations.transformers_models import library_versions, model_directory
+from loftq_cli.activations.weight_statistics import WeightStatistics, has_known_blocks, measure_weights
 from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
@@ -19,6 +20,7 @@ from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.model.builtin import resolve_model
+from loftq_cli.model.family import Family
 from loftq_cli.output.checksums import CHECKSUMS, file_sha256
 from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
 from loftq_cli.output.side_files import side_file_copies
@@ -26,8 +28,13 @@ from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import Recipe, TextOptions
+from loftq_cli.planning.recipe import WEIGHTS, Recipe, TextOptions
+from loftq_cli.runtime.workers import started
 
+_UNKNOWN_BLOCKS = (
+    "the blocks of the model have an unknown structure, so the errors of all weights count alike: --text names a text "
+    "for the model to read"
+)
 _OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # stay behind when the original is itself a result
 
 
@@ -128,13 +135,16 @@ def prepare_within_target(
         hint = "loftq calibrate, and --calibration in place of --text"
         raise UsageError("a bound on the size needs the statistics of all layers before the choice", hint=hint)
     checkpoint = _open_original(model, output)
-    statistics = None
-    if recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
+    statistics: Statistics | WeightStatistics | None = None
+    if recipe.calibration == WEIGHTS:
+        with started(threads) as workers:
+            statistics = measure_weights(checkpoint, Family(checkpoint.config()), workers=workers)
+    elif recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
         widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
         statistics, _ = _open_model_statistics(Path(recipe.calibration), widest)
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
-    plan, statistics = _build_plan(checkpoint, allocation.recipe)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, allocation)
+    plan, opened = _build_plan(checkpoint, allocation.recipe)
+    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), opened, allocation)
 
 
 def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource:
@@ -153,9 +163,11 @@ def _open_original(model: str, output: Path) -> Checkpoint:
 
 
 def _build_plan(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Statistics | None]:
-    """Build the plan, and open the statistics of the recipe."""
+    """Build the plan, and open the statistics of the recipe. A run measures statistics from the weights later."""
     plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe)
-    if recipe.calibration is None:
+    if recipe.calibration == WEIGHTS and not has_known_blocks(checkpoint.tensors.keys(), plan.family):
+        return replace(plan, notes=(*plan.notes, _UNKNOWN_BLOCKS)), None
+    if recipe.calibration in (None, WEIGHTS):
         return plan, None
     statistics, notes = _open_model_statistics(Path(recipe.calibration), plan)
     return replace(plan, notes=(*plan.notes, *notes)), statistics

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.conversion.jobs import JobRunner
 from loftq_cli.conversion.model_card import render_model_card
 from loftq_cli.conversion.prepare import Conversion
@@ -35,6 +36,7 @@ from loftq_cli.output.staged_run import Entries, run_staged
 from loftq_cli.output.writer import OutputFiles
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.plan import Plan
+from loftq_cli.planning.recipe import WEIGHTS
 from loftq_cli.planning.recipe_files import recipe_toml
 from loftq_cli.runtime.gpu import Device, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
@@ -151,8 +153,19 @@ class ConversionWork:
         conversion = self._conversion
         if conversion.text is not None:
             return self._run_with_text(conversion.text, files, finished, workers)
-        runner = JobRunner(conversion.checkpoint, files, finished, conversion.statistics)
+        runner = JobRunner(conversion.checkpoint, files, finished, self._statistics(workers))
         return self._run_jobs(runner, conversion.plan.jobs, workers)
+
+    def _statistics(self, workers: Workers) -> InputStatistics | None:
+        """The statistics of the inputs; statistics from the weights are measured."""
+        conversion = self._conversion
+        if conversion.plan.recipe.calibration != WEIGHTS:
+            return conversion.statistics
+        from loftq_cli.activations.weight_statistics import measure_weights
+
+        self._observer.phase("estimating the inputs of the layers from the weights")
+        device = "cpu" if self._gpu is None else self._gpu.device
+        return measure_weights(conversion.checkpoint, conversion.plan.family, workers=workers, device=device)
 
     def _run_jobs(
         self, runner: JobRunner, jobs: Sequence[LayerJob | CopyJob], workers: Workers

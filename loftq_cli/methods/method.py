@@ -141,7 +141,6 @@ class MethodEntry:
     is_pooled            whether the adapter reads inputs pooled by groups: the base then has integer codes, groups of a
                          single size, and zero points
     draws_adapter        whether numbers of the adapter are drawn at random, so the seed matters with every solver
-    joint_start          the start of the joint fit without statistics of the inputs, see STARTS
     svd                  the default solver
     iterations           the default number of alternations; None leaves the number to the fit and the solver
     streams              whether `initialize` passes codes to a `sink`: the method reads each row once
@@ -160,7 +159,6 @@ class MethodEntry:
     exact_nbytes: tuple[int, int] = (0, 0)
     is_pooled: bool = False
     draws_adapter: bool = False
-    joint_start: str = "zero"
     svd: str = "fast"
     iterations: int | None = None
     streams: bool = False
@@ -183,7 +181,6 @@ METHODS: dict[str, MethodEntry] = {
         summary="adapter fitted to the quantization error (arXiv 2310.08659)",
         linear_class="LoftQLinear",
         inits={None: _FITTED},
-        joint_start="principal",
         stacks=(PAPER_FIT,),
         nbytes_per_weight=9,
         exact_nbytes=(8, 32),

@@ -1,6 +1,7 @@
 """A model directory: the family, the tensors to quantize, the stored weights.
 
 builtin.py   the models inside the package
+blocks.py    the table of block structures, blocks.toml: the path of the numbers through a block
 families.py  the table of families, families.toml: a row for each model_type with special facts
 family.py    a config.json, and the loaders of the family
 targets.py   the tensors to quantize, and the reason of each decision

@@ -12,7 +12,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from loftq_cli.checkpoint.statistics import Statistics, open_statistics
+from loftq_cli.activations.weight_statistics import measure_weights
+from loftq_cli.checkpoint.statistics import InputStatistics, Statistics, open_statistics
 from loftq_cli.errors import InputError, MismatchError, UsageError
 from loftq_cli.methods.weighting import Weighting, make_weighting
 from loftq_cli.model.targets import module_of
@@ -23,7 +24,8 @@ from loftq_cli.nn.starts.linear_start import check_linear, make_start
 from loftq_cli.nn.starts.option_types import python_remedies
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.recipe import WEIGHTS, Recipe
+from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.headers import TensorRef
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -87,10 +89,10 @@ def _attach(model: nn.Module, settled: Recipe, *, freeze_base: bool, cache: bool
     _check_model(model)
     plan = make_plan(_headers(model), _config_of(model), settled)
     targets = list(_targets(model, plan))
-    statistics = None if settled.calibration is None else _statistics(Path(settled.calibration), plan)
     origin = Origin(None, plan.adapter_config(""), None)
-    model.requires_grad_(False)
     with computing(plan.work, threads) as workers:
+        statistics = _statistics(model, settled.calibration, plan, workers)
+        model.requires_grad_(False)
         for target in targets:
             weighting = _weighting(statistics, target.job)
             start = make_start(
@@ -194,7 +196,27 @@ def _unfit(module: nn.Module, job: LayerJob) -> str | None:
     return None
 
 
-def _statistics(path: Path, plan: Plan) -> Statistics:
+@dataclass(frozen=True)
+class _LoadedWeights:
+    """The tensors of a loaded model, like a checkpoint."""
+
+    tensors: Mapping[str, TensorRef]
+    model: nn.Module
+
+    def load(self, name: str) -> torch.Tensor:
+        return cast(torch.Tensor, self.model.state_dict()[name])
+
+    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.load(name)[start:stop]
+
+
+def _statistics(model: nn.Module, calibration: str | None, plan: Plan, workers: Workers) -> InputStatistics | None:
+    if calibration == WEIGHTS:
+        return measure_weights(_LoadedWeights(_headers(model), model), plan.family, workers=workers)
+    return None if calibration is None else _open_statistics(Path(calibration), plan)
+
+
+def _open_statistics(path: Path, plan: Plan) -> Statistics:
     """The statistics of the layers' inputs. Raises MismatchError for statistics of another model."""
     statistics = open_statistics(path)
     hint = "loftq calibrate this model"
@@ -207,7 +229,7 @@ def _statistics(path: Path, plan: Plan) -> Statistics:
     return statistics
 
 
-def _weighting(statistics: Statistics | None, job: LayerJob) -> Weighting | None:
+def _weighting(statistics: InputStatistics | None, job: LayerJob) -> Weighting | None:
     if statistics is None or job.name not in statistics.names:
         return None
     return make_weighting(statistics.load(job.name), job.lora.group_size)

@@ -19,7 +19,7 @@ from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
-from loftq_cli.planning.recipe import Recipe
+from loftq_cli.planning.recipe import WEIGHTS, Recipe
 from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import QuantSpec, common_spec
@@ -93,7 +93,8 @@ class Plan:
         method = METHODS[self.recipe.method]
         per_weight, per_gram = method.exact_nbytes if self.recipe.fitting.svd == "exact" else (0, 0)
         per_weight += method.nbytes_per_weight
-        per_input = _WEIGHTED_NBYTES if self.recipe.is_weighted else 0
+        is_full = self.recipe.is_weighted and self.recipe.calibration != WEIGHTS
+        per_input = _WEIGHTED_NBYTES if is_full else 0
         compiler = COMPILER_NBYTES if is_worth_compiling(self.work) else 0
         return (
             _TORCH_NBYTES

@@ -113,6 +113,7 @@ FormatOptions: TypeAlias = CodebookOptions | AffineOptions
 
 
 SELF, RANDOM = "self", "random"  # texts without a file: by the model itself, and of random tokens
+WEIGHTS, NONE = "weights", "none"  # calibrations without a directory: from the weights alone, and no statistics
 DEFAULT_TEXT_TOKENS = 8192
 TEXT_OPTIONS = ("text", "tokens", "context", "lines", "sequential")  # names in RecipeFields
 
@@ -148,7 +149,8 @@ class Recipe:
     rslora           whether the scaling is alpha / sqrt(rank) in place of alpha / rank
     fitting          the method's search for base and adapter
     pooling          the adapter's pooling of inputs; None: the adapter reads every input
-    calibration      path of the statistics from `loftq calibrate`; None without such statistics
+    calibration      path of the statistics from `loftq calibrate`, or WEIGHTS for statistics from the weights alone;
+                     None: no such statistics
     text             the text that the model reads during the conversion; None without a text
     adapter_dtype    dtype of lora_A and lora_B
     seed             start of all random draws

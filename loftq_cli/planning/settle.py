@@ -26,9 +26,11 @@ from loftq_cli.methods.method import (
 from loftq_cli.planning.format_options import check_choice, check_layout, check_sizes, refuse, settle_format
 from loftq_cli.planning.recipe import (
     DEFAULT_TEXT_TOKENS,
+    NONE,
     RANDOM,
     SELF,
     TEXT_OPTIONS,
+    WEIGHTS,
     AffineOptions,
     CodebookOptions,
     FormatOptions,
@@ -41,6 +43,9 @@ from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS, Pooling
+
+# Share of the cost of a joint fit that counts the base alone, with input statistics and without statistics.
+_KEEP_BASE, _KEEP_BASE_BY_WEIGHTS = 0.25, 0.5
 
 # Alternations of a joint fit, without input statistics and with statistics: more alternations reduce the error little.
 _JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 2
@@ -82,6 +87,8 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
     text = _settle_text(fields, typed)
     quant = settle_format(fields, quant_type, layout, typed)
     pooling, init = _settle_method(fields, METHODS[method], quant, typed)
+    _refuse_unused(fields, METHODS[method], init, typed)
+    fields = replace(fields, calibration=_settle_calibration(fields, METHODS[method].inits[init].takes))
     fitting = _settle_fitting(fields, METHODS[method], init, typed)
     scales = fields.scales or SCALES[fitting.fit == JOINT_FIT or _is_weighted(fields)]
     check_choice("scales", scales, SCALES)
@@ -141,7 +148,8 @@ def fields_of(recipe: Recipe) -> RecipeFields:
     values = {name: getattr(fitting, name) if name in takes else None for name in ("start", "fit", "rounds")}
     if not _has_rounds(takes, fitting.fit, is_weighted=recipe.is_weighted):
         values["rounds"] = None
-    values["keep_base"] = fitting.keep_base or None  # the default stays out of files
+    keeps_base = "keep_base" in takes and (fitting.keep_base or fitting.fit == JOINT_FIT)
+    values["keep_base"] = fitting.keep_base if keeps_base else None
     if recipe.text is not None:
         values |= {"text": recipe.text.names, "tokens": recipe.text.tokens, "context": recipe.text.context}
         values |= {"lines": recipe.text.lines or None, "sequential": recipe.text.sequential}
@@ -157,7 +165,7 @@ def fields_of(recipe: Recipe) -> RecipeFields:
         rank=recipe.rank,
         alpha=recipe.alpha,
         rslora=recipe.rslora,
-        calibration=recipe.calibration,
+        calibration=_calibration_key(recipe, takes),
         pooling=None if recipe.pooling is None else recipe.pooling.convention,
         init=recipe.init,
         adapter_dtype=recipe.adapter_dtype,
@@ -169,6 +177,15 @@ def fields_of(recipe: Recipe) -> RecipeFields:
         override=recipe.override,
         **values,
     )
+
+
+def _calibration_key(recipe: Recipe, takes: Collection[str]) -> str | None:
+    """The calibration in a recipe file: NONE where `settle` would choose statistics, and the recipe has none."""
+    if recipe.calibration is not None or recipe.text is not None:
+        return recipe.calibration
+    fit = recipe.fitting.fit if "fit" in takes else None
+    default = _settle_calibration(RecipeFields(fit=fit, scales=recipe.scales), takes)
+    return None if default is None else NONE
 
 
 def _settle_method(
@@ -196,21 +213,16 @@ def _settle_method(
 
 
 def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, typed: Collection[str]) -> Fitting:
-    """Settle fit, solver and counts: requested values, or defaults for the method, the fit and a calibration."""
+    """Settle fit, solver and counts: requested values, or defaults for the method, the fit and the statistics."""
     takes = entry.inits[init].takes
     setting = f"method {fields.method}" + (f" and init {init}" if init else "")
-    for name in ("start", "fit", "iterations", "keep_base", "svd", "calibration", "text"):
-        if ("calibration" if name == "text" else name) not in takes:
-            _refuse_unless_recorded(fields, name, setting, typed)
-    if "svd" in takes and fields.svd == "exact" and not entry.draws_adapter:
-        _refuse_unless_recorded(fields, "seed", "svd exact, where nothing is drawn", typed)
     fit = (fields.fit or JOINT_FIT) if "fit" in takes else PAPER_FIT
     check_choice("fit", fit, FITS)
     is_joint, is_weighted = fit == JOINT_FIT, _is_weighted(fields)
-    keep_base = _settle_keep_base(fields, typed)
-    # Under a calibration, errors count by outputs: the principal part of the weights is no better a start at 4 bits.
-    # A base that counts alone has to hold the principal part: from 0.05 on, measured, zero leaves less of the cost.
-    start = fields.start or (entry.joint_start if is_joint and not is_weighted and not keep_base else STARTS[0])
+    usual = (_KEEP_BASE if is_weighted else _KEEP_BASE_BY_WEIGHTS) if is_joint else 0.0
+    keep_base = _settle_keep_base(fields, usual, typed)
+    # A base without the principal part of the weights is no model: adapters start at zero unless the user says so.
+    start = fields.start or STARTS[0]
     check_choice("start", start, STARTS)
     iterations = 1
     if "iterations" in takes and keep_base < 1.0:
@@ -234,6 +246,30 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
         keep_base=keep_base,
         init=init,
     )
+
+
+def _refuse_unused(fields: RecipeFields, entry: MethodEntry, init: str | None, typed: Collection[str]) -> None:
+    """Raises UsageError for an option without a meaning for the method and the start."""
+    takes = entry.inits[init].takes
+    setting = f"method {fields.method}" + (f" and init {init}" if init else "")
+    for name in ("start", "fit", "iterations", "keep_base", "svd", "calibration", "text"):
+        if ("calibration" if name == "text" else name) not in takes:
+            _refuse_unless_recorded(fields, name, setting, typed)
+    if "svd" in takes and fields.svd == "exact" and not entry.draws_adapter:
+        _refuse_unless_recorded(fields, "seed", "svd exact, where nothing is drawn", typed)
+
+
+def _settle_calibration(fields: RecipeFields, takes: Collection[str]) -> str | None:
+    """Settle the source of statistics beside a text: a directory, WEIGHTS, or None for no statistics.
+
+    A joint fit and a search for constants need statistics: without them the largest weights are clipped, and the
+    predictions of the model get worse while the error of the weights falls.
+    """
+    if fields.text is not None or "calibration" not in takes or fields.calibration == NONE:
+        return None
+    is_joint = "fit" in takes and fields.fit in (None, JOINT_FIT)
+    searches = "fit" not in takes and fields.scales == SCALES[1]
+    return fields.calibration or (WEIGHTS if is_joint or searches else None)
 
 
 def _is_weighted(fields: RecipeFields) -> bool:
@@ -264,11 +300,12 @@ def _settle_text(fields: RecipeFields, typed: Collection[str]) -> TextOptions | 
     return TextOptions(fields.text, tokens, fields.context, lines, _default(fields.sequential, True))
 
 
-def _settle_keep_base(fields: RecipeFields, typed: Collection[str]) -> float:
-    """Settle the share of the cost that counts the base alone. At 1 the base never sees the adapter, so a start and a
-    number of alternations have no meaning; a file may repeat the values of a written recipe file.
+def _settle_keep_base(fields: RecipeFields, usual: float, typed: Collection[str]) -> float:
+    """Settle the share of the cost that counts the base alone; `usual` is the default. At 1 the base never sees the
+    adapter, so a start and a number of alternations have no meaning; a file may repeat the values of a written recipe
+    file.
     """
-    keep_base = float(_default(fields.keep_base, 0.0))
+    keep_base = float(_default(fields.keep_base, usual))
     if not 0.0 <= keep_base <= 1.0:
         raise UsageError(f"keep_base must be from 0 to 1, not {fields.keep_base}")
     if keep_base == 1.0:

@@ -20,7 +20,7 @@ from loftq_cli.nn.starts.option_types import check_options
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan, plan_jobs
-from loftq_cli.planning.recipe import Override, Recipe, RecipeFields
+from loftq_cli.planning.recipe import NONE, TEXT_OPTIONS, WEIGHTS, Override, Recipe, RecipeFields
 from loftq_cli.planning.recipe_files import resolve_recipe
 from loftq_cli.planning.settings import decoded_dtype, layer_settings, procedure_of
 from loftq_cli.quant.formats import FORMATS, Cost, QuantizedTensor, Quantizer, QuantSpec
@@ -33,8 +33,8 @@ from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 from loftq_cli.triton_kernels.backend import has_kernels, use_compiled_kernels, use_reference_kernels
 
 # Options without an effect in memory, and options without an effect on a single linear.
-_OF_FILES = ("max_shard_size",)
-_OF_MODELS = ("calibration", "include", "exclude", "override")
+_OF_FILES = ("max_shard_size", *TEXT_OPTIONS)
+_OF_MODELS = ("calibration", *TEXT_OPTIONS, "include", "exclude", "override")
 
 # Defaults in the signatures of `from_linear`. A method without a solver, or without random draws, has no such option.
 _SIGNATURE_DEFAULTS: dict[str, Any] = {"svd": "fast", "seed": 0}
@@ -64,7 +64,10 @@ def layer_recipe(options: Mapping[str, Any]) -> Recipe:
     if options.get("rank") is None:
         raise UsageError("rank must be a whole number, not None", hint="rank=16")
     settings = {name: value for name, value in options.items() if _SIGNATURE_DEFAULTS.get(name, ...) != value}
-    return resolve_recipe(None, check_options(settings, RecipeFields, without=_OF_FILES + _OF_MODELS))
+    checked = check_options(settings, RecipeFields, without=_OF_FILES + _OF_MODELS)
+    recipe = resolve_recipe(None, checked)
+    # A single linear has no model that shows the inputs.
+    return resolve_recipe(None, {**checked, "calibration": NONE}) if recipe.calibration == WEIGHTS else recipe
 
 
 def layer_job(
