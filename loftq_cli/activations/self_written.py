@@ -47,7 +47,7 @@ def write_windows(
         generator = torch.Generator(device=model.device).manual_seed((seed << 20) + first)
         with torch.no_grad():
             if is_causal:
-                begin = torch.full((size, 1), start, device=model.device)
+                begin = torch.full((size, 1), int(start or 0), device=model.device)
                 return transformers_models.sample_tokens(model, begin, length, generator).cpu()
             return _fill_masks(model, tokenizer, size, length, generator).cpu()
 
@@ -81,7 +81,7 @@ def _fill_masks(model: Any, tokenizer: Any, size: int, length: int, generator: t
     ids = ids.to(model.device)
     inside = length - len(before) - len(after)
     order = torch.rand(size, inside, generator=generator, device=model.device).argsort(1) + len(before)
-    for places in order.split(max(1, math.ceil(inside / _PASSES)), dim=1):
+    for places in torch.split(order, max(1, math.ceil(inside / _PASSES)), dim=1):
         logits = model(input_ids=ids).logits.float()
         drawn = draw(logits.gather(1, places[..., None].expand(-1, -1, logits.shape[-1])), generator)
         ids.scatter_(1, places, drawn)

@@ -289,7 +289,8 @@ class Visit:
         self, block: str, step: Callable[[bool], str | None], modules: Mapping[str, nn.Module], places: list[_Place]
     ) -> None:
         self.block, self._step, self._modules, self._places = block, step, modules, places
-        self._has_left, self._next = False, None
+        self._has_left = False
+        self._next: str | None = None
 
     def try_out(self) -> None:
         """Run all batches through the block, and keep the batches before the block: the outputs are dropped."""

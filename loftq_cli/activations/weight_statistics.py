@@ -172,7 +172,7 @@ class _TokenForward:
                 added = self._source.load_rows(f"{root}{name}.weight", row, row + 1)
                 x = x + added.float().to(self._device)
         norm = self._norm(root, structure.embedding_norm)
-        return [norm(chunk) for chunk in x.split(_CHUNK)]
+        return [norm(chunk) for chunk in torch.split(x, _CHUNK)]
 
     def _pass(
         self, part: BlockPart, block: str, states: list[torch.Tensor], read: list[torch.Tensor]
@@ -209,7 +209,7 @@ class _TokenForward:
         spread_values = self._map(spread, values)
         if self._attended == 1:
             return spread_values
-        return list(self._mix(torch.cat(spread_values), size).split(_CHUNK))
+        return list(torch.split(self._mix(torch.cat(spread_values), size), _CHUNK))
 
     def _mix(self, values: torch.Tensor, size: int) -> torch.Tensor:
         """Means of random numbers of neighbouring rows, drawn for each row and each head of `size` columns. Rows are
@@ -264,8 +264,11 @@ class _TokenForward:
         return lambda x: rms_norm(x, weight.shape, weight, epsilon)
 
     def _measure(self, module: str, inputs: list[torch.Tensor]) -> None:
+        import torch
+
         squares = self._map(lambda x: x.double().square().sum(0), inputs)
-        self._means[f"{module}.weight"] = (sum(squares) / sum(map(len, inputs))).float().cpu()
+        total = torch.stack(squares).sum(0)
+        self._means[f"{module}.weight"] = (total / sum(map(len, inputs))).float().cpu()
 
     def _map(self, work: Callable[[torch.Tensor], torch.Tensor], chunks: list[torch.Tensor]) -> list[torch.Tensor]:
         return list(self._workers.map(work, chunks))

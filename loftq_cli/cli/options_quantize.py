@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,8 +57,8 @@ Start = Annotated[
 Iterations = Annotated[
     int | None,
     typer.Option(
-        help="Alternations of quantizing and fitting the adapter. [default: 2, with --calibration none 11; with --fit loftq "
-        f"8, or 5 with another --svd than fast{_OWN_ITERATIONS}]",
+        help="Alternations of quantizing and fitting the adapter. [default: 2, with --calibration none 11; with --fit "
+        f"loftq 8, or 5 with another --svd than fast{_OWN_ITERATIONS}]",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -84,8 +83,8 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar=f"STATS|{WEIGHTS}|{NONE}",
-        help="Statistics of the layers' inputs, so that errors count by the effect on the outputs: a directory from loftq "
-        f"calibrate; {WEIGHTS} estimates the statistics from the weights alone; {NONE} counts all errors alike. "
+        help="Statistics of the layers' inputs, so that errors count by the effect on the outputs: a directory from "
+        f"loftq calibrate; {WEIGHTS} estimates the statistics from the weights alone; {NONE} counts all errors alike. "
         f"[default: {WEIGHTS} with --fit joint, else {NONE}]",
         rich_help_panel=QUANT,
         show_default=False,
