@@ -9,11 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.activations import transformers_models
-from loftq_cli.activations.input_sums import MomentSums, share_inputs
-from loftq_cli.activations.text_windows import TextFile, Windows, cut_windows, read_text
+from loftq_cli.activations.input_sums import BATCH_TOKENS, MomentSums, share_inputs
+from loftq_cli.activations.self_written import write_windows
+from loftq_cli.activations.text_sources import FILES, TextSource, make_windows, open_text
+from loftq_cli.activations.text_windows import Windows
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
 from loftq_cli.errors import InputError, UsageError
@@ -27,9 +29,10 @@ from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.runtime.workers import torch_threads
 from loftq_cli.tensors.headers import OutTensor
 
+if TYPE_CHECKING:
+    import torch
+
 _TRACE_TOKENS = 16  # tokens of the forward that groups the weights by input
-# Tokens per call of a block, by a single thread: few, so that many threads have work, and enough for full speed.
-BATCH_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +100,7 @@ class Prepared:
     directory    the folder of the source, with config.json and the tokenizer
     output       the directory to write
     jobs         the weights to measure
-    texts        the content of the text files
+    source       the text, with the content of all files
     overwrite    replace an `output` that exists
     """
 
@@ -106,15 +109,16 @@ class Prepared:
     output: Path
     options: CalibrationOptions
     jobs: tuple[QuantizableMatrix, ...]
-    texts: tuple[TextFile, ...]
+    source: TextSource
     overwrite: bool
 
 
 def prepare_calibration(
-    model: Path, texts: Sequence[Path], output: Path, options: CalibrationOptions, *, overwrite: bool = False
+    model: Path, texts: Sequence[str | Path], output: Path, options: CalibrationOptions, *, overwrite: bool = False
 ) -> Prepared:
-    """Open the checkpoint `model` and the files `texts`, and choose the weights to measure. Writes nothing; needs no
-    torch.
+    """Open the checkpoint `model` and the text, and choose the weights to measure. Writes nothing; needs no torch.
+
+    texts   paths of files and folders, or SELF or RANDOM alone, see `open_text`
 
     Raises LoftqError for every error that shows before the model is built: InputError for a damaged checkpoint, a
     weight file without config.json, or a file without UTF-8 text; UsageError when `output` exists and `overwrite` is
@@ -129,16 +133,16 @@ def prepare_calibration(
     checkpoint = open_checkpoint(model)
     if checkpoint.directory is None:
         raise InputError("has no config.json beside it", file=model, hint="give the model's folder")
-    check_apart(output, [checkpoint.directory, *checkpoint.files, *texts])
+    source = open_text([str(text) for text in texts])
+    check_apart(output, [checkpoint.directory, *checkpoint.files, *(file.path for file in source.files)])
     check_output(output, overwrite=overwrite)
-    if not texts:
-        raise UsageError("no text to read", hint="--text FILE")
-    contents = tuple(read_text(path) for path in texts)
+    if options.lines and source.kind != FILES:
+        raise UsageError(f"--lines means nothing with --text {source.kind}", hint="leave --lines out")
     jobs = measurable_matrices(checkpoint)
     if not jobs:
         raise UsageError("no linear layer to measure", file=model, hint="loftq inspect shows every tensor")
     transformers_models.check_installed()
-    return Prepared(checkpoint, checkpoint.directory, output, options, jobs, contents, overwrite)
+    return Prepared(checkpoint, checkpoint.directory, output, options, jobs, source, overwrite)
 
 
 def measurable_matrices(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]:
@@ -155,11 +159,17 @@ def measurable_matrices(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]
 
 @transformers_models.silence()
 def run_calibration(
-    prepared: Prepared, observer: CalibrationObserver, *, threads: int = 1, batch_tokens: int = BATCH_TOKENS
+    prepared: Prepared,
+    observer: CalibrationObserver,
+    *,
+    threads: int = 1,
+    device: torch.device | str = "cpu",
+    batch_tokens: int = BATCH_TOKENS,
 ) -> CalibrationResult:
     """Run the model over the text and write the statistics: all files, or none.
 
-    threads        number of torch's threads
+    threads        number of threads; the statistics are the same with any number
+    device         the device of the model
     batch_tokens   tokens that go through a block at once
 
     Memory holds one block in float32, the statistics of the block, and the hidden states of all tokens between two
@@ -171,10 +181,24 @@ def run_calibration(
 
     directory = prepared.directory
     config, tokenizer = transformers_models.load_config(directory), transformers_models.load_tokenizer(directory)
-    windows = _cut_windows(prepared, config, tokenizer)
-    model = transformers_models.build_empty_model(directory, config)
-    weights = transformers_models.match_weights(model, prepared.checkpoint.tensors)
-    streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
+    checkpoint = prepared.checkpoint
+
+    def build() -> StreamedModel:
+        model = transformers_models.build_empty_model(directory, config)
+        weights = transformers_models.match_weights(model, checkpoint.tensors)
+        return StreamedModel(model, checkpoint.path, checkpoint.load, weights, device)
+
+    windows = make_windows(
+        prepared.source,
+        prepared.options,
+        tokenizer,
+        longest=transformers_models.longest_input(config, tokenizer),
+        vocabulary=transformers_models.vocabulary_size(config),
+        seed=0,
+        write=lambda count, length: write_windows(build(), tokenizer, count, length, seed=0, threads=threads),
+        note=observer.note,
+    )
+    streamed = build()
     with torch_threads(threads):
         feed = transformers_models.text_inputs(config, windows.by_length[-1][:1, :_TRACE_TOKENS])
         measurement = _Measurement(prepared, windows, share_inputs(streamed, prepared.jobs, feed))
@@ -202,19 +226,6 @@ def run_calibration(
             values = _calibration_json(measurement, file_sha256(path / STATISTICS_NAME))
             write_texts(path, {CALIBRATION_NAME: dump_json(values)})
     return measurement.result()
-
-
-def _cut_windows(prepared: Prepared, config: Any, tokenizer: Any) -> Windows:
-    options = prepared.options
-    return cut_windows(
-        prepared.texts,
-        tokenizer,
-        tokens=options.tokens,
-        context=options.context,
-        lines=options.lines,
-        longest=transformers_models.longest_input(config, tokenizer),
-        vocabulary=transformers_models.vocabulary_size(config),
-    )
 
 
 @dataclass(frozen=True)
@@ -295,16 +306,19 @@ def _headers_sha256(checkpoint: Checkpoint) -> str:
 def _fingerprint(measurement: _Measurement) -> str:
     prepared, windows = measurement.prepared, measurement.windows
     options = [prepared.options.kind, prepared.options.lines, windows.count, windows.longest, windows.tokens]
-    values = [TOOL, _headers_sha256(prepared.checkpoint), options, [text.sha256 for text in prepared.texts]]
+    values = [TOOL, _headers_sha256(prepared.checkpoint), options, prepared.source.sha256]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _calibration_json(measurement: _Measurement, sha256: str) -> dict[str, Any]:
     prepared, windows = measurement.prepared, measurement.windows
-    texts = [{"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.texts]
+    texts = [
+        {"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.source.files
+    ]
     return {
         **TOOL,
         "format": FORMAT,
+        "text": prepared.source.kind,
         "model": source_name(prepared.directory),
         "model_fingerprint": _headers_sha256(prepared.checkpoint),
         "kind": prepared.options.kind,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from loftq_cli.activations.streamed_model import StreamedModel
 
+# Tokens per call of a block, by a single thread: few, so that many threads have work, and enough for full speed.
+BATCH_TOKENS = 1024
 _CHUNK_ROWS = 4096  # rows of an input per product: bounds the float32 and float64 copies of an input
 
 

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.activations import transformers_models
-from loftq_cli.activations.calibration import BATCH_TOKENS
-from loftq_cli.activations.input_sums import MomentSums
+from loftq_cli.activations.input_sums import BATCH_TOKENS, MomentSums
 from loftq_cli.activations.self_written import write_windows
 from loftq_cli.activations.text_sources import TextSource, make_windows
 from loftq_cli.checkpoint.source import Checkpoint

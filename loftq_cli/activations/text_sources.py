@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loftq_cli.activations.text_windows import (
     DEFAULT_CONTEXT,
@@ -21,7 +21,7 @@ from loftq_cli.activations.text_windows import (
     window_length,
 )
 from loftq_cli.errors import InputError, UsageError
-from loftq_cli.planning.recipe import RANDOM, SELF, TextOptions
+from loftq_cli.planning.recipe import RANDOM, SELF
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +30,33 @@ if TYPE_CHECKING:
 WRITTEN_CONTEXT = 128
 
 
+FILES = "files"  # the kind of a text from files
+
+
+class Reading(Protocol):
+    """How to read a text: the least options of `TextOptions`."""
+
+    @property
+    def tokens(self) -> int:
+        """Most tokens to read, over all windows."""
+        ...
+
+    @property
+    def context(self) -> int | None:
+        """Tokens of a window; None for the default."""
+        ...
+
+    @property
+    def lines(self) -> bool:
+        """Whether each line of a file is a text."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class TextSource:
     """A source of text, with the content of all files.
 
-    kind    SELF, RANDOM, or "files"
+    kind    SELF, RANDOM, or FILES
     files   the files, in the order of reading; empty without files
     """
 
@@ -65,7 +87,7 @@ def open_text(names: Sequence[str]) -> TextSource:
         raise UsageError(f"--text {words[0]} stands beside other text", hint=hint)
     if words:
         return TextSource(words[0])
-    return TextSource("files", tuple(file for name in names for file in _read_path(Path(name))))
+    return TextSource(FILES, tuple(file for name in names for file in _read_path(Path(name))))
 
 
 def _read_path(path: Path) -> list[TextFile]:
@@ -88,7 +110,7 @@ def _read_if_text(file: Path) -> TextFile | None:
 
 def make_windows(
     source: TextSource,
-    options: TextOptions,
+    options: Reading,
     tokenizer: Any,
     *,
     longest: int | None,
@@ -112,7 +134,7 @@ def make_windows(
     Raises InputError for a text that is too short and for damaged conversations, UsageError for a context that the
     model does not take.
     """
-    if source.kind == "files":
+    if source.kind == FILES:
         return cut_windows(
             source.files,
             tokenizer,

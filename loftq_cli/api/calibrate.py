@@ -16,6 +16,7 @@ from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.api.arguments import AnyPath, api_call, check_least, paths_of, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.model.builtin import resolve_model
+from loftq_cli.runtime.gpu import check_device_name, open_device
 
 
 @api_call
@@ -29,6 +30,7 @@ def calibrate(
     lines: bool = False,
     diagonal: bool = False,
     threads: int | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     observer: Observer | None = None,
 ) -> CalibrationResult:
@@ -39,13 +41,15 @@ def calibrate(
 
     Args:
         model: a Hugging Face model directory with a tokenizer, or "builtin:NAME".
-        text: a UTF-8 file, or several, with text like the text of the model's later use.
+        text: files, folders or *.jsonl conversations like the text of the model's later use; "self" for text by the
+            model, "random" for random tokens.
         output: the directory to write.
         tokens: how many tokens of the text to read at most, 2 or more.
         context: tokens of a window, 2 or more; None is the model's longest input, at most 512.
         lines: each line of the text is a separate text.
         diagonal: store the mean square of each input only.
         threads: number of threads to compute with; None is the number of processors.
+        device: "cpu", "cuda", "cuda:N" or "auto": where the model runs.
         overwrite: replace an earlier result under `output`.
         observer: hears of the progress.
 
@@ -66,9 +70,12 @@ def calibrate(
     (28, 16, 32)
     """
     count = thread_count(threads)
+    check_device_name(device)
     check_least("tokens", tokens, 2)
     check_least("context", context, 2)
     options = CalibrationOptions(tokens, context, diagonal, lines)
     path = resolve_model(os.fspath(model))
-    prepared = prepare_calibration(path, paths_of(text), Path(output), options, overwrite=overwrite)
-    return run_calibration(prepared, observer or Observer(), threads=count)
+    prepared = prepare_calibration(path, tuple(map(str, paths_of(text))), Path(output), options, overwrite=overwrite)
+    gpu = open_device(device, work=options.tokens * sum(job.numel for job in prepared.jobs))
+    place = "cpu" if gpu is None else gpu.device
+    return run_calibration(prepared, observer or Observer(), threads=count, device=place)

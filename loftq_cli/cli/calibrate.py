@@ -22,6 +22,7 @@ def calibrate(
     lines: options_inspect.Lines = False,
     diagonal: options_inspect.Diagonal = False,
     threads: options.Threads = None,
+    device: options.Device = "cpu",
     overwrite: options_inspect.OverwriteStatistics = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -41,6 +42,7 @@ def calibrate(
             lines=lines,
             diagonal=diagonal,
             threads=threads,
+            device=device,
             overwrite=overwrite,
             observer=progress,
         )

@@ -9,6 +9,7 @@ import typer
 
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.cli.options import RUN, one_of
+from loftq_cli.planning.recipe import RANDOM, SELF
 from loftq_cli.quant.formats import FORMATS
 
 InspectPath = Annotated[
@@ -46,8 +47,13 @@ FailAbove = Annotated[
     float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
 ]
 Text = Annotated[
-    list[Path],
-    typer.Option("--text", metavar="FILE", help="A UTF-8 text like the later inputs of the model. Repeatable."),
+    list[str],
+    typer.Option(
+        "--text",
+        metavar=f"FILE|{SELF}|{RANDOM}",
+        help="Text like the later inputs of the model: files, folders, *.jsonl conversations; or "
+        f"{SELF} (the model writes the text) or {RANDOM} (random tokens). Repeatable.",
+    ),
 ]
 StatisticsOutput = Annotated[
     Path, typer.Option("--output", "-o", metavar="STATS", help="The directory to write.", show_default=False)
