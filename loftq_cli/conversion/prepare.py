@@ -119,7 +119,7 @@ def prepare_within_target(
         widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
         statistics, _ = _open_model_statistics(Path(recipe.calibration), widest)
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
-    plan, statistics = _build_plan(checkpoint, allocation.recipe)
+    plan, statistics = _build_plan(checkpoint, allocation.recipe, statistics)
     return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, allocation)
 
 
@@ -132,22 +132,26 @@ def _open_original(model: str, output: Path) -> Checkpoint:
     return checkpoint
 
 
-def _build_plan(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Statistics | None]:
-    """Build the plan, and open the statistics of the recipe."""
+def _build_plan(
+    checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | None = None
+) -> tuple[Plan, Statistics | None]:
+    """Build the plan, and open the statistics of the recipe; `statistics` are open already, and hashed."""
     plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe)
     if recipe.calibration is None:
         return plan, None
-    statistics, notes = _open_model_statistics(Path(recipe.calibration), plan)
+    statistics, notes = _open_model_statistics(Path(recipe.calibration), plan, statistics)
     return replace(plan, notes=(*plan.notes, *notes)), statistics
 
 
-def _open_model_statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
-    """Open the statistics of the layers' inputs. Returns the statistics, and a note about layers without statistics:
+def _open_model_statistics(
+    path: Path, plan: Plan, statistics: Statistics | None = None
+) -> tuple[Statistics, list[str]]:
+    """Open the statistics of the layers' inputs, unless `statistics` are open. Returns the statistics, and a note about layers without statistics:
     text does not reach every layer, for example in a vision tower.
 
     Raises MismatchError for statistics of a wrong model.
     """
-    statistics = open_statistics(path)
+    statistics = statistics or open_statistics(path)
     unreached = [job.name for job in plan.layers if job.name not in statistics.names]
     hint = "loftq calibrate this model"
     if len(unreached) == len(plan.layers):

@@ -179,8 +179,10 @@ class ConversionWork:
         write_texts(directory, _make_texts(self._conversion, self.layers, entries))
 
     def check_inputs_unchanged(self) -> None:
-        """Raises StorageError for a weight file changed since the plan."""
+        """Raises StorageError for a weight file, or a file of the statistics, changed since the plan."""
         self._conversion.checkpoint.check_unchanged()
+        if self._conversion.statistics is not None:
+            self._conversion.statistics.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
         """Always true: after any error, finished layers are right."""
