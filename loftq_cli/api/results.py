@@ -140,9 +140,11 @@ class MergeResult:
     output               the directory
     plan                 sizes, container, tensors
     layers               every merged layer; empty with `already_done`
-    retention            surviving share of the adapter after quantizing again; None without `requantize`
-    lost                 share of the update beyond the groups' offsets, infinite for a zero update; None where the
-                         merge keeps no codes
+    retention            surviving share of the adapter in the stored numbers, after quantizing again or rounding to the
+                         dtype; None where all layers keep their codes
+    lost                 distance of the stored numbers from base plus adapter, over the size of the update: the part
+                         beyond the groups' offsets, infinite for a zero update, or the rounding to the dtype; None
+                         with `requantize`
     max_difference       largest difference of a weight from base plus adapter; None where the merge keeps no codes
     relative_difference  largest difference of a layer over the largest weight of the layer; None likewise
     notes                sentences about the checks of base and adapter

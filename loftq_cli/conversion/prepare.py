@@ -146,8 +146,8 @@ def _build_plan(
 def _open_model_statistics(
     path: Path, plan: Plan, statistics: Statistics | None = None
 ) -> tuple[Statistics, list[str]]:
-    """Open the statistics of the layers' inputs, unless `statistics` are open. Returns the statistics, and a note about layers without statistics:
-    text does not reach every layer, for example in a vision tower.
+    """Open the statistics of the layers' inputs, unless `statistics` are open. Returns the statistics, and a note about
+    layers without statistics: text does not reach every layer, for example in a vision tower.
 
     Raises MismatchError for statistics of a wrong model.
     """

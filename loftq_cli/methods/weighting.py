@@ -28,8 +28,8 @@ _DAMPING = 1e-3
 _MOST_DAMPING = 1.0
 
 # Most |H_ij − H_ji| of rounding, for a diagonal of ones. The two sums add equal products of x_i and x_j in float32, in
-# any order, in chunks of 4096 rows: each sum is off by at most 4096·2⁻²⁴ of √(H_ii·H_jj) (Higham, Accuracy and Stability
-# of Numerical Algorithms, section 3.1), and `loftq calibrate` writes equal numbers.
+# any order, in chunks of 4096 rows: each sum is off by at most 4096·2⁻²⁴ of √(H_ii·H_jj) (Higham, Accuracy and
+# Stability of Numerical Algorithms, section 3.1), and `loftq calibrate` writes equal numbers.
 _MAX_ASYMMETRY = 2 * 4096 * 2.0**-24
 _CHECKED_ROWS = 1024  # rows of H in a check: the temporaries stay small beside H
 

@@ -180,7 +180,7 @@ def test_where_the_statistics_lie_changes_nothing_and_what_they_say_does(model, 
 
 
 def test_a_run_is_not_continued_with_numbers_that_replaced_the_ones_of_its_beginning(model, statistics, tmp_path):
-    """The recorded sha256 stays, as after a copy that went wrong: neither beginning nor continuing takes the numbers."""
+    """The recorded sha256 stays, as after a copy that went wrong: no run takes the numbers."""
     moved, output = tmp_path / "moved", tmp_path / "out"
     shutil.copytree(statistics, moved)
     recipe = {"method": "loftq", "rank": 4, "iterations": 1, "calibration": str(moved)}

@@ -93,7 +93,7 @@ class CommandProgress(Observer):
         self._done += 1
         share = "" if layer.retention is None else f", {layer.retention:.1%} of it retained"
         if layer.lost is not None:
-            share = f", {layer.lost:.2g} of it lost"
+            share += f", {layer.lost:.2g} of it lost"
         self.phase(f"[{self._done}/{self._total}] {layer.name}: changed by {layer.relative_delta:.2%}{share}")
 
     def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
