@@ -90,6 +90,7 @@ class QuantizeResult:
     output_error        relative error of the layers' outputs on the text of a calibration; None without a calibration
     resumed_layers      number of layers from an interrupted run
     verified            True if the call read the result back and confirmed the reported errors
+    notes               sentences about unexpected facts, NaN and infinite values in copied tensors included
     already_done        True if an earlier call wrote the result; then the figures come from the report in `output`
     """
 
@@ -102,6 +103,7 @@ class QuantizeResult:
     output_error: float | None
     resumed_layers: int
     verified: bool
+    notes: tuple[str, ...]
     already_done: bool
 
 

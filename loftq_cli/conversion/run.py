@@ -54,6 +54,8 @@ class ConversionObserver(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def warning(self, text: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -65,6 +67,7 @@ class Outcome:
     total            the error of all layers together
     resumed_layers   number of layers taken over from an interrupted run
     verified         whether the result was read back before the publication
+    notes            the notes of the plan, and sentences about numbers that are not finite in copied tensors
     """
 
     output: Path
@@ -73,6 +76,7 @@ class Outcome:
     total: LayerError
     resumed_layers: int
     verified: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def quantization_error(self) -> float:
@@ -115,7 +119,8 @@ def convert_checkpoint(
     run_staged(conversion.result, work, overwrite=overwrite, restart=restart, threads=threads, device=kind)
     layers = tuple(work.layers)
     total = total_error(layer.error for layer in layers)
-    return Outcome(output, output / plan.adapter_dir, layers, total, work.resumed_layers, verify)
+    notes = (*plan.notes, *work.warnings)
+    return Outcome(output, output / plan.adapter_dir, layers, total, work.resumed_layers, verify, notes)
 
 
 class ConversionWork:
@@ -123,6 +128,7 @@ class ConversionWork:
 
     layers           results of the layers so far
     resumed_layers   number of layers taken over from an interrupted run
+    warnings         sentences about numbers that are not finite in copied tensors
     """
 
     def __init__(
@@ -130,6 +136,7 @@ class ConversionWork:
     ) -> None:
         self.layers: list[LayerResult] = []
         self.resumed_layers = 0
+        self.warnings: list[str] = []
         self._conversion, self._observer, self._gpu, self._verify = conversion, observer, gpu, verify
         self._layer_names = {job.name for job in conversion.plan.layers}
 
@@ -153,13 +160,14 @@ class ConversionWork:
         return run_on_device(DeviceRunner(runner, self._gpu), plan.jobs, workers.threads, self._announce_layer)
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect the result of a layer, or note a copied tensor with NaN or infinite values."""
+        """Collect the result of a layer, or warn of a copied tensor with NaN or infinite values."""
         if entry.unit in self._layer_names:
             self.layers.append(LayerResult.from_json(entry.result))
             self.resumed_layers += is_resumed
             self._observer.layer_converted(self.layers[-1], resumed=is_resumed)
         elif NOT_FINITE in entry.result:
-            self._observer.note(not_finite_note(entry.unit))
+            self.warnings.append(not_finite_note(entry.unit))
+            self._observer.warning(self.warnings[-1])
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
         """Read the result back, unless the user wants no proof. Raises StorageError naming a tensor."""

@@ -46,6 +46,8 @@ class MergeObserver(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def warning(self, text: str) -> None: ...
+
     def layer_merged(self, layer: MergedLayer) -> None: ...
 
 
@@ -160,10 +162,10 @@ class MergeWork:
         return in_turn(self._merge.jobs, run, lambda job: job.numel, workers, small_numel)
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect a merged layer; note a copied tensor with NaN or infinite values."""
+        """Collect a merged layer; warn of a copied tensor with NaN or infinite values."""
         if NOT_FINITE in entry.result:
             self._not_finite.append(not_finite_note(entry.unit))
-            self._observer.note(self._not_finite[-1])
+            self._observer.warning(self._not_finite[-1])
         elif entry.result:
             self._layers.append(MergedLayer.from_json(entry.result))
             self._observer.layer_merged(self._layers[-1])

@@ -138,6 +138,10 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterat
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
         yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
+    complex_names = [job.name for job in jobs if isinstance(job, CopyJob) and job.output.dtype.startswith("complex")]
+    if complex_names:
+        others = f" and {len(complex_names) - 1} others" if len(complex_names) > 1 else ""
+        yield f"complex numbers are copied as they are: {complex_names[0]}{others}"
     if recast:
         yield f"{recast} copied weights are converted to the model's dtype"
     yield from (f"{job.name}: {job.note}" for job in jobs if job.note)

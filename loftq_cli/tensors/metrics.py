@@ -148,7 +148,8 @@ def total_error(layers: Iterable[LayerError]) -> LayerError:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True if every number is finite, judged by minimum and maximum: 20 times faster than a look at each number.
+    """True if every number is finite, judged by minimum and maximum: 20 times faster than a look at each number. A
+    complex number has to be finite in both parts.
 
     >>> import torch
     >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, torch.nan]))
@@ -156,9 +157,25 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """
     import torch
 
-    if not tensor.is_floating_point() or not tensor.numel():
+    real = real_values(tensor)
+    if not real.is_floating_point() or not real.numel():
         return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(real))
+
+
+def real_values(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of `tensor` in a dtype that torch compares: both parts of complex numbers, and 8-bit floats in
+    float32.
+
+    >>> import torch
+    >>> real_values(torch.tensor([1.0 + 2.0j])).tolist()
+    [[1.0, 2.0]]
+    """
+    import torch
+
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def delta_rows(lora: LoraPair, dtype: torch.dtype | None = None) -> Callable[[slice], torch.Tensor]:

@@ -27,7 +27,7 @@ class CommandProgress(Observer):
     """Prints the progress of a command on stderr: a live bar for the layers of a conversion on a terminal, plain lines
     otherwise.
 
-    quiet     whether nothing is printed
+    quiet     whether nothing but warnings is printed
     verbose   whether every iteration's error and every copied tensor is printed
     """
 
@@ -67,6 +67,9 @@ class CommandProgress(Observer):
 
     def note(self, text: str) -> None:
         self.phase(f"note: {text}")
+
+    def warning(self, text: str) -> None:
+        self._line(f"warning: {text}")
 
     def layer_measured(self, name: str, done: int, total: int) -> None:
         self.phase(f"measured [{done}/{total}] {name}")
