@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.watched_file import WatchedFile
+from loftq_cli.checkpoint.watched_file import read_small_file, refuse_placeholder
 from loftq_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 65536
 DEFAULT_CONTEXT = 512
+MAX_TEXT_NBYTES = 1_000_000_000  # of a file; in memory as bytes, text and tokens at once, about twenty times the size
 _SHORTEST = 2  # tokens of a window: a single token predicts nothing
 _EXAMPLE = "one word of an example"
 
@@ -36,15 +37,15 @@ class TextFile:
 
 
 def read_text(path: Path) -> TextFile:
-    """Read the UTF-8 file `path`. Raises InputError when the file is blank or not UTF-8, StorageError when the file
-    changes during the read.
+    """Read the UTF-8 file `path`. Raises InputError when the file is no regular file, is larger than MAX_TEXT_NBYTES,
+    blank or not UTF-8, StorageError when reading fails.
 
     >>> _ = Path("text.txt").write_text("A text.")
     >>> read_text(Path("text.txt")).nbytes
     7
     """
-    file = WatchedFile.open(path)
-    data = file.read(0, file.nbytes)
+    data = read_small_file(path, MAX_TEXT_NBYTES, hint="give a part of the text: --tokens bounds what is read of it")
+    refuse_placeholder(path, data)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:

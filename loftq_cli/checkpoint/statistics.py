@@ -81,10 +81,7 @@ def open_statistics(path: Path) -> Statistics:
     when a file changes meanwhile.
     """
     file = WatchedFile.open(path / CALIBRATION_NAME)
-    if file.nbytes > MAX_JSON_NBYTES:
-        raise InputError(f"is larger than the {MAX_JSON_NBYTES} bytes allowed here", file=file.path, hint=_AGAIN)
-    data = file.read(0, file.nbytes)
-    values = parse_json_object(data, file=file.path)
+    values = parse_json_object(file.read_whole(MAX_JSON_NBYTES, hint=_AGAIN), file=file.path)
     calibration = _check_calibration(values, file.path)
     kind, inputs = calibration.kind, calibration.inputs
     numbers = SafetensorsFile(path / STATISTICS_NAME)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
@@ -126,7 +126,7 @@ def _make_job(
 
 def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
     for override in recipe.override:
-        if not any(re.search(override.match, module_of(job.name)) for job in jobs):
+        if not any(finds(override.match, module_of(job.name)) for job in jobs):
             raise UsageError(f"the override {override.match!r} matches no module", hint="loftq inspect lists the names")
 
 
