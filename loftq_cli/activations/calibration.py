@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from loftq_cli.activations import transformers_models
+from loftq_cli.activations.foreign_tokenizer import cut_windows
 from loftq_cli.activations.input_sums import MomentSums, share_inputs
-from loftq_cli.activations.text_windows import TextFile, Windows, cut_windows, read_text
+from loftq_cli.activations.text_windows import TextFile, Windows, read_text
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
 from loftq_cli.errors import InputError, UsageError
@@ -169,8 +170,11 @@ def run_calibration(
     from loftq_cli.activations.streamed_model import StreamedModel
 
     directory = prepared.directory
-    config, tokenizer = transformers_models.load_config(directory), transformers_models.load_tokenizer(directory)
-    windows = _cut_windows(prepared, config, tokenizer)
+    config = transformers_models.load_config(directory)
+    options = prepared.options
+    windows = cut_windows(
+        directory, config, prepared.texts, tokens=options.tokens, context=options.context, lines=options.lines
+    )
     model = transformers_models.build_empty_model(directory, config)
     weights = transformers_models.match_weights(model, prepared.checkpoint.tensors)
     streamed = StreamedModel(model, prepared.checkpoint.path, prepared.checkpoint.load, weights)
@@ -199,19 +203,6 @@ def run_calibration(
             values = _calibration_json(measurement, file_sha256(path / STATISTICS_NAME))
             write_texts(path, {CALIBRATION_NAME: dump_json(values)})
     return measurement.result()
-
-
-def _cut_windows(prepared: Prepared, config: Any, tokenizer: Any) -> Windows:
-    options = prepared.options
-    return cut_windows(
-        prepared.texts,
-        tokenizer,
-        tokens=options.tokens,
-        context=options.context,
-        lines=options.lines,
-        longest=transformers_models.longest_input(config, tokenizer),
-        vocabulary=transformers_models.vocabulary_size(config),
-    )
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,6 +82,17 @@ class Windows:
 
     by_length: tuple[torch.Tensor, ...]
 
+    @classmethod
+    def of(cls, by_length: Mapping[int, list[list[int]]]) -> Windows:
+        """Windows from the result of `cut_ids`.
+
+        >>> Windows.of({2: [[5, 6]]}).by_length
+        (tensor([[5, 6]]),)
+        """
+        import torch
+
+        return cls(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
+
     @property
     def count(self) -> int:
         """Number of windows."""
@@ -105,7 +116,7 @@ class Windows:
             yield from torch.split(ids, max(1, tokens // ids.shape[1]))
 
 
-def cut_windows(
+def cut_ids(
     texts: Sequence[TextFile],
     tokenizer: Any,
     *,
@@ -114,8 +125,9 @@ def cut_windows(
     lines: bool,
     longest: int | None,
     vocabulary: int | None,
-) -> Windows:
-    """Cut texts into windows. Each window includes the tokens that the tokenizer adds before and after a text.
+) -> dict[int, list[list[int]]]:
+    """Cut texts into windows of token ids: length -> the windows of the length. Each window includes the tokens that
+    the tokenizer adds before and after a text. Needs no torch.
 
     tokenizer    a tokenizer of transformers
     tokens       most tokens over all windows; windows of a longer text are spread evenly over the text
@@ -131,12 +143,9 @@ def cut_windows(
 
     >>> text = TextFile(Path("text.txt"), "abcdefgh", nbytes=8, sha256="")
     >>> spell = lambda text, **options: {"input_ids": [ord(letter) - 97 for letter in text]}
-    >>> cut_windows([text], spell, tokens=6, context=3, lines=False, longest=None, vocabulary=26).by_length
-    (tensor([[0, 1, 2],
-            [3, 4, 5]]),)
+    >>> cut_ids([text], spell, tokens=6, context=3, lines=False, longest=None, vocabulary=26)
+    {3: [[0, 1, 2], [3, 4, 5]]}
     """
-    import torch
-
     context = _window_length(context, tokens, longest)
     before, after = _find_added_tokens(tokenizer)
     inside = context - len(before) - len(after)
@@ -159,7 +168,7 @@ def cut_windows(
     by_length: dict[int, list[list[int]]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
-    return Windows(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
+    return by_length
 
 
 def _cut_lines(texts: Sequence[TextFile], tokenizer: Any, inside: int, tokens: int, around: int) -> list[list[int]]:
