@@ -12,17 +12,19 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from loftq_cli import errors
 from loftq_cli.activations import transformers_models
 from loftq_cli.activations.text_windows import TextFile, Windows, cut_ids
-from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, printable
+from loftq_cli.errors import InputError, LoftqError, StorageError, is_memory_shortage, printable
 
 _SECONDS = 120.0  # to load a tokenizer: the largest take seconds
 _NBYTES_PER_SECOND = 50_000  # of text beside; a tokenizer in Python has twice the speed, in Rust twenty times
 _READ_NBYTES = 1 << 20
+_MAX_DESCRIPTOR = 1 << 20  # Linux has no more by default (fs.nr_open)
 
 
 def cut_windows(
@@ -35,7 +37,8 @@ def cut_windows(
     tokens, context, lines   see `cut_ids`
 
     Raises InputError when the folder has no tokenizer, or the tokenizer fails, panics or takes too long, and in the
-    cases of `cut_ids`; UsageError as `cut_ids` does; MemoryError when the child lacks memory.
+    cases of `cut_ids`; UsageError as `cut_ids` does; StorageError when no process can start; MemoryError when the child
+    lacks memory.
 
     >>> from loftq_cli.activations.text_windows import read_text
     >>> from loftq_cli.model.builtin import resolve_model
@@ -62,8 +65,13 @@ def cut_windows(
 def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) -> Any:
     """The JSON value of `function()`, called in a child process. `directory` holds the tokenizer, for errors."""
     reading, writing = os.pipe()
-    with warnings.catch_warnings(action="ignore"):  # of threads beside a fork: the child needs none of them
-        child = os.fork()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of threads beside a fork: the child needs none of them
+            child = os.fork()
+    except OSError as error:
+        os.close(reading)
+        os.close(writing)
+        raise StorageError(f"no process for its tokenizer can start: {error.strerror}", file=directory) from None
     if not child:
         os.close(reading)
         _answer(function, writing, seconds)
@@ -72,8 +80,9 @@ def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) 
         answer = _read_answer(reading, time.monotonic() + seconds)
     finally:
         os.close(reading)
-        os.kill(child, signal.SIGKILL)  # no effect on a child that has ended
-        os.waitpid(child, 0)
+        with suppress(ProcessLookupError, ChildProcessError):  # of a caller who ignores SIGCHLD
+            os.kill(child, signal.SIGKILL)  # no effect on a child that has ended
+            os.waitpid(child, 0)
     if answer is None:
         hint = "give less text, or the tokenizer files of another source"
         raise InputError(f"its tokenizer takes more than {seconds:.0f} seconds", file=directory, hint=hint)
@@ -108,9 +117,11 @@ def _confine(seconds: float, writing: int) -> None:
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     os.closerange(3, writing)
-    os.closerange(writing + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    os.closerange(writing + 1, _MAX_DESCRIPTOR)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     most = int(seconds) * (os.cpu_count() or 1) + 1  # of processor time, over all threads of a tokenizer
+    bound = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    most = most if bound == resource.RLIM_INFINITY else min(most, bound)
     resource.setrlimit(resource.RLIMIT_CPU, (most, most))
 
 

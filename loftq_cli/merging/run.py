@@ -214,7 +214,8 @@ def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
 
 def _check_rounding(merge: Merge, layers: Sequence[MergedLayer]) -> None:
     """Raises QualityError when rounding to the dtype of the file erases most of the adapter. float32 is the widest
-    dtype: no option would keep more.
+    dtype: no option would keep more. Over a base with more digits than the dtype, an update of a millionth of the
+    weights drowns in the noise of rounding, and may be refused as well.
     """
     retained = total_retention([layer for layer in layers if layer.squared_rounding is not None])
     if retained is None or retained >= LEAST_RETENTION or merge.dtype == "float32":

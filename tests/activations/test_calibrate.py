@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from loftq_cli.activations.calibration import (
     run_calibration,
 )
 from loftq_cli.activations.input_sums import InputSum
+from loftq_cli.activations.text_windows import MAX_TEXT_NBYTES, read_text
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.cli.main import _run
 from loftq_cli.errors import InputError, StorageError, UsageError
@@ -485,3 +487,14 @@ def test_without_transformers_the_command_line_says_what_to_install(text, tmp_pa
     assert _run(["calibrate", "builtin:tiny-llama", "--text", str(text), "-o", str(tmp_path / "stats")]) == 2
     said = capsys.readouterr().err.strip()
     assert said == "error: this needs transformers 5 and accelerate (pip install transformers accelerate)"
+
+
+def test_a_text_is_a_regular_file_of_at_most_a_gigabyte(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with (tmp_path / "sparse.txt").open("wb") as file:
+        file.truncate(MAX_TEXT_NBYTES + 1)
+    for name, message in (("pipe.txt", "is not a regular file"), ("sparse.txt", "is larger than the 1000000000 bytes")):
+        with pytest.raises(InputError, match=message):
+            read_text(tmp_path / name)
+    (tmp_path / "right.txt").write_text("A text.")
+    assert read_text(tmp_path / "right.txt").nbytes == 7

@@ -179,3 +179,26 @@ def test_ids_of_a_child_are_those_of_the_tokenizer(model):
     text = foreign_tokenizer.TextFile(model / "text.txt", TEXT[:64], 64, "")
     windows = foreign_tokenizer.cut_windows(model, config, [text], tokens=64, context=32, lines=False)
     assert windows.by_length[0].flatten().tolist() == [ord(letter) for letter in TEXT[:64]]
+
+
+def test_files_and_locks_of_the_parent_are_closed_in_the_child(model, refusal, monkeypatch):
+    """A child that outlives a killed parent must not hold the lock of an output."""
+    held = os.open(model / "config.json", os.O_RDONLY)
+
+    def look(directory: Path) -> Any:
+        try:
+            os.fstat(held)
+        except OSError:
+            raise ValueError("it is closed") from None
+
+    monkeypatch.setattr(transformers_models, "load_tokenizer", look)
+    assert "it is closed" in refusal()
+    os.close(held)
+
+
+def test_a_process_that_cannot_start_is_a_line(model, refusal, monkeypatch):
+    def fork() -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(os, "fork", fork)
+    assert f"{model}: no process for its tokenizer can start: Resource temporarily unavailable" in refusal(3)
