@@ -4,6 +4,7 @@ weight_statistics.py    statistics of the inputs of layers, from the weights alo
 text_windows.py         text files as windows of tokens
 transformers_models.py  models and tokenizers as transformers loads them
 paused_forward.py       a forward that waits before each block
+foreign_tokenizer.py    a stranger's tokenizer in a process with a time limit
 streamed_model.py       a model with one block in memory
 self_written.py         text that a model writes
 text_sources.py         files, folders, random tokens and a model's own text as windows of tokens

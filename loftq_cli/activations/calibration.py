@@ -180,7 +180,7 @@ def run_calibration(
     from loftq_cli.activations.streamed_model import StreamedModel
 
     directory = prepared.directory
-    config, tokenizer = transformers_models.load_config(directory), transformers_models.load_tokenizer(directory)
+    config = transformers_models.load_config(directory)
     checkpoint = prepared.checkpoint
 
     def build() -> StreamedModel:
@@ -191,11 +191,10 @@ def run_calibration(
     windows = make_windows(
         prepared.source,
         prepared.options,
-        tokenizer,
-        longest=transformers_models.longest_input(config, tokenizer),
-        vocabulary=transformers_models.vocabulary_size(config),
+        directory,
+        config,
         seed=0,
-        write=lambda count, length: write_windows(build(), tokenizer, count, length, seed=0, threads=threads),
+        write=lambda facts, count, length: write_windows(build(), facts, count, length, seed=0, threads=threads),
         note=observer.note,
     )
     streamed = build()

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.activations import transformers_models
+from loftq_cli.activations.foreign_tokenizer import cut_windows
 from loftq_cli.activations.layer_outputs import ComparedLayer, OutputError, add_adapters, measure_layers
-from loftq_cli.activations.text_windows import cut_windows, read_text
+from loftq_cli.activations.text_windows import read_text
 from loftq_cli.adapter.beside import load_adapter_pairs
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.model.stored import BaseModel
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 _BATCH_TOKENS = 1024  # per forward: memory holds a few matrices [tokens, vocabulary] in float64
+_DOES_NOT_RUN = "the model of its config does not run"
 _BASE, _ADAPTED = 0, 1  # places of the two converted models in the sums of a meter
 
 
@@ -125,16 +127,8 @@ def compare(
             hint = "--reference the full-precision checkpoint"
             raise MismatchError("is quantized itself", file=original.path, hint=hint)
         folder = original.folder
-        config, tokenizer = transformers_models.load_config(folder), transformers_models.load_tokenizer(folder)
-        windows = cut_windows(
-            contents,
-            tokenizer,
-            tokens=tokens,
-            context=context,
-            lines=lines,
-            longest=transformers_models.longest_input(config, tokenizer),
-            vocabulary=transformers_models.vocabulary_size(config),
-        )
+        config = transformers_models.load_config(folder)
+        windows = cut_windows(folder, config, contents, tokens=tokens, context=context, lines=lines)
         pairs = load_adapter_pairs(base, names, adapter_dir)
         original_model = _load_model(original, folder, config)
         converted_model = _load_model(base, folder, config)
@@ -223,7 +217,8 @@ class _PredictionMeter(_Meter):
     @staticmethod
     def _log_probabilities(model: Any, feed: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Logarithms of next-token probabilities, float64 [windows, context - 1, vocabulary]."""
-        logits: torch.Tensor = model(**feed).logits[:, :-1]
+        with transformers_models.report_failures(Path(model.config.name_or_path), _DOES_NOT_RUN):
+            logits: torch.Tensor = model(**feed).logits[:, :-1]
         return logits.double().log_softmax(-1)  # the difference of two nearly equal logarithms vanishes in float32
 
     @staticmethod
@@ -257,7 +252,8 @@ class _DriftMeter(_Meter):
         """The mean of the last hidden states over tokens [windows, hidden]. float64, because `add` subtracts a cosine
         near 1 from 1.
         """
-        outputs = model(**feed, output_hidden_states=True)
+        with transformers_models.report_failures(Path(model.config.name_or_path), _DOES_NOT_RUN):
+            outputs = model(**feed, output_hidden_states=True)
         last = outputs.get("last_hidden_state")
         if last is None:
             states = outputs.get("decoder_hidden_states") or outputs.get("hidden_states")

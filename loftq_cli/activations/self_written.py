@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.activations import transformers_models
-from loftq_cli.activations.text_windows import find_added_tokens
+from loftq_cli.activations.text_windows import TokenizerFacts
 from loftq_cli.runtime.workers import Workers
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ _PASSES = 8  # forwards that fill all masks, an equal number of masks each
 
 
 def write_windows(
-    streamed: StreamedModel, tokenizer: Any, count: int, length: int, *, seed: int, threads: int
+    streamed: StreamedModel, facts: TokenizerFacts, count: int, length: int, *, seed: int, threads: int
 ) -> torch.Tensor | None:
     """Let a model write `count` windows, int64 [count, length], by sampling at temperature 1. None from a model that
     writes nothing: an encoder without a head, and a model with an encoder and a decoder.
 
     streamed   the model; holds all weights in memory afterwards
-    tokenizer  names the start token and the mask
+    facts      about the tokenizer
     seed       start of all draws; windows do not depend on the number of threads
 
     A language model continues the start token of the config or the tokenizer. A masked model fills masks, a part of the
@@ -35,10 +35,10 @@ def write_windows(
     import torch
 
     config = streamed.model.config
-    starts = (_token(config, "bos_token_id"), tokenizer.bos_token_id, _token(config, "eos_token_id"))
+    starts = (_token(config, "bos_token_id"), facts.start, _token(config, "eos_token_id"))
     start = next((token for token in starts if token is not None), None)
     is_causal = transformers_models.predicts_next_token(streamed.model) and start is not None
-    if not is_causal and (tokenizer.mask_token_id is None or not transformers_models.fills_masks(streamed.model)):
+    if not is_causal and (facts.mask is None or not transformers_models.fills_masks(streamed.model)):
         return None
     model = streamed.load_all()
 
@@ -49,7 +49,7 @@ def write_windows(
             if is_causal:
                 begin = torch.full((size, 1), int(start or 0), device=model.device)
                 return transformers_models.sample_tokens(model, begin, length, generator).cpu()
-            return _fill_masks(model, tokenizer, size, length, generator).cpu()
+            return _fill_masks(model, facts, size, length, generator).cpu()
 
     workers = Workers(threads, inline=False)  # torch computes with one thread in each
     try:
@@ -69,12 +69,12 @@ def _batches(count: int) -> Iterator[tuple[int, int]]:
         yield first, min(_BATCH_WINDOWS, count - first)
 
 
-def _fill_masks(model: Any, tokenizer: Any, size: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def _fill_masks(model: Any, facts: TokenizerFacts, size: int, length: int, generator: torch.Generator) -> torch.Tensor:
     """Windows [size, length]: masks between the tokens that the tokenizer adds, filled in random order."""
     import torch
 
-    before, after = find_added_tokens(tokenizer)
-    ids = torch.full((size, length), tokenizer.mask_token_id)
+    before, after = facts.before, facts.after
+    ids = torch.full((size, length), int(facts.mask or 0))
     ids[:, : len(before)] = torch.tensor(before, dtype=torch.int64)
     if after:
         ids[:, -len(after) :] = torch.tensor(after, dtype=torch.int64)

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from loftq_cli.activations.paused_forward import EndForward, PausedForward, copied, current_forward
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.activations.transformers_models import reason_of, report_failures
+from loftq_cli.errors import InputError, LoftqError, UsageError, is_memory_shortage, printable
 from loftq_cli.runtime.workers import Workers
 
 if TYPE_CHECKING:
@@ -50,7 +51,9 @@ class StreamedModel:
         self._loose: list[_Place] = []  # parameters outside of blocks: loaded by their module, dropped after the step
         for name, buffer in model.named_buffers():
             if name in weights:
-                buffer.copy_(self._read(name)[name])
+                stored = self._read(name)[name]
+                self._check_shape(name, stored, buffer)
+                buffer.copy_(stored)
         _move_buffers(model, self._device)
 
     def block_of(self, module: str) -> str | None:
@@ -155,11 +158,15 @@ class StreamedModel:
             for number, block in enumerate(workers.map(lambda runner: runner.resume(is_trial=is_trial), runners)):
                 batch_done(number)
                 blocks.append(block)
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error):
+        except LoftqError:
+            raise
+        except Exception as error:
+            if is_memory_shortage(error):
                 raise
-            message = "the model uses weights past the modules that hold them, and cannot be run block by block"
-            raise UsageError(message, file=self._path) from error
+            if isinstance(error, (NotImplementedError, RuntimeError)) and "meta" in str(error):
+                message = "the model uses weights past the modules that hold them, and cannot be run block by block"
+                raise UsageError(message, file=self._path) from error
+            raise InputError(f"the model of its config does not run: {reason_of(error)}", file=self._path) from error
         if not is_trial:
             self._drop_loose()
         if len(set(blocks)) > 1:
@@ -219,11 +226,14 @@ class StreamedModel:
             place = _Place.of(self._modules, target)
             if place.empty is None or not place.is_empty:
                 continue
-            if place.empty.shape != tensor.shape:
-                message = f"is {tuple(tensor.shape)}, and the model of its config has {tuple(place.empty.shape)}"
-                raise InputError(message, file=self._path, tensor=target)
+            self._check_shape(target, tensor, place.empty)
             place.fill(tensor)
             places.append(place)
+
+    def _check_shape(self, name: str, stored: torch.Tensor, wanted: torch.Tensor) -> None:
+        if stored.shape != wanted.shape:
+            message = f"is {tuple(stored.shape)}, and the model of its config has {tuple(wanted.shape)}"
+            raise InputError(message, file=self._path, tensor=name)
 
     def _source(self, name: str) -> str | None:
         """The name of a parameter in `weights`: `name`, or another name of a shared parameter. None when the checkpoint
@@ -238,7 +248,8 @@ class StreamedModel:
         weight = self._weights[name]
         tensors = {source: self._load_tensor(source) for source in weight.sources}
         tensors = {source: t.float() if t.is_floating_point() else t for source, t in tensors.items()}
-        converted = weight.convert(tensors, self.model)
+        with report_failures(self._path, f"transformers cannot convert {printable(name)}"):
+            converted = weight.convert(tensors, self.model)
         return {target: tensor.to(self._device) for target, tensor in converted.items()}
 
     def _drop_loose(self, *, to_nothing: bool = False) -> None:

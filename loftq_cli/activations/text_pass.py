@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from loftq_cli.activations import transformers_models
 from loftq_cli.activations.input_sums import BATCH_TOKENS, MomentSums
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.activations.streamed_model import StreamedModel, Visit
-    from loftq_cli.activations.text_windows import Windows
+    from loftq_cli.activations.text_windows import TokenizerFacts, Windows
 
 OUTSIDE = "outside of the blocks"  # the name of the last step of a pass
 
@@ -153,27 +153,18 @@ def open_text_pass(
     from loftq_cli.activations.streamed_model import StreamedModel
 
     directory = transformers_models.model_directory(checkpoint)
-    config, tokenizer = transformers_models.load_config(directory), transformers_models.load_tokenizer(directory)
+    config = transformers_models.load_config(directory)
 
     def build(device: torch.device | str = "cpu") -> StreamedModel:
         model = transformers_models.build_empty_model(directory, config)
         weights = transformers_models.match_weights(model, checkpoint.tensors)
         return StreamedModel(model, checkpoint.path, checkpoint.load, weights, device)
 
-    def write(count: int, length: int) -> Any:
+    def write(facts: TokenizerFacts, count: int, length: int) -> torch.Tensor | None:
         phase(f"the model writes {count} texts of {length} tokens")
-        return write_windows(build(device), tokenizer, count, length, seed=seed, threads=threads)
+        return write_windows(build(device), facts, count, length, seed=seed, threads=threads)
 
-    windows = make_windows(
-        source,
-        options,
-        tokenizer,
-        longest=transformers_models.longest_input(config, tokenizer),
-        vocabulary=transformers_models.vocabulary_size(config),
-        seed=seed,
-        write=write,
-        note=note,
-    )
+    windows = make_windows(source, options, directory, config, seed=seed, write=write, note=note)
     if windows.tokens + windows.longest <= options.tokens:
         note(f"the text gives {windows.tokens} tokens, fewer than --tokens {options.tokens}")
     return TextPass(build(device), windows, tuple(jobs), options, threads, directory)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loftq_cli.activations import transformers_models
+from loftq_cli.activations.foreign_tokenizer import cut_windows, read_facts
 from loftq_cli.activations.text_windows import (
     DEFAULT_CONTEXT,
     TextFile,
+    TokenizerFacts,
     Windows,
-    cut_windows,
-    find_added_tokens,
     read_text,
     window_length,
 )
@@ -111,75 +112,64 @@ def _read_if_text(file: Path) -> TextFile | None:
 def make_windows(
     source: TextSource,
     options: Reading,
-    tokenizer: Any,
+    directory: Path,
+    config: Any,
     *,
-    longest: int | None,
-    vocabulary: int | None,
     seed: int,
-    write: Callable[[int, int], torch.Tensor | None],
+    write: Callable[[TokenizerFacts, int, int], torch.Tensor | None],
     note: Callable[[str], None],
 ) -> Windows:
     """Cut or make windows of token ids.
 
-    source       the text
-    options      tokens, context and lines
-    tokenizer    a tokenizer of transformers
-    longest      most tokens that the model takes; None when unknown
-    vocabulary   number of token ids that the model has; None when unknown
-    seed         start of random draws
-    write        takes a number of windows and a length, and lets the model write the windows, int64 [windows, length];
-                 None from a model that cannot write
-    note         takes a sentence for the user
+    source      the text
+    options     tokens, context and lines
+    directory   the folder of the model and the tokenizer
+    config      the result of `transformers_models.load_config`
+    seed        start of random draws
+    write       takes the facts about the tokenizer, a number of windows and a length, and lets the model write the
+                windows, int64 [windows, length]; None from a model that cannot write
+    note        takes a sentence for the user
 
-    Raises InputError for a text that is too short and for damaged conversations, UsageError for a context that the
-    model does not take.
+    Raises InputError for a tokenizer that fails, a text that is too short and damaged conversations, UsageError for a
+    context that the model does not take.
     """
     if source.kind == FILES:
         return cut_windows(
-            source.files,
-            tokenizer,
-            tokens=options.tokens,
-            context=options.context,
-            lines=options.lines,
-            longest=longest,
-            vocabulary=vocabulary,
+            directory, config, source.files, tokens=options.tokens, context=options.context, lines=options.lines
         )
+    facts = read_facts(directory, config)
+    longest, vocabulary = facts.longest, transformers_models.vocabulary_size(config)
     if source.kind == SELF:
         length = window_length(options.context or _at_most(WRITTEN_CONTEXT, longest), options.tokens, longest)
-        written = write(max(1, options.tokens // length), length)
+        written = write(facts, max(1, options.tokens // length), length)
         if written is not None:
             return Windows((written,))
         note("the model writes no text: random tokens in place of the model's own text")
     length = window_length(options.context or _at_most(DEFAULT_CONTEXT, longest), options.tokens, longest)
-    return Windows((random_windows(tokenizer, vocabulary, max(1, options.tokens // length), length, seed),))
+    return Windows((random_windows(facts, vocabulary, max(1, options.tokens // length), length, seed),))
 
 
 def _at_most(wanted: int, longest: int | None) -> int:
     return min(wanted, longest or wanted)
 
 
-def random_windows(tokenizer: Any, vocabulary: int | None, count: int, length: int, seed: int) -> torch.Tensor:
+def random_windows(facts: TokenizerFacts, vocabulary: int | None, count: int, length: int, seed: int) -> torch.Tensor:
     """Windows of random token ids, int64 [count, length]: uniform over the vocabulary without special tokens, between
     the tokens that the tokenizer adds to a text.
 
-    >>> from types import SimpleNamespace
-    >>> class Letters(SimpleNamespace):
-    ...     def __call__(self, text, **options):
-    ...         return {"input_ids": [ord(letter) for letter in text]}
-    ...     def __len__(self):
-    ...         return 300
-    >>> random_windows(Letters(all_special_ids=[0]), 256, count=2, length=5, seed=0).shape
+    >>> facts = TokenizerFacts((7,), (), special=(0,), size=300, start=7, mask=None, longest=None)
+    >>> random_windows(facts, 256, count=2, length=5, seed=0).shape
     torch.Size([2, 5])
     """
     import torch
 
-    before, after = find_added_tokens(tokenizer)
-    size = min(len(tokenizer), vocabulary or len(tokenizer))
-    special = set(tokenizer.all_special_ids)
+    size = min(facts.size, vocabulary or facts.size)
+    special = set(facts.special)
     plain = torch.tensor([token for token in range(size) if token not in special])
-    inside = length - len(before) - len(after)
+    inside = length - len(facts.before) - len(facts.after)
     if inside < 1 or not len(plain):
         raise UsageError(f"windows of {length} tokens have no room for text", hint="a larger --context or --tokens")
     generator = torch.Generator().manual_seed(seed)
     ids = plain[torch.randint(len(plain), (count, inside), generator=generator)]
-    return torch.cat([torch.tensor(before).expand(count, -1), ids, torch.tensor(after).expand(count, -1)], 1).long()
+    before, after = (torch.tensor(added, dtype=torch.int64).expand(count, -1) for added in (facts.before, facts.after))
+    return torch.cat([before, ids, after], 1)

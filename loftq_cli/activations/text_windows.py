@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.checkpoint.watched_file import WatchedFile
+from loftq_cli.checkpoint.watched_file import read_small_file, refuse_placeholder
 from loftq_cli.errors import InputError, UsageError, printable
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 65536
 DEFAULT_CONTEXT = 512
+MAX_TEXT_NBYTES = 1_000_000_000  # of a file; in memory as bytes, text and tokens at once, about twenty times the size
 _SHORTEST = 2  # tokens of a window: a single token predicts nothing
 _EXAMPLE = "one word of an example"
 
@@ -37,15 +38,15 @@ class TextFile:
 
 
 def read_text(path: Path) -> TextFile:
-    """Read the UTF-8 file `path`. Raises InputError when the file is blank or not UTF-8, StorageError when the file
-    changes during the read.
+    """Read the UTF-8 file `path`. Raises InputError when the file is no regular file, is larger than MAX_TEXT_NBYTES,
+    blank or not UTF-8, StorageError when reading fails.
 
     >>> _ = Path("text.txt").write_text("A text.")
     >>> read_text(Path("text.txt")).nbytes
     7
     """
-    file = WatchedFile.open(path)
-    data = file.read(0, file.nbytes)
+    data = read_small_file(path, MAX_TEXT_NBYTES, hint="give a part of the text: --tokens bounds what is read of it")
+    refuse_placeholder(path, data)
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError:
@@ -85,6 +86,17 @@ class Windows:
 
     by_length: tuple[torch.Tensor, ...]
 
+    @classmethod
+    def of(cls, by_length: Mapping[int, list[list[int]]]) -> Windows:
+        """Windows from the result of `cut_ids`.
+
+        >>> Windows.of({2: [[5, 6]]}).by_length
+        (tensor([[5, 6]]),)
+        """
+        import torch
+
+        return cls(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
+
     @property
     def count(self) -> int:
         """Number of windows."""
@@ -108,7 +120,7 @@ class Windows:
             yield from torch.split(ids, max(1, tokens // ids.shape[1]))
 
 
-def cut_windows(
+def cut_ids(
     texts: Sequence[TextFile],
     tokenizer: Any,
     *,
@@ -117,8 +129,9 @@ def cut_windows(
     lines: bool,
     longest: int | None,
     vocabulary: int | None,
-) -> Windows:
-    """Cut texts into windows. Each window includes the tokens that the tokenizer adds before and after a text.
+) -> dict[int, list[list[int]]]:
+    """Cut texts into windows of token ids: length -> the windows of the length. Each window includes the tokens that
+    the tokenizer adds before and after a text. Needs no torch.
 
     tokenizer    a tokenizer of transformers
     tokens       most tokens over all windows; windows of a longer text are spread evenly over the text
@@ -134,12 +147,9 @@ def cut_windows(
 
     >>> text = TextFile(Path("text.txt"), "abcdefgh", nbytes=8, sha256="")
     >>> spell = lambda text, **options: {"input_ids": [ord(letter) - 97 for letter in text]}
-    >>> cut_windows([text], spell, tokens=6, context=3, lines=False, longest=None, vocabulary=26).by_length
-    (tensor([[0, 1, 2],
-            [3, 4, 5]]),)
+    >>> cut_ids([text], spell, tokens=6, context=3, lines=False, longest=None, vocabulary=26)
+    {3: [[0, 1, 2], [3, 4, 5]]}
     """
-    import torch
-
     context = window_length(context, tokens, longest)
     before, after = find_added_tokens(tokenizer)
     inside = context - len(before) - len(after)
@@ -163,7 +173,7 @@ def cut_windows(
     by_length: dict[int, list[list[int]]] = {}
     for window in windows:
         by_length.setdefault(len(window), []).append(window)
-    return Windows(tuple(torch.tensor(by_length[length]) for length in sorted(by_length)))
+    return by_length
 
 
 def split_documents(text: TextFile, tokenizer: Any, *, lines: bool = False) -> list[str]:
@@ -207,6 +217,36 @@ def _render_record(record: Any, tokenizer: Any) -> str:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
     except Exception as error:  # a template is code of the model's author, and raises what the author likes
         raise ValueError(f"the chat template of the tokenizer does not take the messages ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """The facts about a tokenizer behind texts without a file.
+
+    before    tokens that the tokenizer adds before a text
+    after     tokens that the tokenizer adds after a text
+    special   ids of all special tokens
+    size      number of token ids
+    start     id of the token that begins a text; None without such a token
+    mask      id of the mask; None without a mask
+    longest   most tokens that the model takes; None when unknown
+    """
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    special: tuple[int, ...]
+    size: int
+    start: int | None
+    mask: int | None
+    longest: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any, longest: int | None) -> TokenizerFacts:
+        """The facts about a tokenizer of transformers."""
+        before, after = find_added_tokens(tokenizer)
+        special = tuple(map(int, tokenizer.all_special_ids))
+        start, mask = tokenizer.bos_token_id, tokenizer.mask_token_id
+        return cls(tuple(before), tuple(after), special, len(tokenizer), start, mask, longest)
 
 
 def _cut_lines(texts: Sequence[TextFile], tokenizer: Any, inside: int, tokens: int, around: int) -> list[list[int]]:

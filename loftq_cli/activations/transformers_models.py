@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import InputError, LoftqError, UsageError, is_memory_shortage, printable
 
 if TYPE_CHECKING:
     import torch
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from loftq_cli.checkpoint.source import Checkpoint
 
 _INSTALL, _UPGRADE = "pip install transformers accelerate", "pip install --upgrade transformers"
-# Exceptions of transformers for a folder without a model, config or tokenizer that transformers can load.
-_FAILURES = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
 
 
 def check_installed() -> None:
@@ -112,8 +110,10 @@ def load_config(directory: Path) -> Any:
     """
     from transformers import AutoConfig
 
-    with _report_failures(directory / "config.json", "transformers cannot read it"):
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with report_failures(directory / "config.json", "transformers cannot read it"):
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        config.get_text_config()
+    return config
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -128,7 +128,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
     hint = "copy the model's tokenizer files into it"
-    with _report_failures(directory, "holds no tokenizer that transformers reads", hint):
+    with report_failures(directory, "holds no tokenizer that transformers reads", hint):
         loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not loaded.get_vocab():
         raise InputError("holds no tokenizer", file=directory, hint=hint)
@@ -180,7 +180,7 @@ def build_empty_model(directory: Path, config: Any) -> Any:
 
     kind = _model_class(directory, config)
     config.use_cache = False
-    with _report_failures(directory / "config.json", "transformers cannot build the model"):
+    with report_failures(directory / "config.json", "transformers cannot build the model"):
         with _BUILDING, init_empty_weights(include_buffers=False):
             model = kind(config)
         model.float().eval().requires_grad_(False)
@@ -341,22 +341,50 @@ def _loaded_weight(
 
 
 def _model_class(directory: Path, config: Any) -> Any:
+    """The class in the config: a model of transformers for configs of this kind, and nothing else of transformers."""
     import transformers
 
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
+    names, file = config.architectures or [], directory / "config.json"
+    hint = "models that bring code of their own are not run"
+    if not names:
+        raise InputError("names no class of model", file=file, hint=hint)
+    with report_failures(file, f"transformers cannot import {printable(names[0], 80)}"):
+        kind = getattr(transformers, str(names[0]), None)
     if kind is None:
-        message = f"names the class {names[0]}, which transformers has not" if names else "names no class of model"
-        hint = "models that bring code of their own are not run"
-        raise InputError(message, file=directory / "config.json", hint=hint)
+        raise InputError(f"names the class {names[0]}, which transformers has not", file=file, hint=hint)
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    wanted = getattr(kind, "config_class", None) if is_model else None
+    if not (isinstance(wanted, type) and isinstance(config, wanted)):
+        message = f"names the class {names[0]}, which is no model of transformers for a {config.model_type} config"
+        raise InputError(message, file=file, hint="copy the model's config.json into it again")
     return kind
 
 
 @contextmanager
-def _report_failures(file: Path, message: str, hint: str | None = None) -> Iterator[None]:
+def report_failures(file: Path, message: str, hint: str | None = None) -> Iterator[None]:
+    """Turn every exception of a library inside the `with` block into an InputError about `file`: configs and tokenizers
+    of strangers break libraries in every way. Errors of this package and shortages of memory pass.
+
+    >>> with report_failures(Path("config.json"), "the model cannot be built"):
+    ...     1 / 0
+    Traceback (most recent call last):
+    loftq_cli.errors.InputError: config.json: the model cannot be built: division by zero
+    """
     try:
         yield
-    except _FAILURES as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise InputError(f"{message}: {reason}", file=file, hint=hint) from None
+    except LoftqError:
+        raise
+    except Exception as error:
+        if is_memory_shortage(error):
+            raise
+        raise InputError(f"{message}: {reason_of(error)}", file=file, hint=hint) from None
+
+
+def reason_of(error: BaseException) -> str:
+    """The first line of the text of an exception; the name of the class for an exception without a text.
+
+    >>> reason_of(ValueError("too many heads\\nin the config")), reason_of(AssertionError())
+    ('too many heads', 'AssertionError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -5,12 +5,12 @@ curves. Chooses nothing.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.allocation.error_curves import ErrorCurve
+from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, either, fused_modules, load_layout, mixing_layouts
 from loftq_cli.methods.method import METHODS
@@ -171,7 +171,7 @@ class Options:
     def _is_overridden(self, job: LayerJob, fields: Sequence[str]) -> bool:
         module = module_of(job.name)
         return any(
-            any(getattr(override, name) is not None for name in fields) and re.search(override.match, module)
+            any(getattr(override, name) is not None for name in fields) and finds(override.match, module)
             for override in self.recipe.override
         )
 

@@ -32,6 +32,12 @@ class Observer:
     def note(self, text: str) -> None:
         """`text` tells the user something unexpected."""
 
+    def warning(self, text: str) -> None:
+        """`text` tells the user about wrong numbers in a result, such as NaN in a copied tensor. The command line
+        prints a warning under --quiet too. The default passes `text` on to `note`.
+        """
+        self.note(text)
+
     def layer_measured(self, name: str, done: int, total: int) -> None:
         """quantize, under a target: the layer `name` is measured, as are `done` of `total` layers by now."""
 

@@ -221,7 +221,8 @@ def _earlier_outcome(plan: QuantizePlan) -> Outcome:
     assert report is not None  # the output is complete and undamaged
     layers = tuple(report[1])
     adapter = (plan.output / plan.adapter.name).parent
-    return Outcome(plan.output, adapter, layers, total_error(layer.error for layer in layers), 0, False)
+    notes = tuple(map(str, report[0].get("notes", ())))
+    return Outcome(plan.output, adapter, layers, total_error(layer.error for layer in layers), 0, False, notes)
 
 
 def _result(plan: QuantizePlan, outcome: Outcome) -> QuantizeResult:
@@ -235,5 +236,6 @@ def _result(plan: QuantizePlan, outcome: Outcome) -> QuantizeResult:
         output_error=mean_output_error(outcome.layers),
         resumed_layers=outcome.resumed_layers,
         verified=outcome.verified,
+        notes=outcome.notes,
         already_done=plan.already_done,
     )

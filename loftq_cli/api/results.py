@@ -90,6 +90,7 @@ class QuantizeResult:
     output_error        relative error of the layers' outputs on the text of a calibration; None without a calibration
     resumed_layers      number of layers from an interrupted run
     verified            True if the call read the result back and confirmed the reported errors
+    notes               sentences about unexpected facts, NaN and infinite values in copied tensors included
     already_done        True if an earlier call wrote the result; then the figures come from the report in `output`
     """
 
@@ -102,6 +103,7 @@ class QuantizeResult:
     output_error: float | None
     resumed_layers: int
     verified: bool
+    notes: tuple[str, ...]
     already_done: bool
 
 
@@ -140,9 +142,11 @@ class MergeResult:
     output               the directory
     plan                 sizes, container, tensors
     layers               every merged layer; empty with `already_done`
-    retention            surviving share of the adapter after quantizing again; None without `requantize`
-    lost                 share of the update beyond the groups' offsets, infinite for a zero update; None where the
-                         merge keeps no codes
+    retention            surviving share of the adapter in the stored numbers, after quantizing again or rounding to the
+                         dtype; None where all layers keep their codes
+    lost                 distance of the stored numbers from base plus adapter, over the size of the update: the part
+                         beyond the groups' offsets, infinite for a zero update, or the rounding to the dtype; None
+                         with `requantize`
     max_difference       largest difference of a weight from base plus adapter; None where the merge keeps no codes
     relative_difference  largest difference of a layer over the largest weight of the layer; None likewise
     notes                sentences about the checks of base and adapter

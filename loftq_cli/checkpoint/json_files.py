@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from pathlib import Path
 from typing import Any, NoReturn
 
-from loftq_cli.checkpoint.watched_file import open_regular_file, refuse_placeholder
-from loftq_cli.errors import InputError, StorageError, printable
+from loftq_cli.checkpoint.watched_file import read_small_file, refuse_placeholder
+from loftq_cli.errors import InputError, printable
 
 MAX_JSON_NBYTES = 100_000_000  # safetensors' limit for a header; the largest published index has a fifth
 _MAX_DEPTH = 100  # configs nest less than ten levels; later readers of the values may recurse
@@ -40,14 +39,7 @@ def read_json_object(path: Path, *, max_nbytes: int = MAX_JSON_NBYTES) -> dict[s
     >>> read_json_object(Path("config.json"))
     {'hidden_size': 64}
     """
-    descriptor = open_regular_file(path)
-    with os.fdopen(descriptor, "rb") as stream:
-        try:
-            data = stream.read(max_nbytes + 1)
-        except OSError as exc:
-            raise StorageError(f"cannot be read: {exc.strerror}", file=path) from exc
-    if len(data) > max_nbytes:
-        raise InputError(f"is larger than the {max_nbytes} bytes allowed here", file=path, hint=_DAMAGED)
+    data = read_small_file(path, max_nbytes, hint=_DAMAGED)
     refuse_placeholder(path, data)
     return parse_json_object(data, file=path)
 

@@ -97,6 +97,10 @@ class SafetensorsFile:
         """sha256 of the bytes of a tensor, as `chunks` yields the bytes."""
         return self._file.sha256(self._offsets[name], self.tensors[name].nbytes)
 
+    def file_sha256(self) -> str:
+        """sha256 of all bytes of the file, the header included. Raises StorageError when the file changed."""
+        return self._file.sha256(0, self._file.nbytes)
+
     def check_unchanged(self) -> None:
         """Raises StorageError when the file was replaced or rewritten since opening."""
         self._file.check_unchanged()

@@ -226,10 +226,7 @@ def _config_in(directory: Path | None) -> WatchedFile | None:
 
 
 def _json_in(file: WatchedFile) -> dict[str, Any]:
-    if file.nbytes > MAX_JSON_NBYTES:
-        message = f"is larger than the {MAX_JSON_NBYTES} bytes allowed here"
-        raise InputError(message, file=file.path, hint=_DOWNLOAD)
-    return parse_json_object(file.read(0, file.nbytes), file=file.path)
+    return parse_json_object(file.read_whole(MAX_JSON_NBYTES, hint=_DOWNLOAD), file=file.path)
 
 
 def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:

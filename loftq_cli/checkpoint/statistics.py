@@ -59,6 +59,7 @@ class Statistics:
     tokens: int
     inputs: Mapping[str, str]
     _file: SafetensorsFile = field(repr=False, compare=False)
+    _calibration: WatchedFile = field(repr=False, compare=False)
 
     @property
     def is_measured(self) -> bool:
@@ -88,17 +89,22 @@ class Statistics:
             raise InputError("holds NaN or infinite values", file=self._file.path, tensor=stored, hint=_AGAIN)
         return statistic
 
+    def check_unchanged(self) -> None:
+        """Raises StorageError when a file of the statistics was replaced or rewritten since opening."""
+        self._file.check_unchanged()
+        self._calibration.check_unchanged()
+
 
 def open_statistics(path: Path) -> Statistics:
-    """The statistics in the directory `path`. Headers are checked; numbers are read later, by `Statistics.load`.
+    """The statistics in the directory `path`, read once to the end: the sha256 of the numbers has to be the sha256 in
+    calibration.json, so a run that continues has the numbers of the run's beginning. `Statistics.load` reads a file
+    under watch.
 
-    Raises InputError with the file, and the tensor, of anything unlike the files of `loftq calibrate`.
+    Raises InputError with the file, and the tensor, of anything unlike the files of `loftq calibrate`; StorageError
+    when a file changes meanwhile.
     """
     file = WatchedFile.open(path / CALIBRATION_NAME)
-    if file.nbytes > MAX_JSON_NBYTES:
-        raise InputError(f"is larger than the {MAX_JSON_NBYTES} bytes allowed here", file=file.path, hint=_AGAIN)
-    data = file.read(0, file.nbytes)
-    values = parse_json_object(data, file=file.path)
+    values = parse_json_object(file.read_whole(MAX_JSON_NBYTES, hint=_AGAIN), file=file.path)
     calibration = _check_calibration(values, file.path)
     kind, inputs = calibration.kind, calibration.inputs
     numbers = SafetensorsFile(path / STATISTICS_NAME)
@@ -111,7 +117,10 @@ def open_statistics(path: Path) -> Statistics:
         if ref.dtype != "float32" or not square or 0 in ref.shape:
             message = f"is {ref.dtype} {list(ref.shape)}, which is no {kind} statistic"
             raise InputError(message, file=numbers.path, tensor=stored, hint=_AGAIN)
-    return Statistics(path, file.sha256(0, file.nbytes), kind, calibration.tokens, inputs, numbers)
+    if numbers.file_sha256() != calibration.statistics_sha256:
+        message = f"does not hold the numbers of {CALIBRATION_NAME}: its sha256 is not the one recorded there"
+        raise InputError(message, file=numbers.path, hint=_AGAIN)
+    return Statistics(path, file.sha256(0, file.nbytes), kind, calibration.tokens, inputs, numbers, file)
 
 
 @dataclass(frozen=True, slots=True)

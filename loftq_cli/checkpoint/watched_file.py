@@ -74,6 +74,14 @@ class WatchedFile:
         with self.opened() as descriptor:
             _read_exactly(descriptor, offset, buffer, self.path)
 
+    def read_whole(self, max_nbytes: int, *, hint: str) -> bytearray:
+        """Read a small file to the end. Raises InputError with `hint` for more than `max_nbytes` bytes, StorageError
+        when the file changed.
+        """
+        if self.nbytes > max_nbytes:
+            raise too_large(self.path, max_nbytes, hint)
+        return self.read(0, self.nbytes)
+
     def sha256(self, offset: int, nbytes: int) -> str:
         """The sha256 of `nbytes` bytes from `offset` on."""
         digest, buffer = hashlib.sha256(), memoryview(bytearray(min(nbytes, CHUNK_NBYTES)))
@@ -127,6 +135,33 @@ def open_regular_file(path: Path) -> int:
         return descriptor
     os.close(descriptor)
     raise InputError("is not a regular file", file=path, hint="give a file, not a folder, a pipe or a device")
+
+
+def read_small_file(path: Path, max_nbytes: int, *, hint: str) -> bytes:
+    """Read a file of bounded size to the end: the only way to all bytes of a file that is not kept under watch.
+
+    Raises InputError when `path` names no regular file, and with `hint` for more than `max_nbytes` bytes; StorageError
+    when opening or reading fails.
+
+    >>> _ = Path("recipe.toml").write_text("rank = 8")
+    >>> read_small_file(Path("recipe.toml"), 1000, hint="give a recipe")
+    b'rank = 8'
+    """
+    with os.fdopen(open_regular_file(path), "rb") as stream:
+        try:
+            if os.fstat(stream.fileno()).st_size > max_nbytes:
+                raise too_large(path, max_nbytes, hint)
+            data = stream.read(max_nbytes + 1)  # files of /proc have no size
+        except OSError as exc:
+            raise StorageError(f"cannot be read: {exc.strerror}", file=path) from exc
+    if len(data) > max_nbytes:
+        raise too_large(path, max_nbytes, hint)
+    return data
+
+
+def too_large(path: Path, max_nbytes: int, hint: str) -> InputError:
+    """The error about a file of more than `max_nbytes` bytes."""
+    return InputError(f"is larger than the {max_nbytes} bytes allowed here", file=path, hint=hint)
 
 
 def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:

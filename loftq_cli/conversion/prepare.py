@@ -11,13 +11,13 @@ from typing import Any
 
 from loftq_cli.activations.text_sources import TextSource, open_text
 from loftq_cli.activations.transformers_models import library_versions, model_directory
-from loftq_cli.activations.weight_statistics import WeightStatistics, has_known_blocks, measure_weights
+from loftq_cli.activations.weight_statistics import has_known_blocks, measure_weights
 from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.statistics import Statistics, open_statistics
+from loftq_cli.checkpoint.statistics import InputStatistics, Statistics, open_statistics
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.model.builtin import resolve_model
 from loftq_cli.model.family import Family
@@ -135,15 +135,16 @@ def prepare_within_target(
         hint = "loftq calibrate, and --calibration in place of --text"
         raise UsageError("a bound on the size needs the statistics of all layers before the choice", hint=hint)
     checkpoint = _open_original(model, output)
-    statistics: Statistics | WeightStatistics | None = None
+    opened: Statistics | None = None
+    statistics: InputStatistics | None = None
     if recipe.calibration == WEIGHTS:
         with started(threads) as workers:
             statistics = measure_weights(checkpoint, Family(checkpoint.config()), workers=workers)
     elif recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
         widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
-        statistics, _ = _open_model_statistics(Path(recipe.calibration), widest)
+        statistics = opened = _open_model_statistics(Path(recipe.calibration), widest)[0]
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
-    plan, opened = _build_plan(checkpoint, allocation.recipe)
+    plan, opened = _build_plan(checkpoint, allocation.recipe, opened)
     return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), opened, allocation)
 
 
@@ -162,24 +163,30 @@ def _open_original(model: str, output: Path) -> Checkpoint:
     return checkpoint
 
 
-def _build_plan(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Plan, Statistics | None]:
-    """Build the plan, and open the statistics of the recipe. A run measures statistics from the weights later."""
+def _build_plan(
+    checkpoint: Checkpoint, recipe: Recipe, statistics: Statistics | None = None
+) -> tuple[Plan, Statistics | None]:
+    """Build the plan, and open the statistics of the recipe; `statistics` are open already, and hashed. A run measures
+    statistics from the weights later.
+    """
     plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe)
     if recipe.calibration == WEIGHTS and not has_known_blocks(checkpoint.tensors.keys(), plan.family):
         return replace(plan, notes=(*plan.notes, _UNKNOWN_BLOCKS)), None
     if recipe.calibration in (None, WEIGHTS):
         return plan, None
-    statistics, notes = _open_model_statistics(Path(recipe.calibration), plan)
+    statistics, notes = _open_model_statistics(Path(recipe.calibration), plan, statistics)
     return replace(plan, notes=(*plan.notes, *notes)), statistics
 
 
-def _open_model_statistics(path: Path, plan: Plan) -> tuple[Statistics, list[str]]:
-    """Open the statistics of the layers' inputs. Returns the statistics, and a note about layers without statistics:
-    text does not reach every layer, for example in a vision tower.
+def _open_model_statistics(
+    path: Path, plan: Plan, statistics: Statistics | None = None
+) -> tuple[Statistics, list[str]]:
+    """Open the statistics of the layers' inputs, unless `statistics` are open. Returns the statistics, and a note about
+    layers without statistics: text does not reach every layer, for example in a vision tower.
 
     Raises MismatchError for statistics of a wrong model.
     """
-    statistics = open_statistics(path)
+    statistics = statistics or open_statistics(path)
     unreached = [job.name for job in plan.layers if job.name not in statistics.names]
     hint = "loftq calibrate this model"
     if len(unreached) == len(plan.layers):

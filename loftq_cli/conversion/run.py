@@ -60,6 +60,8 @@ class ConversionObserver(Protocol):
 
     def note(self, text: str) -> None: ...
 
+    def warning(self, text: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -71,6 +73,7 @@ class Outcome:
     total            the error of all layers together
     resumed_layers   number of layers taken over from an interrupted run
     verified         whether the result was read back before the publication
+    notes            the notes of the plan, and sentences about numbers that are not finite in copied tensors
     """
 
     output: Path
@@ -79,6 +82,7 @@ class Outcome:
     total: LayerError
     resumed_layers: int
     verified: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def quantization_error(self) -> float:
@@ -121,7 +125,8 @@ def convert_checkpoint(
     run_staged(conversion.result, work, overwrite=overwrite, restart=restart, threads=threads, device=kind)
     layers = tuple(work.layers)
     total = total_error(layer.error for layer in layers)
-    return Outcome(output, output / plan.adapter_dir, layers, total, work.resumed_layers, verify)
+    notes = (*plan.notes, *work.warnings)
+    return Outcome(output, output / plan.adapter_dir, layers, total, work.resumed_layers, verify, notes)
 
 
 class ConversionWork:
@@ -129,6 +134,7 @@ class ConversionWork:
 
     layers           results of the layers so far
     resumed_layers   number of layers taken over from an interrupted run
+    warnings         sentences about numbers that are not finite in copied tensors
     """
 
     def __init__(
@@ -136,6 +142,7 @@ class ConversionWork:
     ) -> None:
         self.layers: list[LayerResult] = []
         self.resumed_layers = 0
+        self.warnings: list[str] = []
         self._conversion, self._observer, self._gpu, self._verify = conversion, observer, gpu, verify
         self._layer_names = {job.name for job in conversion.plan.layers}
         self._text: TextPass | None = None
@@ -208,13 +215,14 @@ class ConversionWork:
         )
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect the result of a layer, or note a copied tensor with NaN or infinite values."""
+        """Collect the result of a layer, or warn of a copied tensor with NaN or infinite values."""
         if entry.unit in self._layer_names:
             self.layers.append(LayerResult.from_json(entry.result))
             self.resumed_layers += is_resumed
             self._observer.layer_converted(self.layers[-1], resumed=is_resumed)
         elif NOT_FINITE in entry.result:
-            self._observer.note(not_finite_note(entry.unit))
+            self.warnings.append(not_finite_note(entry.unit))
+            self._observer.warning(self.warnings[-1])
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
         """Read the result back, unless the user wants no proof. Raises StorageError naming a tensor."""
@@ -238,8 +246,10 @@ class ConversionWork:
         write_texts(directory, _make_texts(self._conversion, self.layers, entries, self._text))
 
     def check_inputs_unchanged(self) -> None:
-        """Raises StorageError for a weight file changed since the plan."""
+        """Raises StorageError for a weight file, or a file of the statistics, changed since the plan."""
         self._conversion.checkpoint.check_unchanged()
+        if self._conversion.statistics is not None:
+            self._conversion.statistics.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
         """Always true: after any error, finished layers are right."""

@@ -18,9 +18,8 @@ from loftq_cli.adapter.config import CONFIG_NAME, WEIGHTS_NAME, is_adapter_direc
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import MODEL_FILES, WeightsFile, open_weights_file
-from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.conversion.report import LayerResult, read_report
-from loftq_cli.errors import InputError, LoftqError, MismatchError
+from loftq_cli.errors import LoftqError, MismatchError
 from loftq_cli.inspecting.findings import Findings
 from loftq_cli.layouts.layout import DENSE
 from loftq_cli.model.stored import BaseModel, faults
@@ -29,7 +28,6 @@ from loftq_cli.planning.jobs import QuantizableMatrix
 from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.planning.recipe_files import recipe_json, resolve_recipe
 
-_MAX_RECIPE_NBYTES = 1_000_000
 _HERE = "."
 
 
@@ -241,8 +239,6 @@ def _check_recipe(findings: Findings, report: tuple[dict[str, Any], list[LayerRe
     if not os.path.lexists(path):
         return
     try:
-        if WatchedFile.open(path).nbytes > _MAX_RECIPE_NBYTES:
-            raise InputError("is too large for a recipe", file=path)
         recipe = resolve_recipe(os.path.abspath(path), {})
     except LoftqError as error:
         findings.add_error(error, RECIPE_NAME)

@@ -21,10 +21,8 @@ from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_
 from loftq_cli.output.place import HIDDEN_INSIDE, is_unfinished
 from loftq_cli.output.records import MERGE_REPORT_NAME, REPORT_NAME
 from loftq_cli.runtime.workers import Workers, started
-from loftq_cli.tensors.headers import TensorRef
-from loftq_cli.tensors.metrics import is_finite
-
-_FLOAT_PREFIXES = ("float", "bfloat", "complex")  # dtypes that can hold NaN
+from loftq_cli.tensors.headers import FLOAT_PREFIXES, TensorRef
+from loftq_cli.tensors.metrics import is_finite, real_values
 
 
 def verify(path: Path, threads: int = 1, tell: Callable[[Problem], None] = lambda problem: None) -> Verification:
@@ -199,7 +197,7 @@ def _read_tensor(look: _TensorRead) -> tuple[str, int] | LoftqError:
     The sha256 counts only when `look` asks for the hash.
     """
     digest, count = hashlib.sha256(), 0
-    has_numbers = look.ref.dtype.startswith(_FLOAT_PREFIXES)
+    has_numbers = look.ref.dtype.startswith(FLOAT_PREFIXES)
     if not has_numbers and not look.hashes:
         return "", 0
     try:
@@ -216,11 +214,7 @@ def _read_tensor(look: _TensorRead) -> tuple[str, int] | LoftqError:
 def _count_not_finite(chunk: memoryview, dtype: str) -> int:
     import torch
 
-    values: torch.Tensor = torch.frombuffer(chunk, dtype=getattr(torch, dtype))
-    if values.is_complex():
-        values = torch.view_as_real(values)
-    elif values.element_size() == 1:  # torch compares no 8-bit floats
-        values = values.float()
+    values = real_values(torch.frombuffer(chunk, dtype=getattr(torch, dtype)))
     return 0 if is_finite(values) else int((~torch.isfinite(values)).sum())
 
 

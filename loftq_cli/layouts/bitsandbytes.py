@@ -49,6 +49,7 @@ class BitsandbytesLayout(Layout):
     """bitsandbytes' 4-bit codebooks."""
 
     name = "bitsandbytes"
+    mark = STATE_PREFIX
 
     def fit(self, spec: QuantSpec, shape: tuple[int, int], *, transposed: bool) -> Fit:
         """Accept rows of whole blocks in multiples of 32 rows: loaders on a CPU read wrong scales otherwise, or stop.

@@ -98,6 +98,7 @@ class Layout(ABC):
     """A container: each row of LAYOUTS has a class without state. mypy checks each class against the methods below."""
 
     name: ClassVar[str]
+    mark: ClassVar[str | None] = None  # a text that tells readers the container from a tensor's name, without a config
 
     @property
     def row(self) -> LayoutRow:

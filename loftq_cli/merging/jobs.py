@@ -23,13 +23,11 @@ from loftq_cli.quant.gpu_matrix import WholeMatrix, merge_on, requantize, requan
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import Workers
 from loftq_cli.tensors.matrices import LoraPair, lora_pair
-from loftq_cli.tensors.metrics import delta_rows, is_finite
+from loftq_cli.tensors.metrics import MergeSums, delta_rows, is_finite, merge_sums
 from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, TensorRows, slabs
 
 if TYPE_CHECKING:
     import torch
-
-    from loftq_cli.triton_kernels.error_stats.contract import ErrorSums
 
 
 Weight = TypeVar("Weight", Rows, WholeMatrix)
@@ -127,41 +125,40 @@ class MergeJobRunner:
             merged = merge_on(self.gpu, read, job.numel, pair, output.dtype, turned=is_turned)
             if merged is not None:
                 sha256 = self.files[output.name].write(output.name, merged.tensor)
-                layer = _merged_layer(job, pair, merged.squared_weight, merged.squared_delta)
-                return _finish_job({output.name: sha256}, layer)
-        squares: list[ErrorSums] = []
-        rows = self._merged_rows(job, pair, squares, workers)
+                return _finish_job({output.name: sha256}, _rounded_layer(job, pair, merged.sums))
+        sums: list[MergeSums] = []
+        rows = self._merged_rows(job, pair, sums, workers)
         if is_turned:
             import torch
 
             sha256 = self.files[output.name].write(output.name, torch.cat(list(rows)).T.contiguous())
         else:
             sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, rows))
-        squared_weight = math.fsum(sums.squared_weight for sums in squares)
-        squared_delta = math.fsum(sums.squared_delta for sums in squares)
-        return _finish_job({output.name: sha256}, _merged_layer(job, pair, squared_weight, squared_delta))
+        return _finish_job({output.name: sha256}, _rounded_layer(job, pair, MergeSums.total(sums)))
 
     def _merged_rows(
-        self, job: MergeJob, pair: LoraPair | None, squares: list[ErrorSums], workers: Workers
+        self, job: MergeJob, pair: LoraPair | None, sums: list[MergeSums], workers: Workers
     ) -> Iterator[torch.Tensor]:
         """Yield slabs of the merged weight, [rows, in] in the dtype of the output; append the sums of each slab to
-        `squares`.
+        `sums`.
         """
-        from loftq_cli.triton_kernels.error_stats.contract import error_stats
+        import torch
 
+        dtype = getattr(torch, job.outputs[0].dtype)
         weight = self._read_weight(job, self.merge.base.rows)
         delta = None if pair is None else delta_rows(pair)
 
-        def merge_rows(part: slice) -> tuple[torch.Tensor, ErrorSums]:
+        def merge_rows(part: slice) -> tuple[torch.Tensor, MergeSums]:
             rows = weight.rows(part).float()
             delta_slab = None if delta is None else delta(part)
-            sums = error_stats(rows, rows, delta_slab)
-            if not math.isfinite(sums.squared_weight):
+            merged = (rows if delta_slab is None else rows + delta_slab).to(dtype)
+            slab_sums = merge_sums(rows, merged, delta_slab)
+            if not math.isfinite(slab_sums.squared_weight):
                 raise NumericError("holds NaN or infinite values")
-            return self._cast(job, rows if delta_slab is None else rows + delta_slab), sums
+            return self._cast(job, merged), slab_sums
 
-        for rows, sums in workers.map(merge_rows, slabs(weight.shape, weight.multiple, STREAMED_NUMEL)):
-            squares.append(sums)
+        for rows, slab_sums in workers.map(merge_rows, slabs(weight.shape, weight.multiple, STREAMED_NUMEL)):
+            sums.append(slab_sums)
             yield rows
 
     def _quantize_again(self, job: MergeJob, matrix: StoredMatrix, workers: Workers) -> WrittenJob:
@@ -266,3 +263,9 @@ def _merged_layer(
     if pair is None:
         return None
     return MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta, retained)
+
+
+def _rounded_layer(job: MergeJob, pair: LoraPair | None, sums: MergeSums) -> MergedLayer | None:
+    """The measured effect of merging into a weight in full precision; None without an adapter."""
+    layer = _merged_layer(job, pair, sums.squared_weight, sums.squared_delta, sums.retained)
+    return None if layer is None else replace(layer, squared_rounding=sums.squared_rounding)

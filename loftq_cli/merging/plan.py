@@ -16,7 +16,7 @@ from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner, is_vocabulary_head
 from loftq_cli.merging.provenance import Provenance, check_provenance
-from loftq_cli.model.stored import BaseModel
+from loftq_cli.model.stored import BaseModel, check_names
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.output.checksums import CHECKSUMS
 from loftq_cli.output.records import (
@@ -174,6 +174,8 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     unfit = next((job for job in jobs if job.note), None)
     if unfit is not None and not any(job.matrix for job in jobs):
         raise UsageError(f"no weight to quantize: {unfit.note}", tensor=unfit.name, hint="another --group-size")
+    quantized = [job.name for job in jobs if job.matrix is not None]
+    check_names(load_layout(form.layout), quantized, [job.name for job in jobs])
     merge = Merge(
         base=base,
         adapter=adapter,

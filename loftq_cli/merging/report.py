@@ -33,7 +33,8 @@ class MergedLayer:
     rank, scaling    rank and factor s of the adapter
     squared_weight   ||dequant(Q)||²
     squared_delta    ||Δ||²
-    retained         <requantized − base, Δ>; None without a second quantization
+    retained         <stored − base, Δ>; None where the codes were kept
+    squared_rounding ||stored − exact sum||², the rounding to the dtype of the file; None for a quantized result
     difference       distance of the stored values from the exact sum; None unless the codes were kept
 
     >>> layer = MergedLayer("q_proj.weight", 16, 2.0, squared_weight=100.0, squared_delta=4.0, retained=3.0)
@@ -48,6 +49,7 @@ class MergedLayer:
     squared_delta: float
     retained: float | None = None
     difference: OffsetDifference | None = None
+    squared_rounding: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON values, for a journal."""
@@ -62,13 +64,19 @@ class MergedLayer:
 
     @property
     def retention(self) -> float | None:
-        """The share of Δ after quantizing again: <requantized − base, Δ> / <Δ, Δ>; None for a layer without."""
+        """The share of Δ in the file: <stored − base, Δ> / <Δ, Δ>; None where the codes were kept."""
         return None if self.retained is None else retained_share(self.retained, self.squared_delta)
 
     @property
     def lost(self) -> float | None:
-        """||W_merged − W_exact|| / ||Δ||; None unless the codes were kept."""
-        return None if self.difference is None else relative(self.difference.squared_difference, self.squared_delta)
+        """||W_merged − W_exact|| / ||Δ||. None for a layer quantized again, and for a layer in full precision without
+        an update: rounding the base takes nothing from the adapter.
+        """
+        if self.difference is not None:
+            return relative(self.difference.squared_difference, self.squared_delta)
+        if self.squared_rounding is None or not self.squared_delta:
+            return None
+        return relative(self.squared_rounding, self.squared_delta)
 
     @property
     def relative_difference(self) -> float | None:
@@ -95,20 +103,19 @@ class MergeOutcome:
 
 
 def total_retention(layers: Sequence[MergedLayer]) -> float | None:
-    """The surviving share of the adapter over all requantized layers, Σ<requantized − base, Δ> / Σ||Δ||².
+    """The surviving share of the adapter over all layers with other numbers than the base's codes in new offsets,
+    Σ<stored − base, Δ> / Σ||Δ||².
 
-    None when no layer was quantized again.
+    None when all layers kept their codes.
 
     >>> half = MergedLayer("k_proj.weight", 8, 1.0, squared_weight=9.0, squared_delta=2.0, retained=1.0)
     >>> total_retention([half, half]), total_retention([])
     (0.5, None)
     """
-    requantized = [layer for layer in layers if layer.retained is not None]
-    if not requantized:
+    measured = [layer for layer in layers if layer.retained is not None]
+    if not measured:
         return None
-    return retained_share(
-        math.fsum(x.retained or 0.0 for x in requantized), math.fsum(x.squared_delta for x in requantized)
-    )
+    return retained_share(math.fsum(x.retained or 0.0 for x in measured), math.fsum(x.squared_delta for x in measured))
 
 
 def retained_share(retained: float, squared_delta: float) -> float:
@@ -121,20 +128,21 @@ def retained_share(retained: float, squared_delta: float) -> float:
 
 
 def total_lost(layers: Sequence[MergedLayer]) -> float | None:
-    """The share of the update outside the offsets, ||W_merged − W_exact|| / ||Δ|| over all layers with kept codes.
+    """The distance from the exact sum beside the size of the update, ||W_merged − W_exact|| / ||Δ|| over all layers
+    that were not quantized again: the part of the update outside the offsets, or the rounding to the dtype of the file.
 
-    None when no layer kept codes; infinite for an error without an update.
+    None when every layer was quantized again; infinite for an error without an update.
 
     >>> from loftq_cli.quant.affine import OffsetDifference
     >>> rounding = OffsetDifference(max_difference=0.5, max_weight=2.0, squared_difference=1.0)
     >>> total_lost([MergedLayer("q_proj.weight", 8, 1.0, 9.0, squared_delta=4.0, difference=rounding)])
     0.5
     """
-    with_codes = [layer for layer in layers if layer.difference is not None]
-    if not with_codes:
+    measured = [layer for layer in layers if layer.lost is not None]
+    if not measured:
         return None
-    squares = math.fsum(x.difference.squared_difference for x in with_codes if x.difference)
-    return relative(squares, math.fsum(x.squared_delta for x in with_codes))
+    squares = [x.difference.squared_difference if x.difference else x.squared_rounding or 0.0 for x in measured]
+    return relative(math.fsum(squares), math.fsum(x.squared_delta for x in measured))
 
 
 def largest_difference(layers: Sequence[MergedLayer]) -> tuple[float, float] | None:

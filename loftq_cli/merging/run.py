@@ -11,6 +11,7 @@ from typing import Protocol
 
 from loftq_cli.adapter.config import pooling_of
 from loftq_cli.errors import LoftqError, QualityError, StorageError
+from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.merging.inputs import InputSums
 from loftq_cli.merging.jobs import EXACT, MergeJobRunner, is_for_gpu, is_recast
 from loftq_cli.merging.plan import Merge
@@ -34,13 +35,18 @@ from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import SMALL_NUMEL, in_turn
 from loftq_cli.runtime.workers import Workers
 
-LEAST_RETENTION = 0.5  # below this share, most of the training would be gone from the deployed model
+# Below this share, most of the training would be gone from the deployed model. Rounding to bfloat16 lets an update into
+# a bfloat16 base survive by 100 % where ||Δ|| is 1 % of ||W||, by 93 % at 0.3 %, by 53 % at 0.1 % and by 6 % at 0.01 %
+# (measured; W and Δ normal). Over a base with more digits than bfloat16, rounding is noise that averages out.
+LEAST_RETENTION = 0.5
 
 
 class MergeObserver(Protocol):
     """The methods of `loftq_cli.api.observer.Observer` for a merge."""
 
     def note(self, text: str) -> None: ...
+
+    def warning(self, text: str) -> None: ...
 
     def layer_merged(self, layer: MergedLayer) -> None: ...
 
@@ -71,9 +77,9 @@ def merge_adapter(
                 offsets stay on the processor.
 
     Raises UsageError for an absent GPU; MismatchError for a fitted adapter on a foreign base, unless forced;
-    InputError or NumericError naming a tensor for numbers that cannot be merged; QualityError when quantizing again or
-    rounding offsets erases more than half of the adapter, unless forced. A refused merge leaves nothing behind. After
-    an interrupt, or a StorageError, a second run continues the merge.
+    InputError or NumericError naming a tensor for numbers that cannot be merged; QualityError when quantizing again,
+    rounding offsets or rounding to 16 bits erases more than half of the adapter, unless forced. A refused merge leaves
+    nothing behind. After an interrupt, or a StorageError, a second run continues the merge.
     """
     gpu, device_note = _open_gpu(merge, device)
     sums = InputSums(merge)
@@ -156,10 +162,10 @@ class MergeWork:
         return in_turn(self._merge.jobs, run, lambda job: job.numel, workers, small_numel)
 
     def finish_unit(self, entry: JournalEntry, *, is_resumed: bool) -> None:
-        """Collect a merged layer; note a copied tensor with NaN or infinite values."""
+        """Collect a merged layer; warn of a copied tensor with NaN or infinite values."""
         if NOT_FINITE in entry.result:
             self._not_finite.append(not_finite_note(entry.unit))
-            self._observer.note(self._not_finite[-1])
+            self._observer.warning(self._not_finite[-1])
         elif entry.result:
             self._layers.append(MergedLayer.from_json(entry.result))
             self._observer.layer_merged(self._layers[-1])
@@ -184,13 +190,16 @@ class MergeWork:
 
 
 def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
-    retained, lost, difference = total_retention(layers), total_lost(layers), largest_difference(layers)
+    retained = total_retention([layer for layer in layers if layer.squared_rounding is None])
     if retained is not None and retained < LEAST_RETENTION:
         raise QualityError(
             f"quantized again to {merge.options.requantize}, {retained:.1%} of the adapter would survive",
             file=merge.base.path,
             hint="merge without --requantize, which keeps all of it; or keep base and adapter apart; or --force",
         )
+    _check_rounding(merge, layers)
+    with_codes = [layer for layer in layers if layer.difference is not None]
+    lost, difference = total_lost(with_codes), largest_difference(with_codes)
     # A tiny update may be lost to the precision of float32 itself; no option would keep more.
     if lost is None or difference is None or difference[1] <= EXACT or lost <= 1 - LEAST_RETENTION:
         return
@@ -201,3 +210,18 @@ def _check_retention(merge: Merge, layers: Sequence[MergedLayer]) -> None:
     remedy = "leave out --round-zeros" if merge.options.round_zeros else "leave out --scale-dtype"
     hint = f"float32 offsets keep all of it: {remedy}; or --force"
     raise QualityError(f"{offsets}, {message}", file=merge.base.path, hint=hint)
+
+
+def _check_rounding(merge: Merge, layers: Sequence[MergedLayer]) -> None:
+    """Raises QualityError when rounding to the dtype of the file erases most of the adapter. float32 is the widest
+    dtype: no option would keep more. Over a base with more digits than the dtype, an update of a millionth of the
+    weights drowns in the noise of rounding, and may be refused as well.
+    """
+    retained = total_retention([layer for layer in layers if layer.squared_rounding is not None])
+    if retained is None or retained >= LEAST_RETENTION or merge.dtype == "float32":
+        return
+    hint = "keep base and adapter apart; or --force"
+    if not LAYOUTS[merge.form.layout].one_dtype:
+        hint = f"--dtype float32 keeps all of it; or {hint}"
+    message = f"rounded to {merge.dtype}, {retained:.1%} of the adapter would survive"
+    raise QualityError(message, file=merge.base.path, hint=hint)

@@ -27,6 +27,12 @@ from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 _DAMPING = 1e-3
 _MOST_DAMPING = 1.0
 
+# Most |H_ij − H_ji| of rounding, for a diagonal of ones. The two sums add equal products of x_i and x_j in float32, in
+# any order, in chunks of 4096 rows: each sum is off by at most 4096·2⁻²⁴ of √(H_ii·H_jj) (Higham, Accuracy and
+# Stability of Numerical Algorithms, section 3.1), and `loftq calibrate` writes equal numbers.
+_MAX_ASYMMETRY = 2 * 4096 * 2.0**-24
+_CHECKED_ROWS = 1024  # rows of H in a check: the temporaries stay small beside H
+
 
 class Weighting(Protocol):
     """H, and the coordinates F and T of the cheapest adapter s·B·A·Pᵀ: s·B = E·F·V and A = Vᵀ·T⁻¹, where V [groups, r]
@@ -84,7 +90,8 @@ def make_weighting(statistics: torch.Tensor | None, group_size: int, device: tor
     statistics   H, float32 [in, in]; the diagonal of H, [in]; or None for the identity
     group_size   inputs that the adapter pools to a single number; 1 without pooling
     device       the device of H
-    Raises NumericError unless diag(H) is finite and not negative with a positive mean, and H positive semidefinite.
+    Raises NumericError unless diag(H) is finite and not negative with a positive mean, and H symmetric up to rounding
+    and positive semidefinite.
 
     >>> weighting = make_weighting(torch.tensor([1.0, 3.0]), group_size=1)
     >>> weighting.importance
@@ -153,6 +160,17 @@ class Diagonal:
         return Cost((self.spread(vectors) * math.sqrt(share)).contiguous(), self.importance)
 
 
+def _is_symmetric(hessian: torch.Tensor) -> bool:
+    """True when no H_ij differs from H_ji by more than rounding, for a diagonal that is not negative."""
+    scale = hessian.diagonal().sqrt()
+    for start in range(0, len(hessian), _CHECKED_ROWS):
+        part = slice(start, start + _CHECKED_ROWS)
+        difference = (hessian[part] - hessian[:, part].T).abs_()
+        if not bool((difference <= _MAX_ASYMMETRY * scale[part, None] * scale).all()):
+            return False
+    return True
+
+
 @dataclass(frozen=True)
 class Dense:
     """A full H = C·Cᵀ. P is the identity if the adapter pools nothing: then T = F = C. Every root T of PᵀHP gives an
@@ -172,8 +190,11 @@ class Dense:
     @classmethod
     def of(cls, hessian: torch.Tensor, group_size: int) -> Dense:
         """The weighting by `hessian`, float32 [in, in] with a diagonal of mean 1, after the least damping that gives a
-        Cholesky factor. Raises NumericError for a matrix that is not positive semidefinite.
+        Cholesky factor. Raises NumericError for a matrix that is not symmetric up to rounding, or not positive
+        semidefinite.
         """
+        if not _is_symmetric(hessian):
+            raise NumericError("the statistics of its inputs are not symmetric", hint="loftq calibrate again")
         hessian = (hessian + hessian.T) / 2
         damping = _DAMPING
         while True:

@@ -4,7 +4,7 @@ computations. Writes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint import source
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
-from loftq_cli.errors import InputError, LoftqError
-from loftq_cli.layouts.layout import CONFIG_KEYS, DENSE, LAYOUTS, Layout, StoredMatrix, load_layout
+from loftq_cli.errors import InputError, LoftqError, UsageError, printable
+from loftq_cli.layouts.layout import CONFIG_KEYS, DENSE, DENSE_HINT, LAYOUTS, Layout, StoredMatrix, load_layout
 from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.model.family import Family, check_types
 from loftq_cli.model.targets import module_of
@@ -228,10 +228,44 @@ def _find_orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -
     """Yield an error for each part of a quantized weight without codes; `names` are the weights with codes."""
     owned = {part for name in names for part in layout.parts(name)}
     for part, ref in stored.refs.items():
-        name = f"{part.rpartition('.')[0]}.weight"
-        if part not in owned and part != name and part in layout.parts(name):
+        if part not in owned and _weight_of_part(part, layout) != part:
             message = "is part of a quantized weight, and its codes are missing"
             yield InputError(message, file=ref.file, tensor=part)
+
+
+def check_names(layout: Layout, quantized: Collection[str], names: Iterable[str]) -> None:
+    """Raises UsageError for a tensor of a model whose name means a part of a quantized weight in the container: the
+    part would be written under the same name, or readers would miss the remaining parts.
+
+    layout      the container of the result
+    quantized   names of the weights to quantize
+    names       names of all tensors of the model, weights to quantize included
+
+    >>> weight = "h.0.fc.weight"
+    >>> check_names(load_layout("bitsandbytes"), [weight], [weight, "h.0.fc.weight.absmax"])
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: tensor h.0.fc.weight.absmax: is the name of a part of h.0.fc.weight in bitsandbytes \
+(--layout dense)
+    """
+    owner = {part: name for name in quantized for part in layout.parts(name)}
+    containers = list(map(load_layout, LAYOUTS))
+    for name in names:
+        weight = owner.get(name, name)
+        if weight == name and name.rpartition(".")[2] != "weight":
+            weight = _weight_of_part(name, layout)
+        if weight != name:
+            message = f"is the name of a part of {printable(weight)} in {layout.name}"
+            raise UsageError(message, tensor=name, hint=DENSE_HINT)
+        marked = next((container.name for container in containers if container.mark and container.mark in name), None)
+        if marked is not None:
+            message = f"has a name by which readers take the model for one in {marked}"
+            raise UsageError(message, tensor=name, hint="remove or rename the tensor in the model")
+
+
+def _weight_of_part(part: str, layout: Layout) -> str:
+    """The weight that readers of the container miss beside a lone `part`; `part` for a tensor that is no part."""
+    name = f"{part.rpartition('.')[0]}.weight"
+    return name if part in layout.parts(name) else part
 
 
 def _recognize_container(stored: StoredTensors) -> tuple[Layout, list[str]]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.model.family import Family
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, TensorRef
@@ -52,8 +53,8 @@ def choose_targets(
               last part of the head's name.
     exclude   regular expressions; a match anywhere in the module name wins over `include`
 
-    Raises UsageError when an `include` matches no weight to quantize, or spells the name of a tied head or of a kind
-    without a 4-bit form (a key of `_NEVER`).
+    Raises UsageError when an expression takes too long to match, when an `include` matches no weight to quantize, or
+    spells the name of a tied head or of a kind without a 4-bit form (a key of `_NEVER`).
 
     >>> from pathlib import Path
     >>> ref = TensorRef("h.0.fc.weight", "float32", (64, 64), Path("model.safetensors"))
@@ -62,7 +63,7 @@ def choose_targets(
     """
     targets = {name: _decide(ref, family, include, exclude) for name, ref in tensors.items()}
     for pattern in include:
-        if not any(t.quantize and re.search(pattern, module_of(name)) for name, t in targets.items()):
+        if not any(t.quantize and finds(pattern, module_of(name)) for name, t in targets.items()):
             raise UsageError(f"--include {pattern!r} finds no linear weight", hint="loftq inspect lists the names")
     return targets
 
@@ -106,11 +107,11 @@ def kind_of(ref: TensorRef, family: Family) -> str:
 
 def _decide(ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str]) -> Target:
     kind, module = kind_of(ref, family), module_of(ref.name)
-    matching = [pattern for pattern in include if re.search(pattern, module)]
+    matching = [pattern for pattern in include if finds(pattern, module)]
     spelled = any(_spells(pattern, module) for pattern in matching)
     if kind in ("not floating point", "not a matrix"):
         return Target(False, kind, kind)
-    if any(re.search(pattern, module) for pattern in exclude):
+    if any(finds(pattern, module) for pattern in exclude):
         return Target(False, kind, "excluded")
     if kind in _NEVER:
         if spelled:

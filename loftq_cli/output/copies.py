@@ -9,7 +9,7 @@ from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.errors import InputError
 from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.writer import OutputFiles, tensor_bytes
-from loftq_cli.tensors.headers import WEIGHT_DTYPES
+from loftq_cli.tensors.headers import FLOAT_PREFIXES
 from loftq_cli.tensors.metrics import is_finite
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class WatchedChunks:
         import torch
 
         for chunk in self._chunks:
-            if chunk and self.are_finite and self._dtype in WEIGHT_DTYPES:
+            if chunk and self.are_finite and self._dtype.startswith(FLOAT_PREFIXES):
                 self.are_finite = is_finite(torch.frombuffer(chunk, dtype=getattr(torch, self._dtype)))
             yield chunk
 

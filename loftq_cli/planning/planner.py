@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
+from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import choose_targets, module_of
 from loftq_cli.planning.jobs import CopyJob, LayerJob, QuantizableMatrix, pack_shards
 from loftq_cli.planning.matrices import MatrixPlanner, model_dtype
@@ -27,8 +28,9 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     config    the content of config.json; empty for a checkpoint without a config
     recipe    the settled options
 
-    Raises UsageError when an option does not fit a tensor, when no weight remains to quantize, and for a model
-    that the container's loaders do not read; InputError for a config with a value of the wrong type.
+    Raises UsageError when an option does not fit a tensor, when a tensor has the name of a part of a quantized weight,
+    when no weight remains to quantize, and for a model that the container's loaders do not read; InputError for a
+    config with a value of the wrong type.
 
     >>> from loftq_cli.checkpoint.source import open_checkpoint
     >>> from loftq_cli.model.builtin import resolve_model
@@ -47,6 +49,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
             raise UsageError(f"no weight to quantize: {planner.unfit.reason}", hint=planner.unfit.hint)
         raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
     _check_overrides(recipe, jobs)
+    check_names(planner.layout, [job.name for job in jobs if isinstance(job, LayerJob)], [job.name for job in jobs])
     notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
     plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
@@ -123,7 +126,7 @@ def _make_job(
 
 def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
     for override in recipe.override:
-        if not any(re.search(override.match, module_of(job.name)) for job in jobs):
+        if not any(finds(override.match, module_of(job.name)) for job in jobs):
             raise UsageError(f"the override {override.match!r} matches no module", hint="loftq inspect lists the names")
 
 
@@ -138,6 +141,10 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterat
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
         yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
+    complex_names = [job.name for job in jobs if isinstance(job, CopyJob) and job.output.dtype.startswith("complex")]
+    if complex_names:
+        others = f" and {len(complex_names) - 1} others" if len(complex_names) > 1 else ""
+        yield f"complex numbers are copied as they are: {complex_names[0]}{others}"
     if recast:
         yield f"{recast} copied weights are converted to the model's dtype"
     yield from (f"{job.name}: {job.note}" for job in jobs if job.note)

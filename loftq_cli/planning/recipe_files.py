@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import reprlib
 import tomllib
 from collections.abc import Mapping
@@ -12,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.checkpoint.watched_file import read_small_file
+from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
 from loftq_cli.planning.format_options import AFFINE_OPTIONS, CODEBOOK_OPTIONS
@@ -20,6 +22,8 @@ from loftq_cli.planning.recipe import TEXT_OPTIONS, AffineOptions, Override, Rec
 from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
 from loftq_cli.quant.formats import FORMATS
+
+MAX_RECIPE_NBYTES = 1_000_000  # a recipe with an override for each layer of the largest models has a tenth
 
 
 def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool = False) -> Recipe:
@@ -32,8 +36,8 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool 
     A flag for quant_type, method, init, fit, keep_base, calibration, text or svd drops the options of `source` without
     a meaning beside the flag.
 
-    Raises UsageError for a source without a recipe, and for unknown, contradictory or meaningless options; StorageError
-    for an unreadable file.
+    Raises UsageError for a source without a recipe, and for unknown, contradictory or meaningless options; InputError
+    for a source that is no regular file, or larger than MAX_RECIPE_NBYTES; StorageError for an unreadable file.
 
     >>> resolve_recipe("qlora-nf4", {"rank": 4}).rank
     4
@@ -160,14 +164,9 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
 
 def _read_recipe(source: str) -> dict[str, Any]:
     path = preset_directory() / f"{source}.toml" if source in presets() else Path(source)
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UsageError(
-            f"no recipe {source!r}", hint=f"a TOML file, or one of the presets {', '.join(presets())}"
-        ) from None
-    except OSError as error:
-        raise StorageError(error.strerror or "cannot be read", file=path) from None
+    if not os.path.lexists(path):
+        raise UsageError(f"no recipe {source!r}", hint=f"a TOML file, or one of the presets {', '.join(presets())}")
+    data = read_small_file(path, MAX_RECIPE_NBYTES, hint="give a TOML file with the options of a conversion")
     try:
         table = tomllib.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError too for a number with thousands of digits

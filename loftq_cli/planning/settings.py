@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import replace
 
+from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.planning.jobs import Procedure
 from loftq_cli.planning.recipe import CodebookOptions, FormatOptions, Recipe
@@ -94,7 +94,7 @@ def layer_settings(recipe: Recipe, module: str, dtype: str) -> tuple[QuantSpec, 
     default = LoraSpec(recipe.rank, recipe.alpha or recipe.rank, recipe.rslora, recipe.adapter_dtype, recipe.pooling)
     rank, alpha = recipe.rank, None
     for override in recipe.override:
-        if re.search(override.match, module):
+        if finds(override.match, module):
             quantize = quantize if override.quantize is None else override.quantize
             rank, alpha = override.rank or rank, override.alpha or alpha
             spec = override_spec(

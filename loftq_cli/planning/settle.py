@@ -5,11 +5,11 @@ of a method in METHODS lists the meaningful options.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
+from loftq_cli.checkpoint.patterns import check_expression
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import LAYOUTS, default_layout
 from loftq_cli.methods.method import (
@@ -387,6 +387,6 @@ def _check_positive(name: str, value: float | None) -> None:
 
 def _check_regex(name: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise UsageError(f"{name} {pattern!r} is not a regular expression: {error}") from None
+        check_expression(pattern)
+    except ValueError as error:
+        raise UsageError(f"{name} {pattern!r} is not a regular expression that is read here: {error}") from None

@@ -14,7 +14,16 @@ from loftq_cli.quant.formats import QuantizedTensor, Quantizer
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import SERIAL, Workers
 from loftq_cli.tensors.matrices import CodebookOperand, LoraPair
-from loftq_cli.tensors.metrics import GroupErrors, LayerError, delta_rows, group_errors, is_finite, layer_error
+from loftq_cli.tensors.metrics import (
+    GroupErrors,
+    LayerError,
+    MergeSums,
+    delta_rows,
+    group_errors,
+    is_finite,
+    layer_error,
+    merge_sums,
+)
 from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs_of
 
 if TYPE_CHECKING:
@@ -35,11 +44,10 @@ _NBYTES, _SLAB_NBYTES = 16, 48
 
 @dataclass(frozen=True, slots=True)
 class MergedMatrix:
-    """W + s·B·A in the dtype to write, ||W||² and ||s·B·A||²."""
+    """W + s·B·A in the dtype to write, and the sums over W, s·B·A and the rounding to the dtype."""
 
     tensor: torch.Tensor
-    squared_weight: float
-    squared_delta: float
+    sums: MergeSums
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +74,9 @@ def merge_on(
         import torch
 
         merged = _merge(*inputs, getattr(torch, dtype))
-        if not (math.isfinite(merged.squared_weight) and is_finite(merged.tensor)):
+        if not (math.isfinite(merged.sums.squared_weight) and is_finite(merged.tensor)):
             raise NumericError("is not finite")
-        tensor = merged.tensor.T.contiguous() if turned else merged.tensor
-        return MergedMatrix(tensor, merged.squared_weight, merged.squared_delta)
+        return MergedMatrix(merged.tensor.T.contiguous() if turned else merged.tensor, merged.sums)
 
     return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
 
@@ -192,28 +199,26 @@ def _merge_codes(
     from loftq_cli.triton_kernels.merging.contract import merge_codebook
 
     lora_A, lora_B = lora.lora_A.float(), lora.lora_B.float()
-    # The error of codes and of an adapter beside a matrix of zeros is the squared norm.
+    # The error of codes beside a matrix of zeros is the squared norm.
     nothing = torch.zeros(shape, dtype=torch.bfloat16, device=lora_A.device)
-    sums = codebook_error_sums(nothing, *codes, values, lora_A, lora_B, lora.scaling).tolist()
+    squared_weight = codebook_error_sums(nothing, *codes, values).tolist()[1]
     del nothing
     tensor = merge_codebook(*codes, shape, values, lora_A, lora_B, lora.scaling, dtype)
-    return MergedMatrix(tensor, squared_weight=sums[1], squared_delta=sums[4])
+    sums = codebook_error_sums(tensor, *codes, values, lora_A, lora_B, lora.scaling).tolist()
+    return MergedMatrix(tensor, MergeSums.of(squared_weight, sums[1], sums[2], sums[4]))
 
 
 def _merge_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
     import torch
-
-    from loftq_cli.triton_kernels.error_stats.contract import error_stats
 
     delta = None if lora is None else delta_rows(lora)
     tensor, sums_of_slabs = torch.empty(weight.shape, dtype=dtype, device=weight.device), []
     for part in slabs_of(weight, numel=STREAMED_NUMEL):
         rows = weight.rows(part).float()
         added = None if delta is None else delta(part)
-        sums_of_slabs.append(error_stats(rows, rows, added))
         tensor[part] = rows if added is None else rows + added
-    squared_weight = math.fsum(sums.squared_weight for sums in sums_of_slabs)
-    return MergedMatrix(tensor, squared_weight, math.fsum(sums.squared_delta for sums in sums_of_slabs))
+        sums_of_slabs.append(merge_sums(rows, tensor[part], added))
+    return MergedMatrix(tensor, MergeSums.total(sums_of_slabs))
 
 
 def _error(weight: Rows, decoded: WholeMatrix, lora: LoraPair | None) -> LayerError:

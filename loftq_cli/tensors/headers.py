@@ -29,6 +29,7 @@ ITEMSIZE = {
 }
 # Dtypes of quantizable weights. A float8 weight has scales in separate tensors, so float8 is no plain weight.
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+FLOAT_PREFIXES = ("float", "bfloat", "complex")  # dtype names of numbers that may be NaN or infinite
 # Dtypes of a model's arithmetic. Merged or copied tensors are cast to a dtype of the list.
 MODEL_DTYPES = ("float32", "bfloat16", "float16")
 

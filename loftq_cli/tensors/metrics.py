@@ -55,6 +55,49 @@ class LayerError:
 
 
 @dataclass(frozen=True, slots=True)
+class MergeSums:
+    """Sums over a merged weight M: the exact sum W + Δ in the dtype of the file.
+
+    squared_weight    ||W||²
+    squared_delta     ||Δ||²
+    retained          <M − W, Δ>
+    squared_rounding  ||M − (W + Δ)||²
+    """
+
+    squared_weight: float
+    squared_delta: float
+    retained: float
+    squared_rounding: float
+
+    @classmethod
+    def of(
+        cls, squared_weight: float, squared_change: float, squared_rounding: float, squared_delta: float
+    ) -> MergeSums:
+        """The sums from squares alone; `squared_change` is ||M − W||². <c, d> = (||c||² + ||d||² − ||c − d||²) / 2.
+
+        >>> MergeSums.of(4.0, squared_change=1.0, squared_rounding=0.0, squared_delta=1.0).retained
+        1.0
+        """
+        retained = (squared_change + squared_delta - squared_rounding) / 2
+        return cls(squared_weight, squared_delta, retained, squared_rounding)
+
+    @classmethod
+    def total(cls, sums: Iterable[MergeSums]) -> MergeSums:
+        """The sums over all parts of a weight.
+
+        >>> MergeSums.total([MergeSums(1.0, 2.0, 3.0, 4.0)] * 2)
+        MergeSums(squared_weight=2.0, squared_delta=4.0, retained=6.0, squared_rounding=8.0)
+        """
+        parts = list(sums)
+        return cls(
+            squared_weight=math.fsum(part.squared_weight for part in parts),
+            squared_delta=math.fsum(part.squared_delta for part in parts),
+            retained=math.fsum(part.retained for part in parts),
+            squared_rounding=math.fsum(part.squared_rounding for part in parts),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class GroupErrors:
     """Relative error of each group of an integer format, √(||error||² / ||W||²) over the group.
 
@@ -105,7 +148,8 @@ def total_error(layers: Iterable[LayerError]) -> LayerError:
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True if every number is finite, judged by minimum and maximum: 20 times faster than a look at each number.
+    """True if every number is finite, judged by minimum and maximum: 20 times faster than a look at each number. A
+    complex number has to be finite in both parts.
 
     >>> import torch
     >>> is_finite(torch.tensor([1.0, 2.0])), is_finite(torch.tensor([1.0, torch.nan]))
@@ -113,9 +157,25 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """
     import torch
 
-    if not tensor.is_floating_point() or not tensor.numel():
+    real = real_values(tensor)
+    if not real.is_floating_point() or not real.numel():
         return True
-    return all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(real))
+
+
+def real_values(tensor: torch.Tensor) -> torch.Tensor:
+    """The numbers of `tensor` in a dtype that torch compares: both parts of complex numbers, and 8-bit floats in
+    float32.
+
+    >>> import torch
+    >>> real_values(torch.tensor([1.0 + 2.0j])).tolist()
+    [[1.0, 2.0]]
+    """
+    import torch
+
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
 
 
 def delta_rows(lora: LoraPair, dtype: torch.dtype | None = None) -> Callable[[slice], torch.Tensor]:
@@ -189,6 +249,27 @@ def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Wor
         max_error=_largest(part.max_error for part in sums_of_slabs),
         squared_delta=math.fsum(part.squared_delta for part in sums_of_slabs),
     )
+
+
+def merge_sums(weight: torch.Tensor, merged: torch.Tensor, delta: torch.Tensor | None) -> MergeSums:
+    """The sums for a few rows: `weight` in float32, `merged` in the dtype of the file, and the update `delta` in
+    float32; None stands for no update, and `merged` is not looked at. Overwrites `delta`.
+
+    >>> import torch
+    >>> weight, merged = torch.tensor([1.0, 1.0]), torch.tensor([2.0, 1.0])
+    >>> merge_sums(weight, merged, delta=torch.tensor([1.0, 1.0]))
+    MergeSums(squared_weight=2.0, squared_delta=2.0, retained=1.0, squared_rounding=1.0)
+    """
+    import torch
+
+    from loftq_cli.triton_kernels.error_stats.contract import error_stats
+
+    if delta is None:
+        return MergeSums.of(error_stats(weight, weight).squared_weight, 0.0, 0.0, 0.0)
+    stored = merged.float() if merged.dtype == torch.float16 else merged
+    # One pass: W − M is the change, and W − (M − Δ) the rounding, both with the sign turned.
+    sums = error_stats(weight, stored, delta.neg_())
+    return MergeSums.of(sums.squared_weight, sums.squared_base_error, sums.squared_error, sums.squared_delta)
 
 
 def group_errors(

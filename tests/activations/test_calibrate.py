@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -24,9 +25,10 @@ from loftq_cli.activations.calibration import (
     run_calibration,
 )
 from loftq_cli.activations.input_sums import InputSum
+from loftq_cli.activations.text_windows import MAX_TEXT_NBYTES, read_text
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.cli.main import _run
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import InputError, StorageError, UsageError
 from loftq_cli.model.builtin import resolve_model
 
 TINY_LLAMA = resolve_model("builtin:tiny-llama")
@@ -403,7 +405,8 @@ class TestReadingStatistics:
     def write(directory: Path, tensor: torch.Tensor, **values: Any) -> None:
         save_file({"a": tensor}, directory / "statistics.safetensors")
         known = {"tool": "loftq-cli", "format": 1, "kind": "full", "tokens": 5, "inputs": {"a": "a", "b": "a"}}
-        text = json.dumps({**known, "statistics_sha256": "0" * 64, **values})
+        numbers = (directory / "statistics.safetensors").read_bytes()
+        text = json.dumps({**known, "statistics_sha256": hashlib.sha256(numbers).hexdigest(), **values})
         (directory / "calibration.json").write_text(text)
 
     def test_is_read(self, stats):
@@ -429,6 +432,26 @@ class TestReadingStatistics:
         self.write(stats, tensor, **values)
         with pytest.raises(InputError, match=what):
             open_statistics(stats)
+
+    def test_numbers_other_than_the_recorded_ones_are_refused_down_to_one_bit(self, stats):
+        numbers = stats / "statistics.safetensors"
+        data = bytearray(numbers.read_bytes())
+        for place in (-1, -64):  # the last byte, and the first byte of the data
+            data[place] ^= 1
+            numbers.write_bytes(data)
+            with pytest.raises(InputError, match=r"statistics.safetensors: does not hold the numbers of calibration"):
+                open_statistics(stats)
+            data[place] ^= 1
+        numbers.write_bytes(data)
+        assert torch.equal(open_statistics(stats).load("a"), torch.eye(4))
+
+    def test_a_file_replaced_after_opening_is_noticed(self, stats):
+        found = open_statistics(stats)
+        found.check_unchanged()
+        self.write(stats, 2 * torch.eye(4))
+        for use in (lambda: found.load("a"), found.check_unchanged):
+            with pytest.raises(StorageError, match="changed while it was being read"):
+                use()
 
     def test_refuses_numbers_that_are_not_finite(self, stats):
         self.write(stats, torch.full((4, 4), float("inf")))
@@ -464,3 +487,14 @@ def test_without_transformers_the_command_line_says_what_to_install(text, tmp_pa
     assert _run(["calibrate", "builtin:tiny-llama", "--text", str(text), "-o", str(tmp_path / "stats")]) == 2
     said = capsys.readouterr().err.strip()
     assert said == "error: this needs transformers 5 and accelerate (pip install transformers accelerate)"
+
+
+def test_a_text_is_a_regular_file_of_at_most_a_gigabyte(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    with (tmp_path / "sparse.txt").open("wb") as file:
+        file.truncate(MAX_TEXT_NBYTES + 1)
+    for name, message in (("pipe.txt", "is not a regular file"), ("sparse.txt", "is larger than the 1000000000 bytes")):
+        with pytest.raises(InputError, match=message):
+            read_text(tmp_path / name)
+    (tmp_path / "right.txt").write_text("A text.")
+    assert read_text(tmp_path / "right.txt").nbytes == 7

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from support import models
 
 from loftq_cli.activations import transformers_models
 from loftq_cli.activations.self_written import draw, write_windows
 from loftq_cli.activations.streamed_model import StreamedModel
 from loftq_cli.activations.text_sources import make_windows, open_text, random_windows
-from loftq_cli.activations.text_windows import cut_windows, read_text, split_documents
+from loftq_cli.activations.text_windows import TokenizerFacts, cut_ids, read_text, split_documents
 from loftq_cli.checkpoint.source import open_checkpoint
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.model.builtin import resolve_model
@@ -85,16 +86,15 @@ def test_a_line_that_is_no_text_is_named(tokenizer, tmp_path, line):
 def test_lines_of_a_jsonl_file_are_its_records(tokenizer, tmp_path):
     file = tmp_path / "texts.jsonl"
     file.write_text('{"text": "ab\\ncd"}\n{"text": "efg"}')
-    windows = cut_windows(
-        [read_text(file)], tokenizer, tokens=64, context=None, lines=True, longest=None, vocabulary=None
-    )
-    assert [ids.tolist() for ids in windows.by_length] == [[list(b"efg")], [list(b"ab\ncd")]]
+    windows = cut_ids([read_text(file)], tokenizer, tokens=64, context=None, lines=True, longest=None, vocabulary=None)
+    assert windows == {5: [list(b"ab\ncd")], 3: [list(b"efg")]}
 
 
 def test_random_tokens_cover_the_vocabulary_without_special_tokens(tokenizer):
-    ids = random_windows(tokenizer, 288, count=400, length=64, seed=3)
-    assert ids.shape == (400, 64) and torch.equal(ids, random_windows(tokenizer, 288, 400, 64, seed=3))
-    assert not torch.equal(ids, random_windows(tokenizer, 288, 400, 64, seed=4))
+    facts = TokenizerFacts.of(tokenizer, None)
+    ids = random_windows(facts, 288, count=400, length=64, seed=3)
+    assert ids.shape == (400, 64) and torch.equal(ids, random_windows(facts, 288, 400, 64, seed=3))
+    assert not torch.equal(ids, random_windows(facts, 288, 400, 64, seed=4))
     plain = set(range(min(len(tokenizer), 288))) - set(tokenizer.all_special_ids)
     assert set(ids.unique().tolist()) == plain
     counts = ids.flatten().bincount(minlength=288)[sorted(plain)].double()
@@ -114,7 +114,7 @@ def test_a_language_model_continues_as_its_own_probabilities_say(tokenizer):
     """Windows score as text of the model: about the entropy of the model, not the log of the vocabulary."""
     from transformers import AutoModelForCausalLM
 
-    ids = write_windows(streamed(TINY_LLAMA), tokenizer, 40, 48, seed=0, threads=2)
+    ids = write_windows(streamed(TINY_LLAMA), TokenizerFacts.of(tokenizer, None), 40, 48, seed=0, threads=2)
     assert ids is not None and ids.shape == (40, 48) and ids.dtype == torch.int64
     model = AutoModelForCausalLM.from_pretrained(TINY_LLAMA, dtype=torch.float64)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_language_model_continues_as_its_own_probabilities_say(tokenizer):
 
 def test_written_text_depends_on_the_seed_alone(tokenizer):
     first, again, other = (
-        write_windows(streamed(TINY_LLAMA), tokenizer, 40, 16, seed=seed, threads=threads)
+        write_windows(streamed(TINY_LLAMA), TokenizerFacts.of(tokenizer, None), 40, 16, seed=seed, threads=threads)
         for seed, threads in ((0, 1), (0, 3), (1, 1))
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
@@ -143,36 +143,27 @@ def masked_bert(directory: Path, *, has_head: bool) -> Path:
     return directory
 
 
-class Masked:
-    """A tokenizer of characters with the special tokens of BERT: 1 before, 2 after, 3 is the mask."""
-
-    mask_token_id, bos_token_id, all_special_ids = 3, None, (1, 2, 3)
-
-    def __call__(self, text: str, *, add_special_tokens: bool, **options: Any) -> dict[str, list[int]]:
-        ids = [ord(letter) for letter in text]
-        return {"input_ids": [1, *ids, 2] if add_special_tokens else ids}
-
-    def __len__(self) -> int:
-        return 128
+# The special tokens of BERT, beside a tokenizer without a start token.
+MASKED = TokenizerFacts(before=(1,), after=(2,), special=(1, 2, 3), size=128, start=None, mask=3, longest=None)
 
 
 def test_a_masked_model_fills_every_mask(tmp_path):
-    ids = write_windows(streamed(masked_bert(tmp_path, has_head=True)), Masked(), 5, 20, seed=0, threads=1)
+    ids = write_windows(streamed(masked_bert(tmp_path, has_head=True)), MASKED, 5, 20, seed=0, threads=1)
     assert ids is not None and ids.shape == (5, 20)
     assert bool((ids[:, 0] == 1).all()) and bool((ids[:, -1] == 2).all())
     assert int((ids == 3).sum()) < 10  # a mask is a token of the vocabulary, and is drawn now and then
 
 
 def test_an_encoder_without_a_head_reads_random_tokens_and_says_so(tmp_path):
-    model, notes = streamed(masked_bert(tmp_path, has_head=False)), []
+    directory = models.with_tokenizer(masked_bert(tmp_path, has_head=False))
+    model, notes = streamed(directory), []
     windows = make_windows(
         open_text(["self"]),
         TextOptions(("self",), tokens=64, context=16),
-        Masked(),
-        longest=None,
-        vocabulary=128,
+        directory,
+        transformers_models.load_config(directory),
         seed=0,
-        write=lambda count, length: write_windows(model, Masked(), count, length, seed=0, threads=1),
+        write=lambda facts, count, length: write_windows(model, facts, count, length, seed=0, threads=1),
         note=notes.append,
     )
     assert (windows.count, windows.longest) == (4, 16) and "writes no text" in notes[0]

@@ -438,11 +438,11 @@ def test_what_is_copied_with_nan_in_it_is_said_and_reported(run, source, tmp_pat
     status, _, err = run("quantize", model, "out", *FAST)
     note = f"{NORM} holds NaN or infinite values, and is copied as it is"
     assert status == 0
-    assert f"note: {note}" in err.splitlines()
+    assert f"warning: {note}" in err.splitlines()
     assert json.loads((tmp_path / "out" / "loftq_report.json").read_text())["notes"][-1] == note
     status, _, err = run("merge", "out", "out/loftq_init", "merged")
     assert status == 0
-    assert f"note: {note}" in err.splitlines()
+    assert f"warning: {note}" in err.splitlines()
     assert json.loads((tmp_path / "merged" / "loftq_merge_report.json").read_text())["notes"][-1] == note
 
 

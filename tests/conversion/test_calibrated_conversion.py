@@ -5,6 +5,7 @@ what is written is read by stock loaders as ever.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import models
-from support.conversions import run_conversion
+from support.conversions import Silent as Remembering
+from support.conversions import StopAfter, run_conversion
 from support.loading import load, matrix, matrix_of_lora
 
 from loftq_cli.activations.calibration import CalibrationOptions, prepare_calibration, run_calibration
 from loftq_cli.allocation.candidates import Budget
+from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
 from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.conversion.prepare import prepare_conversion, prepare_within_target
-from loftq_cli.errors import LoftqError, MismatchError, UsageError
+from loftq_cli.errors import InputError, LoftqError, MismatchError, StorageError, UsageError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.planning.settle import make_recipe
 
@@ -174,6 +177,65 @@ def test_where_the_statistics_lie_changes_nothing_and_what_they_say_does(model, 
     (moved / "calibration.json").write_text(json.dumps({**values, "tokens": 7}))
     third = prepare_conversion(str(model), tmp_path / "out", make_recipe(calibration=str(moved)))
     assert third.fingerprint != first.fingerprint
+
+
+def test_a_run_is_not_continued_with_numbers_that_replaced_the_ones_of_its_beginning(model, statistics, tmp_path):
+    """The recorded sha256 stays, as after a copy that went wrong: no run takes the numbers."""
+    moved, output = tmp_path / "moved", tmp_path / "out"
+    shutil.copytree(statistics, moved)
+    recipe = {"method": "loftq", "rank": 4, "iterations": 1, "calibration": str(moved)}
+    with pytest.raises(KeyboardInterrupt):
+        run_conversion(model, output, observer=StopAfter(2), **recipe)
+    numbers = moved / "statistics.safetensors"
+    right = numbers.read_bytes()
+    numbers.write_bytes(right[:-4096] + bytes(4096))
+    for place in (output, tmp_path / "another"):
+        with pytest.raises(InputError, match=r"statistics.safetensors: does not hold the numbers of calibration.json"):
+            run_conversion(model, place, **recipe)
+    numbers.write_bytes(right)
+    observer = Remembering()
+    run_conversion(model, output, observer=observer, **recipe)
+    assert [resumed for _, resumed in observer.done].count(True) == 2
+
+
+def test_a_run_is_not_continued_with_other_statistics(model, statistics, tmp_path):
+    recipe = {"method": "loftq", "rank": 4, "iterations": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run_conversion(model, tmp_path / "out", observer=StopAfter(2), calibration=str(statistics), **recipe)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UsageError, match="unfinished run"):
+        run_conversion(model, tmp_path / "out", calibration=str(calibrated(model, other, diagonal=True)), **recipe)
+
+
+def test_statistics_replaced_during_a_run_are_refused_before_the_result_is_published(model, statistics, tmp_path):
+    """The last layer is done and every statistic read: the numbers are under watch until the end."""
+    moved = tmp_path / "moved"
+    shutil.copytree(statistics, moved)
+
+    class Replacing(Remembering):
+        def phase(self, text: str) -> None:
+            if text == "publishing":
+                (moved / "statistics.safetensors").touch()
+
+    with pytest.raises(StorageError, match=r"statistics.safetensors: changed while it was being read"):
+        run_conversion(model, tmp_path / "out", observer=Replacing(), rank=4, iterations=1, calibration=str(moved))
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_are_hashed_once_even_under_a_target(model, statistics, tmp_path, monkeypatch):
+    hashed: list[Path] = []
+    real = SafetensorsFile.file_sha256
+
+    def counted(file: SafetensorsFile) -> str:
+        hashed.append(file.path)
+        return real(file)
+
+    monkeypatch.setattr(SafetensorsFile, "file_sha256", counted)
+    recipe = make_recipe(quant_type="int4", group_size=32, layout="mlx", fit="loftq", calibration=str(statistics))
+    bound = Budget(bits_per_weight=5.0)
+    prepare_within_target(str(model), tmp_path / "out", recipe, bound, observe=lambda name, done, of: None)
+    assert hashed == [statistics / "statistics.safetensors"]
 
 
 def test_a_calibration_that_is_none_is_named(model, tmp_path):

@@ -234,3 +234,20 @@ def test_inputs_of_few_directions_are_no_obstacle(rank, group_size):
 def test_what_no_inputs_have_is_refused(wrong):
     with pytest.raises(NumericError, match="statistics of its inputs are not"):
         make_weighting(wrong, 1)
+
+
+def test_statistics_are_symmetric_up_to_the_rounding_of_float32_sums():
+    """2·4096·2⁻²⁴ of √(H_ii·H_jj): twice the bound of a float32 sum over 4096 rows. A product that nobody symmetrized
+    passes."""
+    x = torch.randn(4096, 128, generator=generator()) * torch.logspace(-2, 2, 128)
+    make_weighting(x.T @ x / len(x), 1)
+    hessian = second_moment(128)
+    scale = float((hessian[3, 3] * hessian[70, 70]).sqrt())
+    for share, is_refused in ((0.9, False), (1.1, True)):
+        wrong = hessian.clone()
+        wrong[3, 70] += share * 2 * 4096 * 2.0**-24 * scale
+        if is_refused:
+            with pytest.raises(NumericError, match="the statistics of its inputs are not symmetric"):
+                make_weighting(wrong, 1)
+        else:
+            make_weighting(wrong, 1)

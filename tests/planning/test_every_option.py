@@ -4,6 +4,7 @@ the remedy. The options are those that the command line has, so that an option w
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable
@@ -109,7 +110,8 @@ def source(tmp_path: Path) -> Path:
     statistics.mkdir()
     save_file({"q": torch.linspace(0.1, 5.0, SHAPE[1])}, statistics / "statistics.safetensors")
     record = {"tool": "loftq-cli", "format": 1, "kind": "diagonal", "tokens": 8, "inputs": dict.fromkeys(NAMES, "q")}
-    (statistics / "calibration.json").write_text(json.dumps({**record, "statistics_sha256": "0" * 64}))
+    sha256 = hashlib.sha256((statistics / "statistics.safetensors").read_bytes()).hexdigest()
+    (statistics / "calibration.json").write_text(json.dumps({**record, "statistics_sha256": sha256}))
     return tmp_path / "source.safetensors"
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 
-from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.checkpoint.patterns import finds
+from loftq_cli.conversion.prepare import prepare_conversion
+from loftq_cli.errors import InputError, UsageError
 from loftq_cli.methods.method import METHODS, Fitting
 from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, Override
-from loftq_cli.planning.recipe_files import presets, recipe_toml, resolve_recipe
+from loftq_cli.planning.recipe_files import MAX_RECIPE_NBYTES, presets, recipe_toml, resolve_recipe
 from loftq_cli.planning.settle import make_recipe
 from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import FORMATS
@@ -101,7 +107,7 @@ def test_a_whole_number_is_a_number(tmp_path):
         ("svd = 'quick'", "svd 'quick' does not exist"),
         ("block_size = 48", r"block_size 48 does not exist for nf4 \(one of 32, 64,"),
         ("include = 'mlp'", "include must be a list of strings"),
-        ("include = ['(']", "is not a regular expression"),
+        ("include = ['(']", "is not a regular expression that is read here: "),
         ("max_shard_size = '5 parsecs'", "is not a size"),
         ("max_shard_size = '10KB'", "less than 1 MB"),
         ("override = 3", "override must be a list of tables"),
@@ -118,7 +124,7 @@ def test_a_whole_number_is_a_number(tmp_path):
         (f"method = 0x{'F' * 5000}", "method is a number of more than 64 bits"),
         (f"rank = {'[' * 200}{']' * 200}", "rank must be a whole number, not \\[\\[\\["),
         (f"max_shard_size = '{'9' * 400}GB'", "is larger than any disk"),
-        ("include = ['a{99999999999}']", "is not a regular expression"),
+        ("include = ['a{99999999999}']", "is not a regular expression that is read here: "),
     ],
 )
 def test_every_mistake_is_named(tmp_path, text, message):
@@ -154,7 +160,7 @@ def test_an_unknown_recipe_lists_the_presets():
 
 
 def test_a_folder_is_no_recipe(tmp_path):
-    with pytest.raises(StorageError, match="directory"):
+    with pytest.raises(InputError, match="is not a regular file"):
         resolve_recipe(str(tmp_path), {})
 
 
@@ -164,3 +170,65 @@ def test_a_folder_is_no_recipe(tmp_path):
 )
 def test_sizes_are_read_as_people_write_them(text, nbytes):
     assert parse_size(text) == nbytes
+
+
+# What is read whole, and what is searched for, is bounded.
+
+
+def test_a_pipe_is_no_recipe_and_nobody_waits_for_it(tmp_path):
+    os.mkfifo(tmp_path / "recipe.toml")
+    with pytest.raises(InputError, match=r"recipe.toml: is not a regular file \(give a file, not a folder, a pipe or"):
+        resolve_recipe(str(tmp_path / "recipe.toml"), {})
+
+
+@pytest.mark.parametrize("device", ["/dev/zero", "/dev/full", "/dev/stdin"])
+def test_a_device_is_no_recipe(device):
+    if Path(device).is_file():
+        pytest.skip("standard input is a file here")
+    with pytest.raises(InputError, match="is not a regular file"):
+        resolve_recipe(device, {})
+
+
+def test_a_recipe_has_at_most_a_million_bytes(tmp_path):
+    text = "rank = 4\n#".ljust(MAX_RECIPE_NBYTES, "x")
+    assert resolve_recipe(recipe_file(tmp_path, text), {}).rank == 4
+    with pytest.raises(InputError, match="is larger than the 1000000 bytes allowed here"):
+        resolve_recipe(recipe_file(tmp_path, f"{text}x"), {})
+
+
+def test_a_sparse_terabyte_is_no_recipe(tmp_path):
+    with (tmp_path / "recipe.toml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match="is larger than"):
+        resolve_recipe(str(tmp_path / "recipe.toml"), {})
+
+
+EXPLODING = "(.|..)*[XYZ]"  # 2**n ways through n characters without an end
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"include": (EXPLODING,)}, {"exclude": (EXPLODING,)}, {"override": (Override(match=EXPLODING, rank=2),)}],
+    ids=["include", "exclude", "override"],
+)
+def test_an_expression_that_explodes_is_refused_by_its_text(options):
+    with pytest.raises(
+        UsageError, match=r"'\(\.\|\.\.\)\*\[XYZ\]' is a regular expression that takes too long to match"
+    ):
+        prepare_conversion("builtin:tiny-llama", Path("out"), make_recipe(**options))
+
+
+def test_expressions_of_real_recipes_find_what_the_standard_library_finds():
+    expressions = [
+        *(r"q_proj", r"^model\.layers\.0\.", r"\.(?:0|3)\..*(?:up|down)_proj$", r"layers\.[12]\.", r"mlp|attn"),
+        *(r"(?i)SELF_ATTN", r"(?<!k)_proj$", r"layers\.\d+\.mlp", r"(?=.*q)(?=.*0)", "", "$", r"x{0,3}_proj"),
+    ]
+    modules = [f"model.layers.{i}.self_attn.{x}_proj" for i in range(12) for x in "qkvo"]
+    modules += [f"model.layers.{i}.mlp.{x}_proj" for i in range(12) for x in ("up", "down", "gate")]
+    for expression in expressions:
+        assert [finds(expression, m) for m in modules] == [bool(re.search(expression, m)) for m in modules], expression
+
+
+def test_the_time_of_an_expression_grows_with_its_searches():
+    """A hundred thousand searches of a harmless expression are no reason to refuse it."""
+    assert sum(finds(r"layers\.(?:1|2)\..*_proj$", f"layers.{i}.q_proj") for i in range(100_000)) == 2

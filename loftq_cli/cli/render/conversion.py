@@ -115,6 +115,7 @@ def _result_json(outcome: QuantizeResult) -> dict[str, object]:
         "adapter_nbytes": plan.adapter_nbytes,
         "quantization_error": outcome.quantization_error,
         **error_json(outcome.total),
+        "notes": outcome.notes,
     }
     return values if outcome.output_error is None else {**values, "output_error": outcome.output_error}
 

@@ -57,5 +57,7 @@ def print_result(outcome: MergeResult, *, as_json: bool) -> None:
             f"differs  by at most {outcome.max_difference:.1e} from base and adapter "
             f"({outcome.relative_difference:.1e} of the largest weight)"
         )
-        if finite_or_none(outcome.lost) is not None:
-            write_result(f"lost     {outcome.lost:.2%} of the update")
+    if outcome.lost is not None and finite_or_none(outcome.lost) is not None:
+        is_rounded = outcome.max_difference is None and plan.dtype != "float32"
+        remedy = f", to {plan.dtype} (--dtype float32 loses none)" if is_rounded else ""
+        write_result(f"lost     {outcome.lost:.2%} of the update{remedy}")

@@ -27,7 +27,7 @@ class CommandProgress(Observer):
     """Prints the progress of a command on stderr: a live bar for the layers of a conversion on a terminal, plain lines
     otherwise.
 
-    quiet     whether nothing is printed
+    quiet     whether nothing but warnings is printed
     verbose   whether every iteration's error and every copied tensor is printed
     """
 
@@ -68,6 +68,9 @@ class CommandProgress(Observer):
     def note(self, text: str) -> None:
         self.phase(f"note: {text}")
 
+    def warning(self, text: str) -> None:
+        self._line(f"warning: {text}")
+
     def layer_measured(self, name: str, done: int, total: int) -> None:
         self.phase(f"measured [{done}/{total}] {name}")
 
@@ -93,7 +96,7 @@ class CommandProgress(Observer):
         self._done += 1
         share = "" if layer.retention is None else f", {layer.retention:.1%} of it retained"
         if layer.lost is not None:
-            share = f", {layer.lost:.2g} of it lost"
+            share += f", {layer.lost:.2g} of it lost"
         self.phase(f"[{self._done}/{self._total}] {layer.name}: changed by {layer.relative_delta:.2%}{share}")
 
     def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:

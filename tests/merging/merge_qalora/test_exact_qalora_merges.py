@@ -188,7 +188,9 @@ def test_a_dense_merge_is_the_decoded_weight_plus_the_update_in_the_models_dtype
     ran = merge(base, adapter, tmp_path / "out", "--layout", "dense", "--json")
 
     dtype = torch.float32 if container.endswith("float32") else torch.bfloat16
-    assert (ran.status, ran.json["lost"]) == (0, None)
+    assert ran.status == 0
+    assert ran.json["lost"] < (1e-4 if dtype == torch.float32 else 0.1)  # an update of 2 %
+    assert ran.json["retention"] == pytest.approx(1.0, abs=0.01)
     merged, stored = tensors_of(tmp_path / "out"), grids(base)
     assert "quantization_config" not in config_of(tmp_path / "out")
     for module in LINEARS:
