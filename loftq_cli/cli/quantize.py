@@ -6,7 +6,7 @@ from loftq_cli.api.quantize import quantize as quantize_checkpoint
 from loftq_cli.api.results import QuantizePlan
 from loftq_cli.cli import options, options_quantize
 from loftq_cli.cli.render.console import say, say_done
-from loftq_cli.cli.render.conversion import print_plan, print_result
+from loftq_cli.cli.render.conversion import print_plan, print_result, say_notes
 from loftq_cli.cli.render.progress import CommandProgress
 from loftq_cli.errors import UsageError
 
@@ -78,6 +78,8 @@ def quantize(
     elif result.already_done:
         say(f"{output}: already done, with this input and these options")
     else:
+        if not (quiet and as_json):  # the JSON holds the notes
+            say_notes(result)
         if not quiet:
             say_done()
         print_result(result, as_json=as_json)

@@ -5,7 +5,6 @@ Arithmetic is in methods/, containers are in layouts/, the order of changes to t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,10 @@ from typing import Protocol
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.conversion.jobs import JobRunner
-from loftq_cli.conversion.model_card import render_model_card
+from loftq_cli.conversion.model_card import render_adapter_card, render_model_card
 from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.readback import verify_bytes, verify_layers
-from loftq_cli.conversion.report import LayerResult, provenance_json, report_json
+from loftq_cli.conversion.report import LayerResult, provenance_json, report_json, total_plain_error
 from loftq_cli.errors import LoftqError
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.copies import NOT_FINITE, not_finite_note
@@ -40,7 +39,7 @@ from loftq_cli.runtime.gpu import Device, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import Steps, in_order
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.metrics import LayerError, relative, total_error
+from loftq_cli.tensors.metrics import LayerError, total_error
 
 
 class ConversionObserver(Protocol):
@@ -75,10 +74,9 @@ class Outcome:
     verified: bool
 
     @property
-    def quantization_error(self) -> float:
-        """Relative error of all layers together after quantizing W alone, with no adapter."""
-        squared = math.fsum(layer.quantization_error**2 * layer.error.squared_weight for layer in self.layers)
-        return relative(squared, self.total.squared_weight)
+    def plain_error(self) -> float | None:
+        """Relative error of the weights of all layers together after plain rounding; None if a layer has none."""
+        return total_plain_error((layer.plain_error, layer.error) for layer in self.layers)
 
 
 def convert_checkpoint(
@@ -171,8 +169,8 @@ class ConversionWork:
                 verify_bytes(files, entries, directory, workers)
 
     def write_side_files(self, directory: Path, entries: Entries) -> None:
-        """Write config, index, report, recipe, model card, and the adapter's config and provenance; copy the original's
-        side files.
+        """Write config, index, report, recipe, model card, and the adapter's config, provenance and card; copy the
+        original's side files.
         """
         self._observer.phase("publishing")
         copy_side_files(self._conversion.side_files, directory)
@@ -214,6 +212,7 @@ def _make_texts(conversion: Conversion, layers: Sequence[LayerResult], entries: 
     texts = {
         f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(provenance),
+        f"{plan.adapter_dir}/README.md": render_adapter_card(plan, layers, base_model=base_model),
         "README.md": render_model_card(plan, layers, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(report),

@@ -19,7 +19,7 @@ from loftq_cli.errors import NumericError
 from loftq_cli.quant.formats import Cost
 from loftq_cli.runtime.workers import SERIAL, Workers
 from loftq_cli.tensors.matrices import LoraPair
-from loftq_cli.tensors.metrics import delta_rows, relative
+from loftq_cli.tensors.metrics import relative
 from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 
 # Added to diag(H), whose mean is 1, for directions that the calibration text does not show. A full H without a Cholesky
@@ -243,28 +243,64 @@ def cost_of(weighting: Weighting, error: torch.Tensor, workers: Workers = SERIAL
 
     def total(part: slice) -> float:
         rows = error[part] if rounds else error[part].float()
-        return float(weighting.rooted(rows).float().square().sum(dim=1).double().sum())
+        return _squares(weighting.rooted(rows).float())
 
     return math.fsum(workers.map(total, slabs_of(TensorRows(error))))
 
 
-def output_error(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
-    """√(cost of W − dequant(Q) − s·B·A / cost of W); 0 for an exact copy of a zero matrix, infinite for a wrong copy.
+@dataclass(frozen=True, slots=True)
+class OutputErrors:
+    """Relative errors of a layer's outputs, √(cost of the error / cost of W).
+
+    plain_output_error   of plain rounding in the format of the base; None where plain rounding is impossible
+    base_output_error    of the base alone
+    output_error         of base and adapter together
+    """
+
+    plain_output_error: float | None
+    base_output_error: float
+    output_error: float
+
+
+def output_errors(
+    weighting: Weighting,
+    weight: Rows,
+    plain: Rows | None,
+    decoded: Rows,
+    lora: LoraPair,
+    workers: Workers = SERIAL,
+) -> OutputErrors:
+    """The errors of the outputs; an error is 0 for an exact copy of a zero matrix, infinite for a wrong copy.
 
     weight    W [out, in]
+    plain     W after plain rounding [out, in]; None where plain rounding is impossible
     decoded   dequant(Q) [out, in], the values of a loader
     lora      the adapter
+    With C·Cᵀ = H, (W − dequant(Q) − s·B·A)·C is (W − dequant(Q))·C − s·B·(A·C): a single product with C gives the
+    costs of base and of base plus adapter.
 
     >>> weight, decoded = TensorRows(torch.full((1, 2), 2.0)), TensorRows(torch.ones(1, 2))
-    >>> lora = LoraPair(torch.ones(1, 2), torch.zeros(1, 1), scaling=1.0)
-    >>> output_error(make_weighting(None, 1), weight, decoded, lora)
-    0.5
+    >>> lora = LoraPair(torch.ones(1, 2), torch.full((1, 1), 0.5), scaling=1.0)
+    >>> output_errors(make_weighting(None, 1), weight, decoded, decoded, lora)
+    OutputErrors(plain_output_error=0.5, base_output_error=0.5, output_error=0.25)
     """
-    delta = delta_rows(lora)
+    rooted_A = weighting.rooted(lora.lora_A.float().repeat_interleave(lora.group_size, dim=1))
+    lora_B = lora.lora_B.float() * lora.scaling
+    others = () if plain is None else (plain,)
 
-    def costs(part: slice) -> tuple[float, float]:
+    def costs(part: slice) -> tuple[float, ...]:
         rows = weight.rows(part).float()
-        return cost_of(weighting, rows - decoded.rows(part) - delta(part)), cost_of(weighting, rows)
+        base = weighting.rooted(rows - decoded.rows(part))
+        others_of_part = [cost_of(weighting, rows - other.rows(part)) for other in others]
+        return cost_of(weighting, rows), _squares(base), _squares(base - lora_B[part] @ rooted_A), *others_of_part
 
-    pairs = list(workers.map(costs, slabs_of(weight, decoded.multiple)))
-    return relative(math.fsum(error for error, _ in pairs), math.fsum(total for _, total in pairs))
+    multiple = math.lcm(decoded.multiple, *(other.multiple for other in others))
+    columns = zip(*workers.map(costs, slabs_of(weight, multiple)), strict=True)
+    total, *errors = (math.fsum(column) for column in columns)
+    base, both, *rounded = (relative(error, total) for error in errors)
+    return OutputErrors(rounded[0] if rounded else None, base, both)
+
+
+def _squares(rows: torch.Tensor) -> float:
+    """The sum of squares of float32 rows, in float64 over the rows."""
+    return float(rows.square().sum(dim=1).double().sum())
