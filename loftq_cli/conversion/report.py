@@ -27,6 +27,9 @@ from loftq_cli.tensors.metrics import LayerError, relative, total_error
 # A base alone with an error above so many errors of plain rounding needs the adapter.
 WORST_BASE = 1.5
 
+# The share of the cost that a base needs to be a model by itself, measured: see configs/README.md.
+_GOOD_SHARE = 0.25
+
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
@@ -276,12 +279,17 @@ def base_note(recipe: Recipe, layers: Sequence[LayerResult]) -> str | None:
 
 
 def _base_remedy(recipe: Recipe) -> str:
-    """The options that make the base of `recipe` count."""
+    """The options, beside the options of the conversion, that make the base of `recipe` count. A principal start is
+    replaced: the base of a principal start lacks the principal part of the weights with any share.
+    """
+    fitting = recipe.fitting
     if "keep_base" not in METHODS[recipe.method].inits[recipe.init].takes:
-        return f"--method {DEFAULT_METHOD} --keep-base 0.25"
-    start = " --start zero" if recipe.fitting.start != STARTS[0] and recipe.fitting.keep_base else ""
-    share = 0.25 if recipe.fitting.keep_base < 0.25 else min(1.0, 2 * recipe.fitting.keep_base)
-    return f"--keep-base {share:g}{start}"
+        return f"--method {DEFAULT_METHOD} --keep-base {_GOOD_SHARE}"
+    is_zero = fitting.start == STARTS[0]
+    shares = [] if fitting.keep_base >= _GOOD_SHARE else [f"--keep-base {_GOOD_SHARE}"]
+    if is_zero and not shares:
+        return f"--keep-base {(1.0 + fitting.keep_base) / 2:g}"
+    return " ".join([*shares, *([] if is_zero else ["--start zero"])])
 
 
 def bits_per_weight(plan: Plan) -> float:
