@@ -96,29 +96,28 @@ def _training_facts(plan: Plan, layers: Sequence[LayerResult]) -> list[str]:
     recipe = plan.recipe
     scalings = _join_names(f"{layer.scaling:g}" for layer in layers)
     alphas = _join_names(f"{layer.alpha:g}" for layer in layers)
-    is_fitted = METHODS[recipe.method].is_fitted(recipe.init)
     facts = [
         f"**Scaling.** Rank {_join_ranks(layers)}, alpha {alphas}: loaders multiply B·A by {scalings}. "
         "The config has the numbers; other numbers change the model before the first step."
     ]
-    if is_fitted:
+    if METHODS[recipe.method].is_fitted(recipe.init):
         facts.append(
             "**No new start.** The adapter holds a part of the weights that the base lacks. A fresh `LoraConfig`, "
             "`get_peft_model` and `init_lora_weights` throw the part away."
         )
     else:
         facts.append("**Start.** The adapter adds nothing before the first step: B is zero, A is random.")
-    return [*facts, _dropout_fact(layers, is_fitted=is_fitted), _precision_fact(plan), *_pooling_facts(plan)]
+    return [*facts, _dropout_fact(plan, layers), _precision_fact(plan), *_pooling_facts(plan)]
 
 
-def _dropout_fact(layers: Sequence[LayerResult], *, is_fitted: bool) -> str:
-    if ModelErrors.of(layers).base_needs_adapter:
+def _dropout_fact(plan: Plan, layers: Sequence[LayerResult]) -> str:
+    if base_note(plan.recipe, layers) is not None:
         return (
             "**`lora_dropout` 0.** Dropout takes parts of the adapter away, and this base is no model without the "
             "adapter. A reference model made by `disable_adapter()` (DPO and GRPO without `ref_model`) is no model "
             "either: pass a reference."
         )
-    if is_fitted:
+    if METHODS[plan.recipe.method].is_fitted(plan.recipe.init):
         return (
             "**`lora_dropout`.** 0 is written. Dropout takes parts of the adapter away in training, and the base alone "
             "is what remains: small values cost little. A reference model made by `disable_adapter()` (DPO and GRPO "

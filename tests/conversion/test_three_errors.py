@@ -18,7 +18,14 @@ from support.conversions import run_conversion
 import loftq_cli as loftq
 from loftq_cli.checkpoint.statistics import open_statistics
 from loftq_cli.conversion.jobs import WHOLE_NUMEL
-from loftq_cli.conversion.report import WORST_BASE, LayerResult, ModelErrors, base_note, read_report
+from loftq_cli.conversion.report import (
+    WORST_BASE,
+    WORST_PRINCIPAL_BASE,
+    LayerResult,
+    ModelErrors,
+    base_note,
+    read_report,
+)
 from loftq_cli.errors import NumericError
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.stored import BaseModel
@@ -196,20 +203,28 @@ def layer_with(plain: float | None, base: float, outputs: tuple[float, float] | 
     )
 
 
+ZERO, FIRST = make_recipe(start="zero"), make_recipe(start="principal")
+
+
 @pytest.mark.parametrize(
-    ("layer", "needs"),
+    ("recipe", "layer", "needs"),
     [
-        (layer_with(0.08, 0.08 * WORST_BASE * 0.999), False),
-        (layer_with(0.08, 0.08 * WORST_BASE * 1.001), True),
+        (ZERO, layer_with(0.08, 0.08 * WORST_BASE * 0.999), False),
+        (ZERO, layer_with(0.08, 0.08 * WORST_BASE * 1.001), True),
+        (make_recipe(method="pissa"), layer_with(0.5, 0.5 * WORST_PRINCIPAL_BASE * 1.001), True),
+        (FIRST, layer_with(0.5, 0.5 * WORST_PRINCIPAL_BASE * 1.001), True),
+        (FIRST, layer_with(0.5, 0.5 * WORST_PRINCIPAL_BASE * 0.999), False),
         # Outputs decide where they are known: a calibrated base is farther from the weights on purpose.
-        (layer_with(0.08, 0.3, (0.05, 0.05 * WORST_BASE * 0.999)), False),
-        (layer_with(0.08, 0.08, (0.05, 0.05 * WORST_BASE * 1.001)), True),
-        (layer_with(None, 0.9), False),
+        (ZERO, layer_with(0.08, 0.3, (0.05, 0.05 * WORST_BASE * 0.999)), False),
+        (ZERO, layer_with(0.08, 0.08, (0.05, 0.05 * WORST_BASE * 1.001)), True),
+        (FIRST, layer_with(0.08, 0.3, (0.05, 0.05 * WORST_BASE * 0.999)), False),
+        (FIRST, layer_with(0.08, 0.3, (0.05, 0.05 * WORST_BASE * 1.001)), True),
+        (FIRST, layer_with(None, 0.9), False),
     ],
 )
-def test_a_base_far_worse_than_plain_rounding_needs_its_adapter(layer, needs):
-    assert ModelErrors.of([layer]).base_needs_adapter is needs
-    assert (base_note(make_recipe(), [layer]) is None) is not needs
+def test_a_base_far_worse_than_plain_rounding_needs_its_adapter(recipe, layer, needs):
+    assert ModelErrors.of([layer]).base_needs_adapter(is_principal=recipe.is_principal) is needs
+    assert (base_note(recipe, [layer]) is None) is not needs
 
 
 def test_the_errors_of_a_model_are_those_of_one_long_vector_or_unknown():
@@ -230,7 +245,7 @@ def test_the_errors_of_a_model_are_those_of_one_long_vector_or_unknown():
 def test_the_note_names_a_remedy_that_works(options, run, tmp_path):
     typed = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     command = ["quantize", "builtin:tiny-llama", "out", "--iterations", 2, "--include", "layers.0.self_attn"]
-    status, out, err = run(*command, *typed, "--quiet")
+    status, _, err = run(*command, *typed, "--quiet")
     assert status == 0
     note = err.strip()
     assert note.startswith("note: this base is no model without its adapter: ")
