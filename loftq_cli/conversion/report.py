@@ -26,11 +26,11 @@ from loftq_cli.tensors.metrics import LayerError, relative, total_error
 
 # A base alone with an error above so many errors of plain rounding needs the adapter. At 3 and 4 bits, the KL of
 # tiny-llama from the original grows with the square of the error, so at 1.5 a base loses 2.25 times as much as plain
-# rounding. Measured, base · KL, both in those of plain rounding: the paper's fit 1.19 · 1.5 (NF4) and 1.17 · 1.4 (INT2),
-# the joint fit from zero 1.35 · 1.8 (NF4), 1.21 · 2.2 (INT3) and 1.09 · 3.0 (INT2), with statistics 1.22 · 1.5 (outputs,
-# NF4); the principal start 6.5 · 370 (NF4), 3.2 · 55 (INT3) and 1.53 · 11 (INT2). The error of a principal start lies in
-# the largest directions of the weights and costs more than errors of a rounding: without errors of outputs, the base of
-# a principal start may not be worse than plain rounding at all.
+# rounding. Measured, error · KL, both in multiples of plain rounding: the paper's fit 1.19 · 1.5 (NF4) and 1.17 · 1.4
+# (INT2); the joint fit from zero 1.35 · 1.8 (NF4), 1.21 · 2.2 (INT3) and 1.09 · 3.0 (INT2); with statistics 1.22 · 1.5
+# (outputs, NF4); the principal start 6.5 · 370 (NF4), 3.2 · 55 (INT3) and 1.53 · 11 (INT2). The error of a principal
+# start lies in the largest directions of the weights and costs more than errors of a rounding: without errors of
+# outputs, the base of a principal start may not be worse than plain rounding at all.
 WORST_BASE, WORST_PRINCIPAL_BASE = 1.5, 1.0
 
 # The share of the cost that a base needs to be a model by itself, measured: see configs/README.md.
