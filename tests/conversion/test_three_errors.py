@@ -349,3 +349,32 @@ def test_a_report_without_the_new_numbers_is_read_and_shown(run, model, tmp_path
     shown = json.loads(out)
     assert "plain_error" not in shown["totals"]
     assert {row["plain_error"] for row in shown["layers"]} == {None}
+
+
+# inspect
+
+
+def test_inspect_shows_the_three_errors_of_weights_and_outputs(run, model, statistics, tmp_path):
+    outcome = converted(model, statistics, tmp_path / "out", {"fit": "joint", "calibrated": True})
+    errors = ModelErrors.of(outcome.layers)
+    shown = json.loads(run("inspect", outcome.output, "--json", "--top", 3)[1])
+    names = ("plain_error", "plain_output_error", "base_output_error", "output_error")
+    assert {name: shown["totals"][name] for name in names} == {name: getattr(errors, name) for name in names}
+    layers = {layer.name: layer for layer in outcome.layers}
+    for row in shown["layers"]:
+        assert [row[name] for name in names] == [getattr(layers[row["name"]], name) for name in names]
+    _, out, _ = run("inspect", outcome.output, "--top", 3)
+    heading = " ".join(out.splitlines()[0].split())
+    assert " plain error base error error " in heading
+    assert heading.endswith(" plain output base output output")
+    assert f"plain error {errors.plain_error:.4f}, base error {errors.error.base_error:.4f}, " in out
+    assert f"inputs: {errors.plain_output_error:.4f} plain, {errors.base_output_error:.4f} this base alone, " in out
+
+
+@pytest.mark.parametrize("layout", ["bitsandbytes", "dense"])
+def test_inspect_computes_the_error_of_plain_rounding_again(layout, run, model, tmp_path):
+    outcome = run_conversion(model, tmp_path / "out", rank=4, iterations=1, layout=layout, **PRINCIPAL)
+    shown = json.loads(run("inspect", outcome.output, "--against", model, "--json")[1])
+    reported = {layer.name: layer.plain_error for layer in outcome.layers}
+    assert {row["name"]: row["plain_error"] for row in shown["layers"]} == pytest.approx(reported, rel=1e-6)
+    assert shown["totals"]["plain_error"] == pytest.approx(outcome.plain_error, rel=1e-6)
