@@ -208,6 +208,8 @@ def _converted(base: BaseModel, request: _Request, observer: Observer) -> Conver
         layers=tuple(_sort_layers(inspection.rows, outputs, request.sort)[: request.top]),
         layer_count=len(inspection.rows),
         total=inspection.total,
+        plain_error=inspection.plain_error,
+        reported=inspection.reported,
         bits_per_weight=inspection.bits_per_weight,
         recomputed=inspection.recomputed,
         worst=max(errors, key=lambda worst: worst.error, default=None),

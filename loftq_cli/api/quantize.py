@@ -23,7 +23,7 @@ from loftq_cli.api.arguments import (
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import PlannedFile, QuantizePlan, QuantizeResult
 from loftq_cli.conversion.prepare import Conversion, is_conversion_done, prepare_conversion, prepare_within_target
-from loftq_cli.conversion.report import bits_per_weight, mean_output_error, read_report
+from loftq_cli.conversion.report import ModelErrors, bits_per_weight, read_report
 from loftq_cli.conversion.run import Outcome, convert_checkpoint
 from loftq_cli.planning.recipe_files import resolve_recipe
 from loftq_cli.tensors.metrics import total_error
@@ -136,7 +136,7 @@ def quantize(
     >>> [(layer.name, layer.matrix.shape) for layer in plan.layers]
     [('model.layers.0.self_attn.q_proj.weight', (192, 192))]
     >>> result = loftq.quantize("builtin:tiny-llama", "base", rank=4, include=r"layers\\.0\\.self_attn\\.q")
-    >>> result.adapter.name, result.total.error < result.quantization_error
+    >>> result.adapter.name, result.total.error < result.plain_error
     ('loftq_init', True)
     """
     settings: dict[str, Any] = {
@@ -226,14 +226,17 @@ def _earlier_outcome(plan: QuantizePlan) -> Outcome:
 
 
 def _result(plan: QuantizePlan, outcome: Outcome) -> QuantizeResult:
+    errors = ModelErrors.of(outcome.layers)
     return QuantizeResult(
         output=outcome.output,
         adapter=outcome.adapter,
         plan=plan,
         layers=outcome.layers,
         total=outcome.total,
-        quantization_error=outcome.quantization_error,
-        output_error=mean_output_error(outcome.layers),
+        plain_error=errors.plain_error,
+        plain_output_error=errors.plain_output_error,
+        base_output_error=errors.base_output_error,
+        output_error=errors.output_error,
         resumed_layers=outcome.resumed_layers,
         verified=outcome.verified,
         notes=outcome.notes,

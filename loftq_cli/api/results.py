@@ -8,7 +8,7 @@ from pathlib import Path
 
 from loftq_cli.activations.comparison import Comparison
 from loftq_cli.allocation.allocation import Allocation
-from loftq_cli.conversion.report import LayerResult
+from loftq_cli.conversion.report import LayerResult, ModelErrors
 from loftq_cli.errors import QualityError, UsageError
 from loftq_cli.inspecting.converted import LayerRow
 from loftq_cli.inspecting.dense import TensorRow
@@ -85,12 +85,17 @@ class QuantizeResult:
     adapter             the directory of the adapter inside `output`, for PEFT
     plan                sizes, recipe, jobs
     layers              every quantized layer with its errors
-    total               the error of all layers together
-    quantization_error  relative error of quantizing every layer once, with no adapter
-    output_error        relative error of the layers' outputs on the text of a calibration; None without a calibration
+    total               the error of all layers together: `total.base_error` of the base alone, `total.error` of base
+                        and adapter
+    plain_error         relative error of plain rounding in the formats of the base, with no adapter; None if unknown
+    plain_output_error  relative error of the layers' outputs on the text of a calibration after plain rounding; None
+                        without a calibration, and if unknown
+    base_output_error   of the outputs of the base alone; likewise
+    output_error        of the outputs of base and adapter; likewise
     resumed_layers      number of layers from an interrupted run
     verified            True if the call read the result back and confirmed the reported errors
-    notes               sentences about unexpected facts, NaN and infinite values in copied tensors included
+    notes               sentences about unexpected facts: NaN and infinite values in copied tensors, and a base that is
+                        no model without its adapter
     already_done        True if an earlier call wrote the result; then the figures come from the report in `output`
     """
 
@@ -99,7 +104,9 @@ class QuantizeResult:
     plan: QuantizePlan
     layers: tuple[LayerResult, ...]
     total: LayerError
-    quantization_error: float
+    plain_error: float | None
+    plain_output_error: float | None
+    base_output_error: float | None
     output_error: float | None
     resumed_layers: int
     verified: bool
@@ -180,6 +187,10 @@ class ConvertedInspection:
     layers           the quantized layers, sorted; the first `top` of the layers where `top` is set
     layer_count      number of all quantized layers
     total            the error of all layers together; None where the error of a layer is unknown
+    plain_error      relative error of plain rounding in the formats of the base, of all layers together; None where the
+                     error of a layer is unknown
+    reported         errors of all layers together, with errors of the outputs on the text of a calibration, as in the
+                     report; None without a report
     bits_per_weight  true bits of a quantized weight, constants included
     recomputed       True if the errors come from the files, False if from the report of the conversion
     worst            the largest error of a layer; None where all errors are unknown
@@ -190,6 +201,8 @@ class ConvertedInspection:
     layers: tuple[LayerRow, ...]
     layer_count: int
     total: LayerError | None
+    plain_error: float | None
+    reported: ModelErrors | None
     bits_per_weight: float
     recomputed: bool
     worst: WorstError | None

@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 from loftq_cli.conversion.jobs import Converted, JobRunner, LoadedMatrix
+from loftq_cli.conversion.measuring import Measured, known_plain_error
 from loftq_cli.errors import LoftqError, MemoryShortage
 from loftq_cli.methods.lowrank import is_exact
 from loftq_cli.methods.method import METHODS, STARTS, Initialization, zero_adapter
@@ -285,7 +286,9 @@ class DeviceRunner:
             initial = Initialization(quantized, zero_adapter(rows, job.lora, job.generator()))
         else:
             initial = _make_initialization(quantized, host.alternation, i, job.lora.scaling, error.squared_weight)
-        return self._runner.describe_layer(job, initial, error, weight.sha256)
+        # The matrices of a stack are quantized with plain constants first, so plain rounding costs nothing.
+        measured = Measured(error, known_plain_error(job, initial, error))
+        return self._runner.describe_layer(job, initial, measured, weight.sha256)
 
 
 def _make_initialization(

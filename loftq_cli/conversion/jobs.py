@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import InputStatistics
+from loftq_cli.conversion.measuring import Measured, measure_layer
 from loftq_cli.conversion.report import make_layer_result
 from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts.layout import load_layout
@@ -22,7 +23,7 @@ from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.writer import OutputFiles, tensor_bytes
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.runtime.workers import Workers, beside
-from loftq_cli.tensors.metrics import LayerError, is_finite, layer_error
+from loftq_cli.tensors.metrics import is_finite
 from loftq_cli.tensors.rows import Rows, TensorRows, stored_rows
 
 if TYPE_CHECKING:
@@ -122,26 +123,27 @@ class JobRunner:
 
         Raises InputError when numbers cannot be quantized or stored.
         """
-        from loftq_cli.methods.weighting import make_weighting, output_error
+        from loftq_cli.methods.weighting import make_weighting
 
         weighting = None
         if self._statistics is not None and job.name in self._statistics.names:
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
         initial = _initialize(job, weight, weighting, None, workers)
         decoded = job.quantizer().decoded(initial.quantized)
-        loss = None
-        if weighting is not None and self._statistics is not None and self._statistics.is_measured:
-            loss = output_error(weighting, weight, decoded, initial.lora, workers)
-        return self.describe_layer(job, initial, layer_error(weight, decoded, initial.lora, workers), sha256, loss)
+        measured = measure_layer(job, weight, initial, decoded, self._measured_inputs(job), workers)
+        return self.describe_layer(job, initial, measured, sha256)
 
-    def describe_layer(
-        self, job: LayerJob, initial: Initialization, error: LayerError, sha256: str, output_error: float | None = None
-    ) -> Converted:
-        """Pack base and adapter of a layer, and describe the errors; `output_error` is None without statistics.
+    def _measured_inputs(self, job: LayerJob) -> torch.Tensor | None:
+        """The statistic of a layer's inputs, for errors of the outputs; None for inputs of no text."""
+        statistics = self._statistics
+        is_known = statistics is not None and statistics.is_measured and job.name in statistics.names
+        return statistics.load(job.name) if statistics is not None and is_known else None
 
-        Raises InputError when a tensor or an error is not finite.
+    def describe_layer(self, job: LayerJob, initial: Initialization, measured: Measured, sha256: str) -> Converted:
+        """Pack base and adapter of a layer, and describe the errors. Raises InputError when a tensor or an error is not
+        finite.
         """
-        return Converted(_pack(job, initial), sha256, _make_result(job, initial, error, output_error))
+        return Converted(_pack(job, initial), sha256, make_layer_result(job, initial, measured).to_json())
 
     def write(self, job: LayerJob | CopyJob, converted: Converted) -> tuple[JournalEntry, bool]:
         """Write the output tensors of a job. Returns the journal entry, and whether the entry was in the journal."""
@@ -191,11 +193,9 @@ class JobRunner:
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
             initial = _initialize(job, weight, None, put, workers)
             decoded = job.quantizer().decoded(initial.quantized, code_rows.reader(file.load_rows))
-            error = layer_error(weight, decoded, initial.lora, workers)
-            tensors = _pack(job, initial)
-            return Converted(
-                tensors, input_sha256(), _make_result(job, initial, error), written={code_rows.name: place.close()}
-            )
+            measured = measure_layer(job, weight, initial, decoded, None, workers, holds_codes=False)
+            tensors, result = _pack(job, initial), make_layer_result(job, initial, measured).to_json()
+            return Converted(tensors, input_sha256(), result, written={code_rows.name: place.close()})
 
 
 def is_streamed(job: LayerJob) -> bool:
@@ -242,12 +242,3 @@ def _pack(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
                 hint="--adapter-dtype float32 holds more" if "lora_" in name else "--exclude it",
             )
     return tensors
-
-
-def _make_result(
-    job: LayerJob, initial: Initialization, error: LayerError, output_error: float | None = None
-) -> dict[str, Any]:
-    alone = error.base_error if initial.quantization_error is None else initial.quantization_error
-    return make_layer_result(
-        job, error, alone, initial.iteration_errors, initial.best_iteration, output_error
-    ).to_json()

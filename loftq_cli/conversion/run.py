@@ -5,7 +5,6 @@ Arithmetic is in methods/, containers are in layouts/, the order of changes to t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,18 @@ from typing import TYPE_CHECKING, Protocol
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.conversion.jobs import JobRunner
-from loftq_cli.conversion.model_card import render_model_card
+from loftq_cli.conversion.model_card import render_adapter_card, render_model_card
 from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.readback import verify_bytes, verify_layers
-from loftq_cli.conversion.report import LayerResult, provenance_json, report_json, text_json, unread_notes
+from loftq_cli.conversion.report import (
+    LayerResult,
+    base_note,
+    provenance_json,
+    report_json,
+    text_json,
+    total_plain_error,
+    unread_notes,
+)
 from loftq_cli.errors import LoftqError
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.copies import NOT_FINITE, is_intact, not_finite_note
@@ -42,7 +49,7 @@ from loftq_cli.runtime.gpu import Device, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import Steps, in_order
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.metrics import LayerError, relative, total_error
+from loftq_cli.tensors.metrics import LayerError, total_error
 
 if TYPE_CHECKING:
     from loftq_cli.activations.text_pass import TextPass
@@ -85,10 +92,9 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
     @property
-    def quantization_error(self) -> float:
-        """Relative error of all layers together after quantizing W alone, with no adapter."""
-        squared = math.fsum(layer.quantization_error**2 * layer.error.squared_weight for layer in self.layers)
-        return relative(squared, self.total.squared_weight)
+    def plain_error(self) -> float | None:
+        """Relative error of the weights of all layers together after plain rounding; None if a layer has none."""
+        return total_plain_error((layer.plain_error, layer.error) for layer in self.layers)
 
 
 def convert_checkpoint(
@@ -134,7 +140,8 @@ class ConversionWork:
 
     layers           results of the layers so far
     resumed_layers   number of layers taken over from an interrupted run
-    warnings         sentences about numbers that are not finite in copied tensors
+    warnings         sentences about the result: numbers that are not finite in copied tensors, layers that read no
+                     text, and a base that needs the adapter
     """
 
     def __init__(
@@ -221,8 +228,11 @@ class ConversionWork:
             self.resumed_layers += is_resumed
             self._observer.layer_converted(self.layers[-1], resumed=is_resumed)
         elif NOT_FINITE in entry.result:
-            self.warnings.append(not_finite_note(entry.unit))
-            self._observer.warning(self.warnings[-1])
+            self._warn(not_finite_note(entry.unit))
+
+    def _warn(self, warning: str) -> None:
+        self.warnings.append(warning)
+        self._observer.warning(warning)
 
     def check_result(self, files: OutputFiles, entries: Entries, directory: Path, workers: Workers) -> None:
         """Read the result back, unless the user wants no proof. Raises StorageError naming a tensor."""
@@ -236,11 +246,12 @@ class ConversionWork:
                 verify_bytes(files, entries, directory, workers)
 
     def write_side_files(self, directory: Path, entries: Entries) -> None:
-        """Write config, index, report, recipe, model card, and the adapter's config and provenance; copy the original's
-        side files.
+        """Write config, index, report, recipe, model card, and the adapter's config, provenance and card; copy the
+        original's side files.
         """
-        for note in [] if self._text is None else unread_notes(self.layers):
-            self._observer.note(note)
+        note = base_note(self._conversion.plan.recipe, self.layers)
+        for warning in [*([] if self._text is None else unread_notes(self.layers)), *([] if note is None else [note])]:
+            self._warn(warning)
         self._observer.phase("publishing")
         copy_side_files(self._conversion.side_files, directory)
         write_texts(directory, _make_texts(self._conversion, self.layers, entries, self._text))
@@ -289,6 +300,7 @@ def _make_texts(
     texts = {
         f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(provenance),
+        f"{plan.adapter_dir}/README.md": render_adapter_card(plan, layers, base_model=base_model),
         "README.md": render_model_card(plan, layers, source=source, base_model=base_model),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(report),

@@ -13,15 +13,15 @@ from pathlib import Path
 from loftq_cli.adapter.beside import matrix_shape_of, open_adapter_beside
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
-from loftq_cli.conversion.report import LayerResult, read_report
+from loftq_cli.conversion.report import LayerResult, ModelErrors, read_report, total_plain_error
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
 from loftq_cli.inspecting.devices import load_weight, open_inspection_device, small_numel
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
-from loftq_cli.quant.formats import QuantSpec
-from loftq_cli.quant.gpu_matrix import errors_on
+from loftq_cli.quant.formats import QuantSpec, make_quantizer
+from loftq_cli.quant.gpu_matrix import errors_on, tries_on
 from loftq_cli.runtime.gpu import SharedDevice
-from loftq_cli.runtime.schedule import in_turn
+from loftq_cli.runtime.schedule import SMALL_NUMEL, in_turn
 from loftq_cli.runtime.workers import Workers, started
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
 from loftq_cli.tensors.matrices import LoraPair
@@ -34,13 +34,18 @@ SORT_KEYS = ("name", "error", "base_error", "numel")
 class LayerRow:
     """A quantized layer of a converted directory.
 
-    name              tensor name of the weight
-    shape             [out, in]
-    spec              number format
-    bits_per_weight   stored bits of codes and constants, divided by the number of weights
-    rank, scaling     rank and scaling of the adapter; None without an adapter
-    error             reported or recomputed error; None without a report and without an original
-    groups            errors by group, for a recomputed layer in a number format with groups; otherwise None
+    name                 tensor name of the weight
+    shape                [out, in]
+    spec                 number format
+    bits_per_weight      stored bits of codes and constants, divided by the number of weights
+    rank, scaling        rank and scaling of the adapter; None without an adapter
+    error                reported or recomputed error; None without a report and without an original
+    groups               errors by group, for a recomputed layer in a number format with groups; otherwise None
+    plain_error          relative error of plain rounding in the format of the layer, reported or recomputed like
+                         `error`; None where unknown
+    plain_output_error   reported relative error of the layer's outputs after plain rounding; None where unknown
+    base_output_error    of the outputs of the base alone; likewise
+    output_error         of the outputs of base and adapter; likewise
     """
 
     name: str
@@ -51,6 +56,10 @@ class LayerRow:
     scaling: float | None
     error: LayerError | None
     groups: GroupErrors | None = None
+    plain_error: float | None = None
+    plain_output_error: float | None = None
+    base_output_error: float | None = None
+    output_error: float | None = None
 
     @property
     def numel(self) -> int:
@@ -64,12 +73,16 @@ class Inspection:
 
     rows              every quantized layer
     total             error of all layers together; None when the error of a layer is unknown
+    plain_error       relative error of plain rounding of all layers together; None when a layer's is unknown
+    reported          errors of all layers together as in the report; None without a report
     bits_per_weight   mean over all weights of all layers
     recomputed        whether the errors come from the files; otherwise from the report
     """
 
     rows: tuple[LayerRow, ...]
     total: LayerError | None
+    plain_error: float | None
+    reported: ModelErrors | None
     bits_per_weight: float
     recomputed: bool
 
@@ -111,7 +124,9 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     errors = [row.error for row in rows if row.error is not None]
     bits = sum(row.bits_per_weight * row.numel for row in rows) / max(1, sum(row.numel for row in rows))
     total = total_error(errors) if errors and len(errors) == len(rows) else None
-    return Inspection(tuple(rows), total, bits, against is not None)
+    plain = None if total is None else total_plain_error((row.plain_error, row.error) for row in rows if row.error)
+    errors_in_report = ModelErrors.of(report[1]) if report else None
+    return Inspection(tuple(rows), total, plain, errors_in_report, bits, against is not None)
 
 
 def sorted_rows(rows: Sequence[LayerRow], key: str) -> list[LayerRow]:
@@ -155,7 +170,16 @@ def _layer_row(base: BaseModel, name: str, reported: LayerResult | None, lora: L
     else:
         assert reported is not None  # every dense layer comes from the report
         shape, spec = matrix_shape_of(base, name), reported.spec
-    return LayerRow(name, shape, spec, 8 * nbytes / math.prod(shape), rank, scaling, error)
+    row = LayerRow(name, shape, spec, 8 * nbytes / math.prod(shape), rank, scaling, error)
+    if reported is None:
+        return row
+    return replace(
+        row,
+        plain_error=reported.plain_error,
+        plain_output_error=reported.plain_output_error,
+        base_output_error=reported.base_output_error,
+        output_error=reported.output_error,
+    )
 
 
 def _original_names(original: BaseModel, base: BaseModel) -> dict[str, str]:
@@ -209,13 +233,13 @@ class _Original:
         return self.adapter.pair(self.lora[row.name].module, row.shape)
 
     def recompute(self, row: LayerRow, workers: Workers, gpu: SharedDevice | None) -> LayerRow:
-        """`row` with the error of the files, and with errors by group for a number format with groups.
+        """`row` with the errors of the files, and with errors by group for a number format with groups.
 
         Raises InputError or NumericError naming the tensor for NaN and infinite values.
         """
-        base, name = self.base, self.find_weight(row)
-        pair = self.load_pair(row)
-        group_size = row.spec.group_size_or_none
+        name, pair = self.find_weight(row), self.load_pair(row)
+        row = replace(row, plain_error=self._measure_plain(row, name, workers, gpu))
+        base, group_size = self.base, row.spec.group_size_or_none
         if gpu is not None:
             errors = errors_on(
                 gpu, lambda: (load_weight(self.model, name), base.whole(row.name)), row.numel, pair, group_size
@@ -233,3 +257,24 @@ class _Original:
         if group_size is None:
             return replace(row, error=error)
         return replace(row, error=error, groups=group_errors(weight, decoded, pair, group_size, workers))
+
+    def _measure_plain(self, row: LayerRow, name: str, workers: Workers, gpu: SharedDevice | None) -> float | None:
+        """The relative error of plain rounding of the original weight `name` in the format of the layer; None for a
+        weight without a form in the format.
+        """
+        stored = self.base.quantized.get(row.name)
+        dtype = self.base.tensors[row.name].dtype if stored is None else stored.dtype
+        if gpu is not None:
+            quantizers = {"plain": make_quantizer(row.spec, dtype)}
+            errors = tries_on(gpu, lambda: load_weight(self.model, name), row.numel, quantizers)
+            if errors is not None:
+                return errors["plain"].base_error
+        from loftq_cli.quant.plain import round_plainly
+
+        weight = self.model.rows(name)
+        try:
+            plain = round_plainly(weight, row.spec, dtype, holds_codes=row.numel <= SMALL_NUMEL, workers=workers)
+            error = layer_error(weight, plain, None, workers).base_error
+        except NumericError:
+            return None
+        return error if math.isfinite(error) else None

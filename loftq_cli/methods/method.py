@@ -119,14 +119,16 @@ class Method(Protocol):
 class InitEntry:
     """A way in which the adapter of a method starts.
 
-    is_fitted   whether the adapter holds a part of the weights that the base lacks, so the adapter is wrong beside any
-                different base; if false, the adapter adds nothing before training
-    takes       the options with a meaning, out of "fit", "start", "iterations", "svd", "rounds", "keep_base" and
-                "calibration"
+    is_fitted      whether the adapter holds a part of the weights that the base lacks, so the adapter is wrong beside
+                   any different base; if false, the adapter adds nothing before training
+    takes          the options with a meaning, out of "fit", "start", "iterations", "svd", "rounds", "keep_base" and
+                   "calibration"
+    is_principal   whether the adapter starts as the principal part of W, whatever the options
     """
 
     is_fitted: bool
     takes: frozenset[str]
+    is_principal: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,7 +192,7 @@ METHODS: dict[str, MethodEntry] = {
         adapter_dir="pissa_init",
         summary="adapter of the principal part of the weights, over the quantized rest (arXiv 2404.02948)",
         linear_class="LoftQLinear",
-        inits={None: InitEntry(is_fitted=True, takes=frozenset({"iterations", "svd"}))},
+        inits={None: InitEntry(is_fitted=True, takes=frozenset({"iterations", "svd"}), is_principal=True)},
         svd="faithful",
         iterations=1,
         nbytes_per_weight=11,

@@ -19,11 +19,15 @@ from loftq_cli.errors import NumericError
 from loftq_cli.quant.formats import Cost
 from loftq_cli.runtime.workers import SERIAL, Workers
 from loftq_cli.tensors.matrices import LoraPair
-from loftq_cli.tensors.metrics import delta_rows, relative
+from loftq_cli.tensors.metrics import relative
 from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 
-# Added to diag(H), whose mean is 1, for directions that the calibration text does not show. A full H without a Cholesky
-# factor gets ten times more until the factor exists, up to _MOST_DAMPING.
+# A text of thousands of tokens shows products of inputs with an error, and a text is never the text of later use: the
+# products are shrunk by _SHRINKAGE, and _DENSE_DAMPING is added to diag(H), whose mean is 1. Measured on SmolLM2-135M,
+# 8192 tokens: KL of base and adapter in multiples of plain NF4 falls from .25 to .19 on the domain of the text, and
+# from .33 to .27 on another domain. A diagonal gets _DAMPING. A full H without a Cholesky factor gets ten times more
+# until the factor exists, up to _MOST_DAMPING.
+_SHRINKAGE, _DENSE_DAMPING = 0.3, 0.1
 _DAMPING = 1e-3
 _MOST_DAMPING = 1.0
 
@@ -189,14 +193,16 @@ class Dense:
 
     @classmethod
     def of(cls, hessian: torch.Tensor, group_size: int) -> Dense:
-        """The weighting by `hessian`, float32 [in, in] with a diagonal of mean 1, after the least damping that gives a
-        Cholesky factor. Raises NumericError for a matrix that is not symmetric up to rounding, or not positive
-        semidefinite.
+        """The weighting by `hessian`, float32 [in, in] with a diagonal of mean 1, after the shrinking of products and
+        the least damping that gives a Cholesky factor. Raises NumericError for a matrix that is not symmetric up to
+        rounding, or not positive semidefinite.
         """
         if not _is_symmetric(hessian):
             raise NumericError("the statistics of its inputs are not symmetric", hint="loftq calibrate again")
-        hessian = (hessian + hessian.T) / 2
-        damping = _DAMPING
+        diagonal = hessian.diagonal().clone()
+        hessian = (hessian + hessian.T) * ((1.0 - _SHRINKAGE) / 2)
+        hessian.diagonal().copy_(diagonal)
+        damping = _DENSE_DAMPING
         while True:
             damped = hessian.clone()
             damped.diagonal().add_(damping)
@@ -264,28 +270,78 @@ def cost_of(weighting: Weighting, error: torch.Tensor, workers: Workers = SERIAL
 
     def total(part: slice) -> float:
         rows = error[part] if rounds else error[part].float()
-        return float(weighting.rooted(rows).float().square().sum(dim=1).double().sum())
+        return _squares(weighting.rooted(rows).float())
 
     return math.fsum(workers.map(total, slabs_of(TensorRows(error))))
 
 
-def output_error(weighting: Weighting, weight: Rows, decoded: Rows, lora: LoraPair, workers: Workers = SERIAL) -> float:
-    """√(cost of W − dequant(Q) − s·B·A / cost of W); 0 for an exact copy of a zero matrix, infinite for a wrong copy.
+@dataclass(frozen=True, slots=True)
+class OutputErrors:
+    """Relative errors of a layer's outputs, √(cost of the error / cost of W).
 
-    weight    W [out, in]
-    decoded   dequant(Q) [out, in], the values of a loader
-    lora      the adapter
+    plain_output_error   of plain rounding in the format of the base; None where plain rounding is impossible
+    base_output_error    of the base alone
+    output_error         of base and adapter together
+    """
+
+    plain_output_error: float | None
+    base_output_error: float
+    output_error: float
+
+
+def output_errors(
+    statistic: torch.Tensor,
+    weight: Rows,
+    plain: Rows | None,
+    decoded: Rows,
+    lora: LoraPair,
+    workers: Workers = SERIAL,
+) -> OutputErrors:
+    """The errors of the outputs; an error is 0 for an exact copy of a zero matrix, infinite for a wrong copy.
+
+    statistic   H, the mean of x·xᵀ over the inputs [in, in], or the diagonal of H [in]; float32
+    weight      W [out, in]
+    plain       W after plain rounding [out, in]; None where plain rounding is impossible
+    decoded     dequant(Q) [out, in], the values of a loader
+    lora        the adapter
+
+    (W − dequant(Q) − s·B·A)·H is (W − dequant(Q))·H − s·B·(A·H): a single product with H gives the costs of base and of
+    base plus adapter.
 
     >>> weight, decoded = TensorRows(torch.full((1, 2), 2.0)), TensorRows(torch.ones(1, 2))
-    >>> lora = LoraPair(torch.ones(1, 2), torch.zeros(1, 1), scaling=1.0)
-    >>> output_error(make_weighting(None, 1), weight, decoded, lora)
-    0.5
+    >>> lora = LoraPair(torch.ones(1, 2), torch.full((1, 1), 0.5), scaling=1.0)
+    >>> output_errors(torch.ones(2), weight, decoded, decoded, lora)
+    OutputErrors(plain_output_error=0.5, base_output_error=0.5, output_error=0.25)
     """
-    delta = delta_rows(lora)
+    hessian = statistic.to(weight.device)
+    lora_A = lora.lora_A.float().repeat_interleave(lora.group_size, dim=1)
+    lora_B, weighted_A = lora.lora_B.float() * lora.scaling, _weighted(lora_A, hessian)
+    others = () if plain is None else (plain,)
 
-    def costs(part: slice) -> tuple[float, float]:
+    def cost(error: torch.Tensor, product: torch.Tensor) -> float:
+        return max(0.0, float((error * product).sum(dim=1).double().sum()))
+
+    def costs(part: slice) -> tuple[float, ...]:
         rows = weight.rows(part).float()
-        return cost_of(weighting, rows - decoded.rows(part) - delta(part)), cost_of(weighting, rows)
+        base, factors = rows - decoded.rows(part), lora_B[part]
+        product = _weighted(base, hessian)
+        both = cost(base - factors @ lora_A, product - factors @ weighted_A)
+        roundings = [rows - other.rows(part) for other in others]
+        total = cost(rows, _weighted(rows, hessian))
+        return total, cost(base, product), both, *(cost(error, _weighted(error, hessian)) for error in roundings)
 
-    pairs = list(workers.map(costs, slabs_of(weight, decoded.multiple)))
-    return relative(math.fsum(error for error, _ in pairs), math.fsum(total for _, total in pairs))
+    multiple = math.lcm(decoded.multiple, *(other.multiple for other in others))
+    columns = zip(*workers.map(costs, slabs_of(weight, multiple)), strict=True)
+    total, *errors = (math.fsum(column) for column in columns)
+    base, both, *rounded = (relative(error, total) for error in errors)
+    return OutputErrors(rounded[0] if rounded else None, base, both)
+
+
+def _weighted(rows: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """rows · H [n, in], for a full or a diagonal H."""
+    return rows * hessian if hessian.dim() == 1 else rows @ hessian
+
+
+def _squares(rows: torch.Tensor) -> float:
+    """The sum of squares of float32 rows, in float64 over the rows."""
+    return float(rows.square().sum(dim=1).double().sum())

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from loftq_cli.methods.method import Fitting
+from loftq_cli.methods.method import METHODS, Fitting
 from loftq_cli.planning.sizes import parse_size
 from loftq_cli.tensors.specs import Pooling
 
@@ -187,6 +187,11 @@ class Recipe:
     def init(self) -> str | None:
         """The way of starting the adapter; None for a method with a single way."""
         return self.fitting.init
+
+    @property
+    def is_principal(self) -> bool:
+        """Whether the adapter starts as the principal part of the weights: the factors are then large."""
+        return METHODS[self.method].inits[self.init].is_principal or self.fitting.start == "principal"
 
     @property
     def quant_type(self) -> str:

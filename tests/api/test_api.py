@@ -128,7 +128,7 @@ def test_quantize_writes_the_bytes_of_the_command_and_gives_its_figures(base, tm
     values = json.loads(done.stdout)
     assert files_of(tmp_path / "command" / "base") == files_of(tmp_path / "base")
     assert values["error"] == base.total.error
-    assert values["quantization_error"] == base.quantization_error
+    assert values["plain_error"] == base.plain_error
     assert values["bits_per_weight"] == round(base.plan.bits_per_weight, 4)
     assert (values["layers"], values["verified"]) == (len(base.layers), base.verified)
 

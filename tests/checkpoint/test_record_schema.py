@@ -118,9 +118,11 @@ LAYER: dict[str, Any] = {
     "rank": 4,
     "alpha": 16,
     "scaling": 4.0,
-    "quantization_error": 0.1,
     "iteration_errors": [0.2, 0.1],
     "best_iteration": 2,
+    "plain_error": 0.1,
+    "plain_output_error": 0.1,
+    "base_output_error": 0.1,
     "output_error": 0.1,
     "quant_type": "nf4",
     "block_size": 64,
@@ -189,9 +191,10 @@ def test_a_changed_layer_is_a_layer_of_right_types_or_an_error(values: dict[str,
     assert type(layer.shape) is tuple and len(layer.shape) == 2
     assert all(type(size) is int and size > 0 for size in (*layer.shape, layer.rank))
     assert type(layer.transposed) is bool
-    numbers = [layer.bits_per_weight, layer.alpha, layer.scaling, layer.quantization_error, layer.best_iteration]
+    numbers = [layer.bits_per_weight, layer.alpha, layer.scaling, layer.best_iteration]
     assert all(map(is_number, [*numbers, *layer.iteration_errors, *asdict(layer.error).values()]))
-    assert layer.output_error is None or is_number(layer.output_error)
+    optional = (layer.plain_error, layer.plain_output_error, layer.base_output_error, layer.output_error)
+    assert all(error is None or is_number(error) for error in optional)
     assert layer.spec == spec_from_json(values)
 
 

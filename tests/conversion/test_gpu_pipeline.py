@@ -111,7 +111,7 @@ def test_a_gpu_makes_what_a_processor_makes(recipe, model, tmp_path):
     assert gpu.verified
     assert gpu.total.error == pytest.approx(cpu.total.error, rel=1e-3)
     rel = 1e-4 if "scales" in recipe or recipe.get("fit") == "joint" else 1e-5
-    assert gpu.quantization_error == pytest.approx(cpu.quantization_error, rel=rel)
+    assert gpu.plain_error == pytest.approx(cpu.plain_error, rel=rel)
     expected, made = weights_of(tmp_path / "cpu"), weights_of(tmp_path / "gpu")
     assert {name: (t.dtype, t.shape) for name, t in made.items()} == {
         name: (t.dtype, t.shape) for name, t in expected.items()

@@ -40,7 +40,7 @@ _LAYER: dict[str, Any] = {
     "rank": 4,
     "alpha": 4.0,
     "scaling": 1.0,
-    "quantization_error": 0.09,
+    "plain_error": 0.09,
     "iteration_errors": [0.08, 0.07],
     "best_iteration": 2,
     "error": _ERROR,

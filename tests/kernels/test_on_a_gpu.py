@@ -281,7 +281,7 @@ def test_little_memory_gives_the_same_result(recipe, max_memory, model, tmp_path
     torch.cuda.reset_peak_memory_stats()
     little = run_conversion(model, tmp_path / "little", device="cuda", threads=4, max_memory=max_memory, **recipe)
     assert little.total.error == pytest.approx(all_of_it.total.error, rel=1e-3)
-    assert little.quantization_error == pytest.approx(all_of_it.quantization_error, rel=1e-5)
+    assert little.plain_error == pytest.approx(all_of_it.plain_error, rel=1e-5)
 
 
 # The checker

@@ -280,7 +280,7 @@ REPORTS = {
     "a shape that is text": _with_layer(shape="ab"),
     "a shape of one side": _with_layer(shape=[8]),
     "no rank": _with_layer(rank=None),
-    "an error that is text": _with_layer(quantization_error="0.1"),
+    "an error that is text": _with_layer(plain_error="0.1"),
     "errors that are text": _with_layer(iteration_errors="12"),
     "a format without a name": _with_layer(quant_type=["nf4"]),
 }

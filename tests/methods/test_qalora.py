@@ -401,7 +401,7 @@ def test_a_residual_conversion_is_the_default_and_reports_its_iterations(llama, 
     )
     assert outcome.verified
     assert all(len(layer.iteration_errors) == 3 for layer in outcome.layers)
-    assert all(layer.error.error < layer.quantization_error for layer in outcome.layers)
+    assert all(layer.error.error < layer.plain_error for layer in outcome.layers)
     provenance = json.loads((outcome.adapter / "loftq_provenance.json").read_text())
     assert (provenance["method"], provenance["init"]) == ("qalora", "residual")
 

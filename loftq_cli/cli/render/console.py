@@ -13,7 +13,7 @@ from rich.text import Text
 
 from loftq_cli.errors import printable
 
-_FILE_WIDTH = 160  # columns of a table in a file or a pipe: wide enough for the longest usual tensor names
+_FILE_WIDTH = 200  # columns of a table in a file or a pipe: wide enough for the longest usual tensor names
 
 
 def say(text: str) -> None:
@@ -63,6 +63,16 @@ def format_nbytes(nbytes: int) -> str:
     if nbytes < 1e6:
         return f"{nbytes / 1e3:.1f} kB"
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def format_errors(plain_error: float | None, base_error: float | None, error: float, plain: str = "plain") -> str:
+    """The three errors of a layer or of a model in a line; unknown errors are left out. `plain` names plain rounding.
+
+    >>> format_errors(0.0922, 0.0951, 0.0708, "plain NF4")
+    '0.0922 plain NF4, 0.0951 this base alone, 0.0708 base + adapter'
+    """
+    named = ((plain_error, plain), (base_error, "this base alone"), (error, "base + adapter"))
+    return ", ".join(f"{number:.4f} {name}" for number, name in named if number is not None)
 
 
 def peak_nbytes() -> int:

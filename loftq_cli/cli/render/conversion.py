@@ -6,8 +6,8 @@ import json
 
 from loftq_cli.allocation.allocation import Allocation
 from loftq_cli.api.results import QuantizePlan, QuantizeResult
-from loftq_cli.cli.render.console import format_nbytes, format_shape, print_table, say, write_result
-from loftq_cli.conversion.report import error_json
+from loftq_cli.cli.render.console import format_errors, format_nbytes, format_shape, print_table, say, write_result
+from loftq_cli.conversion.report import error_json, plain_name
 from loftq_cli.errors import printable
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.recipe_files import recipe_json, recipe_toml
@@ -51,7 +51,7 @@ def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
 
 
 def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
-    """Print the result of a finished conversion on stdout: sizes and errors of base and adapter."""
+    """Print the result of a finished conversion on stdout: sizes and errors, or with `as_json` all as JSON."""
     plan = outcome.plan
     if as_json:
         write_result(json.dumps(_result_json(outcome), indent=2))
@@ -61,12 +61,12 @@ def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
         f"{plan.bits_per_weight:.2f} bits a weight"
     )
     write_result(f"adapter  {printable(outcome.adapter)}  {format_nbytes(plan.adapter_nbytes)}")
-    write_result(
-        f"error    {outcome.quantization_error:.4f} quantized alone -> {outcome.total.error:.4f} with the adapter "
-        f"({'read back and checked' if outcome.verified else 'not read back'})"
-    )
+    plain = plain_name(layer.spec for layer in outcome.layers)
+    errors = format_errors(outcome.plain_error, outcome.total.base_error, outcome.total.error, plain)
+    write_result(f"error    {errors} ({'read back and checked' if outcome.verified else 'not read back'})")
     if outcome.output_error is not None:
-        write_result(f"outputs  {outcome.output_error:.4f} of the layers' outputs on the calibration's text")
+        outputs = format_errors(outcome.plain_output_error, outcome.base_output_error, outcome.output_error, plain)
+        write_result(f"outputs  {outputs}, on the calibration's inputs")
 
 
 def _announce_allocation(allocation: Allocation) -> None:
@@ -113,11 +113,16 @@ def _result_json(outcome: QuantizeResult) -> dict[str, object]:
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "base_nbytes": plan.base_nbytes,
         "adapter_nbytes": plan.adapter_nbytes,
-        "quantization_error": outcome.quantization_error,
         **error_json(outcome.total),
-        "notes": outcome.notes,
     }
-    return values if outcome.output_error is None else {**values, "output_error": outcome.output_error}
+    errors = {
+        "plain_error": outcome.plain_error,
+        "plain_output_error": outcome.plain_output_error,
+        "base_output_error": outcome.base_output_error,
+        "output_error": outcome.output_error,
+    }
+    known = {name: error for name, error in errors.items() if error is not None}
+    return {**values, **known, "notes": list(outcome.notes)}
 
 
 def _plan_json(plan: QuantizePlan) -> dict[str, object]:

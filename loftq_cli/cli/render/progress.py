@@ -13,7 +13,7 @@ from rich.text import Text
 
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, QuantizePlan
-from loftq_cli.cli.render.console import format_nbytes, peak_nbytes, say, write_result
+from loftq_cli.cli.render.console import format_errors, format_nbytes, peak_nbytes, say, write_result
 from loftq_cli.cli.render.conversion import announce, announce_copies
 from loftq_cli.cli.render.merging import format_summary
 from loftq_cli.cli.render.verification import MAX_LINES, problem_line
@@ -83,7 +83,7 @@ class CommandProgress(Observer):
         self._done += 1
         if self._quiet:
             return
-        change = f"error {layer.quantization_error:.4f} -> {layer.error.error:.4f}"
+        change = f"error {format_errors(layer.plain_error, layer.error.base_error, layer.error.error)}"
         if self._bar is not None:
             self._bar.update(self._task, advance=1, change=change, peak=format_nbytes(peak_nbytes()))
         else:
