@@ -1,4 +1,5 @@
-"""A file under watch for changes during a run. Only regular files are opened, and opening never waits.
+"""A file under watch for changes during a run. Only regular files are opened, and opening never waits. The error about
+an absent file names an interrupted replacement of a result.
 
 The module knows nothing of the contents of a file.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from loftq_cli.errors import InputError, StorageError
 
+REPLACED = "replaced"  # in the hidden folder: the previous result, until the new result is visible
 CHUNK_NBYTES = 1 << 20  # bytes; larger chunks are no faster, because fresh memory costs more than reading
 
 
@@ -118,7 +121,7 @@ def open_regular_file(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError as exc:
         message = "is a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise InputError(message, file=path, hint="check the path, or download the file again") from exc
+        raise absent(path, message, "check the path, or download the file again") from exc
     except OSError as exc:
         raise StorageError(f"cannot be opened: {exc.strerror}", file=path, hint="check its permissions") from exc
     except ValueError as exc:  # a NUL or a lone surrogate in the name
@@ -127,6 +130,34 @@ def open_regular_file(path: Path) -> int:
         return descriptor
     os.close(descriptor)
     raise InputError("is not a regular file", file=path, hint="give a file, not a folder, a pipe or a device")
+
+
+def hidden_folder(target: Path) -> Path:
+    """The folder of an unfinished result, beside the `target` of the result.
+
+    >>> hidden_folder(Path("models/base"))
+    PosixPath('models/.base.partial')
+    """
+    return target.parent / f".{target.name}.partial"
+
+
+def absent(path: Path, message: str, hint: str) -> InputError:
+    """The error about a `path` without a file or folder: `message` and `hint`, unless an interrupted replacement took
+    the result at `path`, or the result around `path`, away. The error then names the place of the previous result.
+
+    >>> print(absent(Path("base"), "no such folder", "check the path"))
+    base: no such folder (check the path)
+    """
+    target = Path(os.path.realpath(path))
+    for folder in (target, *target.parents):
+        previous = hidden_folder(folder) / REPLACED
+        if os.path.lexists(folder):
+            break
+        if previous.is_dir():
+            message = f"a run was interrupted while it replaced {folder}; the previous result lies in {previous}"
+            move = shlex.join(["mv", str(previous), str(folder)])
+            hint = f"run the interrupted command again, or bring the previous result back: {move}"
+    return InputError(message, file=path, hint=hint)
 
 
 def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import LoftqError, StorageError
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.journal import JournalEntry, outputs_of
 from loftq_cli.output.records import TOOL
@@ -114,7 +114,9 @@ def run_staged(
 
     device   kind of the device ("cpu", "cuda"): a run is continued on an equal kind only
 
-    Raises LoftqError; the output's name then stands for the previous contents, as before the run.
+    Raises LoftqError; the output's name then stands for the previous contents, as before the run. Where the input or an
+    option is the reason, the same command continues the run, and any other command starts over: the remedy in the error
+    may be another option.
     """
     check_space(planned.output, planned.nbytes)
     staging = Staging(
@@ -136,6 +138,8 @@ def run_staged(
     except LoftqError as error:
         if not work.keeps_unfinished(error):
             staging.discard()
+        elif not isinstance(error, StorageError):
+            staging.refuse()
         raise
     finally:
         staging.close()
