@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
-from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile, absent
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, HIDDEN_INSIDE, WatchedFile, absent
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
 from loftq_cli.tensors.headers import TensorRef
 
@@ -302,6 +302,8 @@ def _weights_in(directory: Path) -> Path:
     foreign = sorted({_OTHER_KINDS[Path(name).suffix] for name in names if Path(name).suffix in _OTHER_KINDS})
     if candidates:
         message = f"holds {len(candidates)} .safetensors files and no index that joins them: {_list_names(candidates)}"
+    elif HIDDEN_INSIDE in names:
+        raise InputError("holds an unfinished result", file=directory, hint="run the interrupted command again")
     elif foreign:
         message = f"holds only {' and '.join(foreign)} weights, which are not read here"
     else:

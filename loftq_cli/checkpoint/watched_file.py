@@ -17,6 +17,7 @@ from pathlib import Path
 
 from loftq_cli.errors import InputError, StorageError
 
+HIDDEN_INSIDE = ".partial"  # the hidden folder of an unfinished result in a mount point
 REPLACED = "replaced"  # in the hidden folder: the previous result, until the new result is visible
 CHUNK_NBYTES = 1 << 20  # bytes; larger chunks are no faster, because fresh memory costs more than reading
 

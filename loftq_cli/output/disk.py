@@ -121,7 +121,8 @@ def exchange(first: Path, second: Path) -> bool:
 
     >>> write_file(Path("first"), b"1")
     >>> write_file(Path("second"), b"2")
-    >>> Path("first").read_text() == ("2" if exchange(Path("first"), Path("second")) else "1")
+    >>> was_exchanged = exchange(Path("first"), Path("second"))
+    >>> Path("first").read_text() == ("2" if was_exchanged else "1")
     True
     """
     rename_with_flags = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

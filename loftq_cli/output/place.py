@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loftq_cli.checkpoint.watched_file import REPLACED, WatchedFile, hidden_folder
+from loftq_cli.checkpoint.watched_file import HIDDEN_INSIDE, REPLACED, WatchedFile, hidden_folder
 from loftq_cli.errors import InputError, LoftqError, UsageError
 from loftq_cli.output import disk
 from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, read_checksums
@@ -26,7 +26,6 @@ _JOURNAL, _RESULT, _MARKER = ".journal", "result", ".loftq-cli"
 _MARKER_TEXT = b"""An unfinished result of loftq-cli. The same command completes the result and removes the folder.
 Never delete the folder while `replaced` in the folder holds the only copy of an earlier result.
 """
-HIDDEN_INSIDE = ".partial"
 _HIDDEN = re.compile(r"\.(.+\.)?partial")
 _NO_CONTENT = {HIDDEN_INSIDE, "lost+found"}  # an empty mount point may hold the names
 _MOUNTS = Path("/proc/self/mountinfo")

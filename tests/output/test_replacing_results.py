@@ -198,6 +198,23 @@ def test_an_absent_result_without_an_interrupted_replacement_is_absent(tmp_path:
         loftq_cli.inspect(tmp_path / "out")
 
 
+def test_an_output_in_a_mount_point_without_its_files_says_that_it_is_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "out")
+    publish_in = tmp_path / "out"
+    publish_in.mkdir()
+    publish(publish_in, OLD)
+    with FailingDisk(tmp_path / "trash", at=len(OLD), only=("rename",)).installed(), pytest.raises(Killed):
+        publish(publish_in, NEW)
+    assert sorted(os.listdir(publish_in / ".partial" / "replaced")) == ["README.md", "checksums.json", "config.json"]
+    shutil.rmtree(publish_in / "adapter")
+    with pytest.raises(InputError, match=r"holds an unfinished result \(run the interrupted command again\)"):
+        loftq_cli.inspect(publish_in)
+    publish(publish_in, NEW)
+    assert (publish_in / "README.md").read_text() == "new"
+
+
 def test_another_command_on_the_output_brings_the_previous_result_back(interrupted: Path) -> None:
     with pytest.raises(UsageError, match="exists already"):
         publish(interrupted, NEW, overwrite=False)
