@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 
 from loftq_cli.conversion.report import LayerResult, bits_per_weight
@@ -14,13 +13,12 @@ from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.metrics import total_error
 
 
-def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
+def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str) -> str:
     """Return README.md of the result, in Markdown.
 
-    plan         the plan of the conversion
-    layers       results of all quantized layers, at least one
-    source       name of the original
-    base_model   name of the base, for the loading lines
+    plan     the plan of the conversion
+    layers   results of all quantized layers, at least one
+    source   name of the original
     """
     recipe, total, specs = plan.recipe, total_error(layer.error for layer in layers), [layer.spec for layer in layers]
     formats, sizes = (
@@ -41,7 +39,8 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 Relative error of the weights: {total.base_error:.4f} without the adapter, {total.error:.4f} with it.
 
 ```python
-{_render_loading_lines(plan, base_model)}
+folder = "."  # the folder of this file, by its path
+{_render_loading_lines(plan)}
 ```
 
 The adapter belongs to this base and to no other. Made by loftq-cli {VERSION}; `{REPORT_NAME}` has every layer,
@@ -55,13 +54,13 @@ def _join_names(names: Iterable[str]) -> str:
     return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
-def _render_loading_lines(plan: Plan, base_model: str) -> str:
-    """Return lines of Python that load base and adapter for training, with PEFT or with the modules of `loftq_cli.nn`.
+def _render_loading_lines(plan: Plan) -> str:
+    """Return lines of Python that load base and adapter from `folder` for training, with PEFT or with the modules of
+    `loftq_cli.nn`.
 
     PEFT pools inputs in some containers only, and by PEFT's own convention; transformers does not read every container.
     """
     architectures = plan.family.architectures
-    base = json.dumps(base_model, ensure_ascii=False)  # a JSON string is a Python literal
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
@@ -72,12 +71,12 @@ def _render_loading_lines(plan: Plan, base_model: str) -> str:
         make = "from_config" if auto.startswith("Auto") else "_from_config"
         return f"""from transformers import AutoConfig, {auto}
 from loftq_cli.nn import load_adapted
-model = {auto}.{make}(AutoConfig.from_pretrained({base}))
-model = load_adapted(model, {base})"""
+model = {auto}.{make}(AutoConfig.from_pretrained(folder))
+model = load_adapted(model, folder)"""
     arguments = f", {row.load_arguments}" if row.load_arguments else ""
     is_mixed = len({job.matrix.spec for job in plan.layers}) > 1
     decoding = f"\n{row.mixed_decoding}" if is_mixed and row.mixed_decoding else ""
     return f"""from transformers import {auto}
 from peft import PeftModel
-model = {auto}.from_pretrained({base}{arguments}){decoding}
-model = PeftModel.from_pretrained(model, {base}, subfolder="{plan.adapter_dir}", is_trainable=True)"""
+model = {auto}.from_pretrained(folder{arguments}){decoding}
+model = PeftModel.from_pretrained(model, folder, subfolder="{plan.adapter_dir}", is_trainable=True)"""

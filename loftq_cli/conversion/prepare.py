@@ -13,11 +13,11 @@ from loftq_cli.allocation.candidates import Budget, Options
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
-from loftq_cli.errors import MismatchError, UsageError
+from loftq_cli.errors import MismatchError, UsageError, printable
 from loftq_cli.model.builtin import resolve_model
-from loftq_cli.output.checksums import CHECKSUMS
-from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
-from loftq_cli.output.side_files import side_file_copies
+from loftq_cli.output.checksums import CHECKSUMS, fingerprint_of
+from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, source_name
+from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
@@ -38,6 +38,7 @@ class Conversion:
     base_model   name of the base in the adapter's config
     statistics   of the layers' inputs; None without a calibration
     allocation   the choice of formats and ranks; None where the recipe sets formats and ranks
+    remote_code  whether the result keeps the original's code for loaders
     """
 
     checkpoint: Checkpoint
@@ -47,17 +48,32 @@ class Conversion:
     base_model: str
     statistics: Statistics | None = None
     allocation: Allocation | None = None
+    remote_code: bool = True
 
     @property
     def side_files(self) -> dict[str, Path]:
         """Name of each copy -> small file of the original to copy; records of this tool are left out."""
-        return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES)
+        return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES, remote_code=self.remote_code)
+
+    @property
+    def code_files(self) -> list[str]:
+        """Names of the result's files with code of the original, see `code_in`."""
+        return code_in(self.side_files, self.config) if self.remote_code else []
+
+    @property
+    def published_plan(self) -> Plan:
+        """The plan as a result tells strangers: the calibration has a name, and no path of this machine."""
+        recipe = self.plan.recipe
+        if recipe.calibration is None:
+            return self.plan
+        return replace(self.plan, recipe=replace(recipe, calibration=source_name(Path(recipe.calibration))))
 
     @property
     def fingerprint(self) -> str:
         """Hash of headers and options, see `Plan.fingerprint`."""
         statistics = None if self.statistics is None else self.statistics.sha256
-        return self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
+        fingerprint = self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
+        return fingerprint if self.remote_code else fingerprint_of({"without remote code": fingerprint})
 
     @property
     def result(self) -> PlannedResult:
@@ -70,15 +86,17 @@ class Conversion:
             units=tuple(job.name for job in plan.jobs),
             files={**files, f"{plan.adapter_dir}/{WEIGHTS_NAME}": plan.adapter_tensors},
             side_files=self.side_files,
+            remote_code=self.remote_code,
         )
 
 
-def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
+def prepare_conversion(model: str, output: Path, recipe: Recipe, *, remote_code: bool = True) -> Conversion:
     """Open the original, read headers and plan. Writes nothing; needs no torch.
 
-    model    a directory, a file, or "builtin:" and a name
-    output   directory of the result
-    recipe   all options
+    model         a directory, a file, or "builtin:" and a name
+    output        directory of the result
+    recipe        all options
+    remote_code   whether the result keeps the original's code for loaders
 
     Raises LoftqError for every error that shows before the first weight is read.
 
@@ -87,9 +105,9 @@ def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
     >>> len(conversion.plan.layers), conversion.base_model
     (28, 'base')
     """
-    checkpoint = _open_original(model, output)
+    checkpoint = _open_original(model, output, recipe)
     plan, statistics = _build_plan(checkpoint, recipe)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics)
+    return _conversion(checkpoint, plan, output, statistics, None, remote_code=remote_code)
 
 
 def prepare_within_target(
@@ -100,6 +118,7 @@ def prepare_within_target(
     *,
     threads: int = 1,
     observe: Callable[[str, int, int], None],
+    remote_code: bool = True,
 ) -> Conversion:
     """Prepare a conversion with number formats and ranks chosen within `target`, see `allocate`. Reads every weight to
     quantize, and computes on the processor.
@@ -110,25 +129,49 @@ def prepare_within_target(
     threads         number of threads
     observe         receives the name of each measured layer, the number of measured layers, and the number of all
                     layers
+    remote_code     as for `prepare_conversion`
 
     Raises LoftqError in the cases of `prepare_conversion` and of `allocate`.
     """
-    checkpoint = _open_original(model, output)
+    checkpoint = _open_original(model, output, recipe)
     statistics = None
     if recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
         widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
         statistics, _ = _open_model_statistics(Path(recipe.calibration), widest)
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
     plan, statistics = _build_plan(checkpoint, allocation.recipe)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, allocation)
+    return _conversion(checkpoint, plan, output, statistics, allocation, remote_code=remote_code)
 
 
-def _open_original(model: str, output: Path) -> Checkpoint:
+def _conversion(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    statistics: Statistics | None,
+    allocation: Allocation | None,
+    *,
+    remote_code: bool,
+) -> Conversion:
+    """The conversion with a note about the original's code."""
+    config = checkpoint.config() if remote_code else without_code(checkpoint.config())
+    conversion = Conversion(
+        checkpoint, config, plan, output, output.as_posix(), statistics, allocation, remote_code=remote_code
+    )
+    note = code_note(conversion.code_files)
+    return conversion if note is None else replace(conversion, plan=replace(plan, notes=(*plan.notes, note)))
+
+
+def _open_original(model: str, output: Path, recipe: Recipe) -> Checkpoint:
     path = resolve_model(model)
+    for expression in (*recipe.include, *recipe.exclude):
+        if not is_tensor_name(expression):  # the recipe in the result repeats the expression
+            message = f"the expression {printable(expression)} cannot be written as text (UTF-8)"
+            raise UsageError(message, hint="type . for any character")
     if not is_tensor_name(str(output)):  # the adapter's config names the base
         raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
+    side_file_copies(checkpoint.directory, leave=_OWN_FILES)  # a link out of the folder is refused at once
     return checkpoint
 
 

@@ -38,6 +38,7 @@ class PlannedResult:
     units         names of the units of work, in order
     files         relative name of a weight file -> the file's tensors
     side_files    relative name of a copy -> the small file to copy
+    remote_code   whether copied configs keep the names of custom code
     """
 
     output: Path
@@ -45,6 +46,7 @@ class PlannedResult:
     units: tuple[str, ...]
     files: Mapping[str, Sequence[OutTensor]]
     side_files: Mapping[str, Path]
+    remote_code: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +97,8 @@ def is_result_complete(planned: PlannedResult, hash_input: Callable[[str], str],
     mark = finished_mark(planned.output, planned.fingerprint, overwrite=overwrite)
     if mark is not None:
         inputs = fingerprint_of({unit: hash_input(unit) for unit in planned.units})
-        if mark.input_sha256 == inputs and are_copied(planned.side_files, mark.files):
+        copied = are_copied(planned.side_files, mark.files, remote_code=planned.remote_code)
+        if mark.input_sha256 == inputs and copied:
             return True
     check_output(planned.output, overwrite=overwrite)
     return False

@@ -9,6 +9,7 @@ from loftq_cli.api.results import QuantizePlan, QuantizeResult
 from loftq_cli.cli.render.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.conversion.report import error_json
 from loftq_cli.errors import printable
+from loftq_cli.output.side_files import code_note
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.recipe_files import recipe_json, recipe_toml
 from loftq_cli.quant.formats import spec_json
@@ -67,6 +68,8 @@ def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
     )
     if outcome.output_error is not None:
         write_result(f"outputs  {outcome.output_error:.4f} of the layers' outputs on the calibration's text")
+    if plan.code_files:
+        write_result(f"code     {code_note(plan.code_files)}")
 
 
 def _announce_allocation(allocation: Allocation) -> None:
@@ -116,6 +119,8 @@ def _result_json(outcome: QuantizeResult) -> dict[str, object]:
         "quantization_error": outcome.quantization_error,
         **error_json(outcome.total),
     }
+    if plan.code_files:
+        values["code_files"] = plan.code_files
     return values if outcome.output_error is None else {**values, "output_error": outcome.output_error}
 
 
