@@ -4,6 +4,8 @@ folder that only has the name of an unfinished result stays as it is.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
 import shutil
@@ -154,7 +156,7 @@ def interrupted(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     output = tmp_path / "the base"
     run_conversion(source, output, method="qlora", rank=4)
     with monkeypatch.context() as patch:
-        patch.setattr("ctypes.CDLL", lambda *arguments, **options: object())
+        patch.setattr(ctypes, "CDLL", lambda *arguments, **options: object())
         counting = FailingDisk(tmp_path / "trash", at=1, only=("rename",))
         with counting.installed(), pytest.raises(Killed):
             publish(output, NEW)
@@ -233,6 +235,43 @@ def test_after_a_kill_during_the_publication_a_folder_that_took_the_name_is_not_
         with pytest.raises(UsageError, match="is not empty and not a result of this tool"):
             publish(output, NEW, overwrite=overwrite)
     assert files_of(output) == {"mine.txt": b"mine"}
+
+
+class NoExchange:
+    """A C library whose system call ends with an error."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def renameat2(self, *arguments: object) -> int:
+        ctypes.set_errno(self._number)
+        return -1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
+def test_where_the_system_does_not_exchange_names_a_result_is_replaced_all_the_same(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An old kernel, NFS, a FUSE file system, and a sandbox that forbids the call."""
+    publish(tmp_path / "out", OLD)
+    monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **options: NoExchange(number))
+    publish(tmp_path / "out", NEW)
+    assert (tmp_path / "out" / "README.md").read_text() == "new"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EACCES])
+def test_an_exchange_that_fails_leaves_the_earlier_result(
+    tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(tmp_path / "out", OLD)
+    before = files_of(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(ctypes, "CDLL", lambda *arguments, **options: NoExchange(number))
+        with pytest.raises(StorageError, match=os.strerror(number).lower()):
+            publish(tmp_path / "out", NEW)
+    assert files_of(tmp_path / "out") == before
+    assert os.listdir(tmp_path) == ["out"]
 
 
 # A folder with the name of an unfinished result.
