@@ -100,10 +100,10 @@ if TYPE_CHECKING:
     from loftq_cli.nn import LoftQLinear as LoftQLinear
     from loftq_cli.nn import QALoRALinear as QALoRALinear
     from loftq_cli.nn import QLoRALinear as QLoRALinear
-    from loftq_cli.nn.attach import attach as attach
     from loftq_cli.nn import load_adapted as load_adapted
     from loftq_cli.nn import replace_lora_weights as replace_lora_weights
     from loftq_cli.nn import save_adapter as save_adapter
+    from loftq_cli.nn.attach import attach as attach
 else:
 
     def __getattr__(name: str) -> object:

@@ -14,6 +14,7 @@ from loftq_cli.adapter.sorting import LoraTensors, sort_tensors, targeted_module
 from loftq_cli.adapter.targets import TargetModules
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
+from loftq_cli.checkpoint.watched_file import absent
 from loftq_cli.errors import InputError, MismatchError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
@@ -151,7 +152,7 @@ def open_adapter(path: Path) -> AdapterSource:
     config_file = path / CONFIG_NAME
     if not config_file.is_file():
         message = f"holds no {CONFIG_NAME}" if path.is_dir() else "is no directory"
-        raise InputError(message, file=path, hint="name a PEFT adapter directory")
+        raise absent(path, message, "name a PEFT adapter directory")
     config = read_json_object(config_file)
     _check_config(config, config_file)
     weights = open_weights_file(_weights_path(path))

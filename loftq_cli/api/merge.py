@@ -32,6 +32,7 @@ def merge(
     pooling: str | None = None,
     max_shard_size: AnySize | None = None,
     force: bool = False,
+    remote_code: bool = True,
     threads: int | None = None,
     device: str = "cpu",
     dry_run: bool = False,
@@ -57,6 +58,7 @@ def merge(
         round_zeros: merge a QA-LoRA adapter into integer zero points.
         pooling: the pooling of a QA-LoRA adapter, where the adapter's config is silent or wrong.
         max_shard_size: largest size of a weight file, in bytes or as "5GB"; None is 5 GB.
+        remote_code: keep the base's Python files and `auto_map`, which loaders run with trust_remote_code.
         force: merge although the adapter belongs to another base, or does not survive.
         threads: number of threads to compute with; None is the number of processors.
         device: "cpu", "cuda", "cuda:N" or "auto".
@@ -95,6 +97,7 @@ def merge(
         pooling=pooling,
         max_shard_size="5GB" if max_shard_size is None else str(max_shard_size),
         force=force,
+        remote_code=remote_code,
     )
     prepared = prepare_merge(resolve_model(os.fspath(base)), Path(adapter), Path(output), options)
     plan = _plan(prepared, already_done=is_merge_done(prepared, overwrite=overwrite))
@@ -119,6 +122,7 @@ def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
         layers=len(merge.adapter.lora),
         nbytes=merge.nbytes,
         notes=(*merge.provenance.notes, *merge.notes),
+        code_files=tuple(merge.code_files),
         already_done=already_done,
     )
 

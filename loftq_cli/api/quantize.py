@@ -76,6 +76,7 @@ def quantize(
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = True,
+    remote_code: bool = True,
     observer: Observer | None = None,
 ) -> QuantizeResult | QuantizePlan:
     """Convert a checkpoint to quantized base weights plus a LoRA adapter.
@@ -119,6 +120,7 @@ def quantize(
         overwrite: replace an earlier result under `output`.
         restart: discard an interrupted run.
         verify: read the result back and check the reported errors.
+        remote_code: keep the original's Python files and `auto_map`, which loaders run with trust_remote_code.
         observer: hears of the progress.
 
     Returns:
@@ -158,7 +160,9 @@ def quantize(
         adapter_nbytes=nbytes_of(lora_budget, "lora_budget", least=1),
     )
     source = None if recipe is None else os.fspath(recipe)
-    conversion = _prepare(os.fspath(model), Path(output), source, settings, target, count, observer)
+    conversion = _prepare(
+        os.fspath(model), Path(output), source, settings, target, count, observer, remote_code=remote_code
+    )
     plan = _plan(conversion, already_done=is_conversion_done(conversion, overwrite=overwrite))
     if dry_run:
         return plan
@@ -186,12 +190,22 @@ def _prepare(
     target: Budget,
     threads: int,
     observer: Observer,
+    *,
+    remote_code: bool,
 ) -> Conversion:
     """The conversion, ready to run. A target needs the errors of every weight: the function measures the errors."""
     recipe = resolve_recipe(source, settings, mixes=target.chooses_formats)
     if target == Budget():
-        return prepare_conversion(model, output, recipe)
-    return prepare_within_target(model, output, recipe, target, threads=threads, observe=observer.layer_measured)
+        return prepare_conversion(model, output, recipe, remote_code=remote_code)
+    return prepare_within_target(
+        model,
+        output,
+        recipe,
+        target,
+        threads=threads,
+        observe=observer.layer_measured,
+        remote_code=remote_code,
+    )
 
 
 def _plan(conversion: Conversion, *, already_done: bool) -> QuantizePlan:
@@ -210,6 +224,7 @@ def _plan(conversion: Conversion, *, already_done: bool) -> QuantizePlan:
         peak_nbytes=plan.peak_nbytes,
         bits_per_weight=bits_per_weight(plan),
         notes=plan.notes,
+        code_files=tuple(conversion.code_files),
         allocation=conversion.allocation,
         already_done=already_done,
     )

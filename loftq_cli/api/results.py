@@ -43,6 +43,7 @@ class QuantizePlan:
     peak_nbytes      about how much memory the conversion takes
     bits_per_weight  true bits of a quantized weight, constants included
     notes            sentences about unexpected facts
+    code_files       files of the result with code of the original, which loaders run with trust_remote_code
     allocation       the choice of formats and ranks under a target; None without a target
     already_done     True if the output holds the complete, undamaged result of the plan
     """
@@ -58,6 +59,7 @@ class QuantizePlan:
     peak_nbytes: int
     bits_per_weight: float
     notes: tuple[str, ...]
+    code_files: tuple[str, ...]
     allocation: Allocation | None
     already_done: bool
 
@@ -127,6 +129,7 @@ class MergePlan:
     layers        number of layers under the adapter
     nbytes        of all tensors
     notes         sentences about the checks of base and adapter
+    code_files    files of the result with code of the base, which loaders run with trust_remote_code
     already_done  True if the output holds the complete, undamaged result of the plan
     """
 
@@ -139,6 +142,7 @@ class MergePlan:
     layers: int
     nbytes: int
     notes: tuple[str, ...]
+    code_files: tuple[str, ...]
     already_done: bool
 
 

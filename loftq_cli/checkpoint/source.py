@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
-from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
+from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, HIDDEN_INSIDE, WatchedFile, absent
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
 from loftq_cli.tensors.headers import TensorRef
 
@@ -232,9 +232,9 @@ def _json_in(file: WatchedFile) -> dict[str, Any]:
 def _open_indexed(directory: Path, index_file: Path) -> Checkpoint:
     (index, file_of), config = _read_index(index_file), _config_in(directory)
     names = sorted(set(file_of.values()))
-    absent = [name for name in names if not os.path.exists(directory / name)]
-    if absent:
-        raise InputError(f"names files that are not there: {_list_names(absent)}", file=index_file, hint=_DOWNLOAD)
+    lacking = [name for name in names if not os.path.exists(directory / name)]
+    if lacking:
+        raise InputError(f"names files that are not there: {_list_names(lacking)}", file=index_file, hint=_DOWNLOAD)
     readers = {directory / name: open_weights_file(directory / name) for name in names}
     tensors: dict[str, TensorRef] = {}
     for reader in readers.values():
@@ -270,9 +270,9 @@ def _is_plain_name(name: str) -> bool:
 def _check_agrees(reader: WeightsFile, file_of: dict[str, str], index_file: Path) -> None:
     """Raises InputError when the index and a weight file disagree about the tensors of the file."""
     file_name = reader.path.name
-    absent = [name for name, file in file_of.items() if file == file_name and name not in reader.tensors]
-    if absent:
-        message = f"does not hold {_list_names(absent)}, which {index_file.name} expects in it"
+    lacking = [name for name, file in file_of.items() if file == file_name and name not in reader.tensors]
+    if lacking:
+        message = f"does not hold {_list_names(lacking)}, which {index_file.name} expects in it"
         raise InputError(message, file=reader.path, hint=_DOWNLOAD)
     unlisted = [name for name in reader.tensors if name not in file_of]
     if unlisted:
@@ -299,6 +299,8 @@ def _weights_in(directory: Path) -> Path:
     foreign = sorted({_OTHER_KINDS[Path(name).suffix] for name in names if Path(name).suffix in _OTHER_KINDS})
     if candidates:
         message = f"holds {len(candidates)} .safetensors files and no index that joins them: {_list_names(candidates)}"
+    elif HIDDEN_INSIDE in names:
+        raise InputError("holds an unfinished result", file=directory, hint="run the interrupted command again")
     elif foreign:
         message = f"holds only {' and '.join(foreign)} weights, which are not read here"
     else:
@@ -326,11 +328,11 @@ def _mode_of(path: Path) -> int:
 
 def _missing(path: Path) -> InputError:
     if os.path.islink(path):
-        return InputError("is a link to something that is not there", file=path, hint="download the checkpoint again")
+        return absent(path, "is a link to something that is not there", "download the checkpoint again")
     hint = "check the path"
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path), re.ASCII) and path.suffix not in READERS:
         hint = f"for a model of the Hugging Face hub, run first: hf download {path} --local-dir {path.name}"
-    return InputError("no such file or folder", file=path, hint=hint)
+    return absent(path, "no such file or folder", hint)
 
 
 def _list_names(names: list[str]) -> str:

@@ -1,4 +1,5 @@
-"""A file under watch for changes during a run. Only regular files are opened, and opening never waits.
+"""A file under watch for changes during a run. Only regular files are opened, and opening never waits. The error about
+an absent file names an interrupted replacement of a result.
 
 The module knows nothing of the contents of a file.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from pathlib import Path
 
 from loftq_cli.errors import InputError, StorageError
 
+HIDDEN_INSIDE = ".partial"  # the hidden folder of an unfinished result in a mount point
+REPLACED = "replaced"  # in the hidden folder: the previous result, until the new result is visible
 CHUNK_NBYTES = 1 << 20  # bytes; larger chunks are no faster, because fresh memory costs more than reading
 
 
@@ -126,7 +130,7 @@ def open_regular_file(path: Path) -> int:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except FileNotFoundError as exc:
         message = "is a link to a file that is not there" if os.path.islink(path) else "no such file"
-        raise InputError(message, file=path, hint="check the path, or download the file again") from exc
+        raise absent(path, message, "check the path, or download the file again") from exc
     except OSError as exc:
         raise StorageError(f"cannot be opened: {exc.strerror}", file=path, hint="check its permissions") from exc
     except ValueError as exc:  # a NUL or a lone surrogate in the name
@@ -162,6 +166,34 @@ def read_small_file(path: Path, max_nbytes: int, *, hint: str) -> bytes:
 def too_large(path: Path, max_nbytes: int, hint: str) -> InputError:
     """The error about a file of more than `max_nbytes` bytes."""
     return InputError(f"is larger than the {max_nbytes} bytes allowed here", file=path, hint=hint)
+
+
+def hidden_folder(target: Path) -> Path:
+    """The folder of an unfinished result, beside the `target` of the result.
+
+    >>> hidden_folder(Path("models/base"))
+    PosixPath('models/.base.partial')
+    """
+    return target.parent / f".{target.name}.partial"
+
+
+def absent(path: Path, message: str, hint: str) -> InputError:
+    """The error about a `path` without a file or folder: `message` and `hint`, unless an interrupted replacement took
+    the result at `path`, or the result around `path`, away. The error then names the place of the previous result.
+
+    >>> print(absent(Path("base"), "no such folder", "check the path"))
+    base: no such folder (check the path)
+    """
+    target = Path(os.path.realpath(path))
+    for folder in (target, *target.parents):
+        previous = hidden_folder(folder) / REPLACED
+        if os.path.lexists(folder):
+            break
+        if previous.is_dir():
+            message = f"a run was interrupted while it replaced {folder}; the previous result lies in {previous}"
+            move = shlex.join(["mv", str(previous), str(folder)])
+            hint = f"run the interrupted command again, or bring the previous result back: {move}"
+    return InputError(message, file=path, hint=hint)
 
 
 def refuse_placeholder(path: Path, head: bytes | bytearray) -> None:

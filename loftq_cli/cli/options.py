@@ -58,6 +58,14 @@ Restart = Annotated[
     bool,
     typer.Option("--restart", help="Discard an interrupted run; else the run continues.", rich_help_panel=RUN),
 ]
+NoRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--no-remote-code",
+        help="Leave out the model's Python files and auto_map, which loaders run with trust_remote_code.",
+        rich_help_panel=RUN,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.", rich_help_panel=RUN)]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.", rich_help_panel=RUN)]
 Verbose = Annotated[

@@ -56,6 +56,7 @@ def quantize(
     overwrite: options.Overwrite = False,
     restart: options.Restart = False,
     no_verify: options_quantize.NoVerify = False,
+    no_remote_code: options.NoRemoteCode = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -77,7 +78,7 @@ def quantize(
             sequential=sequential, layout=layout, max_shard_size=max_shard_size, include=include, exclude=exclude,
             target_bpw=target_bpw, target_size=target_size, lora_budget=lora_budget, threads=threads,
             device=device, max_memory=max_memory, dry_run=dry_run, overwrite=overwrite, restart=restart,
-            verify=not no_verify, observer=progress,
+            verify=not no_verify, remote_code=not no_remote_code, observer=progress,
         )  # fmt: skip
     if isinstance(result, QuantizePlan):
         print_plan(result, as_json=as_json, verbose=verbose)

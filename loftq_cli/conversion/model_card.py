@@ -4,8 +4,6 @@ the adapter: facts for training.
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterable, Sequence
 
 from loftq_cli.conversion.report import LayerResult, ModelErrors, base_note, bits_per_weight, plain_name
@@ -16,13 +14,12 @@ from loftq_cli.planning.plan import Plan
 from loftq_cli.runtime.version import VERSION
 
 
-def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str, base_model: str) -> str:
+def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str) -> str:
     """Return README.md of the result, in Markdown. The card of a base that needs the adapter begins with the fact.
 
-    plan         the plan of the conversion
-    layers       results of all quantized layers, at least one
-    source       name of the original
-    base_model   name of the base, for the loading lines
+    plan     the plan of the conversion
+    layers   results of all quantized layers, at least one
+    source   name of the original
     """
     recipe, specs = plan.recipe, [layer.spec for layer in layers]
     formats, sizes = (
@@ -43,7 +40,8 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 {_render_errors(layers)}
 
 ```python
-{_render_loading_lines(plan, base_model)}
+folder = "."  # the folder of this file, by its path
+{_render_loading_lines(plan)}
 ```
 
 The adapter belongs to this base and to no other; `{plan.adapter_dir}/README.md` says how to train the adapter. Made by
@@ -51,28 +49,27 @@ loftq-cli {VERSION}; `{REPORT_NAME}` has every layer, `{RECIPE_NAME}` every opti
 """
 
 
-def render_adapter_card(plan: Plan, layers: Sequence[LayerResult], *, base_model: str) -> str:
+def render_adapter_card(plan: Plan, layers: Sequence[LayerResult]) -> str:
     """Return README.md of the adapter, in Markdown: the base, loading lines, and facts for training.
 
-    plan         the plan of the conversion
-    layers       results of all quantized layers, at least one
-    base_model   name of the base, as in the adapter's config
+    plan     the plan of the conversion
+    layers   results of all quantized layers, at least one
     """
     facts = "\n".join(f"- {fact}" for fact in _training_facts(plan, layers))
     saving, is_peft = _render_saving(plan), _is_loaded_by_peft(plan)
     loaded = "`is_trainable=True` makes PEFT train the adapter; the adapter is frozen without.\n\n" if is_peft else ""
     return f"""---
-base_model: {json.dumps(base_model, ensure_ascii=False)}
 library_name: peft
 tags: [{plan.recipe.method}, lora, loftq-cli]
 ---
 
-{_render_base_note(plan, layers)}# {plan.recipe.method} adapter of the base `{base_model}`
+{_render_base_note(plan, layers)}# {plan.recipe.method} adapter of the base in the folder above
 
 The adapter belongs to this base and to no other, not to the original in 16 bits either.
 
 ```python
-{_render_loading_lines(plan, base_model)}
+folder = ".."  # the folder of the base, by its path
+{_render_loading_lines(plan)}
 ```
 
 {loaded}{facts}
@@ -84,10 +81,10 @@ After training:
 ```
 
 ```sh
-loftq merge {shlex.quote(base_model)} trained merged
+loftq merge .. trained merged
 ```
 
-`merge` checks that the adapter is of this base. Made by loftq-cli {VERSION}.
+`..` is the folder of the base. `merge` checks that the adapter is of this base. Made by loftq-cli {VERSION}.
 """
 
 
@@ -204,13 +201,13 @@ def _is_loaded_by_peft(plan: Plan) -> bool:
     return row.in_transformers and pools
 
 
-def _render_loading_lines(plan: Plan, base_model: str) -> str:
-    """Return lines of Python that load base and adapter for training, with PEFT or with the modules of `loftq_cli.nn`.
+def _render_loading_lines(plan: Plan) -> str:
+    """Return lines of Python that load base and adapter from `folder` for training, with PEFT or with the modules of
+    `loftq_cli.nn`.
 
     PEFT pools inputs in some containers only, and by PEFT's own convention; transformers does not read every container.
     """
     architectures = plan.family.architectures
-    base = json.dumps(base_model, ensure_ascii=False)  # a JSON string is a Python literal
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
         auto = "AutoModelForCausalLM"
@@ -219,12 +216,12 @@ def _render_loading_lines(plan: Plan, base_model: str) -> str:
         make = "from_config" if auto.startswith("Auto") else "_from_config"
         return f"""from transformers import AutoConfig, {auto}
 from loftq_cli.nn import load_adapted
-model = {auto}.{make}(AutoConfig.from_pretrained({base}))
-model = load_adapted(model, {base})"""
+model = {auto}.{make}(AutoConfig.from_pretrained(folder))
+model = load_adapted(model, folder)"""
     arguments = f", {row.load_arguments}" if row.load_arguments else ""
     is_mixed = len({job.matrix.spec for job in plan.layers}) > 1
     decoding = f"\n{row.mixed_decoding}" if is_mixed and row.mixed_decoding else ""
     return f"""from transformers import {auto}
 from peft import PeftModel
-model = {auto}.from_pretrained({base}{arguments}){decoding}
-model = PeftModel.from_pretrained(model, {base}, subfolder="{plan.adapter_dir}", is_trainable=True)"""
+model = {auto}.from_pretrained(folder{arguments}){decoding}
+model = PeftModel.from_pretrained(model, folder, subfolder="{plan.adapter_dir}", is_trainable=True)"""

@@ -18,17 +18,17 @@ from loftq_cli.allocation.candidates import Budget, Options
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import InputStatistics, Statistics, open_statistics
-from loftq_cli.errors import MismatchError, UsageError
+from loftq_cli.errors import MismatchError, UsageError, printable
 from loftq_cli.model.builtin import resolve_model
 from loftq_cli.model.family import Family
-from loftq_cli.output.checksums import CHECKSUMS, file_sha256
-from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
-from loftq_cli.output.side_files import side_file_copies
+from loftq_cli.output.checksums import CHECKSUMS, file_sha256, fingerprint_of
+from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, source_name
+from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
-from loftq_cli.planning.recipe import WEIGHTS, Recipe, TextOptions
+from loftq_cli.planning.recipe import NONE, RANDOM, SELF, WEIGHTS, Recipe, TextOptions
 from loftq_cli.runtime.workers import started
 
 _UNKNOWN_BLOCKS = (
@@ -50,6 +50,7 @@ class Conversion:
     statistics   of the layers' inputs; None without a calibration
     text         the text that the model reads during the conversion; None without a text
     allocation   the choice of formats and ranks; None where the recipe sets formats and ranks
+    remote_code  whether the result keeps the original's code for loaders
     """
 
     checkpoint: Checkpoint
@@ -60,11 +61,25 @@ class Conversion:
     statistics: Statistics | None = None
     allocation: Allocation | None = None
     text: TextSource | None = None
+    remote_code: bool = True
 
     @property
     def side_files(self) -> dict[str, Path]:
         """Name of each copy -> small file of the original to copy; records of this tool are left out."""
-        return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES)
+        return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES, remote_code=self.remote_code)
+
+    @property
+    def code_files(self) -> list[str]:
+        """Names of the result's files with code of the original, see `code_in`."""
+        return code_in(self.side_files, self.config) if self.remote_code else []
+
+    @property
+    def published_plan(self) -> Plan:
+        """The plan as a result tells strangers: calibration and text have a name, and no path of this machine."""
+        recipe = self.plan.recipe
+        calibration = None if recipe.calibration is None else _last_part(recipe.calibration)
+        text = recipe.text and replace(recipe.text, names=tuple(map(_last_part, recipe.text.names)))
+        return replace(self.plan, recipe=replace(recipe, calibration=calibration, text=text))
 
     @property
     def fingerprint(self) -> str:
@@ -74,7 +89,8 @@ class Conversion:
             # Tokens depend on the tokenizer, which is among the side files, and on the libraries.
             parts = [self.text.sha256, *map(file_sha256, self.side_files.values()), library_versions()]
             statistics = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
+        fingerprint = self.plan.fingerprint(self.checkpoint.tensors, self.base_model, statistics)
+        return fingerprint if self.remote_code else fingerprint_of({"without remote code": fingerprint})
 
     @property
     def result(self) -> PlannedResult:
@@ -87,15 +103,17 @@ class Conversion:
             units=tuple(job.name for job in plan.jobs),
             files={**files, f"{plan.adapter_dir}/{WEIGHTS_NAME}": plan.adapter_tensors},
             side_files=self.side_files,
+            remote_code=self.remote_code,
         )
 
 
-def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
+def prepare_conversion(model: str, output: Path, recipe: Recipe, *, remote_code: bool = True) -> Conversion:
     """Open the original, read headers and plan. Writes nothing; needs no torch.
 
-    model    a directory, a file, or "builtin:" and a name
-    output   directory of the result
-    recipe   all options
+    model         a directory, a file, or "builtin:" and a name
+    output        directory of the result
+    recipe        all options
+    remote_code   whether the result keeps the original's code for loaders
 
     Raises LoftqError for every error that shows before the first weight is read.
 
@@ -104,10 +122,10 @@ def prepare_conversion(model: str, output: Path, recipe: Recipe) -> Conversion:
     >>> len(conversion.plan.layers), conversion.base_model
     (28, 'base')
     """
-    checkpoint = _open_original(model, output)
+    checkpoint = _open_original(model, output, recipe)
     plan, statistics = _build_plan(checkpoint, recipe)
     text = None if recipe.text is None else _open_model_text(checkpoint, recipe.text)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), statistics, text=text)
+    return _conversion(checkpoint, plan, output, statistics, None, text, remote_code=remote_code)
 
 
 def prepare_within_target(
@@ -118,6 +136,7 @@ def prepare_within_target(
     *,
     threads: int = 1,
     observe: Callable[[str, int, int], None],
+    remote_code: bool = True,
 ) -> Conversion:
     """Prepare a conversion with number formats and ranks chosen within `target`, see `allocate`. Reads every weight to
     quantize, and computes on the processor.
@@ -128,13 +147,14 @@ def prepare_within_target(
     threads         number of threads
     observe         receives the name of each measured layer, the number of measured layers, and the number of all
                     layers
+    remote_code     as for `prepare_conversion`
 
     Raises LoftqError in the cases of `prepare_conversion` and of `allocate`.
     """
     if recipe.text is not None:
         hint = "loftq calibrate, and --calibration in place of --text"
         raise UsageError("a bound on the size needs the statistics of all layers before the choice", hint=hint)
-    checkpoint = _open_original(model, output)
+    checkpoint = _open_original(model, output, recipe)
     opened: Statistics | None = None
     statistics: InputStatistics | None = None
     if recipe.calibration == WEIGHTS:
@@ -145,7 +165,13 @@ def prepare_within_target(
         statistics = opened = _open_model_statistics(Path(recipe.calibration), widest)[0]
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
     plan, opened = _build_plan(checkpoint, allocation.recipe, opened)
-    return Conversion(checkpoint, checkpoint.config(), plan, output, output.as_posix(), opened, allocation)
+    return _conversion(checkpoint, plan, output, opened, allocation, None, remote_code=remote_code)
+
+
+def _last_part(path: str) -> str:
+    """The last part of a path; a file or folder called like a word of an option keeps a "./" before the name."""
+    name, words = source_name(Path(path)), (SELF, RANDOM, WEIGHTS, NONE)
+    return f"./{name}" if name in words and path not in words else name
 
 
 def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource:
@@ -154,12 +180,36 @@ def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource
     return open_text(options.names)
 
 
-def _open_original(model: str, output: Path) -> Checkpoint:
+def _conversion(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    output: Path,
+    statistics: Statistics | None,
+    allocation: Allocation | None,
+    text: TextSource | None,
+    *,
+    remote_code: bool,
+) -> Conversion:
+    """The conversion with a note about the original's code."""
+    config = checkpoint.config() if remote_code else without_code(checkpoint.config())
+    conversion = Conversion(
+        checkpoint, config, plan, output, output.as_posix(), statistics, allocation, text, remote_code
+    )
+    note = code_note(conversion.code_files)
+    return conversion if note is None else replace(conversion, plan=replace(plan, notes=(*plan.notes, note)))
+
+
+def _open_original(model: str, output: Path, recipe: Recipe) -> Checkpoint:
     path = resolve_model(model)
+    for expression in (*recipe.include, *recipe.exclude):
+        if not is_tensor_name(expression):  # the recipe in the result repeats the expression
+            message = f"the expression {printable(expression)} cannot be written as text (UTF-8)"
+            raise UsageError(message, hint="type . for any character")
     if not is_tensor_name(str(output)):  # the adapter's config names the base
         raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
+    side_file_copies(checkpoint.directory, leave=_OWN_FILES)  # a link out of the folder is refused at once
     return checkpoint
 
 

@@ -150,7 +150,6 @@ def report_json(
     notes: Sequence[str] = (),
     *,
     source: str,
-    base_model: str,
     base_fingerprint: str,
     allocation: Mapping[str, Any] | None = None,
     text: Mapping[str, Any] | None = None,
@@ -161,7 +160,6 @@ def report_json(
     layers             results of all quantized layers
     notes              sentences to list after the notes of the plan
     source             name of the original
-    base_model         name of the base
     base_fingerprint   fingerprint of the quantized weights
     allocation         JSON values of the choice of formats and ranks; None without a choice
     text               JSON values of the text that the model read; None without a text
@@ -170,7 +168,6 @@ def report_json(
         "format_version": 1,
         **TOOL,
         "source": source,
-        "base_model": base_model,
         "base_fingerprint": base_fingerprint,
         "adapter_dir": plan.adapter_dir,
         "recipe": recipe_json(plan.recipe),
@@ -370,21 +367,20 @@ class _Report:
     """The values of loftq_report.json that merge, inspect and `loftq_cli.nn` read."""
 
     base_fingerprint: str
-    base_model: str
     adapter_dir: str
     recipe: _Method
     layers: list[Any]
 
 
-def provenance_json(plan: Plan, *, base_model: str, base_fingerprint: str) -> dict[str, Any]:
-    """JSON values of the side file of an adapter: method, initialization, and name and fingerprint of the adapter's
-    base.
+def provenance_json(plan: Plan, *, source: str, base_fingerprint: str) -> dict[str, Any]:
+    """JSON values of the side file of an adapter: method, initialization, the name of the original, and the fingerprint
+    of the adapter's base.
     """
     init = {} if plan.recipe.init is None else {"init": plan.recipe.init}
     return {
         **TOOL,
         "method": plan.recipe.method,
         **init,
-        "base_model": base_model,
+        "source": source,
         "base_fingerprint": base_fingerprint,
     }

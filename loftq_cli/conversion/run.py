@@ -36,9 +36,10 @@ from loftq_cli.output.records import (
     dump_json,
     index_json,
     source_name,
+    without_local_path,
     write_texts,
 )
-from loftq_cli.output.side_files import copy_side_files
+from loftq_cli.output.side_files import code_paragraph, copy_side_files
 from loftq_cli.output.staged_run import Entries, run_staged
 from loftq_cli.output.writer import OutputFiles
 from loftq_cli.planning.jobs import CopyJob, LayerJob
@@ -253,8 +254,9 @@ class ConversionWork:
         for warning in [*([] if self._text is None else unread_notes(self.layers)), *([] if note is None else [note])]:
             self._warn(warning)
         self._observer.phase("publishing")
-        copy_side_files(self._conversion.side_files, directory)
-        write_texts(directory, _make_texts(self._conversion, self.layers, entries, self._text))
+        conversion = self._conversion
+        copy_side_files(conversion.side_files, directory, remote_code=conversion.remote_code)
+        write_texts(directory, _make_texts(conversion, self.layers, entries, self._text))
 
     def check_inputs_unchanged(self) -> None:
         """Raises StorageError for a weight file, or a file of the statistics, changed since the plan."""
@@ -281,9 +283,9 @@ def _make_texts(
     conversion: Conversion, layers: Sequence[LayerResult], entries: Entries, text: TextPass | None
 ) -> dict[str, str]:
     """Make the text of each small file of the result, by relative name, in the order of writing."""
-    plan, base_model = conversion.plan, conversion.base_model
+    plan = conversion.published_plan
     source, base_fingerprint = source_name(conversion.checkpoint.path), _fingerprint_base(plan, entries)
-    provenance = provenance_json(plan, base_model=base_model, base_fingerprint=base_fingerprint)
+    provenance = provenance_json(plan, source=source, base_fingerprint=base_fingerprint)
     report = report_json(
         plan,
         layers,
@@ -293,19 +295,18 @@ def _make_texts(
         ],
         text=None if text is None or conversion.text is None else text_json(conversion.text, text),
         source=source,
-        base_model=base_model,
         base_fingerprint=base_fingerprint,
         allocation=None if conversion.allocation is None else conversion.allocation.to_json(),
     )
     texts = {
-        f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(base_model)),
+        f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(conversion.base_model)),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(provenance),
-        f"{plan.adapter_dir}/README.md": render_adapter_card(plan, layers, base_model=base_model),
-        "README.md": render_model_card(plan, layers, source=source, base_model=base_model),
+        f"{plan.adapter_dir}/README.md": render_adapter_card(plan, layers),
+        "README.md": render_model_card(plan, layers, source=source) + code_paragraph(conversion.code_files),
         RECIPE_NAME: recipe_toml(plan.recipe),
         REPORT_NAME: dump_json(report),
     }
     if len(plan.shards) > 1:
         texts["model.safetensors.index.json"] = index_json(plan.shard_of, plan.base_nbytes)
-    config = plan.model_config(conversion.config)
+    config = without_local_path(plan.model_config(conversion.config))
     return texts | ({"config.json": dump_json(config)} if config else {})

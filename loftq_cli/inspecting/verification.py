@@ -13,12 +13,13 @@ from pathlib import Path
 
 from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.checkpoint.source import MODEL_FILES, WeightsFile, faults, open_checkpoint, open_weights_file
+from loftq_cli.checkpoint.watched_file import HIDDEN_INSIDE
 from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.inspecting.consistency import OpenedDirectory, is_behind_link, open_directory, recorded_fingerprints
 from loftq_cli.inspecting.findings import Findings, Problem, Verification
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, fingerprint_of, read_checksums
-from loftq_cli.output.place import HIDDEN_INSIDE, is_unfinished
+from loftq_cli.output.place import is_unfinished
 from loftq_cli.output.records import MERGE_REPORT_NAME, REPORT_NAME
 from loftq_cli.runtime.workers import Workers, started
 from loftq_cli.tensors.headers import FLOAT_PREFIXES, TensorRef

@@ -42,6 +42,7 @@ class MergeOptions:
     pooling          convention of a QA-LoRA adapter; wins over the config of the adapter
     max_shard_size   size of a weight file, like "5GB"
     force            whether to merge in spite of a foreign base or a lost adapter
+    remote_code      whether the result keeps the base's code for loaders
 
     Raises UsageError for a value outside the tables, and for options that contradict each other.
 
@@ -60,6 +61,7 @@ class MergeOptions:
     pooling: str | None = None
     max_shard_size: str = "5GB"
     force: bool = False
+    remote_code: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from loftq_cli.output.records import (
     TOOL,
     source_name,
 )
-from loftq_cli.output.side_files import side_file_copies
+from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult
 from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.jobs import Shard, pack_shards
@@ -81,6 +81,8 @@ class Merge:
         refs = [*self.base.checkpoint.tensors.values(), *self.adapter.weights.tensors.values()]
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
+        if options.pop("remote_code") is False:
+            options["remote_code"] = False
         sources = [source_name(self.base.path), source_name(self.adapter.path)]
         configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout.name]
         values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
@@ -90,7 +92,13 @@ class Merge:
     def side_files(self) -> dict[str, Path]:
         """The small files of the base to copy: relative name of the copy -> source file."""
         card = {"README.md"} if (self.base.folder / REPORT_NAME).is_file() else set()
-        return side_file_copies(self.base.checkpoint.directory, leave=_NOT_COPIED | card)
+        directory, remote_code = self.base.checkpoint.directory, self.options.remote_code
+        return side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+
+    @property
+    def code_files(self) -> list[str]:
+        """Names of the result's files with code of the base, see `code_in`."""
+        return code_in(self.side_files, self.base.config) if self.options.remote_code else []
 
     @property
     def result(self) -> PlannedResult:
@@ -101,6 +109,7 @@ class Merge:
             units=tuple(job.name for job in self.jobs),
             files={shard.file: shard.tensors for shard in self.shards},
             side_files=self.side_files,
+            remote_code=self.options.remote_code,
         )
 
     @property
@@ -116,7 +125,7 @@ class Merge:
         Raises UsageError for a model unknown to the loaders of the container.
         """
         dtype = {"dtype": self.dtype}
-        config = {key: value for key, value in self.base.config.items() if key != "torch_dtype"} | dtype
+        config = {key: value for key, value in self._kept_config().items() if key != "torch_dtype"} | dtype
         nested = config.get("text_config")
         if isinstance(nested, dict):
             nested_dtype = dtype if "dtype" in nested or "torch_dtype" in nested else {}
@@ -128,6 +137,10 @@ class Merge:
         if not any(job.matrix for job in self.jobs):
             return config
         return load_layout(self.form.layout).model_config(config, self._model_facts())
+
+    def _kept_config(self) -> dict[str, Any]:
+        """The config of the base; without the names of custom code where the user wants no such code."""
+        return self.base.config if self.options.remote_code else without_code(self.base.config)
 
     def _model_facts(self) -> ModelFacts:
         matrices = [job.matrix for job in self.jobs if job.matrix is not None]
@@ -173,7 +186,8 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     jobs = tuple(planner.plan_jobs())
     unfit = next((job for job in jobs if job.note), None)
     if unfit is not None and not any(job.matrix for job in jobs):
-        raise UsageError(f"no weight to quantize: {unfit.note}", tensor=unfit.name, hint="another --group-size")
+        message = f"no weight to quantize: {unfit.note}"
+        raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
     quantized = [job.name for job in jobs if job.matrix is not None]
     check_names(load_layout(form.layout), quantized, [job.name for job in jobs])
     merge = Merge(
@@ -190,7 +204,8 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         notes=_untrained_notes(base, adapter),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
-    return merge
+    note = code_note(merge.code_files)
+    return merge if note is None else replace(merge, notes=(*merge.notes, note))
 
 
 def _untrained_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.adapter.beside import find_adapter
+from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import InputError, MismatchError, printable
 from loftq_cli.methods.method import METHODS, find_init
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.checksums import fingerprint_of
-from loftq_cli.output.records import PROVENANCE_NAME, REPORT_NAME
+from loftq_cli.output.records import PROVENANCE_NAME, REPORT_NAME, source_name
 
 _FORCE = "merge it into the base it was made for, or --force"
 _FORCED = "merged all the same (--force)"
@@ -131,7 +133,8 @@ def _compare_fingerprints(base: _Base, made_for: Mapping[str, Any], *, is_fitted
         note = f"{PROVENANCE_NAME} in the adapter names this base" if base.fingerprint else "the base has no report"
         return base.provenance(note, expected=expected, is_binding=binding)
     state = "is another quantized base" if base.layers else "is not quantized"
-    message = f"the {method} adapter was made for {printable(made_for.get('base_model'))}, and this base {state}"
+    source = printable(made_for.get("source", made_for.get("base_model")))
+    message = f"the {method} adapter was made for a base of {source}, and this base {state}"
     if is_fitted and not force:
         raise MismatchError(message, file=base.model.path, hint=_FORCE)
     # An adapter with a start at zero holds no quantization error, so a foreign base is worth a note and no refusal.
@@ -139,22 +142,31 @@ def _compare_fingerprints(base: _Base, made_for: Mapping[str, Any], *, is_fitted
 
 
 def _compare_paths(base: _Base, config: Mapping[str, Any], *, force: bool) -> Provenance:
-    """Compare `base_model_name_or_path` and the reports of both bases. PEFT does not keep the provenance file."""
+    """Compare `base_model_name_or_path` and the reports of both bases. PEFT does not keep the provenance file.
+
+    Notes go into the report of the merge, so notes tell the last part of a path only.
+    """
     base_name = config.get("base_model_name_or_path")
     if not isinstance(base_name, str) or not os.path.isdir(base_name):
-        if base.report is not None and base_name == base.report["base_model"]:
+        if base.report is not None and isinstance(base_name, str) and base_name == _own_name(base):
             return base.provenance("the adapter names this base as it was called when it was converted")
-        return base.provenance(
-            f"could not check that the adapter belongs to this base: it names {base_name!r}, not found"
-        )
+        shown = repr(source_name(Path(base_name))) if isinstance(base_name, str) and base_name else repr(base_name)
+        return base.provenance(f"could not check that the adapter belongs to this base: it names {shown}, not found")
+    name = source_name(Path(base_name))
     if os.path.realpath(base_name) == os.path.realpath(base.model.folder):
         return base.provenance("the adapter names this base by its path")
     report = read_report(Path(base_name))
     if report is not None and report[0]["base_fingerprint"] == base.fingerprint:
-        return base.provenance(f"the adapter names {base_name}, which is the same base")
+        return base.provenance(f"the adapter names {name}, which is the same base")
     if report is None or not _is_fitted(report[0]["recipe"], report[0], Path(base_name) / REPORT_NAME):
-        return base.provenance(f"the adapter names {base_name}, another directory")
-    message = f"the adapter was trained on {base_name}, another base with a fitted adapter of its own"
+        return base.provenance(f"the adapter names {name}, another directory")
     if not force:
+        message = f"the adapter was trained on {base_name}, another base with a fitted adapter of its own"
         raise MismatchError(message, file=base.model.path, hint=_FORCE)
-    return base.provenance(f"{message}, {_FORCED}")
+    return base.provenance(f"the adapter was trained on {name}, another base with a fitted adapter, {_FORCED}")
+
+
+def _own_name(base: _Base) -> object:
+    """The name of the base in the config of the adapter inside; None for a base without an adapter inside."""
+    own = None if base.report is None else find_adapter(base.model.folder, str(base.report["adapter_dir"]))
+    return None if own is None else read_json_object(own / CONFIG_NAME).get("base_model_name_or_path")

@@ -16,9 +16,10 @@ from loftq_cli.output.records import (
     dump_json,
     index_json,
     source_name,
+    without_local_path,
     write_texts,
 )
-from loftq_cli.output.side_files import copy_side_files
+from loftq_cli.output.side_files import code_paragraph, copy_side_files
 from loftq_cli.tensors.metrics import relative
 
 if TYPE_CHECKING:
@@ -192,13 +193,13 @@ def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> No
     Raises StorageError when the disk refuses a file.
     """
     base = merge.base
-    copy_side_files(merge.side_files, directory)
+    copy_side_files(merge.side_files, directory, remote_code=merge.options.remote_code)
     texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
     if len(merge.shards) > 1:
         shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}
         texts["model.safetensors.index.json"] = index_json(shard_of, merge.nbytes)
     if base.config:
-        texts["config.json"] = dump_json(merge.model_config())
+        texts["config.json"] = dump_json(without_local_path(merge.model_config()))
     write_texts(directory, texts)
 
 
@@ -230,4 +231,5 @@ def _model_card(merge: Merge) -> str:
     return (
         f"# {source_name(merge.base.path)} merged with {source_name(merge.adapter.path)}\n\n"
         f"{form}; merged in float32 by loftq-cli. `{MERGE_REPORT_NAME}` lists every merged layer.\n"
+        f"{code_paragraph(merge.code_files)}"
     )

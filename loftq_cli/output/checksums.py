@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.record_schema import RecordError, Sha256, read_record
 from loftq_cli.checkpoint.watched_file import WatchedFile
-from loftq_cli.errors import InputError
+from loftq_cli.errors import InputError, StorageError
 
 CHECKSUMS = "checksums.json"
 _TOOL = "loftq-cli"
@@ -81,8 +81,30 @@ def file_sha256(path: Path) -> str:
     return file.sha256(0, file.nbytes)
 
 
-def files_in(directory: Path) -> list[str]:
-    """Relative names of all files below `directory`, sorted.
+def own_files(directory: Path, mark: Checksums, names: Iterable[str]) -> tuple[list[WatchedFile], list[str]]:
+    """Hash the files called `names`. Returns the files with the sha256 in the mark, under watch from before the hash
+    on, and the names of the other files. The mark itself has no sha256.
+
+    >>> _ = Path("notes.txt").write_text("mine")
+    >>> own_files(Path(), Checksums("fingerprint", None, {"notes.txt": "0" * 64}), ["notes.txt"])
+    ([], ['notes.txt'])
+    """
+    own, others = list[WatchedFile](), list[str]()
+    for name in names:
+        try:
+            file = WatchedFile.open(directory / name, may_be_empty=True)
+            is_own = name == CHECKSUMS or file.sha256(0, file.nbytes) == mark.files.get(name)
+        except (InputError, StorageError):
+            is_own = False
+        if is_own:
+            own.append(file)
+        else:
+            others.append(name)
+    return own, others
+
+
+def files_in(directory: Path, *, links: bool = False) -> list[str]:
+    """Relative names of all files below `directory`, sorted; with `links`, links to directories too.
 
     >>> Path("model").mkdir()
     >>> _ = Path("model/config.json").write_text("{}")
@@ -90,8 +112,9 @@ def files_in(directory: Path) -> list[str]:
     ['config.json']
     """
     names = []
-    for root, _, file_names in os.walk(directory):
-        names += [(Path(root) / name).relative_to(directory).as_posix() for name in file_names]
+    for root, folders, file_names in os.walk(directory):
+        linked = [name for name in folders if links and os.path.islink(os.path.join(root, name))]
+        names += [(Path(root) / name).relative_to(directory).as_posix() for name in (*file_names, *linked)]
     return sorted(names)
 
 

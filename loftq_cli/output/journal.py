@@ -20,7 +20,7 @@ from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError
 from loftq_cli.output import disk
 
-_PUBLISHING = "#publishing"  # never the name of a unit: a unit has four values
+_PUBLISHING, _REFUSED = "#publishing ", "#refused"  # never the name of a unit: a unit has four values
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +37,17 @@ class JournalEntry:
 class JournalContents:
     """The whole lines of a journal.
 
-    fingerprint     fingerprint of the run; None for an empty journal
-    entries         unit -> entry
-    is_publishing   whether the result was complete and publication had begun
-    nbytes          end of the whole lines of units, in bytes
+    fingerprint   fingerprint of the run; None for an empty journal
+    entries       unit -> entry
+    publishing    sha256 of the mark of the complete result, when publication had begun; else None
+    is_refused    whether the input or an option ended the run: the run ends so again unless something changes
+    nbytes        end of the whole lines of units, in bytes
     """
 
     fingerprint: str | None = None
     entries: tuple[JournalEntry, ...] = ()
-    is_publishing: bool = False
+    publishing: str | None = None
+    is_refused: bool = False
     nbytes: int = 0
 
 
@@ -55,7 +57,7 @@ def read_journal(path: Path) -> JournalContents:
     Raises StorageError when reading fails.
 
     >>> read_journal(Path("no such file"))
-    JournalContents(fingerprint=None, entries=(), is_publishing=False, nbytes=0)
+    JournalContents(fingerprint=None, entries=(), publishing=None, is_refused=False, nbytes=0)
     """
     try:
         file = WatchedFile.open(path, may_be_empty=True)
@@ -71,7 +73,7 @@ def parse_journal(data: bytes) -> JournalContents:
     >>> parse_journal(_line_hash(line).encode() + b" " + line + b"\\ntorn line").fingerprint
     'fingerprint'
     """
-    fingerprint, is_publishing, nbytes = None, False, 0
+    fingerprint, publishing, is_refused, nbytes = None, None, False, 0
     entries: list[JournalEntry] = []
     for line in data.split(b"\n")[:-1]:  # bytes after the last line end are torn
         value = _value(line)
@@ -79,15 +81,16 @@ def parse_journal(data: bytes) -> JournalContents:
             fingerprint = value
         elif fingerprint is None:
             break
-        elif value == _PUBLISHING:
-            is_publishing = True
+        elif isinstance(value, str):
+            publishing = value.removeprefix(_PUBLISHING) if value.startswith(_PUBLISHING) else None
+            is_refused = value == _REFUSED
             break
         elif (entry := _entry(value)) is not None:
             entries.append(entry)
         else:
             break
         nbytes += len(line) + 1
-    return JournalContents(fingerprint, tuple(entries), is_publishing, nbytes)
+    return JournalContents(fingerprint, tuple(entries), publishing, is_refused, nbytes)
 
 
 class Journal:
@@ -117,10 +120,14 @@ class Journal:
         """Append a finished unit."""
         self._append([entry.unit, entry.input_sha256, entry.outputs, entry.result])
 
-    def publish(self) -> None:
-        """Record on the disk: the result is complete and publication begins."""
-        self._append(_PUBLISHING)
+    def publish(self, mark_sha256: str) -> None:
+        """Record on the disk: the result with the mark of `mark_sha256` is complete, and publication begins."""
+        self._append(_PUBLISHING + mark_sha256)
         self.sync(self._end)
+
+    def refuse(self) -> None:
+        """Record that the input or an option ended the run."""
+        self._append(_REFUSED)
 
     def sync(self, end: int) -> None:
         """Bring at least the lines up to `end` to the disk. Raises StorageError."""

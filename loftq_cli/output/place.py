@@ -1,5 +1,7 @@
 """The folder of a result in the making, and the publication: the folder lies beside the output, and a single rename
-makes the result visible.
+makes the result visible. An earlier result and the new one exchange their names, so that the output is never absent;
+where the system cannot exchange, the earlier result moves into the folder first. A marker tells the folder from folders
+of other owners.
 
 A mount point, or a parent without write permission, rules a rename out. The result is then made in `.partial` inside
 the output, and publication moves file by file, config.json and then the checksums last. No file of a result is read
@@ -14,12 +16,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from loftq_cli.checkpoint.watched_file import HIDDEN_INSIDE, REPLACED, WatchedFile, hidden_folder
+from loftq_cli.errors import InputError, LoftqError, UsageError
 from loftq_cli.output import disk
-from loftq_cli.output.checksums import CHECKSUMS, Checksums, read_checksums
+from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, read_checksums
 from loftq_cli.output.journal import read_journal
 
-_JOURNAL, _RESULT, _REPLACED = ".journal", "result", "replaced"
-HIDDEN_INSIDE = ".partial"
+_JOURNAL, _RESULT, _MARKER = ".journal", "result", ".loftq-cli"
+_MARKER_TEXT = b"""An unfinished result of loftq-cli. The same command completes the result and removes the folder.
+Never delete the folder while `replaced` in the folder holds the only copy of an earlier result.
+"""
 _HIDDEN = re.compile(r"\.(.+\.)?partial")
 _NO_CONTENT = {HIDDEN_INSIDE, "lost+found"}  # an empty mount point may hold the names
 _MOUNTS = Path("/proc/self/mountinfo")
@@ -43,8 +49,7 @@ class Place:
         """The place for the path `output` as typed by a user; the file `mounts` lists all mount points."""
         target = Path(os.path.realpath(output))
         moves = target.is_dir() and (_is_mount(target, mounts) or not os.access(target.parent, os.W_OK | os.X_OK))
-        hidden = target / HIDDEN_INSIDE if moves else target.parent / f".{target.name}.partial"
-        return cls(target, hidden, moves)
+        return cls(target, target / HIDDEN_INSIDE if moves else hidden_folder(target), moves)
 
     @property
     def result(self) -> Path:
@@ -54,31 +59,84 @@ class Place:
     @property
     def replaced(self) -> Path:
         """The folder of the previous contents of the output until the result is visible."""
-        return self.root / _REPLACED
+        return self.root / REPLACED
 
     @property
     def journal(self) -> Path:
         """The journal of finished units."""
         return self.root / _JOURNAL
 
+    def check_owned(self) -> None:
+        """Raises UsageError when something else has the name of the hidden directory."""
+        if not self._is_owned():
+            message = "has the name of the folder for an unfinished result, and this tool did not make it"
+            raise UsageError(message, file=self.root, hint="rename it, or choose another output")
+
+    def claim(self) -> None:
+        """Mark the hidden directory, before anything else is in the directory. Raises UsageError for a directory of
+        another owner, StorageError when the disk fails.
+        """
+        self.check_owned()
+        if self._marker() == _MARKER_TEXT:
+            return
+        path = self.root / _MARKER
+        with disk.written_file(path) as descriptor:
+            disk.write_at(descriptor, 0, _MARKER_TEXT, path)
+            disk.sync(descriptor, path)
+        disk.sync_directory(self.root)
+
     def is_published(self) -> bool:
         """True if a run died after publication and left the hidden directory."""
-        return self._is_result_gone() and read_journal(self.journal).is_publishing
+        publishing = read_journal(self.journal).publishing
+        return publishing is not None and self._is_result_gone(publishing)
 
     def is_half_published(self) -> bool:
-        """True if a run died during publication, so the output may hold a part of a result."""
-        return not self._is_result_gone() and read_journal(self.journal).is_publishing
+        """True if a run died during publication, so an output with moved files may hold a part of a result."""
+        publishing = read_journal(self.journal).publishing
+        return publishing is not None and not self._is_result_gone(publishing)
 
     def is_left_over(self) -> bool:
-        """True if the hidden directory exists and holds nothing of use."""
-        if not self.root.is_dir():
+        """True if the hidden directory exists, is ours, and holds nothing of use."""
+        if not self.root.is_dir() or not self._is_owned():
             return False
-        journal = read_journal(self.journal)
-        return journal.fingerprint is None or (journal.is_publishing and self._is_result_gone())
+        return read_journal(self.journal).fingerprint is None or self.is_published()
 
-    def _is_result_gone(self) -> bool:
-        """True if nothing is left to publish: the result, or the last file of the result (the mark), has moved."""
-        return not (self.result / CHECKSUMS if self.moves else self.result).exists()
+    def _is_result_gone(self, publishing: str) -> bool:
+        """True if nothing is left to publish. `publishing` is the sha256 of the mark of the new result: after an
+        exchange, the folder of the result holds the earlier result.
+        """
+        if self.moves:
+            return not (self.result / CHECKSUMS).exists()
+        if self.replaced.exists() or not self.result.exists():
+            return not self.result.exists()
+        try:
+            return file_sha256(self.result / CHECKSUMS) != publishing
+        except InputError:
+            return True
+
+    def _is_owned(self) -> bool:
+        """True for an absent or empty directory, and for a directory with a marker or a journal of this tool. Before
+        the marker is whole, no second file is in the directory.
+        """
+        if not os.path.lexists(self.root):
+            return True
+        if self.root.is_symlink() or not self.root.is_dir():
+            return False
+        try:
+            names, marker = os.listdir(self.root), self._marker()
+        except OSError:
+            return True  # the lock fails too, and reports the reason
+        if not names or marker == _MARKER_TEXT or read_journal(self.journal).fingerprint is not None:
+            return True
+        return names == [_MARKER] and marker is not None and _MARKER_TEXT.startswith(marker.rstrip(b"\0"))
+
+    def _marker(self) -> bytes | None:
+        """The first bytes of the marker; None without a marker."""
+        try:
+            file = WatchedFile.open(self.root / _MARKER, may_be_empty=True)
+            return bytes(file.read(0, min(file.nbytes, len(_MARKER_TEXT) + 1)))
+        except LoftqError:
+            return None
 
     def contents(self) -> list[str]:
         """Names of the files in the output."""
@@ -107,9 +165,24 @@ class Place:
         elif self.replaced.exists() and not os.path.lexists(self.target):
             disk.rename(self.replaced, self.target)
 
+    def empty(self) -> None:
+        """Remove everything in the hidden directory but the marker, the journal last."""
+        names = [name for name in os.listdir(self.root) if name != _MARKER]
+        for name in sorted(names, key=lambda name: (name == _JOURNAL, name)):
+            path = self.root / name
+            disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
+
+    def release(self) -> None:
+        """Remove the hidden directory unless the directory holds more than the marker."""
+        if os.listdir(self.root) == [_MARKER]:
+            self.clear()
+
     def clear(self) -> None:
-        """Remove the hidden directory."""
-        disk.remove_tree(self.root)
+        """Remove the hidden directory, the marker last: whatever a crash leaves has an owner."""
+        if self.root.is_dir():
+            self.empty()
+            disk.sync_directory(self.root)
+            disk.remove_tree(self.root)
         disk.sync_directory(self.root.parent)
 
 
@@ -143,6 +216,10 @@ def _rename_in(place: Place) -> None:
     is_replacing = place.target.exists() and any(place.target.iterdir())
     if is_replacing:
         disk.remove_tree(place.replaced)
+        if disk.exchange(place.result, place.target):
+            disk.sync_directory(place.target.parent)
+            disk.sync_directory(place.root)
+            return
         disk.rename(place.target, place.replaced)
         disk.sync_directory(place.root)
     try:
@@ -158,7 +235,8 @@ def _move_in(place: Place) -> None:
     if before is not None:
         disk.make_directory(place.replaced)
         disk.sync_directory(place.root)
-        _take_out(_top_names(before), place.target, place.replaced)
+        names = [name for name in _top_names(before) if os.path.lexists(place.target / name)]
+        _take_out(names, place.target, place.replaced)
     _bring_in(os.listdir(place.result), place.result, place.target)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,19 @@ def source_name(path: Path) -> str:
     >>> source_name(Path("models/MiniLM"))
     'MiniLM'
     """
-    return printable(path.name or path.resolve().name)
+    return printable(path.name if path.name not in ("", "..") else path.resolve().name)
+
+
+def without_local_path(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without `_name_or_path` where an absolute path names a folder of the machine that trained the
+    model. No loader reads the key.
+
+    >>> without_local_path({"_name_or_path": "/home/ada/model", "vocab_size": 32}), without_local_path({"a": 1})
+    ({'vocab_size': 32}, {'a': 1})
+    """
+    name = config.get("_name_or_path")
+    is_local = isinstance(name, str) and os.path.isabs(name)
+    return {key: value for key, value in config.items() if key != "_name_or_path" or not is_local}
 
 
 def dump_json(values: Mapping[str, Any]) -> str:

@@ -1,13 +1,20 @@
-"""Small files beside the weights: tokenizer, generation settings, custom code. Files are copied, never read."""
+"""Small files beside the weights: tokenizer, generation settings, custom code. Files are copied, configs are searched
+for custom code, and nothing is run.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, WatchedFile
+from loftq_cli.errors import InputError, printable
 from loftq_cli.output import disk
 from loftq_cli.output.checksums import file_sha256
 
@@ -20,6 +27,9 @@ _WEIGHT_SUFFIXES = {
 _SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
 SOURCE_CARD = "SOURCE_README.md"
 MAX_NBYTES = 200_000_000  # bytes; the largest tokenizers have tens of MB
+_CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})  # loaders import the named code under trust_remote_code
+_MAX_NAMES = 5  # more names hide the sentence around the names
+_CONFIG_ENDING = "config.json"  # loaders look for the keys in config.json, tokenizer_config.json and their like
 
 
 def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
@@ -53,10 +63,12 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
     return copied, skipped
 
 
-def side_file_copies(source: Path | None, *, leave: Collection[str] = ()) -> dict[str, Path]:
-    """Name of each copy in the result -> file in the folder `source`, without the names in `leave`.
+def side_file_copies(source: Path | None, *, leave: Collection[str] = (), remote_code: bool = True) -> dict[str, Path]:
+    """Name of each copy in the result -> file in the folder `source`, without the names in `leave`, and without Python
+    files unless `remote_code`.
 
-    README.md of the source becomes SOURCE_README.md: a result has a fresh README.md.
+    README.md of the source becomes SOURCE_README.md: a result has a fresh README.md. Raises InputError for a link out
+    of the folder.
 
     >>> Path("source").mkdir()
     >>> Path("source/README.md").touch()
@@ -65,11 +77,29 @@ def side_file_copies(source: Path | None, *, leave: Collection[str] = ()) -> dic
     """
     paths = [] if source is None else find_side_files(source)[0]
     path_of = {SOURCE_CARD if path == Path("README.md") else path.as_posix(): path for path in paths}
-    return {name: Path(source or "") / path for name, path in path_of.items() if path.as_posix() not in leave}
+    folder = Path(source or "")
+    kept = {name: path for name, path in path_of.items() if path.as_posix() not in leave}
+    copies = {name: folder / path for name, path in kept.items() if remote_code or path.suffix != ".py"}
+    for path in (*copies.values(), folder / "config.json"):  # the config of a result repeats the config's values
+        _check_inside(path, folder)
+    return copies
 
 
-def copy_side_files(copies: Mapping[str, Path], target: Path) -> None:
-    """Copy `copies`, relative name -> source file, into `target`, with normal permissions. Raises StorageError.
+def _check_inside(path: Path, folder: Path) -> None:
+    """Raises InputError for a link out of the model's `folder`: a stranger's link may lead to a secret, and results are
+    published. The snapshots in the cache of the hub link to files in the folder `blobs` of the same repository.
+    """
+    target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(place in target.parents for place in allowed):
+        copy = shlex.join(["cp", "--remove-destination", str(target), str(path)])
+        hint = f"if the file belongs to the model, put a copy in place of the link: {copy}"
+        raise InputError(f"is a link out of the model's folder, to {target}", file=path, hint=hint)
+
+
+def copy_side_files(copies: Mapping[str, Path], target: Path, *, remote_code: bool = True) -> None:
+    """Copy `copies`, relative name -> source file, into `target`, with normal permissions. Unless `remote_code`,
+    configs lose the names of custom code. Raises StorageError.
 
     >>> _ = Path("merges.txt").write_text("a b")
     >>> copy_side_files({"copy.txt": Path("merges.txt")}, Path())
@@ -79,6 +109,10 @@ def copy_side_files(copies: Mapping[str, Path], target: Path) -> None:
     for name, source in copies.items():
         copy = target / name
         disk.make_directory(copy.parent)
+        edited = None if remote_code else _data_without_code(source)
+        if edited is not None:
+            disk.write_file(copy, edited)
+            continue
         file, position = WatchedFile.open(source, may_be_empty=True), 0
         with disk.written_file(copy) as descriptor:
             for chunk in file.chunks(0, file.nbytes, CHUNK_NBYTES):
@@ -86,13 +120,95 @@ def copy_side_files(copies: Mapping[str, Path], target: Path) -> None:
                 position += len(chunk)
 
 
-def are_copied(copies: Mapping[str, Path], sums: Mapping[str, str]) -> bool:
-    """True if the source files still have the listed sha256 of the copies: `sums` is relative name -> sha256.
+def without_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the names of custom code, at any depth.
+
+    >>> without_code({"model_type": "odd", "auto_map": {"AutoModel": "modeling_odd.OddModel"}})
+    {'model_type': 'odd'}
+    """
+    kept = json.loads(json.dumps(config), object_pairs_hook=_drop_code_keys)
+    assert isinstance(kept, dict)
+    return kept
+
+
+def code_in(copies: Mapping[str, Path], config: Mapping[str, Any]) -> list[str]:
+    """Names of files in a result that hold custom code, or name custom code: the copies, and the result's config.json.
+
+    >>> _ = Path("modeling_odd.py").write_text("import os")
+    >>> code_in({"modeling_odd.py": Path("modeling_odd.py")}, {"auto_map": {}})
+    ['config.json', 'modeling_odd.py']
+    """
+    names = ["config.json"] if without_code(config) != config else []
+    return names + [n for n, path in copies.items() if path.suffix == ".py" or _data_without_code(path) is not None]
+
+
+def code_note(names: Collection[str]) -> str | None:
+    """The note about the files in `code_in`; None without a file.
+
+    >>> print(code_note(["config.json", "modeling_odd.py"]))
+    config.json, modeling_odd.py: code of the original, which loaders run with trust_remote_code (--no-remote-code \
+leaves the code out)
+    """
+    if not names:
+        return None
+    text = ", ".join(printable(name, 80) for name in list(names)[:_MAX_NAMES])
+    more = f" and {len(names) - _MAX_NAMES} more files" if len(names) > _MAX_NAMES else ""
+    reason = "code of the original, which loaders run with trust_remote_code"
+    return f"{text}{more}: {reason} (--no-remote-code leaves the code out)"
+
+
+def code_paragraph(names: Collection[str]) -> str:
+    """The paragraph of a model card about the files in `code_in`, after an empty line; no text without a file.
+
+    >>> code_paragraph([])
+    ''
+    """
+    if not names:
+        return ""
+    listed = ", ".join(f"`{printable(name, 80).replace('`', '')}`" for name in names)
+    return f"""
+Code of the original: {listed}. loftq-cli ran none of the code, and nobody has checked the code. A loader
+with `trust_remote_code=True` runs the code.
+"""
+
+
+def _data_without_code(path: Path) -> bytes | None:
+    """The text of a config without the names of custom code; None for any other file. A text that Python cannot parse
+    is no config to any loader.
+    """
+    if not path.name.endswith(_CONFIG_ENDING):
+        return None
+    file = WatchedFile.open(path, may_be_empty=True)
+    data, found = bytes(file.read(0, file.nbytes)), list[str]()
+
+    def keep(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.extend(name for name, _ in pairs if name in _CODE_KEYS)
+        return _drop_code_keys(pairs)
+
+    try:
+        values = json.loads(data, object_pairs_hook=keep)
+    except (ValueError, RecursionError):
+        return None
+    return json.dumps(values, indent=2).encode() + b"\n" if found else None
+
+
+def _drop_code_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name not in _CODE_KEYS}
+
+
+def are_copied(copies: Mapping[str, Path], sums: Mapping[str, str], *, remote_code: bool = True) -> bool:
+    """True if the source files still give the listed sha256 of the copies: `sums` is relative name -> sha256. Unless
+    `remote_code`, the copies of configs lost the names of custom code.
 
     >>> are_copied({}, {}), are_copied({"vocab.txt": Path(__file__)}, {"vocab.txt": "ab12"})
     (True, False)
     """
-    return all(sums.get(name) == file_sha256(source) for name, source in copies.items())
+    for name, source in copies.items():
+        edited = None if remote_code else _data_without_code(source)
+        sha256 = file_sha256(source) if edited is None else hashlib.sha256(edited).hexdigest()
+        if sums.get(name) != sha256:
+            return False
+    return True
 
 
 def nbytes_of(copies: Mapping[str, Path]) -> int:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
-from loftq_cli.errors import LoftqError
+from loftq_cli.errors import LoftqError, StorageError
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.output.journal import JournalEntry, outputs_of
 from loftq_cli.output.records import TOOL
@@ -38,6 +38,7 @@ class PlannedResult:
     units         names of the units of work, in order
     files         relative name of a weight file -> the file's tensors
     side_files    relative name of a copy -> the small file to copy
+    remote_code   whether copied configs keep the names of custom code
     """
 
     output: Path
@@ -45,6 +46,7 @@ class PlannedResult:
     units: tuple[str, ...]
     files: Mapping[str, Sequence[OutTensor]]
     side_files: Mapping[str, Path]
+    remote_code: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -95,7 +97,8 @@ def is_result_complete(planned: PlannedResult, hash_input: Callable[[str], str],
     mark = finished_mark(planned.output, planned.fingerprint, overwrite=overwrite)
     if mark is not None:
         inputs = fingerprint_of({unit: hash_input(unit) for unit in planned.units})
-        if mark.input_sha256 == inputs and are_copied(planned.side_files, mark.files):
+        copied = are_copied(planned.side_files, mark.files, remote_code=planned.remote_code)
+        if mark.input_sha256 == inputs and copied:
             return True
     check_output(planned.output, overwrite=overwrite)
     return False
@@ -114,7 +117,9 @@ def run_staged(
 
     device   kind of the device ("cpu", "cuda"): a run is continued on an equal kind only
 
-    Raises LoftqError; the output's name then stands for the previous contents, as before the run.
+    Raises LoftqError; the output's name then stands for the previous contents, as before the run. Where the input or an
+    option is the reason, the same command continues the run, and any other command starts over: the remedy in the error
+    may be another option.
     """
     check_space(planned.output, planned.nbytes)
     staging = Staging(
@@ -136,6 +141,8 @@ def run_staged(
     except LoftqError as error:
         if not work.keeps_unfinished(error):
             staging.discard()
+        elif not isinstance(error, StorageError):
+            staging.refuse()
         raise
     finally:
         staging.close()

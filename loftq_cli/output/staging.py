@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError, StorageError, UsageError
 from loftq_cli.output import disk
-from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, read_checksums
+from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, own_files, read_checksums
 from loftq_cli.output.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
 from loftq_cli.output.place import Place
 
@@ -50,11 +51,16 @@ class Staging:
         self._place = Place.of(output)
         self.path = self._place.result
         self._journal: Journal | None = None
-        check_output(output, overwrite=overwrite)
+        check_output(output, overwrite=overwrite, hashes=False)
         self._lock = _locked(self._place, output)
         try:
+            self._place.claim()
             self._place.recover()
-            check_output(output, overwrite=overwrite)
+            try:
+                self._earlier = _check_replaceable(self._place, output, overwrite=overwrite, hashes=True)
+            except UsageError:
+                self._place.release()
+                raise
             self.entries = self._open_journal(restart=restart)
         except BaseException:
             self.close()
@@ -121,7 +127,8 @@ class Staging:
         except StorageError:
             journal.cut(to_nothing=True)
             raise
-        journal.publish()
+        self._check_earlier_unchanged()
+        journal.publish(file_sha256(result / CHECKSUMS))
         self._place.publish()
 
     @contextmanager
@@ -138,6 +145,10 @@ class Staging:
             raise
         finally:
             self.close()
+
+    def refuse(self) -> None:
+        """Record that the input or an option ended the run: another command may take the place of the run."""
+        self._open().refuse()
 
     def discard(self) -> None:
         """Remove the staging directory; an earlier result under the output's name stays or comes back."""
@@ -157,10 +168,21 @@ class Staging:
         assert self._journal is not None
         return self._journal
 
+    def _check_earlier_unchanged(self) -> None:
+        """Raises StorageError when somebody wrote into the output during the run."""
+        try:
+            for file in self._earlier:
+                file.check_unchanged()
+            _check_replaceable(self._place, self.output, overwrite=bool(self._earlier), hashes=False)
+        except (StorageError, UsageError) as error:
+            message = f"{error.message}, and the result would replace it"
+            hint = "move what you need out of the output, then run the same command to finish"
+            raise StorageError(message, file=error.file, hint=hint) from None
+
     def _open_journal(self, *, restart: bool) -> dict[str, JournalEntry]:
         place, contents = self._place, read_journal(self._place.journal)
         is_other = contents.fingerprint != self._run
-        is_worthless = place.is_published() or not contents.entries
+        is_worthless = place.is_published() or not contents.entries or (is_other and contents.is_refused)
         if is_other and not restart and not is_worthless:
             raise UsageError(
                 "an unfinished run with another input, other options or another version or device lies beside it",
@@ -168,8 +190,7 @@ class Staging:
                 hint="run the same command as before to continue it, or --restart to start over",
             )
         if restart or is_other or is_worthless:
-            for path in list(place.root.iterdir()):
-                disk.remove_tree(path) if path.is_dir() and not path.is_symlink() else disk.remove(path)
+            place.empty()
             contents = JournalContents()
         disk.make_directory(place.result)
         self._journal = Journal(place.journal, contents)
@@ -182,8 +203,9 @@ class Staging:
         return by_unit(contents.entries)
 
 
-def check_output(output: Path, *, overwrite: bool) -> None:
-    """Raises UsageError when something irreplaceable stands under `output`. `overwrite` lets a result be replaced.
+def check_output(output: Path, *, overwrite: bool, hashes: bool = True) -> None:
+    """Raises UsageError when something irreplaceable stands under `output`. `overwrite` lets a result be replaced, and
+    nothing that the run of the result did not write: the files are hashed, unless `hashes` is false.
 
     >>> check_output(Path("absent"), overwrite=False)
     """
@@ -191,12 +213,23 @@ def check_output(output: Path, *, overwrite: bool) -> None:
     if not place.target.parent.is_dir():
         hint = f"mkdir -p {place.target.parent}"
         raise UsageError("its parent directory does not exist", file=output, hint=hint)
-    if not os.path.lexists(output) or place.is_half_published():  # a half publication is undone first
+    place.check_owned()
+    if place.moves and place.is_half_published():  # a half publication is undone first
         return
+    _check_replaceable(place, output, overwrite=overwrite, hashes=hashes)
+
+
+def _check_replaceable(place: Place, output: Path, *, overwrite: bool, hashes: bool) -> list[WatchedFile]:
+    """The files of the result under `output`; none for an absent or empty output, and none without `hashes`.
+
+    Raises UsageError in the cases of `check_output`.
+    """
+    if not os.path.lexists(output):
+        return []
     if not output.is_dir():
         raise UsageError("is not a directory", file=output, hint="choose another output")
     if not place.contents():
-        return
+        return []
     try:
         mark = read_checksums(place.target)
     except InputError:
@@ -209,12 +242,22 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise UsageError("exists already", file=output, hint="--overwrite replaces it")
-    result_files = {*mark.files, CHECKSUMS}
-    added = [name for name in files_in(place.target) if name not in result_files and not place.is_hidden(name)]
-    if added:
-        more = f" and {len(added) - 3} more files" if len(added) > 3 else ""
-        message = f"holds {', '.join(added[:3])}{more}, which the run that made it did not write"
-        raise UsageError(message, file=output, hint="move what you need out of it, or choose another output")
+    names = [name for name in files_in(place.target, links=True) if not place.is_hidden(name)]
+    added = [name for name in names if name not in {*mark.files, CHECKSUMS}]
+    _refuse(added, "which the run that made it did not write", output)
+    if not hashes:
+        return []
+    own, changed = own_files(place.target, mark, names)
+    _refuse(changed, "changed since the run that made it", output)
+    return own
+
+
+def _refuse(names: list[str], reason: str, output: Path) -> None:
+    """Raises UsageError when a result has files of somebody else."""
+    if names:
+        more = f" and {len(names) - 3} more files" if len(names) > 3 else ""
+        hint = "move what you need out of it, or choose another output"
+        raise UsageError(f"holds {', '.join(names[:3])}{more}, {reason}", file=output, hint=hint)
 
 
 def finished_mark(output: Path, fingerprint: str, *, overwrite: bool) -> Checksums | None:

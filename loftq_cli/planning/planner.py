@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
@@ -45,9 +46,11 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
+        file = _place_of(tensors)
         if planner.unfit is not None:
-            raise UsageError(f"no weight to quantize: {planner.unfit.reason}", hint=planner.unfit.hint)
-        raise UsageError("no weight to quantize", hint="loftq inspect shows every tensor and why it is left alone")
+            raise UsageError(f"no weight to quantize: {planner.unfit.reason}", file=file, hint=planner.unfit.hint)
+        hint = "loftq inspect shows every tensor and why it is left alone"
+        raise UsageError("no weight to quantize", file=file, hint=hint)
     _check_overrides(recipe, jobs)
     check_names(planner.layout, [job.name for job in jobs if isinstance(job, LayerJob)], [job.name for job in jobs])
     notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
@@ -55,6 +58,12 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
     plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
+
+
+def _place_of(tensors: Mapping[str, TensorRef]) -> Path | None:
+    """The file of all tensors, or the folder of the files; None without a tensor."""
+    files = {ref.file for ref in tensors.values()}
+    return next(iter(files), None) if len(files) < 2 else min(files).parent
 
 
 def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> list[LayerJob | CopyJob]:

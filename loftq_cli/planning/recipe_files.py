@@ -229,5 +229,5 @@ def _list_values(record: RecipeFields | Override) -> dict[str, Any]:
 def _format_toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_format_toml, value)) + "]"
-    # JSON strings, numbers and booleans are TOML too.
-    return json.dumps(value, ensure_ascii=False)
+    # JSON strings, numbers and booleans are TOML too, but for DEL, which TOML wants escaped.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

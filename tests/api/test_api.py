@@ -47,6 +47,8 @@ def options_of(command: str) -> dict[str, Any]:
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.name not in PRINTING}
     if "no_verify" in defaults:
         defaults["verify"] = not defaults.pop("no_verify")
+    if "no_remote_code" in defaults:
+        defaults["remote_code"] = not defaults.pop("no_remote_code")
     return defaults
 
 

@@ -135,7 +135,7 @@ LAYER: dict[str, Any] = {
         "squared_delta": 0.1,
     },
 }
-REPORT = {"base_fingerprint": "0", "base_model": "m", "adapter_dir": "d", "recipe": {"method": "loftq"}}
+REPORT = {"base_fingerprint": "0", "adapter_dir": "d", "recipe": {"method": "loftq"}}
 CHECKSUMS = {
     "tool": "loftq-cli",
     "fingerprint": "1",
@@ -209,7 +209,7 @@ def test_a_changed_report_is_read_or_an_error_of_the_file(tmp_path_factory: Any,
         assert error.file == str(directory / "loftq_report.json")
         return
     assert report is not None
-    texts = [values[key] for key in ("base_fingerprint", "base_model", "adapter_dir")]
+    texts = [values[key] for key in ("base_fingerprint", "adapter_dir")]
     assert all(type(text) is str for text in [*texts, values["recipe"]["method"]])
 
 

@@ -46,13 +46,12 @@ _LAYER: dict[str, Any] = {
     "error": _ERROR,
 }
 REPORT: dict[str, Any] = {
-    "base_model": "out",
     "base_fingerprint": "0" * 64,
     "adapter_dir": "loftq_init",
     "recipe": {"method": "loftq", "rank": 4},
     "layers": [_LAYER],
 }
-_PROVENANCE = {"tool": "loftq-cli", "method": "loftq", "base_model": "out", "base_fingerprint": "0" * 64}
+_PROVENANCE = {"tool": "loftq-cli", "method": "loftq", "source": "model", "base_fingerprint": "0" * 64}
 _CHECKSUMS = {
     "tool": "loftq-cli",
     "fingerprint": "f" * 64,

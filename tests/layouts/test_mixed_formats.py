@@ -6,6 +6,7 @@ Expected values are those of transformers, compressed-tensors and PEFT, or float
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import re
@@ -177,7 +178,8 @@ def test_the_lines_of_the_model_card_load_base_and_adapter(layout: str, source: 
     output, originals = convert_once(layout=layout), tensors_of(source)
     lines = (output / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     namespace: dict[str, Any] = {}
-    exec(lines, namespace)
+    with contextlib.chdir(output):
+        exec(lines, namespace)
     model = namespace["model"]
     stored = load_file(next(output.glob("*_init")) / "adapter_model.safetensors")
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -5,6 +5,7 @@ Expected values are those libraries' own, or float64 arithmetic on the original 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -363,7 +364,8 @@ def test_a_real_model_starts_closer_to_the_original_with_loftq_than_without(conv
 def test_the_lines_of_the_model_card_load_the_adapter(converted: Converted) -> None:
     lines = (converted.output / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     namespace: dict[str, Any] = {}
-    exec(lines, namespace)
+    with contextlib.chdir(converted.output):
+        exec(lines, namespace)
     loaded = {name.replace(".default", ""): parameter for name, parameter in namespace["model"].named_parameters()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in converted.adapter_tensors.items())
 

@@ -6,6 +6,7 @@ Expected values are those libraries' own, and float64 arithmetic on the words th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -394,7 +395,8 @@ def test_the_lines_of_the_model_card_of_a_gptq_base_load_the_adapter(
     output = convert_once("gptq", name).output
     lines = (output / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     namespace: dict[str, Any] = {}
-    exec(lines, namespace)
+    with contextlib.chdir(output):
+        exec(lines, namespace)
     parameters = {n.replace(".default", ""): parameter for n, parameter in namespace["model"].named_parameters()}
     (folder,) = output.glob("*_init")
     stored = load_file(folder / "adapter_model.safetensors")

@@ -10,10 +10,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from support import models
 from support.conversions import Silent, StopAfter, converted_files, files_of, loftq, run_conversion
 
 from loftq_cli.errors import StorageError, UsageError
+from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.staging import Staging, check_apart, finished_mark
 
 RECIPE = {"rank": 4, "iterations": 2}
@@ -300,3 +303,52 @@ def test_a_merge_does_not_discard_an_unfinished_conversion_of_the_same_name(sour
     run_conversion(source, out, observer=second, **RECIPE)
     assert sum(resumed for _, resumed in second.done) == 3
     assert loftq(*merge, "--overwrite", "--restart").returncode == 0
+
+
+def with_a_weight_beyond_double_quantization(directory):
+    """The last weight of the model has one block that is far larger than the others."""
+    model = models.llama(directory, layers=1, dtype=torch.float32)
+    tensors = load_file(model / "model.safetensors")
+    name = sorted(name for name in tensors if "proj" in name)[-1]
+    tensors[name].view(-1)[:64] = 1e30
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model, name
+
+
+def test_the_command_that_a_refusal_advises_is_not_blocked_by_the_refused_run(run, tmp_path):
+    model, name = with_a_weight_beyond_double_quantization(tmp_path / "model")
+    command = ("quantize", model, "out", "--rank", 4, "--method", "qlora")
+    status, _, err = run(*command)
+    assert (status, f"tensor {name}: its block constants" in err) == (2, True), err
+    assert "(--no-double-quant, or" in err
+    assert (tmp_path / ".out.partial").is_dir()
+    status, _, err = run(*command, "--no-double-quant")
+    assert status == 0, err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_refused_run_is_continued_when_its_input_was_repaired(run, tmp_path):
+    model, name = with_a_weight_beyond_double_quantization(tmp_path / "model")
+    command = ("quantize", model, "out", "--rank", 4, "--method", "qlora")
+    assert run(*command)[0] == 2
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[:64] = 0.5
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    status, _, err = run(*command)
+    assert (status, err.count("(kept)")) == (0, 6), err
+
+
+def test_a_run_that_nothing_refused_blocks_every_other_command(source, out):
+    """Also one that the disk stopped, and one that was refused before and then went on."""
+    with pytest.raises(KeyboardInterrupt):
+        run_conversion(source, out, observer=StopAfter(3), **RECIPE)
+    staging = Staging(out, fingerprint="other", overwrite=False, restart=True)
+    with staging.recording(int) as record:
+        record(JournalEntry("a", "0", {}, {}))
+    staging.refuse()
+    staging.close()
+    continued = Staging(out, fingerprint="other", overwrite=False, restart=False)
+    assert list(continued.entries) == ["a"]
+    continued.close()
+    with pytest.raises(UsageError, match="unfinished run with another input"):
+        run_conversion(source, out, **RECIPE)

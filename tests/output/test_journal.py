@@ -34,7 +34,7 @@ def written(path: Path, *entries: JournalEntry) -> bytes:
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     data = written(tmp_path / "j", FIRST, SECOND)
-    assert read_journal(tmp_path / "j") == JournalContents("options", (FIRST, SECOND), False, len(data))
+    assert read_journal(tmp_path / "j") == JournalContents("options", (FIRST, SECOND), nbytes=len(data))
 
 
 def test_of_a_unit_that_was_made_again_the_last_entry_counts() -> None:
@@ -131,9 +131,9 @@ def test_lines_of_an_earlier_process_are_taken_back_until_they_are_synced(tmp_pa
 def test_publication_is_a_line_of_its_own_that_a_new_start_takes_back(tmp_path: Path) -> None:
     whole = written(tmp_path / "j", FIRST)
     journal = Journal(tmp_path / "j", read_journal(tmp_path / "j"))
-    journal.publish()
+    journal.publish("ab12")
     journal.close()
     found = read_journal(tmp_path / "j")
-    assert (found.is_publishing, found.entries) == (True, (FIRST,))
+    assert (found.publishing, found.entries) == ("ab12", (FIRST,))
     Journal(tmp_path / "j", found).close()
     assert (tmp_path / "j").read_bytes() == whole

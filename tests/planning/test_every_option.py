@@ -91,6 +91,7 @@ ROWS = {
     "dry_run": Row((), ("--dry-run",), seen_in="dry run"),
     "overwrite": Row((), ("--overwrite",), seen_in="overwriting"),
     "restart": Row((), ("--restart",), seen_in="restarting"),
+    "no_remote_code": Row((), ("--no-remote-code",), seen_in="test_side_files"),
     "no_verify": Row((), ("--no-verify",), seen_in="said"),
     "as_json": Row((), ("--json",), seen_in="said"),
     "quiet": Row((), ("--quiet",), seen_in="said"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.planning.jobs import CopyJob, LayerJob
@@ -201,6 +204,26 @@ def test_rank_beyond_the_matrix_is_refused_with_the_tensor_and_three_remedies():
 def test_nothing_to_quantize_is_an_error():
     with pytest.raises(UsageError, match="no weight to quantize"):
         plan(("model.embed_tokens.weight", (256, 64)))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "files", "named"),
+    [
+        ("embed{}", (), 1, "model/model.safetensors: no weight to quantize (loftq inspect shows"),
+        ("embed{}", (), 2, "model: no weight to quantize (loftq inspect shows"),
+        ("layers.{}.proj", ("--quant-type", "int4", "--group-size", "1024"), 1, "model/model.safetensors: no weight"),
+    ],
+)
+def test_nothing_to_quantize_names_the_file_or_the_folder_of_the_files(module, options, files, named, run, tmp_path):
+    names = ["model.safetensors"] if files == 1 else ["model-1.safetensors", "model-2.safetensors"]
+    (tmp_path / "model").mkdir()
+    for number, name in enumerate(names):
+        save_file({f"{module.format(number)}.weight": torch.zeros(64, 64)}, tmp_path / "model" / name)
+    if files == 2:
+        weight_map = {f"{module.format(number)}.weight": name for number, name in enumerate(names)}
+        (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    status, _, err = run("quantize", "model", "out", *options)
+    assert (status, named in err) == (2, True), err
 
 
 def test_a_quantized_model_is_refused():

@@ -20,7 +20,7 @@ from loftq_cli.output import disk
 
 OPERATIONS = (
     *("make_directory", "open_file", "resize", "write_at", "sync"),
-    *("sync_directory", "rename", "remove", "remove_tree"),
+    *("sync_directory", "rename", "exchange", "remove", "remove_tree"),
 )
 SECTOR = 512
 _REAL = {name: getattr(disk, name) for name in OPERATIONS}
@@ -42,7 +42,7 @@ class _DataChange:
 
 @dataclass
 class _NameChange:
-    """A name that is not on the disk yet: made, moved, or removed (then it is kept in the trash)."""
+    """A name that is not on the disk yet: made, moved, exchanged, or removed (then it is kept in the trash)."""
 
     kind: str
     path: Path
@@ -97,7 +97,7 @@ class FailingDisk:
         if name not in self.only:
             return
         self.count += 1
-        self.log.append(f"{name} {arguments[-1] if name != 'rename' else arguments}")
+        self.log.append(f"{name} {arguments if name in ('rename', 'exchange') else arguments[-1]}")
         if self.count - 1 != self.at:
             return
         if self.fail != "kill":
@@ -131,6 +131,10 @@ class FailingDisk:
         for name in reversed(lost):
             if name.kind == "made" and name.path.exists():
                 shutil.rmtree(name.path) if name.path.is_dir() else name.path.unlink()
+            elif name.kind == "exchanged" and name.path.exists():
+                assert name.other is not None
+                if name.other.exists():
+                    _REAL["exchange"](name.other, name.path)
             elif name.kind in ("moved", "removed") and name.path.exists():
                 assert name.other is not None
                 if name.other.parent.is_dir() and not name.other.exists():
@@ -176,6 +180,17 @@ class FailingDisk:
             if change.path == old or old in change.path.parents:
                 change.path = new / change.path.relative_to(old)
         self._names.append(_NameChange("moved", new, old))
+
+    def _exchange(self, first: Path, second: Path) -> bool:
+        if not _REAL["exchange"](first, second):
+            return False
+        for change in (*self._data, *self._names):
+            for old, new in ((first, second), (second, first)):
+                if change.path == old or old in change.path.parents:
+                    change.path = new / change.path.relative_to(old)
+                    break
+        self._names.append(_NameChange("exchanged", second, first))
+        return True
 
     def _remove(self, path: Path) -> None:
         if path.exists():

@@ -9,6 +9,7 @@ from loftq_cli.api.results import QuantizePlan, QuantizeResult
 from loftq_cli.cli.render.console import format_errors, format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.conversion.report import error_json, plain_name
 from loftq_cli.errors import printable
+from loftq_cli.output.side_files import code_note
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.recipe_files import recipe_json, recipe_toml
 from loftq_cli.quant.formats import spec_json
@@ -67,6 +68,8 @@ def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
     if outcome.output_error is not None:
         outputs = format_errors(outcome.plain_output_error, outcome.base_output_error, outcome.output_error, plain)
         write_result(f"outputs  {outputs}, on the calibration's inputs")
+    if plan.code_files:
+        write_result(f"code     {code_note(plan.code_files)}")
 
 
 def _announce_allocation(allocation: Allocation) -> None:
@@ -122,7 +125,8 @@ def _result_json(outcome: QuantizeResult) -> dict[str, object]:
         "output_error": outcome.output_error,
     }
     known = {name: error for name, error in errors.items() if error is not None}
-    return {**values, **known, "notes": list(outcome.notes)}
+    code = {"code_files": plan.code_files} if plan.code_files else {}
+    return {**values, **known, **code, "notes": list(outcome.notes)}
 
 
 def _plan_json(plan: QuantizePlan) -> dict[str, object]:

@@ -8,6 +8,7 @@ from loftq_cli.api.results import MergePlan, MergeResult
 from loftq_cli.cli.render.console import format_nbytes, format_shape, print_table, say, write_result
 from loftq_cli.errors import printable
 from loftq_cli.merging.report import finite_or_none, layer_json
+from loftq_cli.output.side_files import code_note
 
 
 def format_summary(plan: MergePlan) -> str:
@@ -44,12 +45,15 @@ def print_result(outcome: MergeResult, *, as_json: bool) -> None:
             "retention": outcome.retention,
             "lost": finite_or_none(outcome.lost),
             "notes": outcome.notes,
+            **({"code_files": plan.code_files} if plan.code_files else {}),
             "layers": [layer_json(layer) for layer in outcome.layers],
         }
         write_result(json.dumps(values, indent=2))
         return
     output, layers = printable(outcome.output), len(outcome.layers)
     write_result(f"merged   {output}  {format_nbytes(plan.nbytes)}, {layers} layers, {plan.form}")
+    if plan.code_files:
+        write_result(f"code     {code_note(plan.code_files)}")
     if outcome.retention is not None:
         write_result(f"retained {outcome.retention:.1%} of the adapter")
     if outcome.max_difference is not None and outcome.lost is not None:

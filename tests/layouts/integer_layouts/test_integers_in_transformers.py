@@ -5,6 +5,7 @@ Expected values are those libraries' own. GPTQ's and MLX's own loaders are in te
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
@@ -281,7 +282,8 @@ def test_the_lines_of_the_model_card_load_base_and_adapter(method: str, layout: 
     output = convert_once(**combination("int4", method, layout), **pooling).output
     lines = (output / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
     namespace: dict[str, Any] = {}
-    exec(lines, namespace)
+    with contextlib.chdir(output):
+        exec(lines, namespace)
     # Our modules hold the factors themselves, PEFT's hold linears.
     parameters = {
         f"{PREFIX}{re.sub(r'[.]default|[.]weight$', '', name).removeprefix(PREFIX)}.weight": parameter

@@ -202,7 +202,7 @@ def test_requantizing_in_groups_that_no_weight_has_is_refused(converted, merge, 
 
     ran = merge(base, adapter, tmp_path / "out", "--requantize", "int4", "--group-size", "1024")
 
-    refused(ran, tmp_path, 2, "not whole groups of 1024")
+    refused(ran, tmp_path, 2, f"{base}: tensor ", "not whole groups of 1024")
 
 
 def test_a_weight_that_the_groups_do_not_fit_is_kept_dense_and_it_is_said(converted, tmp_path, capsys):
