@@ -248,3 +248,8 @@ def test_expressions_of_real_recipes_find_what_the_standard_library_finds():
 def test_the_time_of_an_expression_grows_with_its_searches():
     """A hundred thousand searches of a harmless expression are no reason to refuse it."""
     assert sum(finds(r"layers\.(?:1|2)\..*_proj$", f"layers.{i}.q_proj") for i in range(100_000)) == 2
+
+
+def test_an_expression_that_explodes_in_the_standard_library_alone_is_simply_answered():
+    with pytest.raises(UsageError, match="finds no linear weight"):
+        prepare_conversion("builtin:tiny-llama", Path("out"), make_recipe(include=("(([a-z._0-9]+)+)+!",)))
