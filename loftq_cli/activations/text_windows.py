@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 DEFAULT_TOKENS = 65536
 DEFAULT_CONTEXT = 512
-MAX_TEXT_NBYTES = 1_000_000_000  # of a file; in memory as bytes, text and tokens at once, about twenty times the size
+MAX_TEXT_NBYTES = 1_000_000_000  # of a file; the tokens of the whole file are in memory at once
 _SHORTEST = 2  # tokens of a window: a single token predicts nothing
 _EXAMPLE = "one word of an example"
 

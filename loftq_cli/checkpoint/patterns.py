@@ -90,15 +90,15 @@ def check_expression(expression: str) -> None:
     Traceback (most recent call last):
     ValueError: missing ), unterminated subpattern at position 0
     """
-    with warnings.catch_warnings(action="ignore"):
-        try:
-            re.compile(expression)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(str(error)) from None
     try:
+        _check(expression, expression, _MAX_SEARCH_NCHARS)  # first: some expressions take minutes to compile
+        with warnings.catch_warnings(action="ignore"):
+            re.compile(expression)
         _finder(expression)
     except _RefusedError as error:
         raise ValueError(error.reason) from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 @lru_cache(maxsize=10_000)

@@ -12,7 +12,7 @@ from typing import Any
 from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.errors import UsageError, printable
-from loftq_cli.layouts.layout import ModelFacts, load_layout
+from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner, is_vocabulary_head
 from loftq_cli.merging.provenance import Provenance, check_provenance
@@ -189,7 +189,8 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         message = f"no weight to quantize: {unfit.note}"
         raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
     quantized = [job.name for job in jobs if job.matrix is not None]
-    check_names(load_layout(form.layout), quantized, [job.name for job in jobs])
+    remedy = DENSE_HINT if options.requantize is None else "leave out --requantize"
+    check_names(load_layout(form.layout), quantized, [job.name for job in jobs], remedy=remedy)
     merge = Merge(
         base=base,
         adapter=adapter,

@@ -233,19 +233,20 @@ def _find_orphans(stored: StoredTensors, layout: Layout, names: Sequence[str]) -
             yield InputError(message, file=ref.file, tensor=part)
 
 
-def check_names(layout: Layout, quantized: Collection[str], names: Iterable[str]) -> None:
+def check_names(layout: Layout, quantized: Collection[str], names: Iterable[str], *, remedy: str = DENSE_HINT) -> None:
     """Raises UsageError for a tensor of a model whose name means a part of a quantized weight in the container: the
     part would be written under the same name, or readers would miss the remaining parts.
 
     layout      the container of the result
     quantized   names of the weights to quantize
     names       names of all tensors of the model, weights to quantize included
+    remedy      an option that leads to a container without parts
 
     >>> weight = "h.0.fc.weight"
     >>> check_names(load_layout("bitsandbytes"), [weight], [weight, "h.0.fc.weight.absmax"])
     Traceback (most recent call last):
     loftq_cli.errors.UsageError: tensor h.0.fc.weight.absmax: is the name of a part of h.0.fc.weight in bitsandbytes \
-(--layout dense)
+(--layout dense, or rename the tensor in the model)
     """
     owner = {part: name for name in quantized for part in layout.parts(name)}
     containers = list(map(load_layout, LAYOUTS))
@@ -255,7 +256,7 @@ def check_names(layout: Layout, quantized: Collection[str], names: Iterable[str]
             weight = _weight_of_part(name, layout)
         if weight != name:
             message = f"is the name of a part of {printable(weight)} in {layout.name}"
-            raise UsageError(message, tensor=name, hint=DENSE_HINT)
+            raise UsageError(message, tensor=name, hint=f"{remedy}, or rename the tensor in the model")
         marked = next((container.name for container in containers if container.mark and container.mark in name), None)
         if marked is not None:
             message = f"has a name by which readers take the model for one in {marked}"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from loftq_cli.checkpoint.patterns import check_expression
-from loftq_cli.errors import UsageError
+from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import LAYOUTS, default_layout
 from loftq_cli.methods.method import (
     DEFAULT_METHOD,
@@ -389,4 +389,5 @@ def _check_regex(name: str, pattern: str) -> None:
     try:
         check_expression(pattern)
     except ValueError as error:
-        raise UsageError(f"{name} {pattern!r} is not a regular expression that is read here: {error}") from None
+        shown = printable(repr(pattern[:200]), 80)
+        raise UsageError(f"{name} {shown} is not a regular expression that is read here: {error}") from None

@@ -39,10 +39,12 @@ def merge(*arguments: object) -> int:
     return _run(["merge", *map(str, arguments)])
 
 
-def test_retention_and_loss_are_those_of_the_stored_numbers(dense, tmp_path, capsys):
+# What rounding to nearest does to normal W in bfloat16 and normal Δ of 0.3 %: 93 % in bfloat16, all in finer dtypes.
+@pytest.mark.parametrize(("dtype", "low", "high"), [("bfloat16", 0.85, 0.97), ("float16", 0.99, 1.01)])
+def test_retention_and_loss_are_those_of_the_stored_numbers(dtype, low, high, dense, tmp_path, capsys):
     adapter = updated(dense, tmp_path / "adapter", 0.003)
 
-    assert merge(dense, adapter, tmp_path / "out", "--json") == 0
+    assert merge(dense, adapter, tmp_path / "out", "--json", "--dtype", dtype) == 0
 
     values = json.loads(capsys.readouterr().out)
     before, after, sums = tensors_of(dense), tensors_of(tmp_path / "out"), torch.zeros(3, dtype=torch.float64)
@@ -56,7 +58,7 @@ def test_retention_and_loss_are_those_of_the_stored_numbers(dense, tmp_path, cap
         sums += torch.stack((retained, rounding, added.square().sum()))
     assert values["retention"] == pytest.approx(float(sums[0] / sums[2]), rel=1e-4)
     assert values["lost"] == pytest.approx(float((sums[1] / sums[2]).sqrt()), rel=1e-4)
-    assert 0.85 < values["retention"] < 0.97  # what rounding to nearest does to normal W and Δ: 93 %
+    assert low < values["retention"] < high
 
 
 @pytest.mark.parametrize("size", [0.03, 0.003])

@@ -49,7 +49,8 @@ PARTS = {
 def test_the_name_of_a_part_is_refused_before_anything_is_written(layout, part, tmp_path, capsys):
     model = model_with(tmp_path, part)
     line = refusal(capsys, "quantize", model, tmp_path / "out", *QUANTIZE, *PARTS[layout][0])
-    assert line == f"error: tensor {part}: is the name of a part of {WEIGHT} in {layout} (--layout dense)"
+    remedy = "(--layout dense, or rename the tensor in the model)"
+    assert line == f"error: tensor {part}: is the name of a part of {WEIGHT} in {layout} {remedy}"
     assert not (tmp_path / "out").exists()
 
 
@@ -97,5 +98,8 @@ def test_a_merge_that_quantizes_again_refuses_the_name_too(tmp_path, capsys):
     model = model_with(tmp_path, f"{WEIGHT}.absmax")
     adapter = write_adapter(tmp_path / "adapter", lora_tensors(MODULE.removesuffix("."), (64, 64)))
     line = refusal(capsys, "merge", model, adapter, tmp_path / "out", "--requantize", "nf4", "--quiet")
-    assert f"tensor {WEIGHT}.absmax: is the name of a part of {WEIGHT} in bitsandbytes" in line
+    assert (
+        f"tensor {WEIGHT}.absmax: is the name of a part of {WEIGHT} in bitsandbytes (leave out --requantize, or rename"
+        in line
+    )
     assert _run(["merge", str(model), str(adapter), str(tmp_path / "out"), "--quiet"]) == 0

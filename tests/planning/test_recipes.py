@@ -218,6 +218,22 @@ def test_an_expression_that_explodes_is_refused_by_its_text(options):
         prepare_conversion("builtin:tiny-llama", Path("out"), make_recipe(**options))
 
 
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("(?i)[\u0000-\U0010ffff]" * 1000, "no regular expression in the syntax that is read here"),
+        ("(?:(?:x{900}){900}){900}", "takes too long to match"),
+        ("(" + "a|" * 50_000 + ")", "a regular expression of 100002 characters"),
+        ("[", "no regular expression in the syntax that is read here"),
+        (")", "unbalanced parenthesis at position 0"),
+    ],
+    ids=["ranges of Unicode", "counts of counts", "length", "open set", "parenthesis"],
+)
+def test_an_expression_that_takes_for_ever_to_compile_is_refused_before(expression, reason):
+    with pytest.raises(UsageError, match=f"is not a regular expression that is read here: .*{re.escape(reason)}"):
+        make_recipe(include=(expression,))
+
+
 def test_expressions_of_real_recipes_find_what_the_standard_library_finds():
     expressions = [
         *(r"q_proj", r"^model\.layers\.0\.", r"\.(?:0|3)\..*(?:up|down)_proj$", r"layers\.[12]\.", r"mlp|attn"),
@@ -232,3 +248,8 @@ def test_expressions_of_real_recipes_find_what_the_standard_library_finds():
 def test_the_time_of_an_expression_grows_with_its_searches():
     """A hundred thousand searches of a harmless expression are no reason to refuse it."""
     assert sum(finds(r"layers\.(?:1|2)\..*_proj$", f"layers.{i}.q_proj") for i in range(100_000)) == 2
+
+
+def test_an_expression_that_explodes_in_the_standard_library_alone_is_simply_answered():
+    with pytest.raises(UsageError, match="finds no linear weight"):
+        prepare_conversion("builtin:tiny-llama", Path("out"), make_recipe(include=("(([a-z._0-9]+)+)+!",)))

@@ -104,7 +104,9 @@ def test_a_recipe_of_more_than_a_megabyte_is_damage(nbytes, is_whole, result, ve
     path = result / "loftq_recipe.toml"
     path.write_text(f"{path.read_text()}#".ljust(nbytes, "#"))
     problems = verify(sign(result))["problems"]
-    assert problems == ([] if is_whole else [("loftq_recipe.toml", None, "is too large for a recipe")])
+    assert problems == (
+        [] if is_whole else [("loftq_recipe.toml", None, "is larger than the 1000000 bytes allowed here")]
+    )
 
 
 def test_a_merge_report_that_names_other_layers_is_damage(converted, tmp_path, verify):
