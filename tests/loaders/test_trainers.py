@@ -31,6 +31,15 @@ from support.pages import ROOT, pages
 
 from loftq_cli.model.builtin import resolve_model
 
+
+def runtime(name: str) -> Any:
+    """A library that may be missing."""
+    return importlib.import_module(name) if os.environ.get("LOFTQ_RUNTIMES") == "1" else pytest.importorskip(name)
+
+
+trl = runtime("trl")
+datasets = runtime("datasets")
+
 BUILTIN = "builtin:tiny-llama"
 RANK, SCALING = 16, 2.0
 STEPS, CHECKPOINT = 6, 3
@@ -43,11 +52,6 @@ PASSAGES = [TEXT[begin : begin + LENGTH] for begin in range(0, 8 * LENGTH, LENGT
 
 # Of losses and logits in bfloat16, beside float32.
 BFLOAT16 = 0.01
-
-
-def runtime(name: str) -> Any:
-    """A library that may be missing."""
-    return importlib.import_module(name) if os.environ.get("LOFTQ_RUNTIMES") == "1" else pytest.importorskip(name)
 
 
 @dataclass(frozen=True)
@@ -92,19 +96,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 def sft(model: PeftModel, tokenizer: Any, arguments: dict[str, Any]) -> Any:
-    trl = runtime("trl")
-    data = runtime("datasets").Dataset.from_dict({"text": PASSAGES})
+    data = datasets.Dataset.from_dict({"text": PASSAGES})
     return trl.SFTTrainer(model=model, args=trl.SFTConfig(**arguments), train_dataset=data, processing_class=tokenizer)
 
 
 def dpo(model: PeftModel, tokenizer: Any, arguments: dict[str, Any]) -> Any:
-    trl = runtime("trl")
     columns = {
         "prompt": [passage[:HALF] for passage in PASSAGES],
         "chosen": [passage[HALF:] for passage in PASSAGES],
         "rejected": [passage[HALF:] for passage in [*PASSAGES[1:], PASSAGES[0]]],  # how another passage ends
     }
-    data = runtime("datasets").Dataset.from_dict(columns)
+    data = datasets.Dataset.from_dict(columns)
     return trl.DPOTrainer(model=model, args=trl.DPOConfig(**arguments), train_dataset=data, processing_class=tokenizer)
 
 
@@ -327,9 +329,8 @@ def test_preparing_the_base_for_training_comes_before_the_adapter(base: Base) ->
 
 
 def test_a_peft_config_means_another_adapter(base: Base, tmp_path: Path) -> None:
-    trl = runtime("trl")
     arguments = trl.SFTConfig(**arguments_of("SFTTrainer", tmp_path, 1))
-    data = runtime("datasets").Dataset.from_dict({"text": PASSAGES})
+    data = datasets.Dataset.from_dict({"text": PASSAGES})
     fresh = LoraConfig(r=RANK, target_modules="all-linear")
 
     with pytest.raises(ValueError, match="peft_config"):
@@ -368,7 +369,6 @@ def test_a_layer_to_train_whole_is_added_beside_the_adapter(base: Base, tmp_path
 
 
 def test_the_script_of_the_front_page_trains_and_merges_as_it_stands(tmp_path: Path) -> None:
-    runtime("trl")
     (code,) = [block.text for block in pages()["README.md"].blocks("python") if "SFTTrainer" in block.text]
     (shown,) = [block.text for block in pages()["README.md"].blocks("console") if "python train.py" in block.text]
     assert 20 <= len(code.splitlines()) <= 30
