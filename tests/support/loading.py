@@ -7,7 +7,7 @@ import logging
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import bitsandbytes
 import torch
@@ -20,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from loftq_cli.conversion.run import Outcome
 
 transformers.utils.logging.disable_progress_bar()
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,18 @@ def load(outcome: Outcome, auto: str) -> Loaded:
         for logger in loggers:
             logger.removeHandler(handler)
     said += [str(warning.message) for warning in caught if not issubclass(warning.category, FutureWarning)]
+    keep_trainable(model)  # loading is over here, and changed nothing
+    return Loaded(outcome.output, outcome.adapter, model, peft, info, said)
+
+
+def keep_trainable(model: ModelT) -> ModelT:
+    """Keep the 4-bit layers as they were loaded, in place. On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer
+    in its first evaluation, then decodes the layer wrongly, and gives no gradient through the layer.
+    """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a layer in its first evaluation and then decodes it
-            # wrongly. Loading is over here, and changed nothing.
             module.support_avx512bf16_for_cpu = False
-    return Loaded(outcome.output, outcome.adapter, model, peft, info, said)
+    return model
 
 
 def matrix(layer: nn.Module) -> torch.Tensor:
