@@ -17,7 +17,13 @@ from loftq_cli.activations.self_written import write_windows
 from loftq_cli.activations.text_sources import FILES, TextSource, make_windows, open_text
 from loftq_cli.activations.text_windows import Windows
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.statistics import CALIBRATION_NAME, FORMAT, STATISTICS_NAME
+from loftq_cli.checkpoint.statistics import (
+    CALIBRATION_NAME,
+    FORMAT,
+    STATISTICS_NAME,
+    pack_triangle,
+    triangle_numel,
+)
 from loftq_cli.errors import InputError, UsageError
 from loftq_cli.layouts.layout import DENSE
 from loftq_cli.output.checksums import file_sha256
@@ -59,7 +65,7 @@ class CalibrationOptions:
 class CalibrationObserver(Protocol):
     """Hears of the progress of a calibration: a part of `loftq_cli.api.observer.Observer`."""
 
-    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None: ...
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool, nbytes: int) -> None: ...
     def note(self, text: str) -> None: ...
     def block_calibrated(self, block: str, inputs: int) -> None: ...
 
@@ -212,7 +218,7 @@ def run_calibration(
                 def write_means(block: str) -> None:
                     means = sums.take_means()
                     for name, mean in means.items():
-                        files[name].write(name, mean.cpu())
+                        files[name].write(name, mean.cpu() if mean.dim() == 1 else pack_triangle(mean.cpu()))
                     if means:
                         observer.block_calibrated(block, len(means))
 
@@ -252,10 +258,11 @@ class _Measurement:
 
     @property
     def tensors(self) -> list[OutTensor]:
-        """Headers of the statistics: float32 [in, in], or [in] with `diagonal`."""
-        ndim = 1 if self.prepared.options.diagonal else 2
+        """Headers of the statistics: float32 [in · (in + 1) / 2], or [in] with `diagonal`."""
+        is_diagonal = self.prepared.options.diagonal
         features = {job.name: job.matrix.shape[1] for job in self.prepared.jobs}
-        return [OutTensor(name, "float32", (features[name],) * ndim) for name in dict.fromkeys(self.inputs.values())]
+        numels = {name: n if is_diagonal else triangle_numel(n) for name, n in features.items()}
+        return [OutTensor(name, "float32", (numels[name],)) for name in dict.fromkeys(self.inputs.values())]
 
     @property
     def nbytes(self) -> int:
@@ -273,7 +280,7 @@ class _Measurement:
         """Tell the observer the amount of work, a text shorter than the option, and layers without a statistic."""
         windows, tokens = self.windows, self.prepared.options.tokens
         lines = self.prepared.options.lines
-        observer.calibration_started(len(self.tensors), windows.count, windows.longest, lines=lines)
+        observer.calibration_started(len(self.tensors), windows.count, windows.longest, lines=lines, nbytes=self.nbytes)
         if windows.tokens + windows.longest <= tokens:
             observer.note(f"the text gives {windows.tokens} tokens, fewer than --tokens {tokens}")
         if self.unread:

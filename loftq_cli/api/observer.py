@@ -50,9 +50,9 @@ class Observer:
     def layer_merged(self, layer: MergedLayer) -> None:
         """merge: a layer is done."""
 
-    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool, nbytes: int) -> None:
         """calibrate: `windows` windows of up to `context` tokens will be read, or as many lines where `lines` is true,
-        and give the statistics of `inputs` inputs.
+        and give the statistics of `inputs` inputs, `nbytes` bytes in all.
         """
 
     def block_calibrated(self, block: str, inputs: int) -> None:

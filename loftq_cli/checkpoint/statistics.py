@@ -4,6 +4,7 @@ files; computes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 CALIBRATION_NAME, STATISTICS_NAME = "calibration.json", "statistics.safetensors"
-FORMAT = 1
+SQUARES, FORMAT = 1, 2  # format 1 stores a full statistic as a square, format 2 as a triangle
 _AGAIN = "run loftq calibrate again"
 
 
@@ -44,7 +45,7 @@ class InputStatistics(Protocol):
 @dataclass(frozen=True)
 class Statistics:
     """The result of `loftq calibrate`. For a weight [out, in], "full" is H = E[x·xᵀ] [in, in] and "diagonal" the
-    diagonal of H [in], float32.
+    diagonal of H [in], float32. Files hold the upper triangle of H.
 
     path     the directory
     sha256   of calibration.json; the file lists the sha256 of the numbers, so the hash covers all numbers
@@ -60,6 +61,7 @@ class Statistics:
     inputs: Mapping[str, str]
     _file: SafetensorsFile = field(repr=False, compare=False)
     _calibration: WatchedFile = field(repr=False, compare=False)
+    _has_triangles: bool = field(repr=False, compare=False)
 
     @property
     def is_measured(self) -> bool:
@@ -73,7 +75,8 @@ class Statistics:
 
     def in_features(self, name: str) -> int:
         """Number of inputs of the weight called `name`. Raises KeyError for a weight without a statistic."""
-        return self._file.tensors[self.inputs[name]].shape[-1]
+        stored = self._file.tensors[self.inputs[name]].shape[-1]
+        return triangle_side(stored) if self._has_triangles else stored
 
     def load(self, name: str) -> torch.Tensor:
         """The statistic of the weight called `name`, float32 [in, in] or [in]; any thread may ask.
@@ -87,7 +90,7 @@ class Statistics:
         statistic = self._file.load(stored)
         if not bool(torch.isfinite(statistic).all()):
             raise InputError("holds NaN or infinite values", file=self._file.path, tensor=stored, hint=_AGAIN)
-        return statistic
+        return unpack_triangle(statistic) if self._has_triangles else statistic
 
     def check_unchanged(self) -> None:
         """Raises StorageError when a file of the statistics was replaced or rewritten since opening."""
@@ -113,20 +116,79 @@ def open_statistics(path: Path) -> Statistics:
         if ref is None:
             message = f"is not in {STATISTICS_NAME}, and {name} needs it"
             raise InputError(message, file=file.path, tensor=stored, hint=_AGAIN)
-        square = len(ref.shape) == 2 and ref.shape[0] == ref.shape[1] if kind == "full" else len(ref.shape) == 1
-        if ref.dtype != "float32" or not square or 0 in ref.shape:
+        if ref.dtype != "float32" or not _is_form(ref.shape, kind, calibration.format):
             message = f"is {ref.dtype} {list(ref.shape)}, which is no {kind} statistic"
             raise InputError(message, file=numbers.path, tensor=stored, hint=_AGAIN)
     if numbers.file_sha256() != calibration.statistics_sha256:
         message = f"does not hold the numbers of {CALIBRATION_NAME}: its sha256 is not the one recorded there"
         raise InputError(message, file=numbers.path, hint=_AGAIN)
-    return Statistics(path, file.sha256(0, file.nbytes), kind, calibration.tokens, inputs, numbers, file)
+    has_triangles = kind == "full" and calibration.format != SQUARES
+    sha256 = file.sha256(0, file.nbytes)
+    return Statistics(path, sha256, kind, calibration.tokens, inputs, numbers, file, has_triangles)
+
+
+def _is_form(shape: tuple[int, ...], kind: str, number: int) -> bool:
+    """Whether `shape` is the shape of a statistic of `kind` in files of format `number`."""
+    if 0 in shape:
+        return False
+    if kind == "full" and number == SQUARES:
+        return len(shape) == 2 and shape[0] == shape[1]
+    return len(shape) == 1 and (kind == "diagonal" or triangle_numel(triangle_side(shape[0])) == shape[0])
+
+
+def triangle_numel(side: int) -> int:
+    """Entries in the upper triangle of a matrix [side, side], with the diagonal.
+
+    >>> triangle_numel(3)
+    6
+    """
+    return side * (side + 1) // 2
+
+
+def triangle_side(numel: int) -> int:
+    """The side of the matrix with an upper triangle of `numel` entries; rounded down for another number of entries.
+
+    >>> triangle_side(6)
+    3
+    """
+    return (math.isqrt(8 * numel + 1) - 1) // 2
+
+
+def pack_triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """The upper triangle of a symmetric matrix [in, in], row after row: [in · (in + 1) / 2].
+
+    >>> import torch
+    >>> pack_triangle(torch.tensor([[1.0, 2.0], [2.0, 3.0]]))
+    tensor([1., 2., 3.])
+    """
+    import torch
+
+    return torch.cat([row[place:] for place, row in enumerate(matrix)])
+
+
+def unpack_triangle(triangle: torch.Tensor) -> torch.Tensor:
+    """The symmetric matrix of an upper triangle: the inverse of `pack_triangle`.
+
+    >>> import torch
+    >>> unpack_triangle(torch.tensor([1.0, 2.0, 3.0]))
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    side, start = triangle_side(len(triangle)), 0
+    matrix = triangle.new_empty(side, side)
+    for place in range(side):
+        row = triangle[start : start + side - place]
+        matrix[place, place:] = row
+        matrix[place:, place] = row
+        start += side - place
+    return matrix
 
 
 @dataclass(frozen=True, slots=True)
 class _Calibration:
     """The checked values of calibration.json; `inputs` as in Statistics."""
 
+    format: PositiveInt
     kind: Literal["full", "diagonal"]
     tokens: PositiveInt
     inputs: dict[str, str]
@@ -136,8 +198,9 @@ class _Calibration:
 def _check_calibration(values: Mapping[str, Any], file: Path) -> _Calibration:
     if values.get("tool") != "loftq-cli" or "format" not in values:
         raise InputError("is not of a calibration of this tool", file=file, hint=_AGAIN)
-    if values["format"] != FORMAT:
-        raise InputError(f"is of format {values['format']!r}, and {FORMAT} is read here", file=file, hint=_AGAIN)
+    if values["format"] not in (SQUARES, FORMAT) or isinstance(values["format"], bool):
+        message = f"is of format {values['format']!r}, and {SQUARES} and {FORMAT} are read here"
+        raise InputError(message, file=file, hint=_AGAIN)
     message = "lacks kind, tokens, inputs or statistics_sha256, or has wrong ones"
     try:
         calibration = read_record(_Calibration, values)

@@ -104,7 +104,22 @@ def _training_facts(plan: Plan, layers: Sequence[LayerResult]) -> list[str]:
         )
     else:
         facts.append("**Start.** The adapter adds nothing before the first step: B is zero, A is random.")
-    return [*facts, _dropout_fact(plan, layers), _precision_fact(plan), *_pooling_facts(plan)]
+    return [*facts, _dropout_fact(plan, layers), _precision_fact(plan), *_trainer_facts(plan), *_pooling_facts(plan)]
+
+
+def _trainer_facts(plan: Plan) -> list[str]:
+    """The traps of PEFT and TRL, as tests/loaders/test_trainers.py shows the traps."""
+    if not _is_loaded_by_peft(plan):
+        return []
+    return [
+        "**Trainers.** TRL takes the loaded PeftModel alone: with a `peft_config` beside, TRL trains another adapter. "
+        "`prepare_model_for_kbit_training` goes before `PeftModel.from_pretrained`: after, the adapter is frozen too. "
+        "TRL casts A and B of a 4-bit base to bfloat16; `parameter.data = parameter.data.float()` for every trained "
+        "parameter, before `train()`, undoes the cast.",
+        "**Other values of the config.** `config = LoraConfig.from_pretrained(adapter)`, then `config.lora_dropout = "
+        "0.05`, then `PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)`. Keywords of "
+        "`LoraConfig.from_pretrained` are ignored.",
+    ]
 
 
 def _dropout_fact(plan: Plan, layers: Sequence[LayerResult]) -> str:

@@ -26,7 +26,7 @@ from loftq_cli.activations.calibration import (
 )
 from loftq_cli.activations.input_sums import InputSum
 from loftq_cli.activations.text_windows import MAX_TEXT_NBYTES, read_text
-from loftq_cli.checkpoint.statistics import Statistics, open_statistics
+from loftq_cli.checkpoint.statistics import Statistics, open_statistics, pack_triangle, unpack_triangle
 from loftq_cli.cli.main import _run
 from loftq_cli.errors import InputError, StorageError, UsageError
 from loftq_cli.model.builtin import resolve_model
@@ -42,7 +42,7 @@ class Remembering:
         self.notes: list[str] = []
         self.blocks: list[str] = []
 
-    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool, nbytes: int) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -424,7 +424,7 @@ class TestReadingStatistics:
             (torch.ones(4, 4), {"inputs": {"c": "d"}}, "tensor d: is not in statistics.safetensors, and c needs it"),
             (torch.ones(4, 4), {"kind": "half"}, "lacks kind"),
             (torch.ones(4, 4), {"tokens": 0}, "lacks kind, tokens"),
-            (torch.ones(4, 4), {"format": 2}, "is of format 2, and 1 is read here"),
+            (torch.ones(4, 4), {"format": 3}, "is of format 3, and 1 and 2 are read here"),
             (torch.ones(4, 4), {"tool": "other"}, "is not of a calibration of this tool"),
         ],
     )
@@ -498,3 +498,39 @@ def test_a_text_is_a_regular_file_of_at_most_a_gigabyte(tmp_path):
             read_text(tmp_path / name)
     (tmp_path / "right.txt").write_text("A text.")
     assert read_text(tmp_path / "right.txt").nbytes == 7
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 64, 101])
+def test_a_triangle_holds_a_symmetric_matrix(side):
+    half = torch.randn(side, side)
+    matrix = half + half.T
+    packed = pack_triangle(matrix)
+    assert packed.tolist() == matrix[torch.triu_indices(side, side).unbind()].tolist()
+    assert torch.equal(unpack_triangle(packed), matrix)
+
+
+def test_squares_of_an_earlier_version_are_read_as_their_triangles(text, tmp_path):
+    calibrate(TINY_LLAMA, text, tmp_path / "stats", tokens=128, context=64)
+    new = open_statistics(tmp_path / "stats")
+    squares = {stored: new.load(name) for name, stored in new.inputs.items()}
+    nbytes = (tmp_path / "stats" / "statistics.safetensors").stat().st_size
+    (tmp_path / "old").mkdir()
+    save_file(squares, tmp_path / "old" / "statistics.safetensors")
+    values = json.loads((tmp_path / "stats" / "calibration.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / "old" / "statistics.safetensors").read_bytes()).hexdigest()
+    values |= {"format": 1, "statistics_sha256": sha256}
+    (tmp_path / "old" / "calibration.json").write_text(json.dumps(values))
+    old = open_statistics(tmp_path / "old")
+    assert all(torch.equal(old.load(name), new.load(name)) for name in new.names)
+    assert all(old.in_features(name) == new.in_features(name) for name in new.names)
+    assert nbytes < 0.51 * (tmp_path / "old" / "statistics.safetensors").stat().st_size
+
+
+def test_statistics_of_random_tokens_need_no_file(tmp_path):
+    prepared = prepare_calibration(
+        TINY_LLAMA, ["random"], tmp_path / "stats", CalibrationOptions(tokens=256, context=64)
+    )
+    done = run_calibration(prepared, Remembering(), threads=2)
+    assert (done.tokens, done.windows) == (256, 4)
+    values = json.loads((tmp_path / "stats" / "calibration.json").read_text())
+    assert (values["text"], values["texts"]) == ("random", [])

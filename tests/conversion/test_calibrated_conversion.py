@@ -30,7 +30,7 @@ TEXT = "".join(f"Row {i} of the table has {i * i} squares, and {i % 7} of them a
 
 
 class Silent:
-    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool, nbytes: int) -> None:
         pass
 
     def note(self, text: str) -> None:
@@ -68,10 +68,9 @@ FORMATS: dict[str, dict[str, Any]] = {
 
 
 def lost_outputs(model: Path, output: Path, adapter: Path, statistics: Path, name: str) -> float:
-    """√(tr(E·H·Eᵀ) / tr(W·H·Wᵀ)) of what the files hold, with a thousandth of the mean of diag(H) on it, in float64."""
+    """√(tr(E·H·Eᵀ) / tr(W·H·Wᵀ)) of what the files hold, in float64."""
     weight = load_file(model / "model.safetensors")[name].double()
     h = open_statistics(statistics).load(name).double()
-    h = h + 1e-3 * h.diagonal().mean() * torch.eye(len(h), dtype=torch.float64)
     with BaseModel.open(output) as base:
         error = weight - base.matrix(name).double()
     factors = load_file(adapter / "adapter_model.safetensors")

@@ -99,10 +99,10 @@ class CommandProgress(Observer):
             share += f", {layer.lost:.2g} of it lost"
         self.phase(f"[{self._done}/{self._total}] {layer.name}: changed by {layer.relative_delta:.2%}{share}")
 
-    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool) -> None:
+    def calibration_started(self, inputs: int, windows: int, context: int, *, lines: bool, nbytes: int) -> None:
         self._total = inputs
         unit = "lines of at most" if lines else "windows of"
-        self.phase(f"{inputs} inputs to measure, {windows} {unit} {context} tokens")
+        self.phase(f"{inputs} inputs to measure, {windows} {unit} {context} tokens; {format_nbytes(nbytes)} to write")
 
     def block_calibrated(self, block: str, inputs: int) -> None:
         self._done += inputs
