@@ -189,7 +189,7 @@ def _render_errors(layers: Sequence[LayerResult]) -> str:
     ]
     if errors.output_error is not None:
         outputs = (errors.plain_output_error, errors.base_output_error, errors.output_error)
-        rows.append(("outputs, on the calibration's inputs", outputs))
+        rows.append(("outputs, on the text's inputs", outputs))
     lines = [
         f"| relative error of the | {plain_name(layer.spec for layer in layers)} | this base alone | base + adapter |",
         "|---|--:|--:|--:|",

@@ -11,16 +11,15 @@ from typing import Any
 
 from loftq_cli.activations.text_sources import TextSource, open_text
 from loftq_cli.activations.transformers_models import library_versions, model_directory
-from loftq_cli.activations.weight_statistics import has_known_blocks, measure_weights
+from loftq_cli.activations.weight_statistics import has_known_blocks
 from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from loftq_cli.checkpoint.statistics import InputStatistics, Statistics, open_statistics
+from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.errors import MismatchError, UsageError, printable
 from loftq_cli.model.builtin import resolve_model
-from loftq_cli.model.family import Family
 from loftq_cli.output.checksums import CHECKSUMS, file_sha256, fingerprint_of
 from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, source_name
 from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
@@ -29,7 +28,6 @@ from loftq_cli.output.staging import check_apart
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import NONE, RANDOM, SELF, WEIGHTS, Recipe, TextOptions
-from loftq_cli.runtime.workers import started
 
 _UNKNOWN_BLOCKS = (
     "the blocks of the model have an unknown structure, so the errors of all weights count alike: --text names a text "
@@ -139,7 +137,7 @@ def prepare_within_target(
     remote_code: bool = True,
 ) -> Conversion:
     """Prepare a conversion with number formats and ranks chosen within `target`, see `allocate`. Reads every weight to
-    quantize, and computes on the processor.
+    quantize, and computes on the processor. Statistics from the weights alone do not count in the choice.
 
     model, output   as for `prepare_conversion`
     recipe          all remaining options
@@ -155,17 +153,13 @@ def prepare_within_target(
         hint = "loftq calibrate, and --calibration in place of --text"
         raise UsageError("a bound on the size needs the statistics of all layers before the choice", hint=hint)
     checkpoint = _open_original(model, output, recipe)
-    opened: Statistics | None = None
-    statistics: InputStatistics | None = None
-    if recipe.calibration == WEIGHTS:
-        with started(threads) as workers:
-            statistics = measure_weights(checkpoint, Family(checkpoint.config()), workers=workers)
-    elif recipe.calibration is not None:  # statistics of a wrong model stop the run before a weight is read
+    statistics = None
+    if recipe.calibration not in (None, WEIGHTS):  # statistics of a wrong model stop the run before a weight is read
         widest = build_plan(checkpoint.tensors, checkpoint.config(), Options(recipe, target).widest)
-        statistics = opened = _open_model_statistics(Path(recipe.calibration), widest)[0]
+        statistics, _ = _open_model_statistics(Path(str(recipe.calibration)), widest)
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
-    plan, opened = _build_plan(checkpoint, allocation.recipe, opened)
-    return _conversion(checkpoint, plan, output, opened, allocation, None, remote_code=remote_code)
+    plan, statistics = _build_plan(checkpoint, allocation.recipe, statistics)
+    return _conversion(checkpoint, plan, output, statistics, allocation, None, remote_code=remote_code)
 
 
 def _last_part(path: str) -> str:

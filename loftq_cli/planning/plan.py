@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
-from loftq_cli.planning.recipe import WEIGHTS, Recipe
+from loftq_cli.planning.recipe import SELF, WEIGHTS, Recipe
 from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
 from loftq_cli.quant.formats import QuantSpec, common_spec
@@ -28,6 +29,7 @@ from loftq_cli.runtime.version import VERSION
 from loftq_cli.tensors.headers import OutTensor, TensorRef
 
 _TORCH_NBYTES = 280_000_000  # importing torch and the first operations, measured on Linux
+_LIBRARIES_NBYTES = 320_000_000  # importing transformers and building a model, measured on Linux
 _WEIGHTED_NBYTES = 20  # measured, for each entry of a layer's input statistics: the entry, a root, products
 # Cost of a search for constants, and of a round of refinement, in passes of plain quantizing over the weights.
 _SEARCH_PASSES, _ROUND_PASSES = 4, 256
@@ -99,11 +101,28 @@ class Plan:
         return (
             _TORCH_NBYTES
             + compiler
+            + self._text_nbytes
             + max(
                 per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 + per_input * job.matrix.shape[1] ** 2
                 for job in self.layers
             )
         )
+
+    @property
+    def _text_nbytes(self) -> int:
+        """Memory of a text on the way through the model: the libraries, the largest block in float32, and three copies
+        of the states between two blocks. Text by the model itself needs the whole model once.
+        """
+        text = self.recipe.text
+        if text is None:
+            return 0
+        blocks = Counter[str]()
+        for job in self.jobs:
+            match = re.match(r".*?\.\d+(?=\.)", job.name)
+            blocks[match[0] if match else ""] += job.numel
+        widest = max(job.matrix.shape[1] for job in self.layers)
+        most = sum(blocks.values()) if text.names == (SELF,) else max(blocks.values())
+        return _LIBRARIES_NBYTES + 4 * max(most, 3 * text.tokens * widest)
 
     @property
     def work(self) -> int:

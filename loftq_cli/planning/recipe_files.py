@@ -18,7 +18,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
 from loftq_cli.planning.format_options import AFFINE_OPTIONS, CODEBOOK_OPTIONS
-from loftq_cli.planning.recipe import TEXT_OPTIONS, AffineOptions, Override, Recipe, RecipeFields
+from loftq_cli.planning.recipe import NONE, TEXT_OPTIONS, WEIGHTS, AffineOptions, Override, Recipe, RecipeFields
 from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
 from loftq_cli.quant.formats import FORMATS
@@ -91,6 +91,8 @@ def _find_outdated_options(values: Mapping[str, Any], typed: Mapping[str, Any]) 
         names |= {"start", "iterations"} if 1.0 in shares else {"start"}
     if changed & {"method", "init"}:
         names |= {"fit"} | _find_unused_options(values, typed)
+    if changed & {"method", "init", "fit"}:
+        names |= {"keep_base"} | ({"calibration"} if values.get("calibration") in (WEIGHTS, NONE) else set())
     entry = METHODS.get(typed.get("method", values.get("method", DEFAULT_METHOD)))
     if typed.get("svd") == "exact" and entry is not None and not entry.draws_adapter:
         names.add("seed")  # the exact solver draws nothing

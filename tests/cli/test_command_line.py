@@ -50,7 +50,7 @@ def test_quiet_says_that_a_base_needs_its_adapter(run, source):
 
 
 def test_verbose_shows_every_iteration_and_every_copied_tensor(run, source):
-    _, _, err = run("quantize", source, "out", "--rank", 4, "--iterations", 3, "-v")
+    _, _, err = run("quantize", source, "out", "--rank", 4, "--iterations", 3, "--rounds", 0, "-v")
     iterations = [line for line in err.splitlines() if "iterations:" in line]
     assert len(iterations) == 14
     assert len(iterations[0].split("iterations: ")[1].split(" (best")[0].split()) == 3

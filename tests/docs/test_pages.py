@@ -86,7 +86,8 @@ def test_every_shown_line_is_printed_with_numbers_that_agree(name, followed):
 
 def test_the_front_page_begins_with_the_two_commands_that_machines_call():
     lines = [line for block in pages()["README.md"].blocks("sh") for line in block.text.splitlines()]
-    assert lines == ["pip install . && loftq quantize builtin:tiny-llama tiny-nf4", "pip install '.[test]' && pytest"]
+    first = "pip install '.[hf]' && loftq quantize builtin:tiny-llama tiny-nf4 --text self"
+    assert lines == [first, "pip install '.[test]' && pytest"]
 
 
 def test_pages_show_enough_to_be_worth_running():

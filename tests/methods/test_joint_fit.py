@@ -86,13 +86,15 @@ def fitted(
 
 
 def damped(kind: str, in_features: int = 128) -> torch.Tensor:
-    """H in float64 as errors are to be weighed by it: in units of its mean diagonal, with a thousandth added to it."""
+    """H in float64 as errors are to be weighed by it: in units of its mean diagonal; the products of a full one are
+    shrunk by 0.3 and a tenth is added to its diagonal, to a diagonal a thousandth.
+    """
     found = statistics(kind, in_features)
     if found is None:
         return torch.eye(in_features, dtype=torch.float64)
     h = (torch.diag(found) if found.dim() == 1 else found).double()
-    h = h / h.diagonal().mean()
-    return h + 1e-3 * torch.eye(in_features, dtype=torch.float64)
+    h, one = h / h.diagonal().mean(), torch.eye(in_features, dtype=torch.float64)
+    return h + 1e-3 * one if found.dim() == 1 else 0.7 * h + (0.3 * h.diagonal() + 0.1) * one
 
 
 def cost(error: torch.Tensor, h: torch.Tensor) -> float:
@@ -143,13 +145,13 @@ def test_no_other_adapter_of_the_same_form_costs_less(group_size, kind):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_statistics_lower_what_errors_do_to_outputs(name):
-    weight, h = matrix(), damped("full")
-    lost = {}
+    weight, lost = matrix(), {}
+    h = statistics("full", 128).double()  # of the outputs themselves, without shrinking
     for kind in STATISTICS:
         made, quantizer, _ = fitted(weight, name, JOINT, kind)
         lost[kind] = cost(weight - quantizer.dequantize(made.quantized) - adapter_delta(made.lora), h)
-    assert lost["full"] < 0.6 * lost["diagonal"]
-    assert lost["full"] < 0.5 * lost["none"]
+    assert lost["full"] < 0.75 * lost["diagonal"]
+    assert lost["full"] < 0.1 * lost["none"]
 
 
 def layer_of_minilm() -> torch.Tensor:
@@ -171,7 +173,8 @@ def test_the_joint_fit_leaves_less_of_a_real_layer_than_the_papers(name, most):
 
 @pytest.mark.parametrize("kind", STATISTICS)
 def test_qlora_refines_its_codes_where_it_is_known_what_errors_cost(kind):
-    weight, h = matrix(), damped(kind)
+    weight, h = matrix(), statistics(kind, 128)  # of the outputs themselves, without shrinking
+    h = damped(kind) if h is None or h.dim() == 1 else h.double()
     plain, quantizer, _ = fitted(weight, "int3, symmetric", Fitting(), kind, method="qlora")
     made, _, _ = fitted(weight, "int3, symmetric", Fitting(rounds=4), kind, method="qlora")
     before, after = (cost(weight - quantizer.dequantize(m.quantized), h) for m in (plain, made))

@@ -72,18 +72,20 @@ def nf4(module: nn.Module, name: str, **options: Any) -> AdaptedLinear:
     return LoftQLinear.from_linear(module, 4, name=name, **options)
 
 
+ALONE = ("--calibration", "none")  # a linear alone has no model that shows the inputs
+
 CASES: dict[str, tuple[str, list[str], Any]] = {
     "loftq, NF4": (LLAMA, ["--fit", "loftq", "--iterations", "5"], nf4),
     "loftq, NF4, biases": (BIASED, ["--fit", "loftq", "--iterations", "5"], nf4),
     "loftq, NF4 of Conv1D": (GPT2, ["--fit", "loftq", "--iterations", "5"], nf4),
     "loftq joint, seed and alpha": (
         LLAMA,
-        ["--alpha", "8", "--seed", "3", "--rslora"],
+        ["--alpha", "8", "--seed", "3", "--rslora", *ALONE],
         lambda module, name: nf4(module, name, fit="joint", iterations=None, alpha=8, seed=3, rslora=True),
     ),
     "loftq joint, base kept": (
         LLAMA,
-        ["--keep-base", "0.5", "--iterations", "3"],
+        ["--keep-base", "0.5", "--iterations", "3", *ALONE],
         lambda module, name: nf4(module, name, fit="joint", iterations=3, keep_base=0.5),
     ),
     "loftq, int4": (
@@ -110,7 +112,7 @@ CASES: dict[str, tuple[str, list[str], Any]] = {
     ),
     "qalora, int4": (
         BIASED,
-        ["--method", "qalora", "--quant-type", "int4", "--group-size", "32"],
+        ["--method", "qalora", "--quant-type", "int4", "--group-size", "32", *ALONE],
         lambda module, name: QALoRALinear.from_linear(module, 4, 4, 32, name=name),
     ),
     "qalora standard, int2": (

@@ -12,6 +12,8 @@ from loftq_cli.planning.recipe_files import recipe_toml, resolve_recipe
 PAPER = {"fit": "loftq"}
 QALORA = {"method": "qalora", "quant_type": "int4"}
 CALIBRATED = {"calibration": "STATS"}
+NO_STATISTICS = {"calibration": "none"}
+TEXT = {"text": ("random",)}
 
 
 def written(asked: dict[str, Any]) -> dict[str, Any]:
@@ -43,13 +45,16 @@ def test_a_format_and_an_adapter_that_nobody_asked_for(asked: dict[str, Any], de
 @pytest.mark.parametrize(
     ("asked", "fit", "start", "scales", "iterations", "rounds"),
     [
-        ({}, "joint", "principal", "search", 11, 0),
-        ({"quant_type": "int4"}, "joint", "principal", "search", 11, 0),
-        (QALORA, "joint", "zero", "search", 11, 0),
+        ({}, "joint", "zero", "search", 2, 2),
+        ({"quant_type": "int4"}, "joint", "zero", "search", 2, 2),
+        (QALORA, "joint", "zero", "search", 2, 2),
+        (NO_STATISTICS, "joint", "zero", "search", 11, 0),
+        ({**QALORA, **NO_STATISTICS}, "joint", "zero", "search", 11, 0),
+        (TEXT, "joint", "zero", "search", 2, 2),
         (CALIBRATED, "joint", "zero", "search", 2, 2),
         ({**QALORA, **CALIBRATED}, "joint", "zero", "search", 2, 2),
-        ({"keep_base": 0.5}, "joint", "zero", "search", 11, 0),
-        ({"keep_base": 1.0}, "joint", "zero", "search", 1, 0),
+        ({"keep_base": 0.5}, "joint", "zero", "search", 2, 2),
+        ({**NO_STATISTICS, "keep_base": 1.0}, "joint", "zero", "search", 1, 0),
         ({**CALIBRATED, "keep_base": 1.0}, "joint", "zero", "search", 1, 2),
         ({**PAPER, "keep_base": 0.5}, "loftq", "zero", "absmax", 8, None),
         (PAPER, "loftq", "zero", "absmax", 8, None),
@@ -67,12 +72,54 @@ def test_a_fit_that_nobody_asked_for(
     assert (recipe["iterations"], recipe.get("rounds")) == (iterations, rounds)
 
 
-@pytest.mark.parametrize("asked", [{}, {"keep_base": 0.0}, {"method": "qlora"}, QALORA], ids=str)
-def test_a_base_counts_with_its_adapter_unless_a_share_is_asked_for(asked: dict[str, Any]) -> None:
-    assert resolve_recipe(None, asked).fitting.keep_base == 0.0
-    assert "keep_base" not in written(asked)
-    if asked.get("method") != "qlora":
-        assert written({**asked, "keep_base": 0.5})["keep_base"] == 0.5
+@pytest.mark.parametrize(
+    ("asked", "share"),
+    [
+        ({}, 0.25),
+        (QALORA, 0.25),
+        (TEXT, 0.25),
+        (CALIBRATED, 0.25),
+        (NO_STATISTICS, 0.5),
+        (PAPER, 0.0),
+        ({**PAPER, **CALIBRATED}, 0.0),
+        ({"keep_base": 0.0}, 0.0),
+        ({"method": "qlora"}, 0.0),
+        ({**QALORA, "init": "standard"}, 0.0),
+        ({"method": "pissa"}, 0.0),
+    ],
+    ids=str,
+)
+def test_a_share_of_the_base_that_nobody_asked_for(asked: dict[str, Any], share: float) -> None:
+    assert resolve_recipe(None, asked).fitting.keep_base == share
+    # A file says a share where the fit has one, so that a later default does not change the file.
+    has_share = asked.get("method") not in ("qlora", "pissa") and asked.get("fit") is None and "init" not in asked
+    assert written(asked).get("keep_base") == (share if has_share else None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "calibration"),
+    [
+        ({}, "weights"),
+        (QALORA, "weights"),
+        ({"calibration": "none"}, "none"),
+        ({"calibration": "weights"}, "weights"),
+        (CALIBRATED, "STATS"),
+        (TEXT, None),
+        (PAPER, None),
+        ({**PAPER, "calibration": "weights"}, "weights"),
+        ({"method": "pissa"}, None),
+        ({"method": "qlora"}, None),
+        ({"method": "qlora", "scales": "search"}, "weights"),
+        ({"method": "qlora", "scales": "search", "calibration": "none"}, "none"),
+    ],
+    ids=str,
+)
+def test_statistics_that_nobody_asked_for(asked: dict[str, Any], calibration: str | None) -> None:
+    """A joint fit and a search for constants without statistics clip the largest weights."""
+    assert written(asked).get("calibration") == calibration
+    recipe = resolve_recipe(None, asked)
+    assert recipe.calibration == (None if calibration == "none" else calibration)
+    assert recipe.is_weighted == (calibration not in (None, "none") or "text" in asked)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
     write_result(f"error    {errors} ({'read back and checked' if outcome.verified else 'not read back'})")
     if outcome.output_error is not None:
         outputs = format_errors(outcome.plain_output_error, outcome.base_output_error, outcome.output_error, plain)
-        write_result(f"outputs  {outputs}, on the calibration's inputs")
+        write_result(f"outputs  {outputs}, on the text's inputs")
     if plan.code_files:
         write_result(f"code     {code_note(plan.code_files)}")
 

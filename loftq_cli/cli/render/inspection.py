@@ -115,7 +115,7 @@ def _print_converted(inspection: ConvertedInspection) -> None:
         _print_outputs(outputs)
     elif reported is not None and reported.output_error is not None:
         line = format_errors(reported.plain_output_error, reported.base_output_error, reported.output_error)
-        write_result(f"outputs on the calibration's inputs: {line}")
+        write_result(f"outputs on the text's inputs: {line}")
 
 
 def _print_outputs(outputs: Comparison) -> None:
