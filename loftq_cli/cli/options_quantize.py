@@ -65,8 +65,8 @@ Iterations = Annotated[
 Rounds = Annotated[
     int | None,
     typer.Option(
-        help="Rounds of refining codes and constants, after the iterations. [default: 2, with "
-        "--calibration none 0; with --fit loftq none]",
+        help="Rounds of refining codes and constants, after the iterations. [default: 2, with a text "
+        "or STATS 4, with --calibration none 0; with --fit loftq none]",
         rich_help_panel=ADAPTER,
     ),
 ]
@@ -75,7 +75,7 @@ KeepBase = Annotated[
     typer.Option(
         metavar="SHARE",
         help="Share of the error that counts the base alone, 0 to 1: at 0 only base and adapter together count, at 1 "
-        "the base is as good as without an adapter. [default: 0.25, with --calibration none 0.5; with --fit loftq 0]",
+        "the base is as good as without an adapter. [default: 0.3, with --calibration none 0.5; with --fit loftq 0]",
         rich_help_panel=ADAPTER,
     ),
 ]

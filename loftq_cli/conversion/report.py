@@ -34,7 +34,7 @@ from loftq_cli.tensors.metrics import LayerError, relative, total_error
 WORST_BASE, WORST_PRINCIPAL_BASE = 1.5, 1.0
 
 # The share of the cost that a base needs to be a model by itself, measured: see configs/README.md.
-_GOOD_SHARE = 0.25
+_GOOD_SHARE = 0.3
 
 if TYPE_CHECKING:
     from loftq_cli.activations.text_pass import TextPass

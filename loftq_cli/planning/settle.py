@@ -45,11 +45,11 @@ from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS, Pooling
 
 # Share of the cost of a joint fit that counts the base alone, with input statistics and without statistics.
-_KEEP_BASE, _KEEP_BASE_BY_WEIGHTS = 0.25, 0.5
+_KEEP_BASE, _KEEP_BASE_BY_WEIGHTS = 0.3, 0.5
 
 # Alternations of a joint fit, without input statistics and with statistics: more alternations reduce the error little.
 _JOINT_ITERATIONS, _WEIGHTED_ITERATIONS = 11, 2
-_ROUNDS, _WEIGHTED_ROUNDS = 0, 2
+_ROUNDS, _WEIGHTED_ROUNDS, _MEASURED_ROUNDS = 0, 2, 4  # without statistics, from the weights alone, of a text
 
 # Options of every written recipe file, even without a meaning. A file may repeat the value; a flag may not.
 _RECORDED: dict[str, Any] = {"iterations": 8, "svd": "fast", "seed": 0}
@@ -232,7 +232,8 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
     _check_at_least("iterations", _default(fields.iterations, iterations), 1)
     rounds = 0
     if _has_rounds(takes, fit, is_weighted=is_weighted):
-        rounds = _default(fields.rounds, _WEIGHTED_ROUNDS if is_weighted else _ROUNDS)
+        measured = _WEIGHTED_ROUNDS if fields.calibration == WEIGHTS else _MEASURED_ROUNDS
+        rounds = _default(fields.rounds, measured if is_weighted else _ROUNDS)
     elif fields.rounds is not None:
         setting_without_rounds = f"fit {fit}" if "fit" in takes else f"{setting} without calibration and text"
         refuse("rounds", setting_without_rounds if "rounds" in takes else setting, typed)

@@ -23,34 +23,51 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from loftq_cli.planning.recipe import DEFAULT_TEXT_TOKENS
 from tests.benchmarks.measuring import machine, package_version
-from tests.benchmarks.quality import STATISTICS, run_loftq
+from tests.benchmarks.quality import run_loftq
 
 HANDBOOK = Path("/usr/share/doc/debian-handbook/html/en-US")
 JARGON = Path("/usr/share/dictd/jargon.dict.dz")
 NOISE = 0.02  # of the rms of a matrix: the weights of the GGUF file lie on a grid of 4 bits
-CALIBRATION_TOKENS = 8192
 SCORED_TOKENS = {"A": 2048, "B": 1024}
 QLORA = "QLoRA, NF4"  # KL of the other rows is divided by the KL of this row
-_CALIBRATED = ("--calibration", STATISTICS)
-_INT2 = ("--quant-type", "int2")
+TEXT = "TEXT"  # in the options of a variant: stands for the file of the calibration text
+_TEXT = ("--text", TEXT)
+_PAPER = ("--recipe", "loftq-paper")
+_EARLIER = ("--start", "principal", "--keep-base", "0", "--calibration", "none")
+
+
+def _with_type(quant_type: str, *options: str) -> tuple[str, ...]:
+    return ("--quant-type", quant_type, *options)
+
+
 VARIANTS: dict[str, tuple[str, ...]] = {
     QLORA: ("--method", "qlora"),
-    "calibrated, NF4": (*_CALIBRATED, "--keep-base", "0"),
-    "calibrated, NF4, `--keep-base 0.25`": (*_CALIBRATED, "--keep-base", "0.25"),
-    "calibrated, NF4, `--keep-base 0.5`": (*_CALIBRATED, "--keep-base", "0.5"),
-    "calibrated, NF4, `--keep-base 0.75`": (*_CALIBRATED, "--keep-base", "0.75"),
     "default, NF4": (),
-    "default, NF4, `--keep-base 0.25`": ("--keep-base", "0.25"),
-    "default, NF4, `--keep-base 0.75`": ("--keep-base", "0.75"),
-    "default, NF4, `--start zero`": ("--start", "zero"),
+    "`--text FILE`, NF4": _TEXT,
+    "`--text self`, NF4": ("--text", "self"),
+    "`--text random`, NF4": ("--text", "random"),
+    "`--text FILE --no-sequential`, NF4": (*_TEXT, "--no-sequential"),
+    "`--text FILE --keep-base 0`, NF4": (*_TEXT, "--keep-base", "0"),
+    "`--calibration none`, NF4": ("--calibration", "none"),
+    "principal start, base and adapter alone count, NF4": _EARLIER,
     "`--fit loftq`, NF4": ("--fit", "loftq"),
+    "LoftQ as in the paper, NF4": _PAPER,
+    "QLoRA, INT4": _with_type("int4", "--method", "qlora"),
+    "default, INT4": _with_type("int4"),
+    "`--text FILE`, INT4": _with_type("int4", *_TEXT),
+    "QLoRA, INT3": _with_type("int3", "--method", "qlora"),
+    "default, INT3": _with_type("int3"),
+    "`--text FILE`, INT3": _with_type("int3", *_TEXT),
+    "QLoRA, INT2": _with_type("int2", "--method", "qlora"),
+    "default, INT2": _with_type("int2"),
+    "`--text FILE`, INT2": _with_type("int2", *_TEXT),
+    "`--text self`, INT2": _with_type("int2", "--text", "self"),
+    "QLoRA, NF4, `--scales search --calibration none`": (
+        *("--method", "qlora", "--scales", "search", "--calibration", "none"),
+    ),
     "QLoRA, NF4, `--scales search`": ("--method", "qlora", "--scales", "search"),
-    "QLoRA, INT2": (*_INT2, "--method", "qlora"),
-    "calibrated, INT2": (*_INT2, *_CALIBRATED, "--keep-base", "0"),
-    "calibrated, INT2, `--keep-base 0.25`": (*_INT2, *_CALIBRATED, "--keep-base", "0.25"),
-    "calibrated, INT2, `--keep-base 0.5`": (*_INT2, *_CALIBRATED, "--keep-base", "0.5"),
-    "calibrated, INT2, `--keep-base 0.75`": (*_INT2, *_CALIBRATED, "--keep-base", "0.75"),
 }
 _SCORED_PAGE = 4  # every fourth page of the handbook is for scoring
 
@@ -177,12 +194,10 @@ def _plain(text: str) -> str:
 
 def measure(original: Path, texts: Mapping[str, Path], directory: Path, names: Sequence[str]) -> Iterator[Row]:
     """Rows in the order of `names`. Two variants are converted and scored at a time, on one thread each."""
-    statistics = directory / STATISTICS
-    run_loftq("calibrate", original, "--text", texts["calibration"], "-o", statistics, "--tokens", CALIBRATION_TOKENS)
 
     def measure_variant(index: int) -> Row:
         output = directory / str(index)
-        options = [statistics if option == STATISTICS else option for option in VARIANTS[names[index]]]
+        options = [texts["calibration"] if option == TEXT else option for option in VARIANTS[names[index]]]
         start = time.perf_counter()
         report = run_loftq("quantize", original, output, *options, "--threads", 1)
         seconds = time.perf_counter() - start
@@ -278,7 +293,7 @@ def _settings(model: str) -> dict[str, object]:
     return {
         "model": model,
         "noise": NOISE,
-        "calibration": {"text": "handbook", "tokens": CALIBRATION_TOKENS},
+        "calibration": {"text": "handbook", "tokens": DEFAULT_TEXT_TOKENS},
         "A": {"text": "other pages of the handbook", "tokens": SCORED_TOKENS["A"]},
         "B": {"text": "jargon file", "tokens": SCORED_TOKENS["B"]},
     }

@@ -76,7 +76,9 @@ ROWS = {
     "scale_dtype": values("--scale-dtype", "bfloat16", "float32", *INT4, "--layout", "dense"),
     "scales": values("--scales", "absmax", "search"),
     "calibration": Row((), ("--calibration", "STATS")),
-    **dict.fromkeys(("text", "tokens", "context", "lines", "sequential"), Row((), (), seen_in="test_text_during_conversion")),
+    **dict.fromkeys(
+        ("text", "tokens", "context", "lines", "sequential"), Row((), (), seen_in="test_text_during_conversion")
+    ),
     "layout": values("--layout", "bitsandbytes", "dense"),
     "max_shard_size": values("--max-shard-size", "1MB", "5GB", seen_in="plan"),
     "include": values("--include", r"\.q$", r"\.k$"),

@@ -18,7 +18,7 @@ from support.conversions import loftq
 from support.pages import ROOT, Page
 
 # What a shell block has before a command of the tool.
-FIRST_COMMAND = "pip install . && "
+FIRST_COMMAND = "pip install '.[hf]' && "
 
 
 @dataclass(frozen=True, slots=True)
