@@ -24,7 +24,7 @@ from torch.nn import functional
 from tests.benchmarks.corpus import held_out_text, training_prose
 from tests.benchmarks.measuring import package_version
 from tests.benchmarks.perplexity import keep_packed_weights
-from tests.benchmarks.quality import run_loftq
+from tests.benchmarks.quality import EARLIER, run_loftq
 from tests.support.models import minilm
 
 QUANT_TYPES = ("nf4", "int4", "int3", "int2")
@@ -33,9 +33,9 @@ FULL, DIAGONALS = "FULL", "DIAGONALS"  # in options: which statistics
 METHODS: dict[str, tuple[str, ...]] = {
     "QLoRA": ("--method", "qlora"),
     LOFTQ: ("--recipe", "loftq-paper"),
-    JOINT: (),
-    CALIBRATED: ("--calibration", FULL),
-    DIAGONAL: ("--calibration", DIAGONALS),
+    JOINT: EARLIER,
+    CALIBRATED: ("--calibration", FULL, "--keep-base", "0", "--rounds", "2"),
+    DIAGONAL: ("--calibration", DIAGONALS, "--keep-base", "0", "--rounds", "2"),
 }
 
 # The low-rank solver of the joint fit starts from random vectors: from others, drifts differ by up to 8 %.

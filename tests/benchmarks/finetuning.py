@@ -23,7 +23,14 @@ import torch
 
 from tests.benchmarks.measuring import package_version
 from tests.benchmarks.perplexity import load
-from tests.benchmarks.quality import BUILTIN, STATISTICS, calibrate_builtin, run_loftq
+from tests.benchmarks.quality import (
+    BUILTIN,
+    EARLIER,
+    EARLIER_CALIBRATED,
+    STATISTICS,
+    calibrate_builtin,
+    run_loftq,
+)
 
 STEPS, EVERY, BATCH, CONTEXT, RANK = 200, 10, 4, 128, 16
 RATE = 1e-3  # that of the training check
@@ -33,8 +40,8 @@ FULL = "full precision, new LoRA"
 STARTS = {
     "QLoRA": ("--method", "qlora"),
     "LoftQ": ("--recipe", "loftq-paper"),
-    "joint": (),
-    "joint, calibrated": ("--calibration", STATISTICS),
+    "joint": EARLIER,
+    "joint, calibrated": EARLIER_CALIBRATED,
 }
 
 # Of middle lightness, so that they show on white and on black.

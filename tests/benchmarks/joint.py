@@ -1,5 +1,5 @@
 """The joint fit beside LoftQ at the same bits, rank and file format: CPU time in one thread, error of the weights, and
-error of what the layers compute. How much is searched is what `loftq quantize` does by default, from its recipe.
+error of what the layers compute. The joint fits count base and adapter together; the fit without a text starts from the principal part of the weights.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def recipes(quant_type: str) -> dict[str, Recipe]:
     return {
         FAST: make_recipe(quant_type=quant_type, fit="loftq"),
         EXACT: make_recipe(quant_type=quant_type, fit="loftq", svd="exact"),
-        JOINT: make_recipe(quant_type=quant_type),
-        CALIBRATED: make_recipe(quant_type=quant_type, calibration="statistics"),
+        JOINT: make_recipe(quant_type=quant_type, calibration="none", start="principal", keep_base=0.0),
+        CALIBRATED: make_recipe(quant_type=quant_type, calibration="statistics", keep_base=0.0, rounds=2),
     }
 
 

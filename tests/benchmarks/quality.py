@@ -26,40 +26,38 @@ ROOT = Path(__file__).parent.parent.parent
 BUILTIN = ROOT / "loftq_cli" / "model" / "builtin_models" / "tiny-llama"
 STATISTICS = "STATISTICS"  # in options: where `calibrate` wrote
 TOKENS = 131072  # bytes of the training text that the statistics are of
+# The joint fit of the table: from the principal part of the weights, where base and adapter together count, and all
+# weights count alike. tests/benchmarks/language_model.py measures the default.
+EARLIER = ("--start", "principal", "--keep-base", "0", "--calibration", "none")
+EARLIER_CALIBRATED = ("--calibration", STATISTICS, "--keep-base", "0", "--rounds", "2")
 CONVERSIONS = {
     "QLoRA, NF4": ("--recipe", "qlora-nf4"),
     "LoftQ as in the paper, NF4": ("--recipe", "loftq-paper"),
-    "joint, NF4": ("--recipe", "loftq-nf4"),
-    "joint, NF4, calibrated": ("--recipe", "loftq-nf4", "--calibration", STATISTICS),
-    "joint, NF4, rank 64": ("--recipe", "loftq-nf4-r64"),
+    "joint, NF4": ("--recipe", "loftq-nf4", *EARLIER),
+    "joint, NF4, rank 64": ("--recipe", "loftq-nf4-r64", *EARLIER),
     "QLoRA, INT4": ("--recipe", "loftq-int4", "--method", "qlora"),
     "LoftQ as in the paper, INT4": ("--recipe", "loftq-paper", "--quant-type", "int4"),
-    "joint, INT4": ("--recipe", "loftq-int4"),
-    "joint, INT4, calibrated": ("--recipe", "loftq-int4", "--calibration", STATISTICS),
-    "QA-LoRA, INT4, group 32": ("--recipe", "qalora-int4"),
-    "QA-LoRA, INT4, group 32, calibrated": ("--recipe", "qalora-int4", "--calibration", STATISTICS),
+    "joint, INT4": ("--recipe", "loftq-int4", *EARLIER),
+    "QA-LoRA, INT4, group 32": ("--recipe", "qalora-int4", "--calibration", "none", "--keep-base", "0"),
     "QLoRA, INT3": ("--recipe", "loftq-int4", "--quant-type", "int3", "--method", "qlora"),
     "LoftQ as in the paper, INT3": ("--recipe", "loftq-paper", "--quant-type", "int3"),
-    "joint, INT3": ("--recipe", "loftq-int4", "--quant-type", "int3"),
-    "joint, INT3, calibrated": ("--recipe", "loftq-int4", "--quant-type", "int3", "--calibration", STATISTICS),
+    "joint, INT3": ("--recipe", "loftq-int4", "--quant-type", "int3", *EARLIER),
     "QLoRA, INT2": ("--recipe", "loftq-int4", "--quant-type", "int2", "--method", "qlora"),
     "LoftQ as in the paper, INT2": ("--recipe", "loftq-paper", "--quant-type", "int2"),
-    "joint, INT2": ("--recipe", "loftq-int4", "--quant-type", "int2"),
-    "joint, INT2, calibrated": ("--recipe", "loftq-int4", "--quant-type", "int2", "--calibration", STATISTICS),
-    "joint, INT2, rank 64": ("--recipe", "loftq-int2"),
-    "joint, INT2, rank 64, calibrated": ("--recipe", "loftq-int2", "--calibration", STATISTICS),
+    "joint, INT2": ("--recipe", "loftq-int4", "--quant-type", "int2", *EARLIER),
+    "joint, INT2, rank 64": ("--recipe", "loftq-int2", *EARLIER),
 }
 _INT3 = ("--recipe", "loftq-int4", "--quant-type", "int3")
 _COMPRESSED, _MLX = (*_INT3, "--symmetric"), (*_INT3, "--layout", "mlx", "--asymmetric")
 FORMATS = {
-    "compressed-tensors, INT3": _COMPRESSED,
-    "compressed-tensors, chosen": (*_COMPRESSED, "--target-bpw", "3.25"),
-    "compressed-tensors, INT3, calibrated": (*_COMPRESSED, "--calibration", STATISTICS),
-    "compressed-tensors, chosen, calibrated": (*_COMPRESSED, "--target-bpw", "3.25", "--calibration", STATISTICS),
-    "MLX, INT3": _MLX,
-    "MLX, chosen": (*_MLX, "--target-bpw", "3.5"),
-    "MLX, INT3, calibrated": (*_MLX, "--calibration", STATISTICS),
-    "MLX, chosen, calibrated": (*_MLX, "--target-bpw", "3.5", "--calibration", STATISTICS),
+    "compressed-tensors, INT3": (*_COMPRESSED, *EARLIER),
+    "compressed-tensors, chosen": (*_COMPRESSED, "--target-bpw", "3.25", *EARLIER),
+    "compressed-tensors, INT3, calibrated": (*_COMPRESSED, *EARLIER_CALIBRATED),
+    "compressed-tensors, chosen, calibrated": (*_COMPRESSED, "--target-bpw", "3.25", *EARLIER_CALIBRATED),
+    "MLX, INT3": (*_MLX, *EARLIER),
+    "MLX, chosen": (*_MLX, "--target-bpw", "3.5", *EARLIER),
+    "MLX, INT3, calibrated": (*_MLX, *EARLIER_CALIBRATED),
+    "MLX, chosen, calibrated": (*_MLX, "--target-bpw", "3.5", *EARLIER_CALIBRATED),
 }
 TABLES = {"rows": CONVERSIONS, "formats": FORMATS}
 
