@@ -1,5 +1,6 @@
 """The joint fit beside LoftQ at the same bits, rank and file format: CPU time in one thread, error of the weights, and
-error of what the layers compute. The joint fits count base and adapter together; the fit without a text starts from the principal part of the weights.
+error of what the layers compute. The joint fits count base and adapter together, and
+without a text start from the principal part of the weights.
 """
 
 from __future__ import annotations
