@@ -68,6 +68,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         *("--method", "qlora", "--scales", "search", "--calibration", "none"),
     ),
     "QLoRA, NF4, `--scales search`": ("--method", "qlora", "--scales", "search"),
+    # QERA (arXiv 2410.06040): plain rounding, and the adapter that lowers the errors of the outputs most.
+    "QERA, NF4": ("--fit", "loftq", "--iterations", "1", "--scales", "absmax", *_TEXT),
+    "QERA, INT2": _with_type("int2", "--fit", "loftq", "--iterations", "1", "--scales", "absmax", *_TEXT),
+    # As GPTQ, the codes are fitted to the outputs, and the adapter starts at zero.
+    "QLoRA, `--text FILE`, NF4": ("--method", "qlora", *_TEXT),
+    "QLoRA, `--text FILE`, INT2": _with_type("int2", "--method", "qlora", *_TEXT),
 }
 _SCORED_PAGE = 4  # every fourth page of the handbook is for scoring
 
