@@ -26,18 +26,14 @@ import loftq_cli as loftq
 
 ADAPTERS = {"loftq": "loftq_init", "qlora": "qlora_init"}
 STARTS: dict[str, dict[str, Any]] = {
-    "the base counts alone": {"fit": "joint", "start": "zero", "keep_base": 0.25},
-    "with a text": {"fit": "joint", "start": "zero", "keep_base": 0.0, "calibration": "statistics"},
-    "with a text, the base counts alone": {
-        "fit": "joint",
-        "start": "zero",
-        "keep_base": 0.25,
-        "calibration": "statistics",
-    },
-    "the best start of the weights": {"fit": "joint", "start": "principal", "keep_base": 0.0},
+    "default": {"fit": "joint"},
+    "default with a text": {"fit": "joint", "calibration": "statistics"},
+    "default without statistics": {"fit": "joint", "calibration": "none"},
+    "with a text, base and adapter count": {"fit": "joint", "keep_base": 0.0, "calibration": "statistics"},
+    "the best start of the weights": {"fit": "joint", "start": "principal", "keep_base": 0.0, "calibration": "none"},
     "QLoRA": {"method": "qlora"},
 }
-KEEP = ["the base counts alone", "with a text", "with a text, the base counts alone"]
+KEEP = ["default", "default with a text", "default without statistics", "with a text, base and adapter count"]
 PRINCIPAL = "the best start of the weights"
 
 RATE = 2e-4
@@ -61,7 +57,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     @cache
     def convert(name: str) -> tuple[Path, str]:
         options = dict(STARTS[name])
-        if "calibration" in options:
+        if options.get("calibration") == "statistics":
             options["calibration"] = statistics()
         output = folder / name.replace(" ", "-")
         run_conversion("builtin:tiny-llama", output, **options)
