@@ -123,7 +123,7 @@ def test_statistics_that_nobody_asked_for(asked: dict[str, Any], calibration: st
 
 
 @pytest.mark.parametrize(
-    ("asked", "scales", "rounds"), [({}, "absmax", None), (CALIBRATED, "search", 2)], ids=["plain", "calibrated"]
+    ("asked", "scales", "rounds"), [({}, "absmax", None), (CALIBRATED, "search", 4)], ids=["plain", "calibrated"]
 )
 def test_a_base_under_an_adapter_of_nothing(asked: dict[str, Any], scales: str, rounds: int | None) -> None:
     recipe = written({"method": "qlora", **asked})
