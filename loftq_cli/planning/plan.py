@@ -144,7 +144,8 @@ class Plan:
         Raises UsageError for a model that the container's loaders do not read.
         """
         names = [module_of(job.name) for job in self.jobs]
-        unquantized = [self.family.loaded_name(name, names) for name in _list_unquantized_linears(self.copies)]
+        kept = _list_unquantized_linears(self.copies)
+        unquantized = [part for name in kept for part in self.family.loaded_parts(name, names)]
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
         spec, uncommon = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
         if spec.is_affine:  # codebooks need no entry: each weight has a table of values on disk
