@@ -1,4 +1,4 @@
-"""Names of tensors in a loaded model: the renamings that transformers applies while it loads the class of a config, from
+"""Names of tensors in a loaded model: the renamings that transformers applies while loading the class of a config, from
 the table loaded_names.json. Needs neither torch nor transformers.
 
 The table is generated from an installed transformers, whose version it names: for each class the attributes, the models
@@ -105,14 +105,13 @@ class LoadedNames:
 
     def _place(self, name: str) -> str:
         """Add or remove the prefix, so that the name is one of the class."""
-        if not self.prefix:
-            return name
         first, _, rest = name.partition(".")
-        if first == self.prefix and first not in self.children and rest.partition(".")[0] in self.children:
+        second, has_attribute = rest.partition(".")[0], self.prefix in self.children
+        is_prefixed = bool(self.prefix) and first == self.prefix
+        if is_prefixed and second in self.children and not (has_attribute and second in self.inner):
             return rest
-        if self.prefix in self.children and first in self.inner - self.children:
-            return f"{self.prefix}.{name}"
-        return name
+        is_inside = first in self.inner and (first not in self.children or (is_prefixed and second not in self.inner))
+        return f"{self.prefix}.{name}" if has_attribute and is_inside else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +122,7 @@ class _ClassRow:
     prefix       as in `LoadedNames`
     children     as in `LoadedNames`, separated by spaces
     inner        as in `LoadedNames`, separated by spaces
-    submodels    path, class, `model_type`, and path of the config in the config of the class, "" for no config of its own
+    submodels    path, class, `model_type`, and path of the part of the config, "" without a part
     """
 
     model_type: str
@@ -181,7 +180,9 @@ def _build(name: str, parts: tuple[tuple[str, str], ...]) -> LoadedNames:
         found += [(kind, path, _transform(path, prefix, sources, targets)) for kind, sources, targets in rows]
     found += [(k, "", _transform("", prefix, s, t)) for k, s, t in _table()["transforms"].get("legacy", ())]
     kinds = {kind: tuple(transform for k, _, transform in found if k == kind) for kind in ("rename", "convert")}
-    return LoadedNames(prefix, frozenset(row.children.split()), frozenset(row.inner.split()), kinds["rename"], kinds["convert"])
+    return LoadedNames(
+        prefix, frozenset(row.children.split()), frozenset(row.inner.split()), kinds["rename"], kinds["convert"]
+    )
 
 
 def _submodels(row: _ClassRow, types: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
@@ -225,8 +226,8 @@ def _claim(path: str, class_name: str, model_type: str, seen: dict[str, list[str
 
 
 def _transform(path: str, prefix: str, sources: Sequence[str], targets: Sequence[str]) -> Transform:
-    """A transform of the model at `path`, of a class with the attribute `prefix`: the path counts with the attribute and
-    without, because a checkpoint may be one of the model without its head.
+    """A transform of the model at `path`, of a class with the attribute `prefix`. The path counts with the attribute
+    and without, because a checkpoint may be one of the model without its head.
     """
     if not path:
         return Transform(tuple(sources), tuple(targets), ("",))

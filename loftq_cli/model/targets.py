@@ -24,7 +24,7 @@ _NEVER = {
     "expert": "an expert, which loaders fuse into one parameter that no 4-bit container of theirs holds",
     "kept in float32": "a layer that transformers keeps in float32",
     "no adapter": "a layer of this family on which PEFT takes no adapter",
-    "converted at load": "a matrix that transformers splits, merges or turns while loading, which packed codes do not bear",
+    "converted at load": "a matrix that transformers splits or merges while loading, and packed codes cannot be",
 }
 
 

@@ -153,8 +153,8 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterat
     converted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "converted at load"]
     if converted:
         yield (
-            f"{len(converted)} matrices stay in full precision: transformers splits, merges or turns them while loading, "
-            f"and packed codes do not bear that, e.g. {converted[0].name}"
+            f"{len(converted)} matrices stay in full precision: transformers splits or merges them while loading, and "
+            f"packed codes cannot be; the first is {converted[0].name}"
         )
     complex_names = [job.name for job in jobs if isinstance(job, CopyJob) and job.output.dtype.startswith("complex")]
     if complex_names:

@@ -1,7 +1,7 @@
 """Builds the table of names in loaded models, loaded_names.json, from the installed transformers.
 
-    python -m tests.support.loader_table          writes the table
-    python -m tests.support.loader_table --check  exits with 1 when the table in the package is another one
+python tests/support/loader_table.py          writes the table
+python tests/support/loader_table.py --check  exits with 1 when the table in the package is another one
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def written(table: dict[str, Any]) -> str:
         rows = (f"  {json.dumps(k)}: {json.dumps(v, separators=(',', ':'))}" for k, v in entries.items())
         return "{\n" + ",\n".join(rows) + "\n }"
 
-    parts = (f' {json.dumps(k)}: {lines(v) if isinstance(v, dict) else json.dumps(v)}' for k, v in table.items())
+    parts = (f" {json.dumps(k)}: {lines(v) if isinstance(v, dict) else json.dumps(v)}" for k, v in table.items())
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
