@@ -123,18 +123,26 @@ class Family:
         module, modules   as for `loaded_name`
         """
         loader = self.loader
-        return (self.loaded_name(module, modules),) if loader is None else loader.find(module)
+        return (self.lasting_name(module, modules),) if loader is None else loader.find(module)
 
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
         """The name of a module in the loaded model, after loading with the class in the config. A converted weight has
-        no module of its own in the loaded model, and keeps a name like the name in the files.
+        no module of its own in the loaded model, and has the name of `lasting_name`.
 
         module    name in the files
         modules   names of all modules in the files
         """
         loader = self.loader
-        if loader is not None and not loader.is_converted(module):
-            return loader.find(module)[0]
+        if loader is None or loader.is_converted(module):
+            return self.lasting_name(module, modules)
+        return loader.find(module)[0]
+
+    def lasting_name(self, module: str, modules: Iterable[str]) -> str:
+        """The name of a module for loaders that keep the names of the files, but for a prefix: vLLM, and transformers
+        for most families.
+
+        module, modules   as for `loaded_name`
+        """
         if not self.architectures:
             return module
         if _HEAD_CLASS.search(self.architectures[0]):
