@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -54,17 +53,6 @@ QUICK = [
 KNOWN = {"ShieldGemma2ForImageClassification": [("model.lm_head.weight",) * 2 + ("model.model.lm_head.weight",)]}
 
 
-def build(name: str) -> Any:
-    """The class called `name` with the defaults of the config, on the meta device; None where that fails."""
-    kind = getattr(transformers, name)
-    try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            return kind(kind.config_class())
-    except Exception:
-        return None
-
-
 def renamings(model: Any) -> Iterator[tuple[str, str, bool]]:
     """Yield name in a file, name in the model and whether a converter takes the tensor, for names that the class saves,
     for names in memory, and for both without the prefix of the class. The last two are transformers' answers.
@@ -95,7 +83,7 @@ def differences(name: str, model: Any) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_table_renames_as_transformers_renames(name):
-    model = build(name)
+    model = loader_table.build(name)
     assert any(True for _ in renamings(model))
     assert differences(name, model) == []
 
@@ -116,7 +104,9 @@ def test_the_transforms_are_those_of_the_installed_transformers():
 def test_every_class_that_can_be_built_is_in_the_table_and_renames_as_transformers_renames():
     table = json.loads(json.dumps(loader_table.build_table()))
     assert {name: row for name, row in _table()["classes"].items() if name in table["classes"]} == table["classes"]
-    wrong = {name: differences(name, model) for name in table["classes"] if (model := build(name)) is not None}
+    wrong = {
+        name: differences(name, model) for name in table["classes"] if (model := loader_table.build(name)) is not None
+    }
     assert {name: found[:3] for name, found in wrong.items() if found} == KNOWN
 
 

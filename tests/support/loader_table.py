@@ -73,18 +73,38 @@ def _children(model: Any) -> list[str]:
     return sorted(set(own))
 
 
+# Values for configs whose defaults build no model.
+_VALUES: tuple[dict[str, Any], ...] = (
+    {},
+    {"vocab_size": 64},
+    {"head_dim": 64},
+    {"num_key_value_heads": 1},
+    {"prediction_length": 4},
+    {"is_decoder": True},
+)
+
+
+def build(name: str) -> Any:
+    """The class called `name` with the defaults of the config, on the meta device; None where that fails."""
+    kind = getattr(transformers, name)
+    for values in _VALUES:
+        try:
+            with warnings.catch_warnings(), torch.device("meta"):
+                warnings.simplefilter("ignore")
+                return kind(kind.config_class(**values))
+        except Exception:
+            continue
+    return None
+
+
 def class_row(name: str, known: Iterable[str]) -> list[Any] | None:
     """The row of a class, [model_type, prefix, children, inner, submodels]; None for a class that cannot be built from
     the defaults of the config.
 
     known   class names and model types with transforms
     """
-    kind = getattr(transformers, name)
-    try:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")
-            model = kind(kind.config_class())
-    except Exception:
+    model = build(name)
+    if model is None:
         return None
     prefix, submodels, seen = model.base_model_prefix or "", [], set()
     for path, part in model.named_modules():
