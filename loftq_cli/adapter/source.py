@@ -61,11 +61,15 @@ class AdapterSource:
         """Map each tensor name in the files of `base` to the name in the adapter's spelling.
 
         An adapter trained through a different class of the model (the "LlamaModel" in a "LlamaForCausalLM") has a
-        leading part more or less in all names.
+        leading part more or less in all names. An adapter of an older transformers may have the names of the files.
         """
         names = base.loaded_names()
         modules, adapted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
-        if not adapted or adapted & modules:
+        if not adapted or adapted <= modules:
+            return names
+        if adapted <= {module_of(name) for name in names}:
+            return {name: name for name in names}
+        if adapted & modules:
             return names
         for prefix in {f"{module.partition('.')[0]}." for module in adapted}:
             if all(module.removeprefix(prefix) in modules for module in adapted):

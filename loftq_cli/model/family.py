@@ -1,6 +1,7 @@
 """The config of a model: dtype, orientation and loaded names of tensors, beyond the facts in headers.
 
-Facts about single families are in families.toml; the module never imports transformers.
+Facts about single families are in families.toml, names in loaded models in loaded_names.json; the module never imports
+transformers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from loftq_cli.errors import InputError, printable
 from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
 from loftq_cli.model.families import FamilyRow, family_row
+from loftq_cli.model.loaded_names import LoadedNames, loaded_names
 from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
 
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
@@ -105,11 +107,41 @@ class Family:
         common = counts.most_common(1)[0][0] if counts else "float32"
         return common if common in MODEL_DTYPES else "float32"
 
+    @property
+    def loader(self) -> LoadedNames | None:
+        """The names that transformers gives to tensors while loading; None for a class outside the table."""
+        return loaded_names(self.config)
+
+    def is_converted(self, module: str) -> bool:
+        """Whether transformers splits or merges the weight of `module` while loading, or changes the form."""
+        loader = self.loader
+        return loader is not None and loader.is_converted(module)
+
+    def loaded_parts(self, module: str, modules: Iterable[str]) -> tuple[str, ...]:
+        """The names of the modules in the loaded model that get the weight of `module`, more than one for a split.
+
+        module, modules   as for `loaded_name`
+        """
+        loader = self.loader
+        return (self.lasting_name(module, modules),) if loader is None else loader.find(module)
+
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
-        """The name of a module in the loaded model, after loading with the class in the config.
+        """The name of a module in the loaded model, after loading with the class in the config. A converted weight has
+        no module of its own in the loaded model, and has the name of `lasting_name`.
 
         module    name in the files
         modules   names of all modules in the files
+        """
+        loader = self.loader
+        if loader is None or loader.is_converted(module):
+            return self.lasting_name(module, modules)
+        return loader.find(module)[0]
+
+    def lasting_name(self, module: str, modules: Iterable[str]) -> str:
+        """The name of a module for loaders that keep the names of the files, but for a prefix: vLLM, and transformers
+        for most families.
+
+        module, modules   as for `loaded_name`
         """
         if not self.architectures:
             return module

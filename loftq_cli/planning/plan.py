@@ -144,7 +144,7 @@ class Plan:
         Raises UsageError for a model that the container's loaders do not read.
         """
         names = [module_of(job.name) for job in self.jobs]
-        unquantized = [self.family.loaded_name(name, names) for name in _list_unquantized_linears(self.copies)]
+        unquantized = list(dict.fromkeys(self._loaded_names_of_kept(names)))
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
         spec, uncommon = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
         if spec.is_affine:  # codebooks need no entry: each weight has a table of values on disk
@@ -157,6 +157,12 @@ class Plan:
         config_with_dtype = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": self.dtype}
         lacks_dtype = (layout.row.stores_codes or config) and not ("dtype" in config or "torch_dtype" in config)
         return layout.model_config(config_with_dtype if lacks_dtype or layout.row.one_dtype else config, facts)
+
+    def _loaded_names_of_kept(self, names: Sequence[str]) -> Iterator[str]:
+        """Yield the names of linears in full precision for every loader; `names` are all modules in the files."""
+        for name in _list_unquantized_linears(self.copies):
+            yield self.family.lasting_name(name, names)
+            yield from self.family.loaded_parts(name, names)
 
     def adapter_config(self, base_model: str) -> dict[str, Any]:
         """Build adapter_config.json of the adapter; `base_model` is the name of the base in the config."""

@@ -150,6 +150,12 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterat
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
         yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
+    converted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "converted at load"]
+    if converted:
+        yield (
+            f"{len(converted)} matrices stay in full precision: transformers splits or merges them while loading, and "
+            f"packed codes cannot be; the first is {converted[0].name}"
+        )
     complex_names = [job.name for job in jobs if isinstance(job, CopyJob) and job.output.dtype.startswith("complex")]
     if complex_names:
         others = f" and {len(complex_names) - 1} others" if len(complex_names) > 1 else ""
