@@ -11,6 +11,7 @@ from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.source import AdapterSource, open_adapter
+from loftq_cli.adapter.spelling import wrappers_in
 from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
@@ -202,11 +203,19 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
         provenance=provenance,
         unused=planner.unused,
-        notes=_untrained_notes(base, adapter),
+        notes=(*_spelling_notes(base, adapter), *_untrained_notes(base, adapter)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     note = code_note(merge.code_files)
     return merge if note is None else replace(merge, notes=(*merge.notes, note))
+
+
+def _spelling_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:
+    own = wrappers_in(base.loaded_names().values())  # a model may have a module called like a wrapper
+    parts = ", ".join(printable(part, 80) for part in adapter.taken if part not in own)
+    if not parts:
+        return ()
+    return (f"{parts} in the names of the adapter's tensors: left by training, and taken off",)
 
 
 def _untrained_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:
