@@ -30,7 +30,7 @@ _MAX_NAMES = 5  # more names hide the sentence around the names
 _TRAINED_COPY = ".modules_to_save."
 _ORIGINAL = ".original_module"
 
-_GATHER_ZERO3 = (
+GATHER_ZERO3 = (
     "DeepSpeed ZeRO-3 saved before gathering: run zero_to_fp32.py over the checkpoint, or save again with "
     "stage3_gather_16bit_weights_on_model_save"
 )
@@ -140,7 +140,7 @@ class _Sorter:
         if dtype not in WEIGHT_DTYPES:
             raise self._mismatch(f"is {dtype}, not floating point", name)
         if 0 in self._weights.tensors[name].shape:
-            raise self._mismatch("is empty: the save was incomplete", name, _GATHER_ZERO3)
+            raise self._mismatch("is empty: the save was incomplete", name, GATHER_ZERO3)
         if match := _LORA.fullmatch(key):
             self._wrapped[match[1]] = name.removeprefix(PREFIX).rpartition(".lora_")[0]
             earlier = self._factors.setdefault(match[1], {}).setdefault(match[2], name)

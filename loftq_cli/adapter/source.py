@@ -29,7 +29,7 @@ from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
 from loftq_cli.tensors.matrices import LoraPair, lora_pair
 
-_WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
+WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
 # Config values for arithmetic beyond W + s·B·A on the stored base (PEFT 0.21).
 _REFUSED = {
@@ -202,7 +202,7 @@ def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> Adapte
 
 
 def _weights_path(path: Path) -> Path:
-    for name in _WEIGHTS_NAMES:
+    for name in WEIGHTS_NAMES:
         if (path / name).exists():
             return path / name
     raise InputError(f"holds no {WEIGHTS_NAME}", file=path, hint=_adapters_below(path))

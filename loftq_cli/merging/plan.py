@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME
+from loftq_cli.adapter.extras import take_extras
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.adapter.spelling import wrappers_in
 from loftq_cli.errors import UsageError, printable
@@ -177,6 +178,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     base = BaseModel.open(base_path)
     adapter = open_adapter(adapter_path)
     check_apart(output, [base.folder, *base.checkpoint.files, adapter.path])
+    adapter, extra_notes = take_extras(adapter, base, force=options.force)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
     form = choose_form(options, base, is_pooled=_check_pooled(base, adapter, options))
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
@@ -203,7 +205,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
         provenance=provenance,
         unused=planner.unused,
-        notes=(*_spelling_notes(base, adapter), *_untrained_notes(base, adapter)),
+        notes=(*extra_notes, *_spelling_notes(base, adapter), *_untrained_notes(base, adapter)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     note = code_note(merge.code_files)
