@@ -35,7 +35,7 @@ _MAX_NAMES = 3  # more names hide the sentence around them
 _MAX_FILES = 10
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class JoinedWeights:
     """Weight files under one list of names; a tensor of a further file is called `FILE:NAME`.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner, is_vocabulary_head
 from loftq_cli.merging.provenance import Provenance, check_provenance
+from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.model.stored import BaseModel, check_names
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.output.checksums import CHECKSUMS
@@ -56,6 +57,7 @@ class Merge:
     provenance   the evidence whether the adapter belongs to the base
     unused       adapter tensor without a job -> the reason
     notes        remarks about how base and adapter fit together
+    tokenizer    the files of the tokenizer, of base or adapter
     """
 
     base: BaseModel
@@ -69,6 +71,7 @@ class Merge:
     provenance: Provenance
     unused: dict[str, str]
     notes: tuple[str, ...]
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +88,8 @@ class Merge:
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
         if options.pop("remote_code") is False:
             options["remote_code"] = False
+        if options["tokenizer"] is None:
+            del options["tokenizer"]
         sources = [source_name(self.base.path), source_name(self.adapter.path)]
         configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout.name]
         values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
@@ -92,10 +97,11 @@ class Merge:
 
     @property
     def side_files(self) -> dict[str, Path]:
-        """The small files of the base to copy: relative name of the copy -> source file."""
+        """The small files to copy, of base and adapter's tokenizer: relative name of the copy -> source file."""
         card = {"README.md"} if (self.base.folder / REPORT_NAME).is_file() else set()
         directory, remote_code = self.base.checkpoint.directory, self.options.remote_code
-        return side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+        copies = side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+        return self.tokenizer.apply(copies)
 
     @property
     def code_files(self) -> list[str]:
@@ -208,8 +214,9 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         notes=(*extra_notes, *_spelling_notes(base, adapter), *_untrained_notes(base, adapter)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
-    note = code_note(merge.code_files)
-    return merge if note is None else replace(merge, notes=(*merge.notes, note))
+    merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
+    notes = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
+    return replace(merge, notes=(*merge.notes, *notes))
 
 
 def _spelling_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:
