@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME, PREFIX, pooling_of, scaling_of, values_of
+from loftq_cli.adapter.spelling import adapter_names_in, without_adapter_name, without_wrappers, wrappers_in
 from loftq_cli.adapter.targets import TargetModules
 from loftq_cli.checkpoint.source import WeightsFile
-from loftq_cli.errors import InputError, MismatchError
+from loftq_cli.errors import InputError, MismatchError, printable
 from loftq_cli.tensors.headers import WEIGHT_DTYPES
 from loftq_cli.tensors.specs import Pooling
 
@@ -25,8 +26,15 @@ _LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _B
 
 # PEFT wraps a module of the base: LoRA adds ".base_layer", and a trained copy has an untrained ".original_module".
 _WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_MAX_NAMES = 5  # more names hide the sentence around the names
 _TRAINED_COPY = ".modules_to_save."
 _ORIGINAL = ".original_module"
+
+GATHER_ZERO3 = (
+    "DeepSpeed ZeRO-3 saved before gathering: run zero_to_fp32.py over the checkpoint, or save again with "
+    "stage3_gather_16bit_weights_on_model_save"
+)
+GATHER_SLICES = "a slice from FSDP or ZeRO? gather first: FSDP's full state dict (FULL_STATE_DICT), or zero_to_fp32.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,13 @@ class SortedTensors:
     lora     module name -> the tensors of the adapted module
     whole    name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
     unused   tensor that PEFT writes and never reads -> the reason
+    taken    the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
     """
 
     lora: dict[str, LoraTensors]
     whole: dict[str, str]
     unused: dict[str, str]
+    taken: tuple[str, ...] = ()
 
 
 def sort_tensors(config: Mapping[str, Any], weights: WeightsFile, config_file: Path) -> SortedTensors:
@@ -98,8 +108,13 @@ class _Sorter:
         self._originals: list[str] = []
         self._replacements: dict[str, str] = {}
         self._unused: dict[str, str] = {}
+        self._changed: list[str] = []
+        targets = config.get("target_modules")
+        self._listed = {name for name in targets if isinstance(name, str)} if isinstance(targets, list) else set()
+        self._wrapped: dict[str, str] = {}  # module -> the file's spelling, where wrappers were taken off
 
     def sort(self) -> SortedTensors:
+        adapters = self._check_one_adapter()
         for name in self._weights.tensors:
             self._place(name)
         self._check_targeted()
@@ -109,13 +124,25 @@ class _Sorter:
             for module, parts in self._factors.items()
         }
         self._set_aside_originals()
-        return SortedTensors(lora, self._replacements, self._unused)
+        return SortedTensors(lora, self._replacements, self._unused, (*wrappers_in(self._changed), *adapters))
+
+    def _check_one_adapter(self) -> list[str]:
+        """List the adapter's name in the names of the tensors, if any. Raises MismatchError for two adapters."""
+        adapters = adapter_names_in(map(without_wrappers, self._weights.tensors))
+        if len(adapters) > 1:
+            found = ", ".join(printable(name, 80) for name in adapters[:_MAX_NAMES])
+            hint = "save each adapter with PEFT's save_pretrained"
+            raise MismatchError(f"holds several adapters: {found}", file=self._weights.path, hint=hint)
+        return adapters
 
     def _place(self, name: str) -> None:
-        key, dtype = name.removeprefix(PREFIX), self._weights.tensors[name].dtype
+        key, dtype = self._read_name(name), self._weights.tensors[name].dtype
         if dtype not in WEIGHT_DTYPES:
             raise self._mismatch(f"is {dtype}, not floating point", name)
+        if 0 in self._weights.tensors[name].shape:
+            raise self._mismatch("is empty: the save was incomplete", name, GATHER_ZERO3)
         if match := _LORA.fullmatch(key):
+            self._wrapped[match[1]] = name.removeprefix(PREFIX).rpartition(".lora_")[0]
             earlier = self._factors.setdefault(match[1], {}).setdefault(match[2], name)
             if earlier != name:
                 raise self._mismatch(f"has the same place as {earlier}", name)
@@ -125,6 +152,16 @@ class _Sorter:
             self._originals.append(name)
         else:
             self._place_replacement(name, key)
+
+    def _read_name(self, name: str) -> str:
+        """`plain_name`; a module called "module" keeps the name where the config lists the complete name."""
+        written = name.removeprefix(PREFIX)
+        match, key = _LORA.fullmatch(written), plain_name(name)
+        if match and match[1] in self._listed and wrappers_in([match[1]]) == ["module."]:
+            return written
+        if key != written:
+            self._changed.append(name)
+        return key
 
     def _place_replacement(self, name: str, key: str) -> None:
         target = _WRAPPERS.sub("", key)
@@ -141,15 +178,16 @@ class _Sorter:
     def _set_aside_originals(self) -> None:
         """List the untrained modules of trained copies as unused: PEFT with bias="all" saves their biases too."""
         for name in self._originals:
-            if name.removeprefix(PREFIX).replace(_ORIGINAL, "") not in self._replacements:
+            if plain_name(name).replace(_ORIGINAL, "") not in self._replacements:
                 raise self._mismatch("is left over: no trained copy is beside it", name)
             self._unused[name] = "the untrained original beside its trained copy"
 
     def _check_targeted(self) -> None:
         """Raises MismatchError for a tensor that PEFT would drop because the config does not adapt the module."""
-        targeted = targeted_modules(self._config, list(self._factors), self._config_file)
+        spellings = dict.fromkeys([*self._factors, *self._wrapped.values()])
+        targeted = targeted_modules(self._config, list(spellings), self._config_file)
         for module, parts in self._factors.items():
-            if module not in targeted:
+            if module not in targeted and self._wrapped[module] not in targeted:
                 message = (
                     f"its module is none of those that {CONFIG_NAME} adapts (target_modules), and PEFT would drop it"
                 )
@@ -182,7 +220,9 @@ class _Sorter:
         shape_A, shape_B = tensors[name_A].shape, tensors[name_B].shape
         for name, shape in ((name_A, shape_A), (name_B, shape_B)):
             if len(shape) != 2:
-                raise self._mismatch(f"is {shape}, not a matrix", name)
+                raise self._mismatch(f"is {shape}, not a matrix", name, GATHER_SLICES if len(shape) == 1 else None)
+        if shape_A[0] < rank == shape_B[1]:
+            raise self._mismatch(f"holds {shape_A[0]} of {rank} rows", name_A, GATHER_SLICES)
         if shape_A[0] != shape_B[1]:
             raise self._mismatch(f"is {shape_B} and lora_A is {shape_A}: their ranks differ", name_B)
         if shape_A[0] != rank:
@@ -190,8 +230,17 @@ class _Sorter:
         if bias is not None and tensors[bias].shape != shape_B[:1]:
             raise self._mismatch(f"is {tensors[bias].shape} and lora_B is {shape_B}", bias)
 
-    def _mismatch(self, message: str, tensor: str) -> MismatchError:
-        return MismatchError(message, file=self._weights.path, tensor=tensor)
+    def _mismatch(self, message: str, tensor: str, hint: str | None = None) -> MismatchError:
+        return MismatchError(message, file=self._weights.path, tensor=tensor, hint=hint)
+
+
+def plain_name(name: str) -> str:
+    """The place of a tensor in the loaded model: no PEFT prefix, no wrapper of a training run, no name of an adapter.
+
+    >>> plain_name("module.base_model.model.h.0.fc.lora_A.default.weight")
+    'h.0.fc.lora_A.weight'
+    """
+    return without_adapter_name(without_wrappers(name).removeprefix(PREFIX))
 
 
 def targeted_modules(config: Mapping[str, Any], modules: Sequence[str], config_file: Path) -> set[str]:

@@ -9,18 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.adapter.config import CONFIG_NAME, WEIGHTS_NAME, AdaptedModule, pooling_of, tensor_names, values_of
+from loftq_cli.adapter.config import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    AdaptedModule,
+    is_adapter_directory,
+    pooling_of,
+    tensor_names,
+    values_of,
+)
 from loftq_cli.adapter.sorting import LoraTensors, sort_tensors, targeted_modules
+from loftq_cli.adapter.spelling import without_wrappers
 from loftq_cli.adapter.targets import TargetModules
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import WeightsFile, open_weights_file
 from loftq_cli.checkpoint.watched_file import absent
-from loftq_cli.errors import InputError, MismatchError
+from loftq_cli.errors import InputError, MismatchError, printable
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
 from loftq_cli.tensors.matrices import LoraPair, lora_pair
 
-_WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
+WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
 # Config values for arithmetic beyond W + s·B·A on the stored base (PEFT 0.21).
 _REFUSED = {
@@ -34,6 +43,7 @@ _REFUSED = {
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
     "arrow_config": "Arrow routes between adapters",
 }
+_MAX_NAMES = 10  # more names hide the sentence around the names
 _MERGED_SWITCHES = {"use_rslora", "use_qalora"}
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations change the base's weights in memory
 
@@ -48,6 +58,7 @@ class AdapterSource:
     lora      module name in the adapter's spelling -> the tensors of the adapted module
     whole     name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
     unused    tensor that PEFT writes and never reads -> the reason
+    taken     the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
     """
 
     path: Path
@@ -56,6 +67,7 @@ class AdapterSource:
     lora: Mapping[str, LoraTensors]
     whole: Mapping[str, str]
     unused: Mapping[str, str]
+    taken: tuple[str, ...] = ()
 
     def names_in(self, base: BaseModel) -> dict[str, str]:
         """Map each tensor name in the files of `base` to the name in the adapter's spelling.
@@ -64,6 +76,9 @@ class AdapterSource:
         leading part more or less in all names. An adapter of an older transformers may have the names of the files.
         """
         names = base.loaded_names()
+        if self.taken:  # a model may have a module called like a wrapper, and the parts are off the adapter's names
+            plain = {name: without_wrappers(loaded) for name, loaded in names.items()}
+            names = plain if len(set(plain.values())) == len(set(names.values())) else names
         modules, adapted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
         if not adapted or adapted <= modules:
             return names
@@ -156,14 +171,14 @@ def open_adapter(path: Path) -> AdapterSource:
     config_file = path / CONFIG_NAME
     if not config_file.is_file():
         message = f"holds no {CONFIG_NAME}" if path.is_dir() else "is no directory"
-        raise absent(path, message, "name a PEFT adapter directory")
+        raise absent(path, message, _adapters_below(path) or "name a PEFT adapter directory")
     config = read_json_object(config_file)
     _check_config(config, config_file)
     weights = open_weights_file(_weights_path(path))
     if not weights.tensors:
         raise MismatchError("holds no tensor", file=weights.path)
     places = sort_tensors(config, weights, config_file)
-    return AdapterSource(path, config, weights, places.lora, places.whole, places.unused)
+    return AdapterSource(path, config, weights, places.lora, places.whole, places.unused, places.taken)
 
 
 def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> AdapterSource:
@@ -191,10 +206,26 @@ def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> Adapte
 
 
 def _weights_path(path: Path) -> Path:
-    for name in _WEIGHTS_NAMES:
+    for name in WEIGHTS_NAMES:
         if (path / name).exists():
             return path / name
-    raise InputError(f"holds no {WEIGHTS_NAME}", file=path)
+    raise InputError(f"holds no {WEIGHTS_NAME}", file=path, hint=_adapters_below(path))
+
+
+def _adapters_below(path: Path) -> str | None:
+    """The hint that names the sub-folders with an adapter, PEFT's place for named adapters; None without any.
+
+    Checkpoints of a trainer are sub-folders with an adapter as well.
+    """
+    try:
+        names = sorted(folder.name for folder in path.iterdir() if is_adapter_directory(folder))
+    except OSError:
+        return None
+    if not names:
+        return None
+    listed = ", ".join(printable(str(path / name), 200) for name in names[:_MAX_NAMES])
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return f"name one of the adapters in it: {listed}{more}"
 
 
 def _check_config(config: Mapping[str, Any], file: Path) -> None:

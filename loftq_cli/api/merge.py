@@ -33,6 +33,7 @@ def merge(
     max_shard_size: AnySize | None = None,
     force: bool = False,
     remote_code: bool = True,
+    tokenizer: str | None = None,
     threads: int | None = None,
     device: str = "cpu",
     dry_run: bool = False,
@@ -59,6 +60,7 @@ def merge(
         pooling: the pooling of a QA-LoRA adapter, where the adapter's config is silent or wrong.
         max_shard_size: largest size of a weight file, in bytes or as "5GB"; None is 5 GB.
         remote_code: keep the base's Python files and `auto_map`, which loaders run with trust_remote_code.
+        tokenizer: "base" or "adapter"; None is the adapter's where the adapter's directory holds a tokenizer.
         force: merge although the adapter belongs to another base, or does not survive.
         threads: number of threads to compute with; None is the number of processors.
         device: "cpu", "cuda", "cuda:N" or "auto".
@@ -98,6 +100,7 @@ def merge(
         max_shard_size="5GB" if max_shard_size is None else str(max_shard_size),
         force=force,
         remote_code=remote_code,
+        tokenizer=tokenizer,
     )
     prepared = prepare_merge(resolve_model(os.fspath(base)), Path(adapter), Path(output), options)
     plan = _plan(prepared, already_done=is_merge_done(prepared, overwrite=overwrite))

@@ -134,6 +134,18 @@ MergePooling = Annotated[
         "--pooling", metavar=one_of(POOLINGS), help="Pooling of a QA-LoRA adapter; wins over the config of the adapter."
     ),
 ]
+MergeTokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="base|adapter",
+        help="Whose tokenizer and chat template the result gets; the adapter's where its directory holds one.",
+    ),
+]
 Force = Annotated[
-    bool, typer.Option("--force", help="Merge although the adapter was fitted to another base, or does not survive.")
+    bool,
+    typer.Option(
+        "--force",
+        help="Merge although the adapter was fitted to another base, does not survive, or weights beside it are lost.",
+    ),
 ]

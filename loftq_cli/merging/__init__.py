@@ -3,6 +3,7 @@
 form.py        the container and number format of the result
 provenance.py  whether an adapter belongs to a base
 planner.py     a job for every tensor of base and adapter
+tokenizer.py   the tokenizer of base or adapter
 plan.py        jobs, files and config of a merge
 report.py      what merging did, as records and files
 inputs.py      the sha256 of what jobs read

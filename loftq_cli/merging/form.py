@@ -27,6 +27,8 @@ from loftq_cli.quant.formats import FORMATS, QuantSpec
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS
 
+TOKENIZERS = ("base", "adapter")
+
 
 @dataclass(frozen=True, slots=True)
 class MergeOptions:
@@ -43,6 +45,7 @@ class MergeOptions:
     max_shard_size   size of a weight file, like "5GB"
     force            whether to merge in spite of a foreign base or a lost adapter
     remote_code      whether the result keeps the base's code for loaders
+    tokenizer        "base" or "adapter"; None for the adapter's tokenizer where the adapter's directory holds one
 
     Raises UsageError for a value outside the tables, and for options that contradict each other.
 
@@ -62,6 +65,7 @@ class MergeOptions:
     max_shard_size: str = "5GB"
     force: bool = False
     remote_code: bool = True
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -70,6 +74,7 @@ class MergeOptions:
             ("requantize", FORMATS),
             ("scale_dtype", MODEL_DTYPES),
             ("pooling", POOLINGS),
+            ("tokenizer", TOKENIZERS),
         ):
             value = getattr(self, name)
             if value is not None and value not in choices:

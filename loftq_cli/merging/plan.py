@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME
+from loftq_cli.adapter.extras import take_extras
 from loftq_cli.adapter.source import AdapterSource, open_adapter
+from loftq_cli.adapter.spelling import wrappers_in
 from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner, is_vocabulary_head
 from loftq_cli.merging.provenance import Provenance, check_provenance
+from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.model.stored import BaseModel, check_names
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.output.checksums import CHECKSUMS
@@ -54,6 +57,7 @@ class Merge:
     provenance   the evidence whether the adapter belongs to the base
     unused       adapter tensor without a job -> the reason
     notes        remarks about how base and adapter fit together
+    tokenizer    the files of the tokenizer, of base or adapter
     """
 
     base: BaseModel
@@ -67,6 +71,7 @@ class Merge:
     provenance: Provenance
     unused: dict[str, str]
     notes: tuple[str, ...]
+    tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
 
     @property
     def nbytes(self) -> int:
@@ -83,6 +88,8 @@ class Merge:
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
         if options.pop("remote_code") is False:
             options["remote_code"] = False
+        if options["tokenizer"] is None:
+            del options["tokenizer"]
         sources = [source_name(self.base.path), source_name(self.adapter.path)]
         configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout.name]
         values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
@@ -90,10 +97,11 @@ class Merge:
 
     @property
     def side_files(self) -> dict[str, Path]:
-        """The small files of the base to copy: relative name of the copy -> source file."""
+        """The small files to copy, of base and adapter's tokenizer: relative name of the copy -> source file."""
         card = {"README.md"} if (self.base.folder / REPORT_NAME).is_file() else set()
         directory, remote_code = self.base.checkpoint.directory, self.options.remote_code
-        return side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+        copies = side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+        return self.tokenizer.apply(copies)
 
     @property
     def code_files(self) -> list[str]:
@@ -176,6 +184,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     base = BaseModel.open(base_path)
     adapter = open_adapter(adapter_path)
     check_apart(output, [base.folder, *base.checkpoint.files, adapter.path])
+    adapter, extra_notes = take_extras(adapter, base, force=options.force)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
     form = choose_form(options, base, is_pooled=_check_pooled(base, adapter, options))
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
@@ -202,11 +211,20 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
         provenance=provenance,
         unused=planner.unused,
-        notes=_untrained_notes(base, adapter),
+        notes=(*extra_notes, *_spelling_notes(base, adapter), *_untrained_notes(base, adapter)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
-    note = code_note(merge.code_files)
-    return merge if note is None else replace(merge, notes=(*merge.notes, note))
+    merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
+    notes = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
+    return replace(merge, notes=(*merge.notes, *notes))
+
+
+def _spelling_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:
+    own = wrappers_in(base.loaded_names().values())  # a model may have a module called like a wrapper
+    parts = ", ".join(printable(part, 80) for part in adapter.taken if part not in own)
+    if not parts:
+        return ()
+    return (f"{parts} in the names of the adapter's tensors: left by training, and taken off",)
 
 
 def _untrained_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from loftq_cli.adapter.config import CONFIG_NAME
-from loftq_cli.adapter.sorting import LoraTensors
+from loftq_cli.adapter.sorting import GATHER_SLICES, LoraTensors
 from loftq_cli.adapter.source import AdapterSource
+from loftq_cli.adapter.spelling import nearest_name
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions
@@ -100,8 +101,8 @@ class MergePlanner:
 
     def _check_leftovers(self) -> None:
         for lora in self._lora.values():
-            example = next((name for name in self._loaded_names.values() if name.endswith(".weight")), "none")
-            hint = f"the base's modules are called like {module_of(example)}"
+            modules = [module_of(name) for name in self._loaded_names.values() if name.endswith(".weight")]
+            hint = f"the base's modules are called like {nearest_name(lora.module, modules) or 'none'}"
             raise self._mismatch("its module is not in the base", lora.lora_A, hint)
         for lora in self._biases.values():
             raise self._mismatch("its module has no bias in the base", str(lora.lora_bias))
@@ -252,7 +253,8 @@ class MergePlanner:
     ) -> None:
         actual = self._adapter.weights.tensors[tensor].shape if actual is None else actual
         if actual != expected:
-            raise self._mismatch(f"is for {actual}, and {name} of the base is {expected}", tensor, hint)
+            message = f"is for {actual}, and {name} of the base is {expected}"
+            raise self._mismatch(message, tensor, _slice_hint(actual, expected, hint))
 
     def _check_tied(self) -> None:
         """Raises MismatchError when head and embedding share a weight, and a merge for the head would change the
@@ -280,6 +282,15 @@ class MergePlanner:
 
     def _mismatch(self, message: str, tensor: str, hint: str | None = None) -> MismatchError:
         return MismatchError(message, file=self._file, tensor=tensor, hint=hint)
+
+
+def _slice_hint(actual: tuple[int, ...], expected: tuple[int, ...], hint: str | None) -> str | None:
+    """`hint`, after the remedy for shapes that sharding leaves: a flat tensor, or fewer rows of equal width."""
+    is_flat = len(actual) == 1 < len(expected)
+    is_part = len(actual) == len(expected) and actual[1:] == expected[1:] and actual[0] < expected[0]
+    if not (is_flat or is_part):
+        return hint
+    return f"{GATHER_SLICES}; or {hint}" if hint else GATHER_SLICES
 
 
 def is_vocabulary_head(module: str) -> bool:

@@ -86,6 +86,54 @@ BROKEN = {
     "an adapted norm": Broken(
         tensors=dict(lora_tensors("model.norm", (128, 1))), says=("model.norm.lora_B.weight", "(128,)")
     ),
+    "a layer not in the base is shown beside the nearest": Broken(
+        tensors=dict(lora_tensors("model.layers.7.mlp.up_proj", (128, 128))),
+        says=("called like model.layers.", ".mlp.up_proj)"),
+    ),
+    "two adapters in one file": Broken(
+        tensors={f"{Q0}.lora_A.one.weight": torch.ones(4, 128), f"{Q0}.lora_A.two.weight": torch.ones(4, 128)},
+        says=("holds several adapters: one, two", "save_pretrained"),
+    ),
+    # what a sharded training run leaves
+    "an empty factor": Broken(
+        tensors={f"{Q0}.lora_B.weight": torch.zeros(0)},
+        says=(
+            f"{Q0}.lora_B.weight",
+            "is empty",
+            "ZeRO-3",
+            "zero_to_fp32.py",
+            "stage3_gather_16bit_weights_on_model_save",
+        ),
+    ),
+    "an empty factor of two dimensions": Broken(
+        tensors={f"{Q0}.lora_A.weight": torch.zeros(0, 128)},
+        says=(f"{Q0}.lora_A.weight", "is empty", "zero_to_fp32.py"),
+    ),
+    "an empty head": Broken(
+        tensors={"lm_head.weight": torch.zeros(0)},
+        config={"modules_to_save": ["lm_head"]},
+        says=("lm_head.weight", "is empty", "zero_to_fp32.py"),
+    ),
+    "a flat factor": Broken(
+        tensors={f"{Q0}.lora_A.weight": torch.ones(256)}, says=("lora_A.weight", "not a matrix", "FULL_STATE_DICT")
+    ),
+    "half of the rows of lora_A": Broken(
+        tensors={f"{Q0}.lora_A.weight": torch.ones(2, 128)},
+        says=("lora_A.weight", "holds 2 of 4 rows", "FULL_STATE_DICT"),
+    ),
+    "half of the rows of lora_B": Broken(
+        tensors={f"{Q0}.lora_B.weight": torch.ones(64, 4)}, says=("lora_B.weight", "(64, 128)", "FULL_STATE_DICT")
+    ),
+    "half of the rows of a head": Broken(
+        tensors={"lm_head.weight": torch.ones(80, 128)},
+        config={"modules_to_save": ["lm_head"]},
+        says=("lm_head.weight", "(80, 128)", "FULL_STATE_DICT"),
+    ),
+    "a flat head": Broken(
+        tensors={"lm_head.weight": torch.ones(80 * 128)},
+        config={"modules_to_save": ["lm_head"]},
+        says=("lm_head.weight", "(10240,)", "FULL_STATE_DICT"),
+    ),
     # shapes and ranks
     "too few inputs": Broken(
         tensors={f"{Q0}.lora_A.weight": torch.ones(4, 64)}, says=(f"{Q0}.lora_B.weight", "(128, 64)", "(128, 128)")
@@ -311,3 +359,24 @@ def test_a_name_in_an_adapter_cannot_write_to_the_terminal(checkpoints, tmp_path
 
     assert "\x1b" not in line
     assert r"evil\x1b[2J\n.weight" in line
+
+
+def test_a_folder_of_adapters_names_the_adapters(checkpoints, tmp_path, capsys):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("b", "a"):
+        write_adapter(folder / name, lora_tensors(Q0, (128, 128)))
+    (folder / "runs").mkdir()
+
+    status, line = refused(capsys, checkpoints / "llama", folder, tmp_path / "out")
+
+    assert status != 0
+    assert line.endswith(f"(name one of the adapters in it: {folder}/a, {folder}/b)")
+
+
+def test_a_folder_without_adapters_below_asks_for_an_adapter(checkpoints, tmp_path, capsys):
+    (tmp_path / "adapter" / "runs").mkdir(parents=True)
+
+    assert refused(capsys, checkpoints / "llama", tmp_path / "adapter", tmp_path / "out")[1].endswith(
+        "holds no adapter_config.json (name a PEFT adapter directory)"
+    )
