@@ -16,9 +16,10 @@ from loftq_cli.adapter.spelling import wrappers_in
 from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
-from loftq_cli.merging.planner import MergeJob, MergePlanner, is_vocabulary_head
+from loftq_cli.merging.planner import MergeJob, MergePlanner
 from loftq_cli.merging.provenance import Provenance, check_provenance
 from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
+from loftq_cli.merging.vocabulary import Growth, is_vocabulary_head
 from loftq_cli.model.stored import BaseModel, check_names
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.output.checksums import CHECKSUMS
@@ -58,6 +59,7 @@ class Merge:
     unused       adapter tensor without a job -> the reason
     notes        remarks about how base and adapter fit together
     tokenizer    the files of the tokenizer, of base or adapter
+    growth       the growth of the vocabulary; None for the vocabulary of the base
     """
 
     base: BaseModel
@@ -72,6 +74,7 @@ class Merge:
     unused: dict[str, str]
     notes: tuple[str, ...]
     tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
+    growth: Growth | None = None
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +145,8 @@ class Merge:
             for part in (config, config.get("text_config")):
                 if isinstance(part, dict) and "tie_word_embeddings" in part:
                     part["tie_word_embeddings"] = False
+        if self.growth is not None:
+            config = self.growth.change(config)
         if not any(job.matrix for job in self.jobs):
             return config
         return load_layout(self.form.layout).model_config(config, self._model_facts())
@@ -211,12 +216,23 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
         provenance=provenance,
         unused=planner.unused,
-        notes=(*extra_notes, *_spelling_notes(base, adapter), *_untrained_notes(base, adapter)),
+        growth=planner.growth,
+        notes=(*extra_notes, *_notes(base, adapter, planner.growth)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
     notes = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
     return replace(merge, notes=(*merge.notes, *notes))
+
+
+def _notes(base: BaseModel, adapter: AdapterSource, growth: Growth | None) -> tuple[str, ...]:
+    return (*_growth_notes(growth), *_spelling_notes(base, adapter), *_untrained_notes(base, adapter))
+
+
+def _growth_notes(growth: Growth | None) -> tuple[str, ...]:
+    if growth is None:
+        return ()
+    return (f"the vocabulary grows from {growth.before} to {growth.rows} rows, all of which are in the adapter",)
 
 
 def _spelling_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]:

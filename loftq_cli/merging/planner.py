@@ -17,6 +17,7 @@ from loftq_cli.adapter.spelling import nearest_name
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions
+from loftq_cli.merging.vocabulary import Growth, find_growth, is_vocabulary_head, vocabulary_size
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.planning.settings import decoded_dtype
@@ -24,10 +25,9 @@ from loftq_cli.quant.formats import QuantSpec, requantized_spec
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, OutTensor
 from loftq_cli.tensors.specs import Pooling
 
-# The output layer over the vocabulary, and model classes without the layer. No further head can share the embedding's
-# weight.
-_VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
+# Model classes without an output layer over the vocabulary.
 _HEADLESS_CLASS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$|(?<!Head)(?<!Heads)Model$")
+_RESIZE = "save embedding and head both, with modules_to_save; or resize the base's embeddings first"
 _TIED = "belongs to a weight that embedding and head share"
 
 
@@ -68,7 +68,9 @@ class MergeJob:
 
 
 class MergePlanner:
-    """Gives every tensor of the adapter a place. `unused` maps an adapter tensor without a job to the reason."""
+    """Gives every tensor of the adapter a place. `unused` maps an adapter tensor without a job to the reason, and
+    `growth` is the growth of the vocabulary, once planned.
+    """
 
     def __init__(
         self, base: BaseModel, adapter: AdapterSource, options: MergeOptions, form: MergeForm, dtype: str
@@ -82,6 +84,7 @@ class MergePlanner:
         self._lora, self._whole = dict(adapter.lora), dict(adapter.whole)
         self._biases = {f"{module}.bias": lora for module, lora in self._lora.items() if lora.lora_bias}
         self._unfit: dict[str, str] = {}
+        self.growth: Growth | None = None
         if form.is_quantized and not base.family.loads_in_4_bit():
             message = f"transformers cannot load {base.family.model_type} from quantized tensors"
             raise UsageError(message, hint=DENSE_HINT)
@@ -92,6 +95,7 @@ class MergePlanner:
         Raises MismatchError naming an adapter tensor of a wrong shape or without a place.
         """
         self._check_tied()
+        self.growth = find_growth(self._base, self._loaded_names, self._whole, self._adapter.weights.tensors)
         for name, ref in self._base.tensors.items():
             is_tied = ref.alias_of is not None and self._base.family.ties_embeddings()
             if not (is_tied and self._loaded_names[name] not in self._whole):
@@ -114,10 +118,9 @@ class MergePlanner:
         if lora is not None:
             lora = self._fit_lora(name, lora)
         if replacement is not None:
-            hint = "resize the base's embeddings first"
-            self._check_shape(replacement, name, self._file_shape(name), hint=hint)
+            self._check_shape(replacement, name, self._file_shape(name), hint=_RESIZE)
         if lora_bias is not None and lora_bias.lora_bias is not None:
-            self._check_shape(lora_bias.lora_bias, name, self._base.tensors[name].shape)
+            self._check_shape(lora_bias.lora_bias, name, self._grown(name, self._base.tensors[name].shape))
         job = MergeJob(name, lora, lora_bias, replacement)
         return self._store_quantized(job) or replace(self._store_dense(job), note=self._unfit.get(name))
 
@@ -127,6 +130,9 @@ class MergePlanner:
         is_trained_copy = any(f".{module}." in f".{loaded}" for module in trained_copies)
         if loaded in self._base.tensors or not (is_untied or is_trained_copy):
             raise self._mismatch("is left over: the base has no such tensor", name)
+        size = self.growth.rows if self.growth else vocabulary_size(self._base)
+        if is_untied and loaded.endswith(".weight") and size not in (None, ref.shape[0]):
+            raise self._mismatch(f"is {ref.shape}, and the vocabulary has {size} rows", name, _RESIZE)
         return MergeJob(loaded, replacement=name, outputs=(OutTensor(loaded, self._dtype, ref.shape),))
 
     def _store_dense(self, job: MergeJob) -> MergeJob:
@@ -136,12 +142,16 @@ class MergePlanner:
             return replace(job, outputs=(OutTensor(job.name, self._dtype, self._file_shape(job.name)),))
         has_one_dtype = self._options.dtype is not None or LAYOUTS[self._form.layout].one_dtype
         is_recast = ref.dtype in WEIGHT_DTYPES and (job.is_touched or has_one_dtype)
-        output = OutTensor(job.name, self._dtype if is_recast else ref.dtype, ref.shape)
+        shape = self._grown(job.name, ref.shape)
+        output = OutTensor(job.name, self._dtype if is_recast else ref.dtype, shape)
         return replace(job, outputs=(output,), is_copied=not job.is_touched)
 
     def _file_shape(self, name: str) -> tuple[int, ...]:
-        shape = self._base.matrix_shape(name)
+        shape = self._grown(name, self._base.matrix_shape(name))
         return shape[::-1] if self._base.family.is_transposed(module_of(name)) else shape
+
+    def _grown(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return self.growth.shape_of(name, shape) if self.growth else shape
 
     def _store_quantized(self, job: MergeJob) -> MergeJob | None:
         """Complete `job` to store the weight quantized; None for a weight to store dense."""
@@ -154,12 +164,13 @@ class MergePlanner:
     def _quantize_again(self, job: MergeJob, stored: StoredMatrix | None, spec: QuantSpec) -> MergeJob | None:
         if stored is not None:
             spec = requantized_spec(stored.spec, spec)
-            shape, transposed = stored.shape, stored.transposed
+            (out_features, in_features), transposed = self._grown(job.name, stored.shape), stored.transposed
         elif job.lora is None or kind_of(self._base.tensors[job.name], self._base.family) not in ("linear", "head"):
             return None
         else:
-            out_features, in_features = self._base.matrix_shape(job.name)
-            shape, transposed = (out_features, in_features), self._base.family.is_transposed(module_of(job.name))
+            out_features, in_features = self._grown(job.name, self._base.matrix_shape(job.name))
+            transposed = self._base.family.is_transposed(module_of(job.name))
+        shape = (out_features, in_features)
         layout = load_layout(self._form.layout)
         fit = layout.fit(spec, shape, transposed=transposed)
         if fit.spec is None:
@@ -216,7 +227,8 @@ class MergePlanner:
                 file=self._adapter.path / CONFIG_NAME,
                 hint="is config.json beside the base's weights?",
             )
-        shape = ref.shape[::-1] if lora.is_embedding else self._base.matrix_shape(name)
+        shape = self._grown(name, ref.shape if lora.is_embedding else self._base.matrix_shape(name))
+        shape = shape[::-1] if lora.is_embedding else shape
         inputs = tensors[lora.lora_A].shape[1]
         lora = self._settle_pooling(name, lora, inputs, shape[-1])
         in_features = inputs * (lora.pooling.group_size if lora.pooling else 1)
@@ -291,12 +303,3 @@ def _slice_hint(actual: tuple[int, ...], expected: tuple[int, ...], hint: str | 
     if not (is_flat or is_part):
         return hint
     return f"{GATHER_SLICES}; or {hint}" if hint else GATHER_SLICES
-
-
-def is_vocabulary_head(module: str) -> bool:
-    """True when `module` names the output layer over the vocabulary.
-
-    >>> is_vocabulary_head("model.lm_head"), is_vocabulary_head("score")
-    (True, False)
-    """
-    return bool(_VOCABULARY_HEAD.search(module))
