@@ -56,12 +56,13 @@ def first_matches(expressions: Mapping[str, str], names: Sequence[str], *, whole
     for key, expression in expressions.items():
         _check(key, expression)
     seconds = min(_MOST_SECONDS, _SECONDS + _SECONDS_PER_PAIR * len(expressions) * len(names))
-    deadline = time.process_time() + seconds
-    matchers = {key: _matcher(key, expression, deadline, whole=whole) for key, expression in expressions.items()}
+    matchers = {key: _matcher(key, expression, whole=whole) for key, expression in expressions.items()}
+    # The time limit is for matching, of this thread alone: `_check` bounds the time of compiling.
+    deadline = time.thread_time() + seconds
     matches: dict[str, str] = {}
     for name in names:
         for key, match in matchers.items():
-            if match(name):
+            if match(name, deadline):
                 matches[name] = key
                 break
     return matches
@@ -145,27 +146,28 @@ def _check(key: str, expression: str, max_nchars: int = _MAX_NCHARS) -> None:
         raise _too_slow(key)
 
 
-def _matcher(key: str, expression: str, deadline: float, *, whole: bool) -> Callable[[str], Any]:
-    """Return a function for matching a name. The function raises ValueError at the `deadline`, in seconds of
-    time.process_time.
+def _matcher(key: str, expression: str, *, whole: bool) -> Callable[[str, float], Any]:
+    """Return a function for matching a name before a deadline, in seconds of time.thread_time. The function raises
+    ValueError at the deadline.
     """
     with warnings.catch_warnings(action="ignore"):  # syntax with another meaning in later versions of Python
         try:
             compiled = re.compile(expression)
-        except (re.error, OverflowError, RecursionError):
+        except (re.error, ValueError, OverflowError, RecursionError):  # ValueError: flags that contradict each other
             raise _RefusedError(key, "no regular expression") from None
     if _PLAIN.fullmatch(key):
-        return compiled.fullmatch if whole else compiled.match
-    return _timed_matcher(key, expression, deadline, whole=whole)
+        match = compiled.fullmatch if whole else compiled.match
+        return lambda name, deadline: match(name)
+    return _timed_matcher(key, expression, whole=whole)
 
 
-def _timed_matcher(key: str, expression: str, deadline: float, *, whole: bool) -> Callable[[str], Any]:
+def _timed_matcher(key: str, expression: str, *, whole: bool) -> Callable[[str, float], Any]:
     timed = _compile_timed(key, expression)
     match = timed.fullmatch if whole else timed.match
 
-    def match_in_time(name: str) -> Any:
+    def match_in_time(name: str, deadline: float) -> Any:
         try:
-            return match(name, timeout=max(0.0, deadline - time.process_time()))
+            return match(name, timeout=max(0.0, deadline - time.thread_time()))
         except (TimeoutError, MemoryError):
             raise _too_slow(key) from None
 
