@@ -16,6 +16,7 @@ from loftq_cli.activations.input_sums import BATCH_TOKENS, MomentSums, share_inp
 from loftq_cli.activations.self_written import write_windows
 from loftq_cli.activations.text_sources import FILES, TextSource, make_windows, open_text
 from loftq_cli.activations.text_windows import Windows
+from loftq_cli.activations.transformers_models import model_directory
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import (
     CALIBRATION_NAME,
@@ -24,7 +25,7 @@ from loftq_cli.checkpoint.statistics import (
     pack_triangle,
     triangle_numel,
 )
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE
 from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.records import TOOL, dump_json, source_name, write_texts
@@ -137,10 +138,9 @@ def prepare_calibration(
     28
     """
     checkpoint = open_checkpoint(model)
-    if checkpoint.directory is None:
-        raise InputError("has no config.json beside it", file=model, hint="give the model's folder")
+    directory = model_directory(checkpoint)
     source = open_text([str(text) for text in texts])
-    check_apart(output, [checkpoint.directory, *checkpoint.files, *(file.path for file in source.files)])
+    check_apart(output, [directory, *checkpoint.files, *(file.path for file in source.files)])
     check_output(output, overwrite=overwrite)
     if options.lines and source.kind != FILES:
         raise UsageError(f"--lines means nothing with --text {source.kind}", hint="leave --lines out")
@@ -148,7 +148,7 @@ def prepare_calibration(
     if not jobs:
         raise UsageError("no linear layer to measure", file=model, hint="loftq inspect shows every tensor")
     transformers_models.check_installed()
-    return Prepared(checkpoint, checkpoint.directory, output, options, jobs, source, overwrite)
+    return Prepared(checkpoint, directory, output, options, jobs, source, overwrite)
 
 
 def measurable_matrices(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]:
@@ -190,9 +190,7 @@ def run_calibration(
     checkpoint = prepared.checkpoint
 
     def build() -> StreamedModel:
-        model = transformers_models.build_empty_model(directory, config)
-        weights = transformers_models.match_weights(model, checkpoint.tensors)
-        return StreamedModel(model, checkpoint.path, checkpoint.load, weights, device)
+        return StreamedModel.of_config(directory, config, checkpoint.tensors, checkpoint.path, checkpoint.load, device)
 
     windows = make_windows(
         prepared.source,
@@ -318,9 +316,6 @@ def _fingerprint(measurement: _Measurement) -> str:
 
 def _calibration_json(measurement: _Measurement, sha256: str) -> dict[str, Any]:
     prepared, windows = measurement.prepared, measurement.windows
-    texts = [
-        {"name": source_name(text.path), "nbytes": text.nbytes, "sha256": text.sha256} for text in prepared.source.files
-    ]
     return {
         **TOOL,
         "format": FORMAT,
@@ -332,7 +327,7 @@ def _calibration_json(measurement: _Measurement, sha256: str) -> dict[str, Any]:
         "windows": windows.count,
         "context": windows.longest,
         "lines": prepared.options.lines,
-        "texts": texts,
+        "texts": prepared.source.files_json(),
         "statistics_sha256": sha256,
         "inputs": dict(measurement.inputs),
     }

@@ -168,8 +168,7 @@ def _load_model(base: BaseModel, folder: Path, config: Any) -> Any:
         matrix = base.matrix(name)
         return matrix.T.contiguous() if base.quantized[name].transposed else matrix
 
-    model = transformers_models.build_empty_model(folder, config)
-    return StreamedModel(model, base.path, load, transformers_models.match_weights(model, base.tensors)).load_all()
+    return StreamedModel.of_config(folder, config, base.tensors, base.path, load).load_all()
 
 
 class _Meter:

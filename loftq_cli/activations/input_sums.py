@@ -32,15 +32,11 @@ def share_inputs(
 
     Weights that `feed` does not reach are absent. Raises as `StreamedModel.run` does.
     """
-    # Inputs stay in the list until the block is done: Python gives the address of a dropped tensor to a later tensor.
-    inputs: list[tuple[torch.Tensor, int, str]] = []
+    inputs = _SeenInputs()
     groups: dict[str, str] = {}
 
     def note_input(name: str, x: torch.Tensor) -> None:
-        leader = next((first for y, version, first in inputs if y is x and version == x._version), None)
-        groups.setdefault(name, leader or name)
-        if leader is None:
-            inputs.append((x, x._version, name))
+        groups.setdefault(name, inputs.find(x) or inputs.add(x, name))
 
     with _watch_inputs(_find_modules(streamed, jobs), note_input):
         streamed.run([feed], _find_blocks(streamed, jobs), lambda block: inputs.clear())
@@ -70,11 +66,6 @@ class MomentSums:
         self._batches: dict[int, _BatchSums] = {}
         self._sums, self._leaders = dict[str, InputSum](), dict[str, str]()
         self._taken = set[str]()
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of the weights with a module in the model."""
-        return frozenset(self._modules)
 
     def watch(self) -> Any:
         """A context: add up the inputs of all layers until the block of the `with` statement ends."""
@@ -126,6 +117,28 @@ class MomentSums:
         self._batches.setdefault(batch, _BatchSums(self._diagonal)).add(name, x)
 
 
+class _SeenInputs:
+    """The inputs of a block so far, with the first weight of each. Inputs stay until `clear`: Python gives the address
+    of a dropped tensor to a later tensor.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: list[tuple[torch.Tensor, int, str]] = []
+
+    def find(self, x: torch.Tensor) -> str | None:
+        """The first weight with the input tensor `x`; None for a new or changed tensor."""
+        return next((name for y, version, name in self._inputs if y is x and version == x._version), None)
+
+    def add(self, x: torch.Tensor, name: str) -> str:
+        """Remember `x` as the input of the weight `name`; returns `name`."""
+        self._inputs.append((x, x._version, name))
+        return name
+
+    def clear(self) -> None:
+        """Forget all inputs."""
+        self._inputs.clear()
+
+
 class _BatchSums:
     """The sums of a single batch in a single block.
 
@@ -135,16 +148,14 @@ class _BatchSums:
 
     def __init__(self, diagonal: bool) -> None:
         self.sums, self.leaders = dict[str, InputSum](), dict[str, str]()
-        self._diagonal = diagonal
-        # Inputs stay until the batch is merged: Python gives the address of a dropped tensor to a later tensor.
-        self._inputs: list[tuple[torch.Tensor, int, str]] = []
+        self._diagonal, self._inputs = diagonal, _SeenInputs()
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        leader = next((first for y, version, first in self._inputs if y is x and version == x._version), None)
+        leader = self._inputs.find(x)
         self.leaders.setdefault(name, leader or name)
         if leader is not None:
             return
-        self._inputs.append((x, x._version, name))
+        self._inputs.add(x, name)
         if name not in self.sums:
             self.sums[name] = InputSum(x.shape[-1], diagonal=self._diagonal, device=x.device)
         self.sums[name].add(x)

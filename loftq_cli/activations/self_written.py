@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.activations import transformers_models
@@ -48,7 +49,8 @@ def write_windows(
         with torch.no_grad():
             if is_causal:
                 begin = torch.full((size, 1), int(start or 0), device=model.device)
-                return transformers_models.sample_tokens(model, begin, length, generator).cpu()
+                change = partial(add_noise, generator=generator)
+                return transformers_models.continue_tokens(model, begin, length, change).cpu()
             return _fill_masks(model, facts, size, length, generator).cpu()
 
     workers = Workers(threads, inline=False)  # torch computes with one thread in each
@@ -91,13 +93,15 @@ def _fill_masks(model: Any, facts: TokenizerFacts, size: int, length: int, gener
 def draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Draw a token for each row of `logits` [..., vocabulary] with the probabilities softmax(logits): int64 [...].
 
-    The largest of logits + Gumbel noise is such a draw.
-
     >>> import torch
     >>> draw(torch.tensor([[0.0, 1000.0]]), torch.Generator().manual_seed(0))
     tensor([1])
     """
+    return add_noise(logits, generator).argmax(-1)
+
+
+def add_noise(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Add Gumbel noise to `logits` [..., vocabulary]: the place of the largest sum is a draw by softmax(logits)."""
     import torch
 
-    noise = torch.empty_like(logits).exponential_(generator=generator).log_()
-    return (logits - noise).argmax(-1)
+    return logits - torch.empty_like(logits).exponential_(generator=generator).log_()

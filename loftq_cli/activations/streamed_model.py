@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from loftq_cli.activations import transformers_models
 from loftq_cli.activations.paused_forward import EndForward, PausedForward, copied, current_forward
 from loftq_cli.activations.transformers_models import reason_of, report_failures
 from loftq_cli.errors import InputError, LoftqError, UsageError, is_memory_shortage, printable
@@ -55,6 +56,28 @@ class StreamedModel:
                 self._check_shape(name, stored, buffer)
                 buffer.copy_(stored)
         _move_buffers(model, self._device)
+
+    @classmethod
+    def of_config(
+        cls,
+        directory: Path,
+        config: Any,
+        names: Iterable[str],
+        path: Path,
+        load: Callable[[str], torch.Tensor],
+        device: torch.device | str = "cpu",
+    ) -> StreamedModel:
+        """The model of a config, without weights. Raises as `build_empty_model` does.
+
+        directory   the folder of the config, for errors
+        config      the result of `load_config`
+        names       names of the tensors in the checkpoint
+        path        the checkpoint, for errors
+        load        loads a tensor of the checkpoint by name
+        device      the device of the model
+        """
+        model = transformers_models.build_empty_model(directory, config)
+        return cls(model, path, load, transformers_models.match_weights(model, names), device)
 
     def block_of(self, module: str) -> str | None:
         """The name of the block around the module `module`: the outermost module with a numbered name that is no

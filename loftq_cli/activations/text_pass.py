@@ -84,23 +84,17 @@ class TextPass:
             digest.update(repr(tuple(ids.shape)).encode() + tensor_bytes(ids))
         return digest.hexdigest()
 
-    def block_of(self, job: LayerJob) -> str | None:
-        """The block that holds the weight of `job`; OUTSIDE for a layer outside of blocks, None for a weight without a
-        module in the model.
-        """
-        modules = dict(self.streamed.model.named_modules())
-        return (self.streamed.block_of(job.module) or OUTSIDE) if job.module in modules else None
-
     def blocks(self) -> Generator[TextBlock]:
         """Run the text through the model. Yields each block in the order of the model, and in the end a step for the
         layers outside of blocks.
 
         Raises as `StreamedModel.visits` and `MomentSums.take_means` do.
         """
+        modules = {name for name, _ in self.streamed.model.named_modules()}
         of_block: dict[str, dict[str, LayerJob]] = {}
         for job in self.jobs:
-            if (block := self.block_of(job)) is not None:
-                of_block.setdefault(block, {})[job.name] = job
+            if job.module in modules:
+                of_block.setdefault(self.streamed.block_of(job.module) or OUTSIDE, {})[job.name] = job
         outside = of_block.pop(OUTSIDE, {})
         inside = [job for jobs in of_block.values() for job in jobs.values()]
         sums = MomentSums(self.streamed, inside, diagonal=False, path=self.path)
@@ -155,16 +149,14 @@ def open_text_pass(
     directory = transformers_models.model_directory(checkpoint)
     config = transformers_models.load_config(directory)
 
-    def build(device: torch.device | str = "cpu") -> StreamedModel:
-        model = transformers_models.build_empty_model(directory, config)
-        weights = transformers_models.match_weights(model, checkpoint.tensors)
-        return StreamedModel(model, checkpoint.path, checkpoint.load, weights, device)
+    def build() -> StreamedModel:
+        return StreamedModel.of_config(directory, config, checkpoint.tensors, checkpoint.path, checkpoint.load, device)
 
     def write(facts: TokenizerFacts, count: int, length: int) -> torch.Tensor | None:
         phase(f"the model writes {count} texts of {length} tokens")
-        return write_windows(build(device), facts, count, length, seed=seed, threads=threads)
+        return write_windows(build(), facts, count, length, seed=seed, threads=threads)
 
     windows = make_windows(source, options, directory, config, seed=seed, write=write, note=note)
     if windows.tokens + windows.longest <= options.tokens:
         note(f"the text gives {windows.tokens} tokens, fewer than --tokens {options.tokens}")
-    return TextPass(build(device), windows, tuple(jobs), options, threads, directory)
+    return TextPass(build(), windows, tuple(jobs), options, threads, directory)

@@ -22,6 +22,7 @@ from loftq_cli.activations.text_windows import (
     window_length,
 )
 from loftq_cli.errors import InputError, UsageError
+from loftq_cli.output.records import source_name
 from loftq_cli.planning.recipe import RANDOM, SELF
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
 # A text by the model itself is short: the first tokens of a window are the least sure, and a long window is slow.
 WRITTEN_CONTEXT = 128
-
 
 FILES = "files"  # the kind of a text from files
 
@@ -68,6 +68,10 @@ class TextSource:
     def sha256(self) -> str:
         """Hash of the kind and of the content of all files."""
         return hashlib.sha256(json.dumps([self.kind, [file.sha256 for file in self.files]]).encode()).hexdigest()
+
+    def files_json(self) -> list[dict[str, str | int]]:
+        """JSON values of the files: names without folders, sizes and hashes."""
+        return [{"name": source_name(file.path), "nbytes": file.nbytes, "sha256": file.sha256} for file in self.files]
 
 
 def open_text(names: Sequence[str]) -> TextSource:

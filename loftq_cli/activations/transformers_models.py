@@ -4,7 +4,7 @@ other module imports transformers. Every import waits for a call, and nothing us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -45,15 +45,13 @@ def library_versions() -> list[str]:
 
 
 def model_directory(checkpoint: Checkpoint) -> Path:
-    """The folder with the config of a checkpoint. Raises InputError for a weight file without a config; UsageError when
-    transformers or accelerate is not installed.
+    """The folder with the config of a checkpoint. Raises InputError for a weight file without a config.
 
     >>> from loftq_cli.checkpoint.source import open_checkpoint
     >>> from loftq_cli.model.builtin import resolve_model
     >>> model_directory(open_checkpoint(resolve_model("builtin:tiny-llama"))).name
     'tiny-llama'
     """
-    check_installed()
     if checkpoint.directory is None:
         raise InputError("has no config.json beside it", file=checkpoint.path, hint="give the model's folder")
     return checkpoint.directory
@@ -221,27 +219,25 @@ def fills_masks(model: Any) -> bool:
     return type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()
 
 
-def sample_tokens(model: Any, begin: torch.Tensor, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Continue token ids int64 [windows, tokens] up to `length` tokens, by sampling at temperature 1: int64
+def continue_tokens(
+    model: Any, begin: torch.Tensor, length: int, change: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Continue token ids int64 [windows, tokens] up to `length` tokens by the largest changed logits: int64
     [windows, length]. The end of a text does not end a window.
 
-    model       a causal language model with all weights in memory
-    generator   the source of the draws, on the device of the model
+    model    a causal language model with all weights in memory
+    change   takes the logits of the next token [windows, vocabulary], float32, and returns changed logits
     """
-    import torch
     from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-    class Gumbel(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
-        """Adds noise to logits: the largest sum is a draw by softmax(logits)."""
-
+    class Change(LogitsProcessor):  # type: ignore[misc]  # transformers has no types
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            scores = scores.float()
-            return scores - torch.empty_like(scores).exponential_(generator=generator).log_()
+            return change(scores.float())
 
     settings = GenerationConfig(
         do_sample=False, max_length=length, min_length=length, use_cache=True, eos_token_id=None, pad_token_id=0
     )
-    processors = LogitsProcessorList([Gumbel()])
+    processors = LogitsProcessorList([Change()])
     tokens: torch.Tensor = model.generate(begin, generation_config=settings, logits_processor=processors)
     return tokens
 

@@ -61,10 +61,6 @@ class WeightStatistics:
         """False: no text gives such inputs."""
         return False
 
-    def in_features(self, name: str) -> int:
-        """Number of inputs of the weight called `name`. Raises KeyError for a weight without a statistic."""
-        return len(self.means[name])
-
     def load(self, name: str) -> torch.Tensor:
         """The mean squares of the inputs of a weight. Raises KeyError for a weight without a statistic."""
         return self.means[name]

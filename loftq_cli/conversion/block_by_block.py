@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -76,7 +77,7 @@ def convert_block_by_block(
     unfinished = jobs.keys() - finished.keys()
     if unfinished:
         for block in text.blocks():
-            todo = [jobs[name] for name in sorted(block.names & unfinished, key=list(jobs).index)]
+            todo = [job for job in plan.layers if job.name in block.names & unfinished]
             if todo:
                 statistics.put(block.measure())
                 yield from run_jobs(todo)
@@ -119,7 +120,7 @@ class WrittenLayers:
         pair = lora_pair(lora_A, lora_B, job.lora.scaling, job.lora.pooling)
         return matrix + delta_rows(pair)(slice(0, len(matrix)))
 
-    @property
+    @cached_property
     def _stored(self) -> StoredTensors:
         tensors = [tensor for shard in self.plan.shards for tensor in shard.tensors]
         refs = {t.name: TensorRef(t.name, t.dtype, t.shape, self.path) for t in tensors}

@@ -134,7 +134,9 @@ class JobRunner:
         return self.describe_layer(job, initial, measured, sha256)
 
     def _measured_inputs(self, job: LayerJob) -> torch.Tensor | None:
-        """The statistic of a layer's inputs, for errors of the outputs; None for inputs of no text."""
+        """The statistic of a layer's inputs, for errors of the outputs; None for inputs of no text. A file is read once
+        more here, so that the fit holds no second copy.
+        """
         statistics = self._statistics
         is_known = statistics is not None and statistics.is_measured and job.name in statistics.names
         return statistics.load(job.name) if statistics is not None and is_known else None

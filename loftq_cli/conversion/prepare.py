@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.activations.text_sources import TextSource, open_text
-from loftq_cli.activations.transformers_models import library_versions, model_directory
+from loftq_cli.activations.transformers_models import check_installed, library_versions, model_directory
 from loftq_cli.activations.weight_statistics import has_known_blocks
 from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.allocation.allocation import Allocation, allocate
@@ -170,6 +170,7 @@ def _last_part(path: str) -> str:
 
 def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource:
     """Read the text. Raises UsageError without transformers, InputError for a model without a config or a text."""
+    check_installed()
     model_directory(checkpoint)
     return open_text(options.names)
 

@@ -16,7 +16,7 @@ from loftq_cli.checkpoint.record_schema import AtLeast, NonNegative, PositiveInt
 from loftq_cli.conversion.measuring import Measured
 from loftq_cli.errors import InputError, NumericError
 from loftq_cli.methods.method import DEFAULT_METHOD, METHODS, STARTS, Initialization
-from loftq_cli.output.records import REPORT_NAME, TOOL, source_name
+from loftq_cli.output.records import REPORT_NAME, TOOL
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.recipe import Recipe
@@ -190,11 +190,10 @@ def report_json(
 
 def text_json(source: TextSource, text: TextPass) -> dict[str, Any]:
     """JSON values of the text that the model read: the kind, the files, and the numbers of tokens."""
-    files = [{"name": source_name(file.path), "nbytes": file.nbytes, "sha256": file.sha256} for file in source.files]
     windows = text.windows
     return {
         "kind": source.kind,
-        "files": files,
+        "files": source.files_json(),
         "tokens": windows.tokens,
         "windows": windows.count,
         "context": windows.longest,

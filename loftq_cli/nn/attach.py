@@ -201,10 +201,10 @@ class _LoadedWeights:
     """The tensors of a loaded model, like a checkpoint."""
 
     tensors: Mapping[str, TensorRef]
-    model: nn.Module
+    state: Mapping[str, torch.Tensor]
 
     def load(self, name: str) -> torch.Tensor:
-        return cast(torch.Tensor, self.model.state_dict()[name])
+        return self.state[name]
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         return self.load(name)[start:stop]
@@ -212,7 +212,7 @@ class _LoadedWeights:
 
 def _statistics(model: nn.Module, calibration: str | None, plan: Plan, workers: Workers) -> InputStatistics | None:
     if calibration == WEIGHTS:
-        return measure_weights(_LoadedWeights(_headers(model), model), plan.family, workers=workers)
+        return measure_weights(_LoadedWeights(_headers(model), model.state_dict()), plan.family, workers=workers)
     return None if calibration is None else _open_statistics(Path(calibration), plan)
 
 

@@ -214,8 +214,7 @@ def _settle_method(
 
 def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, typed: Collection[str]) -> Fitting:
     """Settle fit, solver and counts: requested values, or defaults for the method, the fit and the statistics."""
-    takes = entry.inits[init].takes
-    setting = f"method {fields.method}" + (f" and init {init}" if init else "")
+    takes, setting = entry.inits[init].takes, _setting_of(fields, init)
     fit = (fields.fit or JOINT_FIT) if "fit" in takes else PAPER_FIT
     check_choice("fit", fit, FITS)
     is_joint, is_weighted = fit == JOINT_FIT, _is_weighted(fields)
@@ -251,13 +250,17 @@ def _settle_fitting(fields: RecipeFields, entry: MethodEntry, init: str | None, 
 
 def _refuse_unused(fields: RecipeFields, entry: MethodEntry, init: str | None, typed: Collection[str]) -> None:
     """Raises UsageError for an option without a meaning for the method and the start."""
-    takes = entry.inits[init].takes
-    setting = f"method {fields.method}" + (f" and init {init}" if init else "")
+    takes, setting = entry.inits[init].takes, _setting_of(fields, init)
     for name in ("start", "fit", "iterations", "keep_base", "svd", "calibration", "text"):
         if ("calibration" if name == "text" else name) not in takes:
             _refuse_unless_recorded(fields, name, setting, typed)
     if "svd" in takes and fields.svd == "exact" and not entry.draws_adapter:
         _refuse_unless_recorded(fields, "seed", "svd exact, where nothing is drawn", typed)
+
+
+def _setting_of(fields: RecipeFields, init: str | None) -> str:
+    """The method and the start as words for an error."""
+    return f"method {fields.method}" + (f" and init {init}" if init else "")
 
 
 def _settle_calibration(fields: RecipeFields, takes: Collection[str]) -> str | None:
