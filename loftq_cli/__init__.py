@@ -20,7 +20,7 @@ conversion      a plan runs
 merging         base and adapter become one
 inspecting      errors and damage of what exists
 nn              modules that train adapters over packed weights
-api             quantize, merge, inspect and calibrate as functions
+api             quantize, merge, inspect, calibrate and recipes as functions
 cli             the command line
 
 The names of the Python API are loaded when they are first used:
@@ -47,6 +47,7 @@ _EXPORTS = {
     "merge": "api.merge",
     "inspect": "api.inspect",
     "calibrate": "api.calibrate",
+    "recipes": "api.recipes",
     "Observer": "api.observer",
     "QuantizePlan": "api.results",
     "QuantizeResult": "api.results",
@@ -55,6 +56,7 @@ _EXPORTS = {
     "ConvertedInspection": "api.results",
     "CheckpointInspection": "api.results",
     "Verification": "inspecting.findings",
+    "Preset": "api.recipes",
     "CalibrationResult": "activations.calibration",
     "LoftqError": "errors",
     "UsageError": "errors",
@@ -82,6 +84,8 @@ if TYPE_CHECKING:
     from loftq_cli.api.merge import merge as merge
     from loftq_cli.api.observer import Observer as Observer
     from loftq_cli.api.quantize import quantize as quantize
+    from loftq_cli.api.recipes import Preset as Preset
+    from loftq_cli.api.recipes import recipes as recipes
     from loftq_cli.api.results import CheckpointInspection as CheckpointInspection
     from loftq_cli.api.results import ConvertedInspection as ConvertedInspection
     from loftq_cli.api.results import MergePlan as MergePlan

@@ -10,4 +10,5 @@ quantize.py   a checkpoint becomes a quantized base and an adapter
 merge.py      an adapter is merged into a base
 inspect.py    errors of a model, or damage of files
 calibrate.py  statistics of the inputs of a model's layers
+recipes.py    the presets side by side
 """

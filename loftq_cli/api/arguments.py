@@ -41,6 +41,24 @@ def api_call(function: Callable[Given, Result]) -> Callable[Given, Result]:
     return call
 
 
+def path_text(value: AnyPath) -> str:
+    """A path as text, `~` and `~user` expanded: a shell does not expand the words of a configuration or of `--o=~/x`.
+
+    >>> path_text("~/model") == os.path.join(os.path.expanduser("~"), "model"), path_text(Path("model"))
+    (True, 'model')
+    """
+    return os.path.expanduser(os.fspath(value))
+
+
+def path_of(value: AnyPath) -> Path:
+    """A path, `~` and `~user` expanded.
+
+    >>> path_of("model").name
+    'model'
+    """
+    return Path(path_text(value))
+
+
 def paths_of(value: AnyPath | Iterable[AnyPath] | None) -> tuple[Path, ...]:
     """A tuple of paths from a path, several paths, or None.
 
@@ -50,7 +68,7 @@ def paths_of(value: AnyPath | Iterable[AnyPath] | None) -> tuple[Path, ...]:
     if value is None:
         return ()
     several: Iterable[AnyPath] = (value,) if isinstance(value, (str, os.PathLike)) else value
-    return tuple(Path(path) for path in several)
+    return tuple(map(path_of, several))
 
 
 def texts_of(value: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -81,6 +99,22 @@ def size_text(value: AnySize | None) -> str | None:
     ('5000000', '5MB')
     """
     return None if value is None else str(value)
+
+
+def is_done(look: Callable[[], bool], *, dry_run: bool, note: Callable[[str], None]) -> bool:
+    """Whether the output holds the result already, by the function `look`. A dry run writes nothing: where the output
+    is taken, the function `note` hears of the error of a real run.
+
+    >>> is_done(lambda: True, dry_run=False, note=print)
+    True
+    """
+    try:
+        return look()
+    except UsageError as error:
+        if not dry_run:
+            raise
+        note(str(error))
+        return False
 
 
 def thread_count(threads: int | None) -> int:

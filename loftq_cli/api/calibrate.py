@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from loftq_cli.activations.calibration import (
     CalibrationOptions,
@@ -13,7 +11,7 @@ from loftq_cli.activations.calibration import (
     run_calibration,
 )
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
-from loftq_cli.api.arguments import AnyPath, api_call, check_least, paths_of, thread_count
+from loftq_cli.api.arguments import AnyPath, api_call, check_least, path_of, path_text, paths_of, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.model.builtin import resolve_model
 from loftq_cli.runtime.gpu import check_device_name, open_device
@@ -74,8 +72,8 @@ def calibrate(
     check_least("tokens", tokens, 2)
     check_least("context", context, 2)
     options = CalibrationOptions(tokens, context, diagonal, lines)
-    path = resolve_model(os.fspath(model))
-    prepared = prepare_calibration(path, tuple(map(str, paths_of(text))), Path(output), options, overwrite=overwrite)
+    path = resolve_model(path_text(model))
+    prepared = prepare_calibration(path, tuple(map(str, paths_of(text))), path_of(output), options, overwrite=overwrite)
     gpu = open_device(device, work=options.tokens * sum(job.numel for job in prepared.jobs))
     place = "cpu" if gpu is None else gpu.device
     return run_calibration(prepared, observer or Observer(), threads=count, device=place)

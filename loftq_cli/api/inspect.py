@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.activations.comparison import Comparison, compare
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
-from loftq_cli.api.arguments import AnyPath, api_call, check_least, paths_of, texts_of, thread_count
+from loftq_cli.api.arguments import AnyPath, api_call, check_least, path_text, paths_of, texts_of, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import CheckpointInspection, ConvertedInspection, WorstError, check_errors
 from loftq_cli.conversion.report import read_report
@@ -108,9 +107,9 @@ def inspect(
     check_least("context", context, 2)
     check_least("fail_above", fail_above, 0)
     request = _Request(
-        against=None if against is None else resolve_model(os.fspath(against)),
+        against=None if against is None else resolve_model(path_text(against)),
         tries=texts_of(try_),
-        reference=None if reference is None else resolve_model(os.fspath(reference)),
+        reference=None if reference is None else resolve_model(path_text(reference)),
         texts=paths_of(text),
         tokens=tokens or DEFAULT_TOKENS,
         context=context,
@@ -125,9 +124,9 @@ def inspect(
     observer = observer or Observer()
     if verify:
         _check_only_verifies(request, fail_above)
-        target = resolve_model(os.fspath(path))
+        target = resolve_model(path_text(path))
         return verify_files(target, request.threads, lambda problem: observer.problem_found(problem, target))
-    inspection = _inspect(resolve_model(os.fspath(path)), request, observer, has_threads=threads is not None)
+    inspection = _inspect(resolve_model(path_text(path)), request, observer, has_threads=threads is not None)
     if fail_above is not None:
         check_errors(inspection, fail_above)
     return inspection

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
-from loftq_cli.api.arguments import AnyPath, AnySize, api_call, thread_count
+from loftq_cli.api.arguments import AnyPath, AnySize, api_call, is_done, path_of, path_text, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, MergeResult
 from loftq_cli.merging.form import MergeOptions
@@ -102,8 +99,9 @@ def merge(
         remote_code=remote_code,
         tokenizer=tokenizer,
     )
-    prepared = prepare_merge(resolve_model(os.fspath(base)), Path(adapter), Path(output), options)
-    plan = _plan(prepared, already_done=is_merge_done(prepared, overwrite=overwrite))
+    prepared = prepare_merge(resolve_model(path_text(base)), path_of(adapter), path_of(output), options)
+    done = is_done(lambda: is_merge_done(prepared, overwrite=overwrite), dry_run=dry_run, note=observer.note)
+    plan = _plan(prepared, already_done=done)
     if dry_run:
         return plan
     if plan.already_done:

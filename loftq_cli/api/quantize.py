@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,10 @@ from loftq_cli.api.arguments import (
     AnySize,
     api_call,
     check_gpu_memory,
+    is_done,
     nbytes_of,
+    path_of,
+    path_text,
     paths_of,
     size_text,
     texts_of,
@@ -146,7 +148,7 @@ def quantize(
         "iterations": iterations, "rounds": rounds, "keep_base": keep_base, "svd": svd, "pooling": pooling,
         "init": init, "adapter_dtype": adapter_dtype, "seed": seed, "quant_type": quant_type, "block_size": block_size,
         "double_quant": double_quant, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype,
-        "scales": scales, "calibration": None if calibration is None else os.fspath(calibration),
+        "scales": scales, "calibration": None if calibration is None else path_text(calibration),
         "text": None if text is None else tuple(map(str, paths_of(text))), "tokens": tokens, "context": context,
         "lines": lines, "sequential": sequential, "layout": layout,
         "max_shard_size": size_text(max_shard_size), "include": texts_of(include) or None,
@@ -159,11 +161,12 @@ def quantize(
         total_nbytes=nbytes_of(target_size, "target_size", least=1),
         adapter_nbytes=nbytes_of(lora_budget, "lora_budget", least=1),
     )
-    source = None if recipe is None else os.fspath(recipe)
+    source = None if recipe is None else path_text(recipe)
     conversion = _prepare(
-        os.fspath(model), Path(output), source, settings, target, count, observer, remote_code=remote_code
+        path_text(model), path_of(output), source, settings, target, count, observer, remote_code=remote_code
     )
-    plan = _plan(conversion, already_done=is_conversion_done(conversion, overwrite=overwrite))
+    done = is_done(lambda: is_conversion_done(conversion, overwrite=overwrite), dry_run=dry_run, note=observer.note)
+    plan = _plan(conversion, already_done=done)
     if dry_run:
         return plan
     if plan.already_done:

@@ -8,5 +8,7 @@ calibrate.py            the command `loftq calibrate`
 merge.py                the command `loftq merge`
 quantize.py             the command `loftq quantize`
 inspect.py              the command `loftq inspect`
+recipes.py              the command `loftq recipes`
+guidance.py             examples of the help, and hints for mistyped options
 main.py                 all commands together; an error becomes a line on stderr and an exit status here only
 """

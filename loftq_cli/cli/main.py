@@ -7,14 +7,16 @@ import signal
 import sys
 from io import TextIOWrapper
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from loftq_cli.cli import guidance
 from loftq_cli.cli.calibrate import calibrate
 from loftq_cli.cli.inspect import inspect
 from loftq_cli.cli.merge import merge
 from loftq_cli.cli.quantize import quantize
+from loftq_cli.cli.recipes import recipes
 from loftq_cli.cli.render.console import say
 from loftq_cli.errors import (
     EXIT_INPUT,
@@ -36,16 +38,19 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lamb
 
 app = typer.Typer(
     name="loftq",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings=_SETTINGS,
     help="Quantized base weights plus LoRA tensors from a full-precision checkpoint, layer by layer, on any machine.",
 )
-app.command(context_settings=_SETTINGS)(quantize)
-app.command(context_settings=_SETTINGS)(merge)
-app.command(context_settings=_SETTINGS)(inspect)
-app.command(context_settings=_SETTINGS)(calibrate)
+for _command, _examples in (
+    (quantize, guidance.QUANTIZE),
+    (merge, guidance.MERGE),
+    (inspect, guidance.INSPECT),
+    (calibrate, guidance.CALIBRATE),
+    (recipes, guidance.RECIPES),
+):
+    app.command(context_settings=_SETTINGS, epilog=guidance.format_examples(_examples))(_command)
 
 
 def _print_version(is_requested: bool) -> None:
@@ -57,7 +62,7 @@ def _print_version(is_requested: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     del version  # the callback prints the version
@@ -84,6 +89,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _describe_mistake(error: Exception) -> str:
+    """The message of an error in the command line, with what the user probably meant, or the command of the help."""
+    context = getattr(error, "ctx", None)
+    help_command = f"{context.command_path if context is not None else 'loftq'} --help"
+    option = getattr(error, "option_name", None)
+    if option is None or context is None:
+        return f"{error.format_message()} ({help_command})"  # type: ignore[attr-defined]
+    known = [name for parameter in context.command.params for name in _spellings(parameter)]
+    return f"No such option: {option} ({guidance.option_hint(option, known) or help_command})"
+
+
+def _spellings(parameter: Any) -> list[str]:
+    """The spellings of a parameter of a command: options, or the metavar of an argument."""
+    options = [name for name in (*parameter.opts, *parameter.secondary_opts) if name.startswith("--")]
+    return options or [parameter.metavar or parameter.name.upper()]
+
+
 def _run(arguments: list[str]) -> int:
     """Run a command, print the error if there is any, and return the exit status."""
     try:
@@ -92,7 +114,7 @@ def _run(arguments: list[str]) -> int:
         say(f"error: {error}")
         return error.exit_code
     except _CommandLineError as error:
-        say(f"error: {error.format_message()} (loftq --help)")  # type: ignore[attr-defined]
+        say(f"error: {_describe_mistake(error)}")
         return EXIT_INPUT
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED

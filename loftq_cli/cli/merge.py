@@ -70,6 +70,8 @@ def merge(
         if not quiet:
             say(format_summary(result.plan))
         say(f"{output}: already done, with these inputs and options")
+        if as_json:
+            print_result(result, as_json=True)
     else:
         if not quiet:
             say_done()

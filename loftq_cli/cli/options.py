@@ -14,7 +14,7 @@ from loftq_cli.runtime.gpu import DEVICES
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS
 
-ADAPTER, QUANT, SELECT, RUN = "Adapter", "Quantized base", "Which weights", "Running"  # panels of the help
+ADVANCED = "Advanced options"  # the panel of the help after the basic options
 
 
 def one_of(names: Iterable[str]) -> str:
@@ -36,41 +36,40 @@ Model = Annotated[
 ]
 Output = Annotated[Path, typer.Argument(metavar="OUTPUT", help="The directory to write.", show_default=False)]
 MaxShardSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="[default: 5GB]", rich_help_panel=QUANT, show_default=False)
+    str | None, typer.Option(metavar="SIZE", help="[default: 5GB]", show_default=False, rich_help_panel=ADVANCED)
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.", rich_help_panel=RUN)]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result under OUTPUT.", rich_help_panel=RUN)
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result under OUTPUT.")]
 Threads = Annotated[
     int | None,
-    typer.Option(min=1, help="Threads to compute with. [default: one a processor]", rich_help_panel=RUN),
+    typer.Option(min=1, help="Threads to compute with. [default: one a processor]"),
 ]
 Device = Annotated[
     str,
     typer.Option(
         metavar=DEVICES,
         help="Device to compute on. auto takes a GPU if there is a GPU and the work is worth the start.",
-        rich_help_panel=RUN,
     ),
 ]
 Restart = Annotated[
     bool,
-    typer.Option("--restart", help="Discard an interrupted run; else the run continues.", rich_help_panel=RUN),
+    typer.Option("--restart", help="Discard an interrupted run; else the run continues.", rich_help_panel=ADVANCED),
 ]
 NoRemoteCode = Annotated[
     bool,
     typer.Option(
         "--no-remote-code",
         help="Leave out the model's Python files and auto_map, which loaders run with trust_remote_code.",
-        rich_help_panel=RUN,
+        rich_help_panel=ADVANCED,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.", rich_help_panel=RUN)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.", rich_help_panel=RUN)]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print no progress on stderr.")]
 Verbose = Annotated[
     bool,
-    typer.Option("--verbose", "-v", help="Print every iteration's error and every copied tensor.", rich_help_panel=RUN),
+    typer.Option(
+        "--verbose", "-v", help="Print every iteration's error and every copied tensor.", rich_help_panel=ADVANCED
+    ),
 ]
 Base = Annotated[
     str,
@@ -103,13 +102,18 @@ MergeLayout = Annotated[
 ]
 MergeGroupSize = Annotated[
     int | None,
-    typer.Option("--group-size", help="Weights with a common scale, for --requantize to integers. [default: 64]"),
+    typer.Option(
+        "--group-size",
+        help="Weights with a common scale, for --requantize to integers. [default: 64]",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 MergeSymmetric = Annotated[
     bool | None,
     typer.Option(
         "--symmetric/--asymmetric",
         help="For --requantize to integers: without or with a zero point per group. [default: int8 symmetric]",
+        rich_help_panel=ADVANCED,
     ),
 ]
 MergeScaleDtype = Annotated[
@@ -118,6 +122,7 @@ MergeScaleDtype = Annotated[
         "--scale-dtype",
         metavar=one_of(MODEL_DTYPES),
         help="Dtype of scales and offsets. [default: float32 for offsets]",
+        rich_help_panel=ADVANCED,
     ),
 ]
 RoundZeros = Annotated[
@@ -126,12 +131,16 @@ RoundZeros = Annotated[
         "--round-zeros",
         help="Merge a QA-LoRA adapter into integer zero points. Measures the lost share of the update, and refuses "
         "above half.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 MergePooling = Annotated[
     str | None,
     typer.Option(
-        "--pooling", metavar=one_of(POOLINGS), help="Pooling of a QA-LoRA adapter; wins over the config of the adapter."
+        "--pooling",
+        metavar=one_of(POOLINGS),
+        help="Pooling of a QA-LoRA adapter; wins over the config of the adapter.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 MergeTokenizer = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from loftq_cli.activations.text_windows import DEFAULT_TOKENS
-from loftq_cli.cli.options import RUN, one_of
+from loftq_cli.cli.options import ADVANCED, one_of
 from loftq_cli.planning.recipe import RANDOM, SELF
 from loftq_cli.quant.formats import FORMATS
 
@@ -44,7 +44,8 @@ Verify = Annotated[
     ),
 ]
 FailAbove = Annotated[
-    float | None, typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.")
+    float | None,
+    typer.Option(min=0.0, help="Exit with status 5 when the error of a layer is larger.", rich_help_panel=ADVANCED),
 ]
 Text = Annotated[
     list[str],
@@ -59,22 +60,34 @@ StatisticsOutput = Annotated[
     Path, typer.Option("--output", "-o", metavar="STATS", help="The directory to write.", show_default=False)
 ]
 Tokens = Annotated[
-    int, typer.Option(min=2, help="Most tokens of the text to read, in windows spread evenly over the text.")
+    int,
+    typer.Option(
+        min=2, help="Most tokens of the text to read, in windows spread evenly over the text.", rich_help_panel=ADVANCED
+    ),
 ]
 Context = Annotated[
-    int | None, typer.Option(min=2, help="Tokens of a window. [default: the model's longest input, at most 512]")
+    int | None,
+    typer.Option(
+        min=2, help="Tokens of a window. [default: the model's longest input, at most 512]", rich_help_panel=ADVANCED
+    ),
 ]
 Lines = Annotated[
     bool,
-    typer.Option("--lines", help="Read each line of the text as a separate text, as for encoders of sentences."),
+    typer.Option(
+        "--lines",
+        help="Read each line of the text as a separate text, as for encoders of sentences.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
 Diagonal = Annotated[
     bool,
-    typer.Option("--diagonal", help="Keep only the mean square of each input: a number instead of a row."),
+    typer.Option(
+        "--diagonal",
+        help="Keep only the mean square of each input: a number instead of a row.",
+        rich_help_panel=ADVANCED,
+    ),
 ]
-OverwriteStatistics = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier result under STATS.", rich_help_panel=RUN)
-]
+OverwriteStatistics = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result under STATS.")]
 Reference = Annotated[
     str | None,
     typer.Option(
@@ -91,7 +104,10 @@ ReferenceText = Annotated[
 ReferenceTokens = Annotated[
     int | None,
     typer.Option(
-        "--tokens", min=2, help=f"For --reference: most tokens of the text to read. [default: {DEFAULT_TOKENS}]"
+        "--tokens",
+        min=2,
+        help=f"For --reference: most tokens of the text to read. [default: {DEFAULT_TOKENS}]",
+        rich_help_panel=ADVANCED,
     ),
 ]
 ReferenceContext = Annotated[
@@ -100,8 +116,12 @@ ReferenceContext = Annotated[
         "--context",
         min=2,
         help="For --reference: tokens of a window. [default: the model's longest input, at most 512]",
+        rich_help_panel=ADVANCED,
     ),
 ]
 ReferenceLines = Annotated[
-    bool, typer.Option("--lines", help="For --reference: read each line of the text as a separate text.")
+    bool,
+    typer.Option(
+        "--lines", help="For --reference: read each line of the text as a separate text.", rich_help_panel=ADVANCED
+    ),
 ]

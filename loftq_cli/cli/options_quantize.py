@@ -6,43 +6,44 @@ from typing import Annotated
 
 import typer
 
-from loftq_cli.cli.options import ADAPTER, QUANT, RUN, SELECT, one_of
+from loftq_cli.cli.options import ADVANCED, one_of
 from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
 from loftq_cli.methods.method import DEFAULT_METHOD, FITS, INITS, METHODS, STARTS, SVD_MODES
 from loftq_cli.planning.recipe import DEFAULT_TEXT_TOKENS, NONE, RANDOM, SELF, WEIGHTS
-from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.specs import POOLINGS
 
-_PRESETS = ", ".join(f"{name} ({summary})" for name, summary in presets().items())
 _METHODS = "; ".join(f"{name}: {entry.summary}" for name, entry in METHODS.items())
 _OWN_ITERATIONS = "".join(f"; {name} {entry.iterations}" for name, entry in METHODS.items() if entry.iterations)
 _OWN_SVD = "".join(f"; {name} {entry.svd}" for name, entry in METHODS.items() if entry.svd != "fast")
 
 Recipe = Annotated[
     str | None,
-    typer.Option(metavar="FILE|NAME", help=f"A TOML file, or a preset: {_PRESETS}. Options on the command line win."),
+    typer.Option(
+        metavar="FILE|NAME",
+        help="A TOML file, or a preset: loftq recipes lists the presets. Options on the command line win.",
+    ),
 ]
 Method = Annotated[
     str | None,
-    typer.Option(metavar=one_of(METHODS), help=f"{_METHODS}. [default: {DEFAULT_METHOD}]", rich_help_panel=ADAPTER),
+    typer.Option(metavar=one_of(METHODS), help=f"{_METHODS}. [default: {DEFAULT_METHOD}]"),
 ]
-Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=ADAPTER)]
+Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]")]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="lora_alpha. [default: the rank, for a scaling of 1]", rich_help_panel=ADAPTER),
+    typer.Option(help="lora_alpha. [default: the rank, for a scaling of 1]", rich_help_panel=ADVANCED),
 ]
 Rslora = Annotated[
     bool | None,
-    typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank instead of alpha/rank.", rich_help_panel=ADAPTER),
+    typer.Option("--rslora/--no-rslora", help="Scale by alpha/√rank instead of alpha/rank.", rich_help_panel=ADVANCED),
 ]
 Fit = Annotated[
     str | None,
     typer.Option(
         metavar=one_of(FITS),
         help="The paper's alternation, or codes, constants and adapter fitted to each other. [default: joint]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Start = Annotated[
@@ -51,7 +52,7 @@ Start = Annotated[
         metavar=one_of(STARTS),
         help="Start of the alternation: no adapter, or the best adapter of the weights; the base alone is then no "
         "model. [default: zero]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Iterations = Annotated[
@@ -59,7 +60,7 @@ Iterations = Annotated[
     typer.Option(
         help="Alternations of quantizing and fitting the adapter. [default: 2, with --calibration none 11; with --fit "
         f"loftq 8, or 5 with another --svd than fast{_OWN_ITERATIONS}]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Rounds = Annotated[
@@ -67,7 +68,7 @@ Rounds = Annotated[
     typer.Option(
         help="Rounds of refining codes and constants, after the iterations. [default: 2, with a text "
         "or STATS 4, with --calibration none 0; with --fit loftq none]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 KeepBase = Annotated[
@@ -76,7 +77,7 @@ KeepBase = Annotated[
         metavar="SHARE",
         help="Share of the error that counts the base alone, 0 to 1: at 0 only base and adapter together count, at 1 "
         "the base is as good as without an adapter. [default: 0.3, with --calibration none 0.5; with --fit loftq 0]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Calibration = Annotated[
@@ -86,8 +87,8 @@ Calibration = Annotated[
         help="Statistics of the layers' inputs, so that errors count by the effect on the outputs: a directory from "
         f"loftq calibrate; {WEIGHTS} estimates the statistics from the weights alone; {NONE} counts all errors alike. "
         f"[default: {WEIGHTS} with --fit joint, else {NONE}]",
-        rich_help_panel=QUANT,
         show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Text = Annotated[
@@ -97,25 +98,26 @@ Text = Annotated[
         help=f"Text that the model reads during the conversion: files, folders, *.jsonl conversations, {SELF} (the "
         f"model writes the text) or {RANDOM} (random tokens). Errors then count by the effect on the layers' outputs. "
         "Repeatable. Needs: pip install transformers accelerate.",
-        rich_help_panel=QUANT,
         show_default=False,
     ),
 ]
 Tokens = Annotated[
     int | None,
-    typer.Option(min=2, help=f"Most tokens of --text to read. [default: {DEFAULT_TEXT_TOKENS}]", rich_help_panel=QUANT),
+    typer.Option(
+        min=2, help=f"Most tokens of --text to read. [default: {DEFAULT_TEXT_TOKENS}]", rich_help_panel=ADVANCED
+    ),
 ]
 Context = Annotated[
     int | None,
     typer.Option(
         min=2,
         help="Tokens of a window of --text. [default: the model's longest input, at most 512; 128 for self]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Lines = Annotated[
     bool | None,
-    typer.Option("--lines", help="Read each line of --text as a separate text.", rich_help_panel=QUANT),
+    typer.Option("--lines", help="Read each line of --text as a separate text.", rich_help_panel=ADVANCED),
 ]
 Sequential = Annotated[
     bool | None,
@@ -123,7 +125,7 @@ Sequential = Annotated[
         "--sequential/--no-sequential",
         help="Whether a block reads the outputs of the converted blocks before, or of the original blocks. "
         "[default: on]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Svd = Annotated[
@@ -131,7 +133,7 @@ Svd = Annotated[
     typer.Option(
         metavar=one_of(SVD_MODES),
         help=f"Low-rank solver: subspace iteration, within 0.2 % of exact, or the paper's. [default: fast{_OWN_SVD}]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Pooling = Annotated[
@@ -139,7 +141,7 @@ Pooling = Annotated[
     typer.Option(
         metavar=one_of(POOLINGS),
         help="How a QA-LoRA adapter reads a group of inputs: mean × number of groups, sum, or mean. [default: peft]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Init = Annotated[
@@ -147,7 +149,7 @@ Init = Annotated[
     typer.Option(
         metavar=one_of(INITS),
         help="How a QA-LoRA adapter starts: fitted to the group means of the error, or zero. [default: residual]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 AdapterDtype = Annotated[
@@ -155,34 +157,34 @@ AdapterDtype = Annotated[
     typer.Option(
         metavar=one_of(MODEL_DTYPES),
         help="Dtype of the adapter. [default: float32, as PEFT trains]",
-        rich_help_panel=ADAPTER,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(help="Seed of random starts, of adapters and of --svd fast|faithful.", rich_help_panel=ADAPTER),
+    typer.Option(help="Seed of random starts, of adapters and of --svd fast|faithful.", rich_help_panel=ADVANCED),
 ]
 QuantType = Annotated[
     str | None,
-    typer.Option(metavar=one_of(FORMATS), help="Number format of the base. [default: nf4]", rich_help_panel=QUANT),
+    typer.Option(metavar=one_of(FORMATS), help="Number format of the base. [default: nf4]"),
 ]
 BlockSize = Annotated[
     int | None,
-    typer.Option(help="nf4, fp4: weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=QUANT),
+    typer.Option(help="nf4, fp4: weights that share one absmax, 32 to 4096. [default: 64]", rich_help_panel=ADVANCED),
 ]
 DoubleQuant = Annotated[
     bool | None,
     typer.Option(
         "--double-quant/--no-double-quant",
         help="nf4, fp4: store block constants in 8 bits, 4.13 instead of 4.5 bits a weight. [default: on]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 GroupSize = Annotated[
     int | None,
     typer.Option(
         help="Integers: neighbouring weights of a row that share one scale, 16 to 1024. [default: 64]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Symmetric = Annotated[
@@ -190,7 +192,7 @@ Symmetric = Annotated[
     typer.Option(
         "--symmetric/--asymmetric",
         help="Integers: without or with a zero point per group. [default: int8 without, others with]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Scales = Annotated[
@@ -199,7 +201,7 @@ Scales = Annotated[
         metavar=one_of(SCALES),
         help="Constants of blocks and groups: from their largest weights, or searched for the least squared error. "
         "[default: search with --fit joint or --calibration, else absmax]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 ScaleDtype = Annotated[
@@ -207,7 +209,7 @@ ScaleDtype = Annotated[
     typer.Option(
         metavar=one_of(MODEL_DTYPES),
         help="Integers: dtype of the scales. [default: as the container's loaders expect]",
-        rich_help_panel=QUANT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Layout = Annotated[
@@ -215,7 +217,6 @@ Layout = Annotated[
     typer.Option(
         metavar=one_of(LAYOUTS),
         help=f"Container of the base; {DENSE} writes the decoded values. [default: {default_layouts_text()}]",
-        rich_help_panel=QUANT,
     ),
 ]
 TargetBpw = Annotated[
@@ -224,7 +225,6 @@ TargetBpw = Annotated[
         metavar="BITS",
         help="Choose each layer's bits and group size, so that the base has at most so many bits a weight, constants "
         "included, and least error. Measures every layer first.",
-        rich_help_panel=QUANT,
         show_default=False,
     ),
 ]
@@ -234,7 +234,6 @@ TargetSize = Annotated[
         metavar="SIZE",
         help="Choose each layer's bits and group size, so that base and adapter together have at most so many bytes, "
         "and least error. Measures every layer first.",
-        rich_help_panel=QUANT,
         show_default=False,
     ),
 ]
@@ -243,8 +242,8 @@ LoraBudget = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Choose each layer's rank, 4 to 64, so that the adapter has at most so many bytes.",
-        rich_help_panel=ADAPTER,
         show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Include = Annotated[
@@ -253,13 +252,13 @@ Include = Annotated[
         metavar="REGEX",
         help="Quantize the matrices with a match in the module name, not all linear layers of the blocks. "
         "Heads only when the expression spells the name of the head. Repeatable.",
-        rich_help_panel=SELECT,
+        rich_help_panel=ADVANCED,
     ),
 ]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="REGEX", help="Leave matching matrices in full precision. Repeatable.", rich_help_panel=SELECT
+        metavar="REGEX", help="Leave matching matrices in full precision. Repeatable.", rich_help_panel=ADVANCED
     ),
 ]
 MaxMemory = Annotated[
@@ -267,11 +266,11 @@ MaxMemory = Annotated[
     typer.Option(
         metavar="SIZE",
         help="Most memory of the GPU to use; larger matrices pass in parts. [default: most of the free memory]",
-        rich_help_panel=RUN,
         show_default=False,
+        rich_help_panel=ADVANCED,
     ),
 ]
 NoVerify = Annotated[
     bool,
-    typer.Option("--no-verify", help="Do not read the result back to check the error.", rich_help_panel=RUN),
+    typer.Option("--no-verify", help="Do not read the result back to check the error.", rich_help_panel=ADVANCED),
 ]

@@ -84,6 +84,8 @@ def quantize(
         print_plan(result, as_json=as_json, verbose=verbose)
     elif result.already_done:
         say(f"{output}: already done, with this input and these options")
+        if as_json:
+            print_result(result, as_json=True)
     else:
         if not quiet:
             say_done()

@@ -161,7 +161,8 @@ class LayoutRow:
     """One row of the table.
 
     module           the module with the container's class
-    summary          half a sentence for help texts
+    summary          the numbers in the container, in a few words
+    loaders          the software that loads the base
     quant_types      number formats in the container, keys of FORMATS
     zero_point       kind of a group's stored offset in integer formats: "int" or "float"
     scale_dtypes     allowed dtypes of scales
@@ -182,6 +183,7 @@ class LayoutRow:
 
     module: str
     summary: str
+    loaders: str
     quant_types: tuple[str, ...]
     zero_point: str = "int"
     scale_dtypes: tuple[str, ...] = MODEL_DTYPES
@@ -239,10 +241,13 @@ _FUSED = (
 
 # The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
-    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", ("nf4", "fp4")),
+    "bitsandbytes": LayoutRow(
+        "loftq_cli.layouts.bitsandbytes", "4-bit codebooks", "transformers, PEFT", ("nf4", "fp4")
+    ),
     "compressed-tensors": LayoutRow(
         "loftq_cli.layouts.compressed_tensors",
-        "integers, for transformers and vLLM",
+        "integers",
+        "transformers, PEFT, vLLM",
         _INTEGERS,
         mixed="symmetric",
         fused=_FUSED,
@@ -252,7 +257,8 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "gptq": LayoutRow(
         "loftq_cli.layouts.gptq",
-        "integers, for GPTQ's loaders and PEFT's use_qalora",
+        "integers",
+        "GPTQModel, PEFT",
         _INTEGERS,
         scale_dtypes=("float16",),
         scale_dtype="float16",
@@ -263,7 +269,8 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "metal": LayoutRow(
         "loftq_cli.layouts.metal",
-        "integers with float offsets, for transformers",
+        "integers with float offsets",
+        "transformers",
         ("int2", "int4", "int8"),
         zero_point="float",
         keeps_dtype=False,
@@ -273,7 +280,8 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "mlx": LayoutRow(
         "loftq_cli.layouts.mlx",
-        "integers with float offsets, for MLX",
+        "integers with float offsets",
+        "MLX",
         _INTEGERS,
         zero_point="float",
         keeps_dtype=False,
@@ -282,7 +290,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         in_transformers=False,
     ),
     "dense": LayoutRow(
-        "loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS), stores_codes=False
+        "loftq_cli.layouts.dequantized", "decoded values", "anything", tuple(FORMATS), stores_codes=False
     ),
 }
 

@@ -57,8 +57,8 @@ def is_merge_done(merge: Merge, *, overwrite: bool) -> bool:
     overwrite   whether to replace an earlier result. A finished result then counts as done only beside a left-over
                 staging directory: the user repeated the command to continue.
 
-    Raises UsageError when `merge` may not write the output: the parent directory is absent, foreign files stand under
-    the name, or an earlier result without `overwrite`.
+    Raises UsageError when `merge` may not write the output: foreign files stand under the name, or an earlier result
+    without `overwrite`.
     """
     return is_result_complete(merge.result, InputSums(merge).hash_job, overwrite=overwrite)
 

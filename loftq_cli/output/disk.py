@@ -9,7 +9,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loftq_cli.errors import StorageError
@@ -38,6 +38,32 @@ def make_directory(path: Path) -> None:
     """
     with _reported(path):
         path.mkdir(exist_ok=True)
+
+
+def make_directories(path: Path) -> list[Path]:
+    """Make a directory and the absent directories above, durably; return the made ones, outermost first. Raises
+    StorageError.
+
+    >>> make_directories(Path("runs/today")) == [Path("runs"), Path("runs/today")]
+    True
+    """
+    made: list[Path] = []
+    for directory in [*reversed(path.parents), path]:
+        if not directory.is_dir():
+            make_directory(directory)
+            sync_directory(directory.parent)
+            made.append(directory)
+    return made
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a directory if the directory is empty and the disk allows so.
+
+    >>> make_directory(Path("empty"))
+    >>> remove_empty(Path("empty"))
+    """
+    with suppress(OSError):
+        path.rmdir()
 
 
 def open_file(path: Path) -> int:

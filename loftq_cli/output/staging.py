@@ -52,6 +52,7 @@ class Staging:
         self.path = self._place.result
         self._journal: Journal | None = None
         check_output(output, overwrite=overwrite, hashes=False)
+        self._made_parents = disk.make_directories(self._place.root.parent)
         self._lock = _locked(self._place, output)
         try:
             self._place.claim()
@@ -151,9 +152,13 @@ class Staging:
         self._open().refuse()
 
     def discard(self) -> None:
-        """Remove the staging directory; an earlier result under the output's name stays or comes back."""
+        """Remove the staging directory and the directories made above; an earlier result under the output's name stays
+        or comes back.
+        """
         self._place.recover()
         self._place.clear()
+        for directory in reversed(self._made_parents):
+            disk.remove_empty(directory)
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -210,9 +215,9 @@ def check_output(output: Path, *, overwrite: bool, hashes: bool = True) -> None:
     >>> check_output(Path("absent"), overwrite=False)
     """
     place = Place.of(output)
-    if not place.target.parent.is_dir():
-        hint = f"mkdir -p {place.target.parent}"
-        raise UsageError("its parent directory does not exist", file=output, hint=hint)
+    parent = _nearest_directory(place.target.parent)
+    if not parent.is_dir():
+        raise UsageError(f"lies below {parent}, which is no directory", file=output, hint="choose another output")
     place.check_owned()
     if place.moves and place.is_half_published():  # a half publication is undone first
         return
@@ -307,13 +312,18 @@ def check_space(output: Path, nbytes: int) -> None:
     """
     place = Place.of(output)
     staged_nbytes = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
-    free = shutil.disk_usage(place.root.parent).free
+    free = shutil.disk_usage(_nearest_directory(place.root.parent)).free
     if free + staged_nbytes < nbytes:
         raise StorageError(
             f"needs {(nbytes - staged_nbytes) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
             file=output,
             hint="free some space or write elsewhere",
         )
+
+
+def _nearest_directory(path: Path) -> Path:
+    """The path, or the innermost existing path above."""
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _locked(place: Place, output: Path) -> int:

@@ -8,6 +8,7 @@ from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import METHODS
 from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, FormatOptions, RecipeFields
+from loftq_cli.quant.foreign_names import foreign_hint
 from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors.headers import MODEL_DTYPES
 
@@ -102,7 +103,9 @@ def check_choice(name: str, value: str | None, choices: Collection[str]) -> None
     loftq_cli.errors.UsageError: svd 'slow' does not exist (one of fast, exact)
     """
     if value not in choices:
-        raise UsageError(f"{name} {value!r} does not exist", hint=f"one of {', '.join(choices)}")
+        is_capital = value is not None and value.lower() in choices
+        meant = f"write {value.lower()}" if is_capital else foreign_hint(value) if name == "quant_type" else None
+        raise UsageError(f"{name} {value!r} does not exist", hint=meant or f"one of {', '.join(choices)}")
 
 
 def refuse(name: str, where: str, typed: Collection[str] = ()) -> None:

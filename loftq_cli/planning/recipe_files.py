@@ -21,6 +21,7 @@ from loftq_cli.planning.format_options import AFFINE_OPTIONS, CODEBOOK_OPTIONS
 from loftq_cli.planning.recipe import NONE, TEXT_OPTIONS, WEIGHTS, AffineOptions, Override, Recipe, RecipeFields
 from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
+from loftq_cli.quant.foreign_names import foreign_hint
 from loftq_cli.quant.formats import FORMATS
 
 MAX_RECIPE_NBYTES = 1_000_000  # a recipe with an override for each layer of the largest models has a tenth
@@ -167,7 +168,10 @@ def recipe_json(recipe: Recipe) -> dict[str, Any]:
 def _read_recipe(source: str) -> dict[str, Any]:
     path = preset_directory() / f"{source}.toml" if source in presets() else Path(source)
     if not os.path.lexists(path):
-        raise UsageError(f"no recipe {source!r}", hint=f"a TOML file, or one of the presets {', '.join(presets())}")
+        near = difflib.get_close_matches(source, presets(), n=1)
+        meant = f"did you mean {near[0]}?" if near else foreign_hint(source)
+        hint = meant or f"a TOML file, or one of the presets {', '.join(presets())}"
+        raise UsageError(f"no recipe {source!r}", hint=hint)
     data = read_small_file(path, MAX_RECIPE_NBYTES, hint="give a TOML file with the options of a conversion")
     try:
         table = tomllib.loads(data.decode("utf-8"))

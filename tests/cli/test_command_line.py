@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -167,9 +168,118 @@ def test_the_saved_recipe_makes_the_same_result(run, source, tmp_path):
 
 
 def test_the_help_lists_every_preset_and_command(run):
-    assert all(name in run("--help")[1] for name in ("quantize", "merge", "inspect"))
-    shown = run("quantize", "--help")[1]
+    assert all(name in run("--help")[1] for name in ("quantize", "merge", "inspect", "calibrate", "recipes"))
+    shown = run("recipes")[1]
     assert all(name in shown for name in ("loftq-nf4", "qlora-nf4", "loftq-nf4-r64", "loftq-nf4-dense"))
+
+
+COMMANDS = ("quantize", "merge", "inspect", "calibrate")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_ends_with_four_examples_whose_options_exist(run, command):
+    text = " ".join(run(command, "--help")[1].split())
+    examples = [example.partition(": ")[0] for example in text.partition("Examples: ")[2].split("• ")[1:]]
+    assert len(examples) == 4
+    for example in examples:
+        program, name, *words = example.split()
+        shown = run(name, "--help")[1]
+        assert program == "loftq"
+        assert all(re.search(rf"(?<![\w-]){word}(?![\w-])", shown) for word in words if word.startswith("--"))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_the_options_that_most_people_need_first(run, command):
+    panels = re.findall(r"╭─ (.+?) ─+╮", run(command, "--help")[1])
+    assert panels == ["Arguments", "Options", "Advanced options"]
+
+
+def test_the_table_of_presets_has_the_sizes_of_a_model_of_7_billion_weights(run):
+    status, out, err = run("recipes", "--json")
+    presets = {preset["name"]: preset for preset in json.loads(out)}
+    matrices, embeddings, norms = 32 * (4 * 4096**2 + 3 * 4096 * 11008), 2 * 32000 * 4096, 65 * 4096
+    assert (status, err) == (0, "")
+    assert presets["loftq-nf4-dense"]["base_nbytes"] == 2 * (matrices + embeddings + norms)  # 6,738,415,616 parameters
+    assert matrices + embeddings + norms == 6_738_415_616
+    assert presets["qlora-nf4"]["bits_per_weight"] == pytest.approx(4.127, abs=1e-3)  # 4 + 8/64 + 32/(64·256)
+    nf4 = presets["qlora-nf4"]
+    assert nf4["base_nbytes"] == pytest.approx(nf4["bits_per_weight"] / 8 * matrices + 2 * (embeddings + norms))
+    inputs_and_outputs = 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
+    assert nf4["adapter_nbytes"] == 4 * 16 * inputs_and_outputs
+    assert (presets["loftq-int4"]["loaders"], nf4["loaders"]) == ("transformers, PEFT, vLLM", "transformers, PEFT")
+
+
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_the_version_is_printed(run, option):
+    assert run(option)[1].startswith("loftq-cli ")
+
+
+def test_a_shell_can_complete_commands(tmp_path):
+    words = {"COMP_WORDS": "loftq q", "COMP_CWORD": "1", "_LOFTQ_COMPLETE": "complete_bash"}
+    program = "import sys; sys.argv[0] = 'loftq'; from loftq_cli.cli.main import main; main()"
+    environment = {**os.environ, **words}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["quantize"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("quantize", "a", "b", "--rnak", "3"), "(did you mean --rank?)"),
+        (("quantize", "a", "b", "--bits", "4"), "(did you mean --quant-type?)"),
+        (("merge", "a", "b", "c", "--bits", "4"), "(did you mean --requantize?)"),
+        (("inspect", "a", "--bits", "4"), "(did you mean --try?)"),
+        (("quantize", "--model", "a"), "(MODEL is an argument, without a name before)"),
+        (("quantize", "a", "b", "--zzzzzz"), "quantize --help)"),
+        (("quantize", "a", "b", "--quant-type", "NF4"), "(write nf4)"),
+        (("quantize", "a", "b", "--quant-type", "4"), "(--quant-type nf4 or int4)"),
+        (("quantize", "a", "b", "--quant-type", "q2_k"), "not written; the nearest is --quant-type int2)"),
+        (("quantize", "a", "b", "--quant-type", "awq"), "--quant-type int4 --text FILE)"),
+        (("quantize", "a", "b", "--recipe", "loftq_nf4"), "(did you mean loftq-nf4?)"),
+        (("quantize", "a", "b", "--recipe", "gptq"), "--quant-type int4 --layout gptq)"),
+    ],
+)
+def test_a_word_from_another_tool_is_answered_with_ours(run, arguments, meant):
+    status, out, err = run(*arguments)
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert err.rstrip().endswith(meant), err
+
+
+def test_the_directories_above_the_output_are_made(run, source, tmp_path):
+    assert run("quantize", source, "runs/today/out", *FAST, "-q")[0] == 0
+    assert (tmp_path / "runs" / "today" / "out" / "config.json").is_file()
+
+
+def test_an_output_below_a_file_is_refused_by_name(run, source, tmp_path):
+    (tmp_path / "file").touch()
+    status, _, err = run("quantize", source, "file/out", *FAST, "-q")
+    assert (status, "file, which is no directory (choose another output)" in err) == (2, True), err
+
+
+def test_a_tilde_is_the_home_directory(run, source, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run("quantize", source, "~/out", *FAST, "-q")[0] == 0
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_plan_needs_no_free_output_and_says_so(run, source, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").touch()
+    status, out, err = run("quantize", source, "taken", *FAST, "--dry-run")
+    assert (status, "model.safetensors" in out) == (0, True)
+    assert "note: taken: is not empty and not a result of this tool" in err
+    assert os.listdir(tmp_path / "taken") == ["mine.txt"]
+    assert run("quantize", source, "taken", *FAST)[0] == 2
+
+
+def test_json_is_printed_for_a_finished_result_too(run, source):
+    first = json.loads(run("quantize", source, "out", *FAST, "--json", "-q")[1])
+    again = json.loads(run("quantize", source, "out", *FAST, "--json", "-q")[1])
+    assert (first["already_done"], again["already_done"]) == (False, True)
+    assert again["error"] == first["error"]
+    merge = ("merge", "out", "out/loftq_init", "merged", "--json", "-q")
+    results = [json.loads(run(*merge)[1])["already_done"] for _ in range(2)]
+    assert results == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -183,7 +293,6 @@ def test_the_help_lists_every_preset_and_command(run):
         (("quantize", "missing", "out"), "error: missing: no such file or folder"),
         (("quantize", "org/name", "out"), "hf download org/name"),
         (("quantize", "builtin:none", "out"), "error: no built-in model 'none' (there is tiny-llama)"),
-        (("quantize", "builtin:tiny-llama", "no/such/parent"), "its parent directory does not exist (mkdir -p"),
         (("quantize", "builtin:tiny-llama", "out", "--recipe", "x"), "error: no recipe 'x'"),
         (("quantize", "builtin:tiny-llama", "out", "--block-size", "20"), "block_size 20 does not exist"),
         (("inspect", "builtin:tiny-llama", "--try", "int9"), "--try 'int9' does not exist"),

@@ -19,6 +19,7 @@ from support.conversions import Silent, StopAfter, converted_files, files_of, lo
 from loftq_cli.errors import StorageError, UsageError
 from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.place import Place
+from loftq_cli.output.staging import Staging
 
 RECIPE = {"rank": 4, "iterations": 1}
 
@@ -289,3 +290,14 @@ def test_what_the_system_refuses_comes_with_a_remedy(source, out, monkeypatch, n
     with pytest.raises(StorageError) as caught:
         run_conversion(source, out, **RECIPE)
     assert str(caught.value).endswith(f"{os.strerror(number).lower()} ({remedy})")
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_directories_made_for_a_result_that_failed_go_unless_somebody_uses_them(tmp_path, is_used):
+    staging = Staging(tmp_path / "runs" / "today" / "out", fingerprint="f", overwrite=False, restart=False)
+    with pytest.raises(ZeroDivisionError), staging.whole({}):
+        if is_used:
+            (tmp_path / "runs" / "notes.txt").touch()
+        1 / 0  # noqa: B018
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == (["runs", "runs/notes.txt"] if is_used else [])

@@ -113,6 +113,7 @@ def _result_json(outcome: QuantizeResult) -> dict[str, object]:
         "layers": len(outcome.layers),
         "resumed_layers": outcome.resumed_layers,
         "verified": outcome.verified,
+        "already_done": outcome.already_done,
         "bits_per_weight": round(plan.bits_per_weight, 4),
         "base_nbytes": plan.base_nbytes,
         "adapter_nbytes": plan.adapter_nbytes,

@@ -42,6 +42,7 @@ def print_result(outcome: MergeResult, *, as_json: bool) -> None:
             "layout": plan.layout,
             "requantize": plan.requantize,
             "nbytes": plan.nbytes,
+            "already_done": outcome.already_done,
             "retention": outcome.retention,
             "lost": finite_or_none(outcome.lost),
             "notes": outcome.notes,
