@@ -46,8 +46,14 @@ ALONE = {
     "loftq in bfloat16": {"method": "loftq", "iterations": 2, "adapter_dtype": "bfloat16"},
     "loftq on integers": {"method": "loftq", "iterations": 2, "quant_type": "int4", "group_size": 32},
     "qalora": {"method": "qalora", "iterations": 2, "quant_type": "int3", "group_size": 32},
-    "qlora, searched ranges": {"method": "qlora", "quant_type": "int2", "group_size": 32, "scales": "search"},
-    "loftq, joint fit": {"method": "loftq", "fit": "joint", "iterations": 3},
+    "qlora, searched ranges": {
+        "method": "qlora",
+        "quant_type": "int2",
+        "group_size": 32,
+        "scales": "search",
+        "include": ("q_proj", "down_proj"),  # a search is slow where kernels are interpreted
+    },
+    "loftq, joint fit": {"method": "loftq", "fit": "joint", "iterations": 3, "include": ("q_proj", "down_proj")},
     "loftq, joint fit of integers": {
         "method": "loftq",
         "quant_type": "int3",

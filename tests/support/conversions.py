@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
-from contextlib import chdir
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,16 @@ def loftq(*arguments: object, cwd: Path | None = None, **environment: str) -> su
         text=True,
         timeout=300,
     )
+
+
+def loftq_here(*arguments: str, cwd: Path) -> tuple[int, str]:
+    """Run the command line in this process, where other tests have loaded the libraries: (status, stdout + stderr)."""
+    from loftq_cli.cli.main import _run
+
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(cwd), redirect_stdout(out), redirect_stderr(err):
+        status = _run(list(arguments))
+    return status, out.getvalue() + err.getvalue()
 
 
 def files_of(directory: Path) -> dict[str, bytes]:

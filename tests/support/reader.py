@@ -14,7 +14,7 @@ from contextlib import chdir, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from support.conversions import loftq
+from support.conversions import loftq, loftq_here
 from support.pages import ROOT, Page
 
 # What a shell block has before a command of the tool.
@@ -118,15 +118,21 @@ class Reader:
         inputs = [top for top in (argument.split("/")[0] for argument in arguments) if top in self.keys and top != name]
         key = (command, *(self.keys[top] for top in inputs))
         if key not in self.shelf.outcomes:
-            run = loftq(*arguments, cwd=self.directory, **self.environment)
-            assert "Traceback" not in run.stderr, f"$ {command}\n{run.stderr}"
-            self.shelf.add(key, run.stdout + run.stderr, self.directory / (name or "nothing"))
+            self.shelf.add(key, self._printed(arguments), self.directory / (name or "nothing"))
         elif name is not None and self.shelf.outcomes[key].directory is not None:
             shutil.rmtree(self.directory / name, ignore_errors=True)
             shutil.copytree(self.shelf.outcomes[key].directory, self.directory / name)
         if name is not None and self.shelf.outcomes[key].directory is not None:
             self.keys[name] = key
         return self.shelf.outcomes[key].printed
+
+    def _printed(self, arguments: list[str]) -> str:
+        """Run a command, in a process of its own where an environment is given, and return the printed text."""
+        if not self.environment:
+            return loftq_here(*arguments, cwd=self.directory)[1]
+        run = loftq(*arguments, cwd=self.directory, **self.environment)
+        assert "Traceback" not in run.stderr, f"$ {arguments}\n{run.stderr}"
+        return run.stdout + run.stderr
 
 
 def output_name(arguments: list[str]) -> str | None:
