@@ -29,6 +29,7 @@ from loftq_cli.errors import (
     is_memory_shortage,
     memory_shortage,
 )
+from loftq_cli.runtime.allocator import keep_freed_buffers
 from loftq_cli.runtime.version import VERSION
 
 # Typer contains a copy of click, and exports a subclass of the copy's error class.
@@ -73,6 +74,7 @@ def main() -> None:
 
     SIGINT and SIGTERM interrupt the command in order; a second signal ends the process at once.
     """
+    keep_freed_buffers()
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:  # shells start background jobs with signals ignored
             signal.signal(number, _interrupt)

@@ -17,6 +17,8 @@ PROGRAM = """
 import sys, torch
 from loftq_cli.cli.render.console import peak_nbytes
 from loftq_cli.cli.main import _run
+from loftq_cli.runtime.allocator import keep_freed_buffers
+keep_freed_buffers()
 torch.zeros(1) + 1
 before = peak_nbytes()
 assert _run(sys.argv[1:]) == 0
