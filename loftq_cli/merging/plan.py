@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -198,13 +199,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         raise UsageError(message, hint=f"--scale-dtype {options.dtype}")
     planner = MergePlanner(base, adapter, options, form, dtype)
     jobs = tuple(planner.plan_jobs())
-    unfit = next((job for job in jobs if job.note), None)
-    if unfit is not None and not any(job.matrix for job in jobs):
-        message = f"no weight to quantize: {unfit.note}"
-        raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
-    quantized = [job.name for job in jobs if job.matrix is not None]
-    remedy = DENSE_HINT if options.requantize is None else "leave out --requantize"
-    check_names(load_layout(form.layout), quantized, [job.name for job in jobs], remedy=remedy)
+    _check_names(base, options, form, jobs)
     merge = Merge(
         base=base,
         adapter=adapter,
@@ -223,6 +218,17 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
     notes = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
     return replace(merge, notes=(*merge.notes, *notes))
+
+
+def _check_names(base: BaseModel, options: MergeOptions, form: MergeForm, jobs: Sequence[MergeJob]) -> None:
+    """Raises UsageError when no weight fits a quantized result, and for names that the container cannot hold."""
+    unfit = next((job for job in jobs if job.note), None)
+    if unfit is not None and not any(job.matrix for job in jobs):
+        message = f"no weight to quantize: {unfit.note}"
+        raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
+    quantized = [job.name for job in jobs if job.matrix is not None]
+    remedy = DENSE_HINT if options.requantize is None else "leave out --requantize"
+    check_names(load_layout(form.layout), quantized, [job.name for job in jobs], remedy=remedy)
 
 
 def _notes(base: BaseModel, adapter: AdapterSource, growth: Growth | None) -> tuple[str, ...]:
