@@ -3,6 +3,8 @@
 config.py   tensor names and adapter_config.json
 targets.py  the modules that a config adapts
 spelling.py  wrappers and names of adapters in the names of tensors
+fused.py    matrices that hold the rows of several modules
+naming.py   names of a base as an adapter spells the names
 sorting.py  the role of every tensor of an adapter file
 source.py   the one reader of adapter directories
 extras.py   trained weights in further files of the directory

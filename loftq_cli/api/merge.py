@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from loftq_cli.api.arguments import AnyPath, AnySize, api_call, is_done, path_of, path_text, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, MergeResult
+from loftq_cli.merging.adapters.weighted import parse_adapter
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import Merge, prepare_merge
 from loftq_cli.merging.report import MergeOutcome, largest_difference, total_lost, total_retention
@@ -19,6 +23,7 @@ def merge(
     adapter: AnyPath,
     output: AnyPath,
     *,
+    adapters: Sequence[AnyPath] | None = None,
     dtype: str | None = None,
     layout: str | None = None,
     requantize: str | None = None,
@@ -45,8 +50,9 @@ def merge(
 
     Args:
         base: a converted directory, a full-precision checkpoint, or "builtin:NAME".
-        adapter: a PEFT LoRA directory made or trained on `base`.
+        adapter: a PEFT LoRA directory made or trained on `base`; "DIR:0.5" multiplies what the adapter adds by 0.5.
         output: the directory to write.
+        adapters: further adapters, with weights or without; what the adapters add to the base adds up.
         dtype: dtype of the merged weights; None is the model's dtype.
         layout: container of the merged weights; None is a container with float offsets for QA-LoRA, else
             "dense".
@@ -99,7 +105,8 @@ def merge(
         remote_code=remote_code,
         tokenizer=tokenizer,
     )
-    prepared = prepare_merge(resolve_model(path_text(base)), path_of(adapter), path_of(output), options)
+    given = _adapters(adapter, *adapters or ())
+    prepared = prepare_merge(resolve_model(path_text(base)), given, path_of(output), options)
     done = is_done(lambda: is_merge_done(prepared, overwrite=overwrite), dry_run=dry_run, note=observer.note)
     plan = _plan(prepared, already_done=done)
     if dry_run:
@@ -111,6 +118,11 @@ def merge(
     return _result(plan, outcome)
 
 
+def _adapters(*adapters: AnyPath) -> list[tuple[Path, float]]:
+    """Paths and weights; only a text has a weight other than 1."""
+    return [parse_adapter(path_text(one)) if isinstance(one, str) else (path_of(one), 1.0) for one in adapters]
+
+
 def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
     form_of_weights = merge.form.layout if merge.form.keeps_codes else merge.dtype
     return MergePlan(
@@ -120,7 +132,7 @@ def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
         requantize=merge.options.requantize,
         form=merge.options.requantize or form_of_weights,
         tensors=tuple(tensor for job in merge.jobs for tensor in job.outputs),
-        layers=len(merge.adapter.lora),
+        layers=sum(bool(job.lora) for job in merge.jobs),
         nbytes=merge.nbytes,
         notes=(*merge.provenance.notes, *merge.notes),
         code_files=tuple(merge.code_files),

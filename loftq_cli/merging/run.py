@@ -182,7 +182,7 @@ class MergeWork:
     def check_inputs_unchanged(self) -> None:
         """Raises StorageError when a weight file of base or adapter changed after planning."""
         self._merge.base.checkpoint.check_unchanged()
-        self._merge.adapter.weights.check_unchanged()
+        self._merge.weights.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
         """True after a StorageError: a second run can continue. A refused merge would be refused again."""

@@ -13,6 +13,7 @@ from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import choose_targets, module_of
+from loftq_cli.model.task_heads import TaskHead, head_of_task
 from loftq_cli.planning.jobs import CopyJob, LayerJob, QuantizableMatrix, pack_shards
 from loftq_cli.planning.matrices import MatrixPlanner, model_dtype
 from loftq_cli.planning.plan import Plan
@@ -41,7 +42,8 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     >>> len(plan.layers), [shard.file for shard in plan.shards]
     (28, ['model.safetensors'])
     """
-    family = Family(config, config_file_beside(tensors.values()))
+    head = _choose_head(config, recipe)
+    family = Family(config if head is None else head.change(config), config_file_beside(tensors.values()))
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
@@ -55,9 +57,47 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     check_names(planner.layout, [job.name for job in jobs if isinstance(job, LayerJob)], [job.name for job in jobs])
     notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
-    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
+    sources = {} if head is None else _head_sources(tensors, family, head)
+    notes += [] if head is None else _note_head(head, sources)
+    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes), head, sources)
     plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
+
+
+def _choose_head(config: Mapping[str, Any], recipe: Recipe) -> TaskHead | None:
+    """The head of the recipe's task; None without a task.
+
+    Raises UsageError for labels without a task, and for a base on which PEFT does not train: `loftq_cli.nn` trains
+    factors and no head.
+    """
+    if recipe.task is None:
+        if recipe.num_labels is not None:
+            raise UsageError("--num-labels is for --task SEQ_CLS and TOKEN_CLS", hint="leave --num-labels out")
+        return None
+    head, row, pooling = head_of_task(config, recipe.task, recipe.num_labels), LAYOUTS[recipe.layout], recipe.pooling
+    if not head.tensors or (
+        row.in_transformers and (pooling is None or (row.peft_pools and pooling.convention == "peft"))
+    ):
+        return head
+    kind = f"--layout {recipe.layout}" if pooling is None else f"pooled inputs on --layout {recipe.layout}"
+    message = f"--task {recipe.task} needs PEFT, which trains the head, and PEFT does not train on {kind}"
+    raise UsageError(message, hint=f"--method loftq --quant-type nf4, or {DENSE_HINT}")
+
+
+def _head_sources(tensors: Mapping[str, TensorRef], family: Family, head: TaskHead) -> dict[str, str]:
+    """Tensor of the head -> the original's tensor of the same name in the loaded model, and of the same shape."""
+    modules = [module_of(name) for name in tensors]
+    loaded = {family.loaded_name(name, modules): name for name in tensors}
+    places = {name: loaded.get(name) for name in head.tensors}
+    return {name: place for name, place in places.items() if place and tensors[place].shape == head.tensors[name]}
+
+
+def _note_head(head: TaskHead, sources: Mapping[str, str]) -> list[str]:
+    if not head.tensors:
+        return []
+    labels = "" if head.labels is None else f", {head.labels} label{'s' if head.labels != 1 else ''}"
+    kind = "the model's own" if sources else "new"
+    return [f"task {head.task}: {', '.join(head.modules)} trains in full in the adapter ({kind}{labels})"]
 
 
 def _place_of(tensors: Mapping[str, TensorRef]) -> Path | None:
