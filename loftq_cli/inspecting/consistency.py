@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.adapter.base_record import record_in
 from loftq_cli.adapter.beside import adapter_folders
 from loftq_cli.adapter.config import CONFIG_NAME, WEIGHTS_NAME, is_adapter_directory
 from loftq_cli.adapter.source import AdapterSource, open_adapter
@@ -107,21 +108,28 @@ def is_behind_link(directory: Path, name: str) -> bool:
 
 
 def recorded_fingerprints(findings: Findings, opened: OpenedDirectory) -> Iterator[tuple[str, str]]:
-    """Yield (file name, base_fingerprint) for the report and for each provenance file.
+    """Yield (file name, base_fingerprint) for the report, and for the provenance file and the config of each adapter.
 
-    A provenance file without a base_fingerprint is a problem.
+    A damaged record is a problem.
     """
     if opened.report is not None:
         yield REPORT_NAME, str(opened.report[0]["base_fingerprint"])
     for adapter in opened.adapters:
         name = _inside(adapter, PROVENANCE_NAME)
-        if not (findings.directory / name).is_file():
-            continue
-        values = findings.attempt(read_json_object, findings.directory / name)
-        if values is not None and not isinstance(values.get("base_fingerprint"), str):
-            findings.add_problem("is not a provenance file of this tool", name)
-        elif values is not None:
-            yield name, values["base_fingerprint"]
+        if (findings.directory / name).is_file():
+            values = findings.attempt(read_json_object, findings.directory / name)
+            if values is not None and not isinstance(values.get("base_fingerprint"), str):
+                findings.add_problem("is not a provenance file of this tool", name)
+            elif values is not None:
+                yield name, values["base_fingerprint"]
+        name = _inside(adapter, CONFIG_NAME)
+        record = findings.attempt(_record_in_file, findings.directory / name)
+        if record is not None:
+            yield name, record["base_fingerprint"]
+
+
+def _record_in_file(file: Path) -> dict[str, Any] | None:
+    return record_in(read_json_object(file), file)
 
 
 def _open_base(findings: Findings) -> BaseModel | None:
