@@ -25,7 +25,7 @@ class FamilyRow:
     prefix          attribute of a head class that holds the model without the head; None for no attribute
     transposed      last parts of the names of linears stored [in, out]
     full_precision  endings of names of modules that transformers keeps in float32
-    no_adapter      last parts of the names of linears without a PEFT adapter
+    no_adapter      endings, of complete parts, of the names of linears without a PEFT adapter
     loads_in_4_bit  whether transformers loads linears from 4-bit tensors
     renamings       (expression, replacement) pairs that a head class applies to module names, in order
     refused_by      keys of LAYOUTS: containers whose loaders do not read the family

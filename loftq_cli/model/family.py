@@ -84,7 +84,7 @@ class Family:
 
     def takes_adapter(self, module: str) -> bool:
         """Whether PEFT can put an adapter on `module` alone."""
-        return module.rpartition(".")[2] not in self.row.no_adapter
+        return not f".{module}".endswith(tuple(f".{end}" for end in self.row.no_adapter))
 
     def loads_in_4_bit(self) -> bool:
         """Whether transformers loads linears of the family from 4-bit tensors."""
