@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,14 @@ class OpenedDirectory:
     weights    name of each readable weight file -> the open file
     report     content of loftq_report.json, and the layers of the report; None without a report
     adapters   the folders of the adapters
+    sources    folder -> the opened adapter, for each readable adapter
     """
 
     base: BaseModel | None
     weights: Mapping[str, WeightsFile]
     report: tuple[dict[str, Any], list[LayerResult]] | None
     adapters: tuple[str, ...]
+    sources: Mapping[str, AdapterSource] = field(default_factory=dict)
 
     def files(self) -> set[str]:
         """Names of the files behind model and adapters: weights, index and configs, but no small records."""
@@ -85,11 +87,12 @@ def open_directory(findings: Findings, listed_files: Mapping[str, str]) -> Opene
     base = None if is_adapter else _open_base(findings)
     adapters = (_HERE,) if is_adapter else tuple(_adapter_names(directory, listed_files, report))
     weights = _open_weights(findings, base, adapters, listed_files)
-    opened = OpenedDirectory(base, weights, report, adapters)
-    sources = {name: _open_adapter(findings, name, is_ours=bool(listed_files) or not is_adapter) for name in adapters}
+    found = {name: _open_adapter(findings, name, is_ours=bool(listed_files) or not is_adapter) for name in adapters}
+    sources = {name: source for name, source in found.items() if source is not None}
+    opened = OpenedDirectory(base, weights, report, adapters, sources)
     if base is not None and report is not None:
         _check_layers(findings, base, report[1])
-        _check_adapter_of_report(findings, base, report, sources, listed_files)
+        _check_adapter_of_report(findings, base, report, found, listed_files)
     _check_recipe(findings, report)
     _check_merge_report(findings, base)
     return opened

@@ -28,6 +28,7 @@ _KEPT = {
     "converted at load": "split or merged at load",
     "expert": "experts",
     "no adapter": "no adapter of PEFT",
+    "shared": "shared by modules",
     "kept in float32": "float32",
 }
 

@@ -347,6 +347,7 @@ SIZES: dict[str, dict[str, Any]] = {
         },
         "vision_config": {
             **_VISION,
+            "intermediate_size": 256,
             "model_type": "llama4_vision_model",
             "vision_output_dim": 64,
             "projector_input_dim": 64,
