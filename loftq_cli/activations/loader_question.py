@@ -21,6 +21,7 @@ from loftq_cli.activations.transformers_models import (
     report_failures,
     silence,
 )
+from loftq_cli.checkpoint.record_schema import read_record
 from loftq_cli.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -93,13 +94,7 @@ def ask_loader(directory: Path, names: Iterable[str]) -> LoaderAnswer:
 def _ask(directory: Path, config: bytes, names: tuple[str, ...]) -> LoaderAnswer:
     check_installed()  # imports the libraries here, once, and not in each child
     values = run_in_child(lambda: asdict(_answer(directory, names)), _SECONDS, directory, _LOADER)
-    matrices = {name: (rows, columns) for name, (rows, columns) in values.pop("matrices").items()}
-    places = values.pop("places")
-    return LoaderAnswer(
-        matrices=matrices,
-        places=places,
-        **{key: value if isinstance(value, str) else tuple(value) for key, value in values.items()},
-    )
+    return read_record(LoaderAnswer, values)
 
 
 def _answer(directory: Path, names: tuple[str, ...]) -> LoaderAnswer:

@@ -69,7 +69,6 @@ _SPECIAL: dict[str, Any] = {
     "PaliGemmaForConditionalGeneration": lambda: _with_image(16),
     "Mistral3ForConditionalGeneration": lambda: _with_image(4, image_sizes=torch.tensor([[32, 32]])),
     "InternVLForConditionalGeneration": lambda: _with_image(4),
-    "Llama4ForConditionalGeneration": lambda: _with_image(4),
     "Idefics3ForConditionalGeneration": lambda: _with_image(4, pixel_values=_random(1, 1, 3, 32, 32)),
     "Qwen2_5_VLForConditionalGeneration": lambda: _with_image(4, **_patches(16, 3 * 2 * 8 * 8)),
     "Qwen3VLForConditionalGeneration": lambda: _with_image(4, **_patches(16, 3 * 2 * 8 * 8)),

@@ -337,25 +337,6 @@ SIZES: dict[str, dict[str, Any]] = {
         "image_token_id": 150,
         "scale_factor": 2,
     },
-    "Llama4ForConditionalGeneration": {
-        "text_config": {
-            **_TEXT,
-            **_EXPERTS,
-            "model_type": "llama4_text",
-            "intermediate_size_mlp": 128,
-            "interleave_moe_layer_step": 2,
-        },
-        "vision_config": {
-            **_VISION,
-            "intermediate_size": 256,
-            "model_type": "llama4_vision_model",
-            "vision_output_dim": 64,
-            "projector_input_dim": 64,
-            "projector_output_dim": 64,
-            "pixel_shuffle_ratio": 0.5,
-        },
-        "image_token_index": 150,
-    },
     "Wav2Vec2ForCTC": {
         "vocab_size": 32,
         "hidden_size": 64,
