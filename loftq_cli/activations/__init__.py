@@ -3,6 +3,8 @@
 weight_statistics.py    statistics of the inputs of layers, from the weights alone
 text_windows.py         text files as windows of tokens
 transformers_models.py  models and tokenizers as transformers loads them
+child_process.py        a function about a stranger's files in a process with a time limit
+loader_question.py      what transformers would make of a directory's tensors
 paused_forward.py       a forward that waits before each block
 foreign_tokenizer.py    a stranger's tokenizer in a process with a time limit
 streamed_model.py       a model with one block in memory

@@ -5,27 +5,22 @@ the library in Rust below a tokenizer may panic. The child sends token ids; a ho
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import resource
-import select
-import signal
-import time
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from loftq_cli import errors
 from loftq_cli.activations import transformers_models
+from loftq_cli.activations.child_process import Subject, run_in_child
 from loftq_cli.activations.text_windows import TextFile, TokenizerFacts, Windows, cut_ids
-from loftq_cli.errors import InputError, LoftqError, StorageError, is_memory_shortage, printable
 
 _SECONDS = 120.0  # to load a tokenizer: the largest take seconds
 _NBYTES_PER_SECOND = 50_000  # of text beside; a tokenizer in Python has twice the speed, in Rust twenty times
-_READ_NBYTES = 1 << 20
-_MAX_DESCRIPTOR = 1 << 20  # Linux has no more by default (fs.nr_open)
+_TOKENIZER = Subject(
+    "its tokenizer",
+    "fails on this text",
+    "give less text, or the tokenizer files of another source",
+    "copy the model's tokenizer files into it again",
+)
 
 
 def cut_windows(
@@ -59,7 +54,7 @@ def cut_windows(
         )
 
     seconds = _SECONDS + sum(text.nbytes for text in texts) / _NBYTES_PER_SECOND
-    by_length = _run_in_child(cut, seconds, directory)
+    by_length = run_in_child(cut, seconds, directory, _TOKENIZER)
     return Windows.of({int(length): windows for length, windows in by_length.items()})
 
 
@@ -79,94 +74,6 @@ def read_facts(directory: Path, config: Any) -> TokenizerFacts:
         tokenizer = transformers_models.load_tokenizer(directory)
         return dataclasses.asdict(TokenizerFacts.of(tokenizer, transformers_models.longest_input(config, tokenizer)))
 
-    facts = _run_in_child(find, _SECONDS, directory)
+    facts = run_in_child(find, _SECONDS, directory, _TOKENIZER)
     lists = {key: tuple(facts[key]) for key in ("before", "after", "special")}
     return TokenizerFacts(**{**facts, **lists})
-
-
-def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) -> Any:
-    """The JSON value of `function()`, called in a child process. `directory` holds the tokenizer, for errors."""
-    reading, writing = os.pipe()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of threads beside a fork: the child needs none of them
-            child = os.fork()
-    except OSError as error:
-        os.close(reading)
-        os.close(writing)
-        raise StorageError(f"no process for its tokenizer can start: {error.strerror}", file=directory) from None
-    if not child:
-        os.close(reading)
-        _answer(function, writing, seconds)
-    os.close(writing)
-    try:
-        answer = _read_answer(reading, time.monotonic() + seconds)
-    finally:
-        os.close(reading)
-        with suppress(ProcessLookupError, ChildProcessError):  # of a caller who ignores SIGCHLD
-            os.kill(child, signal.SIGKILL)  # no effect on a child that has ended
-            os.waitpid(child, 0)
-    if answer is None:
-        hint = "give less text, or the tokenizer files of another source"
-        raise InputError(f"its tokenizer takes more than {seconds:.0f} seconds", file=directory, hint=hint)
-    return _value_of(answer, directory)
-
-
-def _answer(function: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
-    """Call `function` in the child, write the value or the error as JSON, and end the child."""
-    try:
-        _confine(seconds, writing)
-        answer = {"value": function()}
-    except LoftqError as error:
-        place = {"file": error.file, "tensor": error.tensor, "hint": error.hint}
-        answer = {"error": type(error).__name__, "message": error.message, **place}
-    except BaseException as error:  # a panic of Rust is no Exception
-        answer = {"shortage": True} if is_memory_shortage(error) else {"failure": transformers_models.reason_of(error)}
-    try:
-        data = memoryview(json.dumps(answer).encode())
-        while data:
-            data = data[os.write(writing, data) :]
-    finally:
-        os._exit(0)  # nothing of the parent is flushed or closed
-
-
-def _confine(seconds: float, writing: int) -> None:
-    """Signals end the child, prints of libraries go nowhere, files and locks of the parent are closed, and the child
-    ends even when the parent is killed. `writing` stays open.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for descriptor in (0, 1, 2):
-        os.dup2(nowhere, descriptor)
-    os.closerange(3, writing)
-    os.closerange(writing + 1, _MAX_DESCRIPTOR)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = int(seconds) * (os.cpu_count() or 1) + 1  # of processor time, over all threads of a tokenizer
-    bound = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    most = most if bound == resource.RLIM_INFINITY else min(most, bound)
-    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
-
-
-def _read_answer(reading: int, deadline: float) -> bytes | None:
-    """Read up to the end of the child; None at the deadline."""
-    parts: list[bytes] = []
-    while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
-        part = os.read(reading, _READ_NBYTES)
-        if not part:
-            return b"".join(parts)
-        parts.append(part)
-    return None
-
-
-def _value_of(answer: bytes, directory: Path) -> Any:
-    values = json.loads(answer) if answer else {"failure": "its process ended"}
-    if "value" in values:
-        return values["value"]
-    if "shortage" in values:
-        raise MemoryError
-    if "error" in values:
-        place = {key: values[key] for key in ("file", "tensor", "hint")}
-        kind: type[LoftqError] = getattr(errors, values["error"])
-        raise kind(values["message"], **place)
-    message = f"its tokenizer fails on this text: {printable(values['failure'], 300)}"
-    raise InputError(message, file=directory, hint="copy the model's tokenizer files into it again")

@@ -1,5 +1,5 @@
 """Model classes and tokenizers of transformers, and the names and forms of a checkpoint's weights in a loaded model. No
-other module imports transformers. Every import waits for a call, and nothing uses the network.
+other module but loader_question imports transformers. Every import waits for a call, and nothing uses the network.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def build_empty_model(directory: Path, config: Any) -> Any:
     """
     from accelerate import init_empty_weights
 
-    kind = _model_class(directory, config)
+    kind = model_class(directory, config)
     config.use_cache = False
     with report_failures(directory / "config.json", "transformers cannot build the model"):
         with _BUILDING, init_empty_weights(include_buffers=False):
@@ -336,8 +336,16 @@ def _loaded_weight(
     return LoadedWeight(names, (first, *targets), patterns, converter)
 
 
-def _model_class(directory: Path, config: Any) -> Any:
-    """The class in the config: a model of transformers for configs of this kind, and nothing else of transformers."""
+def model_class(directory: Path, config: Any) -> Any:
+    """The class in the config: a model of transformers for configs of this kind, and nothing else of transformers.
+
+    Raises InputError for a config without a class, and with any other class.
+
+    >>> from loftq_cli.model.builtin import resolve_model
+    >>> folder = resolve_model("builtin:tiny-llama")
+    >>> model_class(folder, load_config(folder)).__name__
+    'LlamaForCausalLM'
+    """
     import transformers
 
     names, file = config.architectures or [], directory / "config.json"

@@ -1,6 +1,7 @@
 """A PEFT adapter directory, written and read.
 
 config.py   tensor names and adapter_config.json
+base_record.py  the base of an adapter, at a place that PEFT keeps
 targets.py  the modules that a config adapts
 spelling.py  wrappers and names of adapters in the names of tensors
 fused.py    matrices that hold the rows of several modules

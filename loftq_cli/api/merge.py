@@ -134,7 +134,7 @@ def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
         tensors=tuple(tensor for job in merge.jobs for tensor in job.outputs),
         layers=sum(bool(job.lora) for job in merge.jobs),
         nbytes=merge.nbytes,
-        notes=(*merge.provenance.notes, *merge.notes),
+        notes=(*merge.provenance.warnings, *merge.provenance.notes, *merge.notes),
         code_files=tuple(merge.code_files),
         already_done=already_done,
     )

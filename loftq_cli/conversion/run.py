@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.adapter.base_record import with_record
 from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.conversion.head_tensors import write_head
 from loftq_cli.conversion.jobs import JobRunner
@@ -318,7 +319,9 @@ def _make_texts(
         allocation=None if conversion.allocation is None else conversion.allocation.to_json(),
     )
     texts = {
-        f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(plan.adapter_config(conversion.base_model)),
+        f"{plan.adapter_dir}/{adapter_config.CONFIG_NAME}": dump_json(
+            with_record(plan.adapter_config(conversion.base_model), provenance)
+        ),
         f"{plan.adapter_dir}/{PROVENANCE_NAME}": dump_json(provenance),
         f"{plan.adapter_dir}/README.md": render_adapter_card(plan, layers),
         "README.md": render_model_card(plan, layers, source=source) + code_paragraph(conversion.code_files),

@@ -9,10 +9,11 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.adapter.base_record import record_in
 from loftq_cli.adapter.beside import adapter_folders
 from loftq_cli.adapter.config import CONFIG_NAME, WEIGHTS_NAME, is_adapter_directory
 from loftq_cli.adapter.source import AdapterSource, open_adapter
@@ -39,12 +40,14 @@ class OpenedDirectory:
     weights    name of each readable weight file -> the open file
     report     content of loftq_report.json, and the layers of the report; None without a report
     adapters   the folders of the adapters
+    sources    folder -> the opened adapter, for each readable adapter
     """
 
     base: BaseModel | None
     weights: Mapping[str, WeightsFile]
     report: tuple[dict[str, Any], list[LayerResult]] | None
     adapters: tuple[str, ...]
+    sources: Mapping[str, AdapterSource] = field(default_factory=dict)
 
     def files(self) -> set[str]:
         """Names of the files behind model and adapters: weights, index and configs, but no small records."""
@@ -84,11 +87,12 @@ def open_directory(findings: Findings, listed_files: Mapping[str, str]) -> Opene
     base = None if is_adapter else _open_base(findings)
     adapters = (_HERE,) if is_adapter else tuple(_adapter_names(directory, listed_files, report))
     weights = _open_weights(findings, base, adapters, listed_files)
-    opened = OpenedDirectory(base, weights, report, adapters)
-    sources = {name: _open_adapter(findings, name, is_ours=bool(listed_files) or not is_adapter) for name in adapters}
+    found = {name: _open_adapter(findings, name, is_ours=bool(listed_files) or not is_adapter) for name in adapters}
+    sources = {name: source for name, source in found.items() if source is not None}
+    opened = OpenedDirectory(base, weights, report, adapters, sources)
     if base is not None and report is not None:
         _check_layers(findings, base, report[1])
-        _check_adapter_of_report(findings, base, report, sources, listed_files)
+        _check_adapter_of_report(findings, base, report, found, listed_files)
     _check_recipe(findings, report)
     _check_merge_report(findings, base)
     return opened
@@ -107,21 +111,28 @@ def is_behind_link(directory: Path, name: str) -> bool:
 
 
 def recorded_fingerprints(findings: Findings, opened: OpenedDirectory) -> Iterator[tuple[str, str]]:
-    """Yield (file name, base_fingerprint) for the report and for each provenance file.
+    """Yield (file name, base_fingerprint) for the report, and for the provenance file and the config of each adapter.
 
-    A provenance file without a base_fingerprint is a problem.
+    A damaged record is a problem.
     """
     if opened.report is not None:
         yield REPORT_NAME, str(opened.report[0]["base_fingerprint"])
     for adapter in opened.adapters:
         name = _inside(adapter, PROVENANCE_NAME)
-        if not (findings.directory / name).is_file():
-            continue
-        values = findings.attempt(read_json_object, findings.directory / name)
-        if values is not None and not isinstance(values.get("base_fingerprint"), str):
-            findings.add_problem("is not a provenance file of this tool", name)
-        elif values is not None:
-            yield name, values["base_fingerprint"]
+        if (findings.directory / name).is_file():
+            values = findings.attempt(read_json_object, findings.directory / name)
+            if values is not None and not isinstance(values.get("base_fingerprint"), str):
+                findings.add_problem("is not a provenance file of this tool", name)
+            elif values is not None:
+                yield name, values["base_fingerprint"]
+        name = _inside(adapter, CONFIG_NAME)
+        record = findings.attempt(_record_in_file, findings.directory / name)
+        if record is not None:
+            yield name, record["base_fingerprint"]
+
+
+def _record_in_file(file: Path) -> dict[str, Any] | None:
+    return record_in(read_json_object(file), file)
 
 
 def _open_base(findings: Findings) -> BaseModel | None:

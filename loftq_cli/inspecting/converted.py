@@ -16,6 +16,7 @@ from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.conversion.report import LayerResult, ModelErrors, read_report, total_plain_error
 from loftq_cli.errors import InputError, MismatchError, NumericError, UsageError
 from loftq_cli.inspecting.devices import load_weight, open_inspection_device, small_numel
+from loftq_cli.merging.provenance import check_provenance
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.quant.formats import QuantSpec, make_quantizer
@@ -95,8 +96,9 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     threads   number of threads to compute with
     device    see `open_device`; the processor compares a layer too large for the GPU
 
-    Raises UsageError for an absent GPU; MismatchError when `against` lacks a layer, or holds a layer quantized
-    or in a different shape; InputError when `base` lacks a layer of the report, or a weight holds NaN.
+    Raises UsageError for an absent GPU; MismatchError when `against` lacks a layer, or holds a layer quantized or in a
+    different shape, and for a fitted adapter of another base; InputError when `base` lacks a layer of the report, or a
+    weight holds NaN.
 
     >>> from loftq_cli.model.builtin import resolve_model
     >>> inspect_converted(BaseModel.open(resolve_model("builtin:tiny-llama")), None).rows
@@ -108,6 +110,8 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
         if name not in base.tensors:
             raise InputError(f"is in {REPORT_NAME} and not in the files", file=base.path, tensor=name)
     adapter = open_adapter_beside(base, report[0]["adapter_dir"] if report else None)
+    if adapter is not None:
+        check_provenance(base, adapter.path, adapter.config, force=False)
     lora = {} if adapter is None else adapter.lora_in(base)
     names = [name for name in base.tensors if name in base.quantized or name in reported]
     rows = [_layer_row(base, name, reported.get(name), lora.get(name)) for name in names]

@@ -17,6 +17,7 @@ from loftq_cli.checkpoint.watched_file import HIDDEN_INSIDE
 from loftq_cli.errors import InputError, LoftqError
 from loftq_cli.inspecting.consistency import OpenedDirectory, is_behind_link, open_directory, recorded_fingerprints
 from loftq_cli.inspecting.findings import Findings, Problem, Verification
+from loftq_cli.inspecting.loader_check import check_loader
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, fingerprint_of, read_checksums
 from loftq_cli.output.place import is_unfinished
@@ -54,6 +55,8 @@ def verify(path: Path, threads: int = 1, tell: Callable[[Problem], None] = lambd
             numbers.compare(sums, differing)
             _note_unlisted(findings, sums)
         _check_fingerprints(findings, opened, numbers.sha256)
+    if opened.base is not None and not any(findings.has_problem_with(name) for name in opened.files()):
+        check_loader(findings, opened.base, opened.sources)
     findings.files |= opened.files()
     return findings.summarize(has_checksums=sums is not None)
 

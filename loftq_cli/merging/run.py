@@ -16,7 +16,7 @@ from loftq_cli.merging.inputs import InputSums
 from loftq_cli.merging.jobs import EXACT, MergeJobRunner, is_for_gpu, is_recast
 from loftq_cli.merging.plan import Merge
 from loftq_cli.merging.planner import MergeJob
-from loftq_cli.merging.provenance import check_contents
+from loftq_cli.merging.provenance import Provenance, check_contents
 from loftq_cli.merging.report import (
     MergedLayer,
     MergeOutcome,
@@ -83,14 +83,16 @@ def merge_adapter(
     """
     gpu, device_note = _open_gpu(merge, device)
     sums = InputSums(merge)
-    contents = check_contents(merge.base, merge.provenance, sums.hash_base_tensor, force=merge.options.force)
+    provenance = check_contents(merge.base, merge.provenance, sums.hash_base_tensor, force=merge.options.force)
+    for warning in provenance.warnings:
+        observer.warning(warning)
     on_processor = [job for job in merge.jobs if gpu is None or not is_for_gpu(merge, job)]
     kernel_note = choose_kernels(sum(job.numel for job in on_processor if job.is_touched or job.matrix is not None))
-    notes = _notes(merge, contents)
+    notes = _notes(merge, provenance)
     for note in (*notes, kernel_note, device_note):
         if note is not None:
             observer.note(note)
-    work = MergeWork(merge, observer, sums, gpu, notes)
+    work = MergeWork(merge, observer, sums, gpu, (*provenance.warnings, *notes))
     run_staged(merge.result, work, overwrite=overwrite, restart=restart, threads=threads)
     return work.outcome
 
@@ -107,11 +109,11 @@ def _open_gpu(merge: Merge, device: str) -> tuple[SharedDevice | None, str | Non
     return shared, f"computing on {shared}"
 
 
-def _notes(merge: Merge, contents: str | None) -> tuple[str, ...]:
-    """Collect the remarks before the first job; `contents` is the remark of `check_contents`."""
+def _notes(merge: Merge, provenance: Provenance) -> tuple[str, ...]:
+    """Collect the remarks before the first job; `provenance` is from `check_contents`."""
     unused = [f"adapter tensor {name} is not needed: {reason}" for name, reason in merge.unused.items()]
     dense = [f"{job.name} is kept in full precision: {job.note}" for job in merge.jobs if job.note]
-    notes = [*merge.provenance.notes, *([contents] if contents else []), *merge.notes, *unused, *dense]
+    notes = [*provenance.notes, *merge.notes, *unused, *dense]
     pooling, convention = pooling_of(merge.adapter.config), merge.options.pooling
     if pooling is not None and convention not in (None, pooling.convention):
         notes.append(f"merged as pooled by {convention}, and the adapter's config says {pooling.convention}")

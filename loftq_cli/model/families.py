@@ -14,7 +14,7 @@ from loftq_cli.layouts.layout import LAYOUTS
 
 _TABLE = Path(__file__).with_name("families.toml")
 _TABLE_KEYS = {"fused_expert_projections", "renamings", "families"}
-_LISTS = ("transposed", "full_precision", "no_adapter", "refused_by")
+_LISTS = ("transposed", "full_precision", "no_adapter", "shared", "refused_by")
 _EXPERTS = ("fused",)  # PEFT moves adapters of experts to the parameters of a fused layout
 
 
@@ -25,7 +25,8 @@ class FamilyRow:
     prefix          attribute of a head class that holds the model without the head; None for no attribute
     transposed      last parts of the names of linears stored [in, out]
     full_precision  endings of names of modules that transformers keeps in float32
-    no_adapter      last parts of the names of linears without a PEFT adapter
+    no_adapter      endings, of complete parts, of the names of linears without a PEFT adapter
+    shared          parts of the names of linears whose weights several modules share
     loads_in_4_bit  whether transformers loads linears from 4-bit tensors
     renamings       (expression, replacement) pairs that a head class applies to module names, in order
     refused_by      keys of LAYOUTS: containers whose loaders do not read the family
@@ -35,6 +36,7 @@ class FamilyRow:
     transposed: tuple[str, ...] = ()
     full_precision: tuple[str, ...] = ()
     no_adapter: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
     loads_in_4_bit: bool = True
     renamings: tuple[tuple[str, str], ...] = ()
     refused_by: tuple[str, ...] = ()

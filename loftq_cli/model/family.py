@@ -32,6 +32,7 @@ _KEYS = {
     "is_encoder_decoder": _SWITCH,
     **dict.fromkeys(CONFIG_KEYS, _OBJECT),
 }
+_BLOCK, _MOST_BLOCKS = re.compile(r"\.\d+\."), 1000  # a thousand blocks is more than any model has
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
@@ -84,7 +85,11 @@ class Family:
 
     def takes_adapter(self, module: str) -> bool:
         """Whether PEFT can put an adapter on `module` alone."""
-        return module.rpartition(".")[2] not in self.row.no_adapter
+        return not f".{module}".endswith(tuple(f".{end}" for end in self.row.no_adapter))
+
+    def is_shared(self, module: str) -> bool:
+        """Whether several modules of the loaded model have the weight of `module`."""
+        return any(f".{part}." in f".{module}." for part in self.row.shared)
 
     def loads_in_4_bit(self) -> bool:
         """Whether transformers loads linears of the family from 4-bit tensors."""
@@ -118,12 +123,18 @@ class Family:
         return loader is not None and loader.is_converted(module)
 
     def loaded_parts(self, module: str, modules: Iterable[str]) -> tuple[str, ...]:
-        """The names of the modules in the loaded model that get the weight of `module`, more than one for a split.
+        """The names of the modules in the loaded model that get the weight of `module`: more than one for a split, and
+        those of every block for a shared module, because the config does not tell which blocks share.
 
         module, modules   as for `loaded_name`
         """
         loader = self.loader
-        return (self.lasting_name(module, modules),) if loader is None else loader.find(module)
+        parts = (self.lasting_name(module, modules),) if loader is None else loader.find(module)
+        count = self.config.get("num_hidden_layers")
+        if not self.is_shared(module) or type(count) is not int:
+            return parts
+        blocks = range(min(count, _MOST_BLOCKS))
+        return tuple(_BLOCK.sub(f".{block}.", part, count=1) for part in parts for block in blocks)
 
     def loaded_name(self, module: str, modules: Iterable[str]) -> str:
         """The name of a module in the loaded model, after loading with the class in the config. A converted weight has

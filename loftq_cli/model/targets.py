@@ -24,6 +24,7 @@ _NEVER = {
     "expert": "an expert, which loaders fuse into one parameter that no 4-bit container of theirs holds",
     "kept in float32": "a layer that transformers keeps in float32",
     "no adapter": "a layer of this family on which PEFT takes no adapter",
+    "shared": "a matrix that several modules share, and an adapter belongs to one of them",
     "converted at load": "a matrix that transformers splits or merges while loading, and packed codes cannot be",
 }
 
@@ -82,7 +83,7 @@ def kind_of(ref: TensorRef, family: Family) -> str:
     """A word for a tensor, by name, dtype and shape.
 
     The words: "linear", "head", "embedding", "router", "expert", "not a matrix", "not floating point",
-    "kept in float32", "no adapter" and "converted at load".
+    "kept in float32", "no adapter", "shared" and "converted at load".
 
     >>> from pathlib import Path
     >>> kind_of(TensorRef("lm_head.weight", "float32", (64, 64), Path("model.safetensors")), Family({}))
@@ -103,6 +104,8 @@ def kind_of(ref: TensorRef, family: Family) -> str:
         return "kept in float32"
     if not family.takes_adapter(module):
         return "no adapter"
+    if family.is_shared(module):
+        return "shared"
     if family.is_converted(module):
         return "converted at load"
     return "head" if _HEADS.search(module) else "linear"

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.adapter.base_record import read_base_record, with_record
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.errors import NumericError, UsageError
 from loftq_cli.nn.adapted_linear import AdaptedLinear, Origin
@@ -26,14 +27,12 @@ _COMPILED = re.compile(r"(?:^|(?<=\.))_orig_mod\.")  # torch.compile puts the wo
 def origin_of(adapter: Path, base: Path | None) -> Origin:
     """The config and the provenance of the directory `adapter`, an adapter of the directory `base`.
 
-    Raises InputError for a damaged JSON file, StorageError when reading fails.
+    Raises InputError for a damaged JSON file, MismatchError where two records name two bases, StorageError when reading
+    fails.
     """
-    provenance = adapter / PROVENANCE_NAME
-    return Origin(
-        None if base is None else base.resolve(),
-        read_json_object(adapter / adapter_config.CONFIG_NAME),
-        read_json_object(provenance) if provenance.is_file() else None,
-    )
+    config = read_json_object(adapter / adapter_config.CONFIG_NAME)
+    found = read_base_record(adapter, config)
+    return Origin(None if base is None else base.resolve(), config, None if found is None else found[0])
 
 
 def save_adapter(
@@ -96,10 +95,9 @@ def _texts(adapted: Sequence[adapter_config.AdaptedModule], origin: Origin | Non
         task_type=values.get("task_type"),
         fan_in_fan_out=values.get("fan_in_fan_out") is True,
     )
-    texts = {adapter_config.CONFIG_NAME: dump_json(config)}
-    if origin is not None and origin.provenance is not None:
-        texts[PROVENANCE_NAME] = dump_json(origin.provenance)
-    return texts
+    record = None if origin is None else origin.provenance
+    texts = {adapter_config.CONFIG_NAME: dump_json(with_record(config, record))}
+    return texts if record is None else {**texts, PROVENANCE_NAME: dump_json(record)}
 
 
 def _write(

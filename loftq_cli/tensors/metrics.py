@@ -224,6 +224,19 @@ def group_delta(lora: LoraPair) -> torch.Tensor:
     return (lora.lora_B.double() @ lora.lora_A.double()).mul_(lora.scaling)
 
 
+def squared_norm(lora: LoraPair) -> float:
+    """||s·B·A||² over all weights, from the factors alone: s² · tr(BᵀB · AAᵀ) in float64.
+
+    >>> import torch
+    >>> from loftq_cli.tensors.matrices import LoraPair
+    >>> squared_norm(LoraPair(torch.ones(1, 1), torch.ones(1, 1), scaling=0.5, group_size=2))
+    0.5
+    """
+    lora_A, lora_B = lora.lora_A.double(), lora.lora_B.double()
+    product = ((lora_B.T @ lora_B) * (lora_A @ lora_A.T)).sum()
+    return lora.scaling**2 * lora.group_size * float(product)
+
+
 def layer_error(weight: Rows, decoded: Rows, lora: LoraPair | None, workers: Workers = SERIAL) -> LayerError:
     """The error of `decoded` plus the adapter `lora` against `weight`, [out, in]. Peak memory: a few rows a thread.
 

@@ -97,9 +97,13 @@ def provenance(directory: Path) -> Session:
 
     def read(item: tuple[bytes, bytes, Any]) -> None:
         (base_directory / "loftq_report.json").write_bytes(item[0])
-        side_file = adapter / "loftq_provenance.json"
-        side_file.write_bytes(item[1]) if item[1] else side_file.unlink(missing_ok=True)
-        check_provenance(base, adapter, {"base_model_name_or_path": item[2]}, force=False)
+        side_file, config = adapter / "loftq_provenance.json", {"base_model_name_or_path": item[2]}
+        if len(item[1]) % 2:  # in the config instead
+            side_file.unlink(missing_ok=True)
+            config["megatron_core"] = item[1].decode(errors="replace")
+        else:
+            side_file.write_bytes(item[1]) if item[1] else side_file.unlink(missing_ok=True)
+        check_provenance(base, adapter, config, force=False)
 
     return Session(make, read)
 

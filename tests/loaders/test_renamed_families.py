@@ -15,29 +15,11 @@ from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.conversions import quick_recipe, run_conversion, run_merge
-from support.families import SIZES, build_family
+from support.families import as_on_the_hub, build_family
 
 from loftq_cli.conversion.prepare import prepare_conversion
 from loftq_cli.errors import UsageError
 from loftq_cli.planning.plan import Plan
-
-QUICK = [
-    "LlamaForCausalLM",
-    "NomicBertModel",
-    "GteModel",
-    "ViTForImageClassification",
-    "DeiTForImageClassification",
-    "Dinov2ForImageClassification",
-    "Dinov2Model",
-    "SwinForImageClassification",
-    "SegformerForImageClassification",
-    "LlavaForConditionalGeneration",
-    "Gemma3ForConditionalGeneration",
-    "MllamaForConditionalGeneration",
-]
-FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SIZES]
-# Stored matrices of two blocks that the loader splits: q, k and v of every block, and gate and up.
-SPLIT = {"NomicBertModel": 2, "GteModel": 4, "JinaEmbeddingsV3Model": 2, "Dinov2Model": 2}
 
 
 def load_from(name: str, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -61,26 +43,6 @@ def check_all_adapted(name: str, output: Path, adapter: Path) -> None:
     assert held.keys() == stored.keys()
     assert len(held) == 2 * len(layers)
     assert all(torch.equal(tensor.cpu(), stored[key].to(tensor.dtype)) for key, tensor in held.items())
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_adapter_arrives_in_the_loaded_model(name, tmp_path):
-    outcome = run_conversion(build_family(name, tmp_path / "model"), tmp_path / "base", rank=4, iterations=1)
-    check_all_adapted(name, tmp_path / "base", outcome.adapter)
-    kept = [
-        note for note in plan_of(tmp_path / "model").notes if "transformers splits or merges them while loading" in note
-    ]
-    assert [note.split()[0] for note in kept] == ([str(SPLIT[name])] if name in SPLIT else [])
-
-
-def as_on_the_hub(name: str, folder: Path) -> Path:
-    """The model, its vision tower in the wrapper that older checkpoints have."""
-    build_family(name, folder)
-    file, wrapper = folder / "model.safetensors", "vision_tower.vision_model."
-    tensors = {key.replace("vision_tower.", wrapper, wrapper not in key): t for key, t in load_file(file).items()}
-    assert any(wrapper in key for key in tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
-    return folder
 
 
 @pytest.mark.parametrize(

@@ -181,7 +181,7 @@ def test_force_merges_into_a_changed_base_and_says_so(converted, tmp_path, capsy
     status, said = merge(capsys, base, converted / "loftq_init", tmp_path / "out", "--force")
 
     assert status == 0
-    assert "note: base: its quantized weights are not those the adapter was made for, merged all the same" in said
+    assert "warning: base: its quantized weights are not those the adapter was made for, merged all the same" in said
     assert "recorded sha256" not in said
     report = json.loads((tmp_path / "out" / "loftq_merge_report.json").read_text())
     assert any("not those the adapter was made for" in note for note in report["notes"])
@@ -248,9 +248,9 @@ def test_a_method_that_this_version_does_not_know_is_refused_and_not_taken_for_o
 
 
 def test_a_report_of_an_unknown_method_does_not_make_its_adapter_fit_the_original(original, trained, tmp_path, capsys):
-    base, adapter = (copy_of(path, tmp_path / path.name) for path in trained)
+    base = copy_of(trained[0], tmp_path / "base")
+    adapter = without_record(trained[1], tmp_path / "adapter", base_model_name_or_path=str(base))
     edit_json(base / "loftq_report.json", recipe={"method": "of tomorrow"})
-    edit_json(adapter / "adapter_config.json", base_model_name_or_path=str(base))
 
     status, said = merge(capsys, original, adapter, tmp_path / "out")
 
@@ -297,7 +297,14 @@ def test_a_report_with_a_value_of_the_wrong_type_is_refused(case, converted, tmp
     assert _run(["inspect", str(base)]) == 2
 
 
-# An adapter that PEFT saved after training has no side file.
+# An adapter that PEFT saved after training has no side file, and the record in its config.
+
+
+def without_record(adapter: Path, directory: Path, **config: object) -> Path:
+    """A copy of the adapter as earlier versions left it after training: nothing in its config tells the base."""
+    copy_of(adapter, directory)
+    edit_json(directory / "adapter_config.json", megatron_core="megatron.core", **config)
+    return directory
 
 
 def test_a_trained_adapter_merges_into_its_base(trained, tmp_path, capsys):
@@ -308,21 +315,21 @@ def test_a_trained_adapter_merges_into_its_base(trained, tmp_path, capsys):
     status, said = merge(capsys, base, adapter, tmp_path / "out")
 
     assert status == 0
-    assert "note: the adapter names this base by its path" in said
+    assert "note: adapter_config.json in the adapter names this base" in said
     assert "note: the base's quantized weights have the recorded sha256" in said
     assert_merged(tmp_path / "out", base, adapter, 2.0)
 
 
-def test_a_trained_loftq_adapter_on_the_original_is_refused_by_the_report_of_its_base(
+def test_without_a_record_the_report_of_its_base_refuses_a_trained_adapter_on_the_original(
     original, trained, tmp_path, capsys
 ):
-    base, adapter = trained
+    base, adapter = trained[0], without_record(trained[1], tmp_path / "adapter")
 
     status, said = merge(capsys, original, adapter, tmp_path / "out")
 
     assert status == 4
     assert f"the adapter was trained on {base}, another base" in said
-    assert names_in(tmp_path) == []
+    assert names_in(tmp_path) == ["adapter"]
 
 
 def test_a_trained_loftq_adapter_on_the_original_merges_by_force(original, trained, tmp_path, capsys):
@@ -331,10 +338,16 @@ def test_a_trained_loftq_adapter_on_the_original_merges_by_force(original, train
     assert (status, "merged all the same (--force)" in said) == (0, True), said
 
 
-def test_a_trained_adapter_knows_a_copy_of_its_base(trained, tmp_path, capsys):
+def test_without_a_record_a_trained_adapter_knows_its_base_by_the_path(trained, tmp_path, capsys):
+    status, said = merge(capsys, trained[0], without_record(trained[1], tmp_path / "adapter"), tmp_path / "out")
+
+    assert (status, "note: the adapter names this base by its path" in said) == (0, True), said
+
+
+def test_without_a_record_a_trained_adapter_knows_a_copy_of_its_base(trained, tmp_path, capsys):
     base = copy_of(trained[0], tmp_path / "copy")
 
-    status, said = merge(capsys, base, trained[1], tmp_path / "out")
+    status, said = merge(capsys, base, without_record(trained[1], tmp_path / "adapter"), tmp_path / "out")
 
     assert (status, f"the adapter names {trained[0].name}, which is the same base" in said) == (0, True), said
 
@@ -350,26 +363,88 @@ def test_a_trained_adapter_whose_base_was_changed_since_is_refused(trained, tmp_
     assert (status, "not those the adapter was made for" in said) == (4, True), said
 
 
-@pytest.mark.parametrize("named", ["hub/model", None, 7, "", "x" * 5000, "a\0b"])
-def test_what_could_not_be_checked_is_said(named, trained, tmp_path, capsys):
+NAMES = ["hub/model", None, 7, "", "x" * 5000, "a\0b"]
+
+
+@pytest.mark.parametrize("named", NAMES)
+def test_a_trained_adapter_knows_its_base_whatever_it_is_called(named, trained, tmp_path, capsys):
     adapter = copy_of(trained[1], tmp_path / "adapter")
     edit_json(adapter / "adapter_config.json", base_model_name_or_path=named)
 
     status, said = merge(capsys, trained[0], adapter, tmp_path / "out")
 
+    assert (status, "adapter_config.json in the adapter names this base" in said) == (0, True), said
+
+
+@pytest.mark.parametrize("named", NAMES)
+def test_nothing_tells_the_base_of_an_adapter_of_the_form_of_the_fitted_one(named, trained, tmp_path, capsys):
+    adapter = without_record(trained[1], tmp_path / "adapter", base_model_name_or_path=named)
+
+    status, said = merge(capsys, trained[0], adapter, tmp_path / "out")
+    assert status == 4
+    assert "could not check that the adapter belongs to this base" in said
+    assert "(--force merges it, where it was trained on this base)" in said
+
+    status, said = merge(capsys, trained[0], adapter, tmp_path / "out", "--force", "--quiet")
     assert status == 0
-    assert "note: could not check that the adapter belongs to this base" in said
+    assert "warning: could not check that the adapter belongs to this base" in said
 
 
-def test_a_base_is_known_by_the_name_it_had_when_it_was_converted(trained, tmp_path, capsys, monkeypatch):
-    base, adapter = copy_of(trained[0], tmp_path / "moved"), copy_of(trained[1], tmp_path / "adapter")
-    edit_json(base / "loftq_init" / "adapter_config.json", base_model_name_or_path="out/llama-nf4")
-    edit_json(adapter / "adapter_config.json", base_model_name_or_path="out/llama-nf4")
+def test_without_a_record_the_untrained_adapter_is_known_by_the_norms_in_the_report(trained, tmp_path, capsys):
+    base, nowhere = trained[0], {"base_model_name_or_path": "not there"}
+    adapter = without_record(base / "loftq_init", tmp_path / "adapter", **nowhere)
+    (adapter / "loftq_provenance.json").unlink()
 
     status, said = merge(capsys, base, adapter, tmp_path / "out")
+    assert (status, "the untrained adapter of this base, by the norms in the report" in said) == (0, True), said
+
+    edit_tensors(adapter / "adapter_model.safetensors", lambda t: t[sorted(t)[0]].mul_(1.002))
+    assert merge(capsys, base, adapter, tmp_path / "out2")[0] == 4
+
+
+def test_an_adapter_of_another_form_is_no_start_of_this_base_and_merges_with_a_warning(trained, tmp_path, capsys):
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)), base_model_name_or_path="not there")
+
+    status, said = merge(capsys, trained[0], adapter, tmp_path / "out", "--quiet")
 
     assert status == 0
-    assert "the adapter names this base as it was called when it was converted" in said
+    assert "warning: could not check that the adapter belongs to this base" in said
+
+
+def test_without_a_record_a_base_is_known_by_the_name_it_had_when_it_was_converted(trained, tmp_path, capsys):
+    name = {"base_model_name_or_path": "out/llama-nf4"}
+    base, adapter = copy_of(trained[0], tmp_path / "moved"), without_record(trained[1], tmp_path / "adapter", **name)
+    edit_json(base / "loftq_init" / "adapter_config.json", **name)
+
+    status, said = merge(capsys, base, adapter, tmp_path / "out", "--quiet")
+
+    assert status == 0
+    assert "warning: the adapter names this base as it was called when it was converted" in said
+
+
+def test_two_records_of_two_bases_are_refused(trained, converted, tmp_path, capsys):
+    # Training saved its adapter over the adapter of another base.
+    adapter = copy_of(converted / "loftq_init", tmp_path / "adapter")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(trained[1] / name, adapter / name)
+
+    status, said = merge(capsys, trained[0], adapter, tmp_path / "out")
+    assert status == 4
+    assert "and adapter_config.json names " in said
+    assert "(delete the file, where the adapter was saved over an earlier adapter)" in said
+
+    (adapter / "loftq_provenance.json").unlink()
+    assert merge(capsys, trained[0], adapter, tmp_path / "out")[0] == 0
+
+
+@pytest.mark.parametrize("text", ["{", '{"tool": "loftq-cli"}', '{"tool": "loftq-cli", "method": 1}'])
+def test_a_damaged_record_in_the_config_is_refused(text, trained, tmp_path, capsys):
+    adapter = copy_of(trained[1], tmp_path / "adapter")
+    edit_json(adapter / "adapter_config.json", megatron_core=text)
+
+    status, said = merge(capsys, trained[0], adapter, tmp_path / "out")
+
+    assert (status, "adapter_config.json: megatron_core" in said) == (2, True), said
 
 
 def test_an_ordinary_adapter_says_which_directory_it_names(original, tmp_path, capsys):

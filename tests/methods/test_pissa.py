@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import models
+from support.adapters import edit_json
 from support.conversions import loftq, run_conversion, run_merge
 
 from loftq_cli.errors import MismatchError, UsageError
@@ -166,11 +167,16 @@ def test_the_adapter_is_refused_on_the_original_weights(source: Path, converted:
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_trained_adapter_without_a_record_is_refused_there_too(source: Path, converted: Path, tmp_path: Path) -> None:
+def test_a_trained_adapter_is_refused_there_too_with_a_record_and_without(
+    source: Path, converted: Path, tmp_path: Path
+) -> None:
     trained = tmp_path / "trained"
     trained.mkdir()
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         (trained / name).write_bytes((converted / "pissa_init" / name).read_bytes())
+    with pytest.raises(MismatchError, match="the pissa adapter was made for"):
+        run_merge(source, trained, tmp_path / "merged")
+    edit_json(trained / "adapter_config.json", megatron_core="megatron.core")
     with pytest.raises(MismatchError, match="another base with a fitted adapter of its own"):
         run_merge(source, trained, tmp_path / "merged")
 

@@ -84,3 +84,17 @@ def test_a_family_reads_last_parts_and_endings_of_module_names():
     assert glm.is_kept_in_float32("layers.0.indexer.weights_proj")
     assert not glm.is_kept_in_float32("layers.0.other.weights_proj")
     assert (olmoe.takes_adapter("mlp.up_proj"), olmoe.takes_adapter("mlp.up_proj_2")) == (False, True)
+
+
+def test_a_shared_module_is_kept_in_every_block():
+    family = Family({"model_type": "zamba2", "architectures": ["Zamba2ForCausalLM"], "num_hidden_layers": 3})
+    module = "model.layers.1.shared_transformer.self_attn.q_proj"
+    assert family.is_shared(module) and not family.is_shared("model.layers.1.linear")
+    assert family.loaded_parts(module, [module]) == tuple(module.replace("1", str(block)) for block in range(3))
+
+
+def test_a_family_without_an_adapter_on_some_linears_names_the_last_parts_of_their_names():
+    family = Family({"model_type": "rwkv"})
+    taken = {name: family.takes_adapter(f"rwkv.blocks.0.{name}") for name in ("attention.output", "feed_forward.value")}
+    assert taken == {"attention.output": False, "feed_forward.value": False}
+    assert family.takes_adapter("rwkv.blocks.0.attention.value")

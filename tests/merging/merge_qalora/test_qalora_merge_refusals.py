@@ -152,7 +152,7 @@ def test_a_residual_adapter_that_peft_saved_is_refused_on_another_base(converted
 
     ran = merge(converted("compressed-tensors", 3), tmp_path / "adapter", tmp_path / "out")
 
-    refused(ran, tmp_path, 4, f"the adapter was trained on {base}, another base with a fitted adapter of its own")
+    refused(ran, tmp_path, 4, "the qalora adapter was made for", "this base is another quantized base")
 
 
 def test_a_standard_adapter_on_another_base_is_noted(converted, tmp_path, capsys):
