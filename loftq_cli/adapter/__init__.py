@@ -3,9 +3,11 @@
 config.py   tensor names and adapter_config.json
 targets.py  the modules that a config adapts
 expert_factors.py  factors of experts in PEFT's layout of whole parameters
+parameters.py  the parameters that a config adapts as a whole
 spelling.py  wrappers and names of adapters in the names of tensors
 sorting.py  the role of every tensor of an adapter file
 source.py   the one reader of adapter directories
+experts/    adapters on experts, and the files of a base
 extras.py   trained weights in further files of the directory
 beside.py   the adapter inside a converted directory
 """

@@ -271,3 +271,50 @@ def targeted_parameters(config: Mapping[str, Any], parameters: Collection[str]) 
         raise ValueError("target_parameters is not a list of names")
     ends, complete = tuple(f".{target}" for target in targets), set(targets)
     return [name for name in parameters if name in complete or (ends and name.endswith(ends))]
+
+
+@dataclass(frozen=True, slots=True)
+class FactorPart:
+    """The part of two stored tensors that adapts one matrix [out, in] of a base.
+
+    n_experts   the number of experts in the stored tensors; 1 for the factors of a single matrix
+    expert      the number of the expert
+    is_turned   whether the base holds the transpose of the matrix that the factors multiply to
+    rows        the rows of the product for this matrix; None for all rows
+    into        number of rows of the matrix, and the product's place in the matrix before turning; None: the product is
+                as large as the matrix
+    """
+
+    n_experts: int = 1
+    expert: int = 0
+    is_turned: bool = False
+    rows: slice | None = None
+    into: tuple[int, slice] | None = None
+
+    @property
+    def label(self) -> str:
+        """The expert in words for errors.
+
+        >>> FactorPart(n_experts=4, expert=2).label
+        'expert 2'
+        """
+        return f"expert {self.expert}"
+
+    def of(self, stored: Factors) -> Factors:
+        """The factors of the matrix: lora_A [rank, in] and lora_B [out, rank], contiguous.
+
+        >>> import torch
+        >>> part = FactorPart(n_experts=2, expert=1, rows=slice(0, 3))
+        >>> tuple(part.of(Factors(torch.ones(4, 8), torch.ones(6, 4))).lora_B.shape)
+        (3, 2)
+        """
+        factors = expert_of(stored, self.n_experts, self.expert)
+        if self.into is not None:
+            size, rows = self.into
+            lora_B = factors.lora_B.new_zeros(size, factors.lora_B.shape[1])
+            lora_B[rows] = factors.lora_B
+            factors = Factors(factors.lora_A, lora_B)
+        if self.is_turned:
+            factors = turned(factors)
+        lora_B = factors.lora_B if self.rows is None else factors.lora_B[self.rows]
+        return Factors(factors.lora_A.contiguous(), lora_B.contiguous())

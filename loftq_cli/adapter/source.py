@@ -5,7 +5,7 @@ without a role.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ _REFUSED = {
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "KaSA truncates the base's weights and scales between the factors",
     "monteclora_config": "MonteCLoRA draws its weights",
-    "target_parameters": "adapters of fused expert parameters are not merged",
     "layer_replication": "layers are replicated",
     "trainable_token_indices": "single token embeddings were trained",
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
@@ -59,6 +58,7 @@ class AdapterSource:
     whole     name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
     unused    tensor that PEFT writes and never reads -> the reason
     taken     the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
+    parameters   name of a parameter of experts in the adapter's spelling -> the tensors with all experts' factors
     """
 
     path: Path
@@ -68,6 +68,7 @@ class AdapterSource:
     whole: Mapping[str, str]
     unused: Mapping[str, str]
     taken: tuple[str, ...] = ()
+    parameters: Mapping[str, LoraTensors] = field(default_factory=dict)
 
     def names_in(self, base: BaseModel) -> dict[str, str]:
         """Map each tensor name in the files of `base` to the name in the adapter's spelling.
@@ -178,7 +179,9 @@ def open_adapter(path: Path) -> AdapterSource:
     if not weights.tensors:
         raise MismatchError("holds no tensor", file=weights.path)
     places = sort_tensors(config, weights, config_file)
-    return AdapterSource(path, config, weights, places.lora, places.whole, places.unused, places.taken)
+    return AdapterSource(
+        path, config, weights, places.lora, places.whole, places.unused, places.taken, places.parameters
+    )
 
 
 def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> AdapterSource:

@@ -42,6 +42,7 @@ class InputSums:
 
 def _adapter_tensors(job: MergeJob) -> list[str]:
     """Names of the job's input tensors in the adapter."""
-    factors = [] if job.lora is None else [job.lora.lora_A, job.lora.lora_B]
+    loras = [job.lora] if job.lora is not None else [lora for expert in job.experts for lora in expert]
+    factors = dict.fromkeys(name for lora in loras for name in (lora.lora_A, lora.lora_B))
     bias = None if job.lora_bias is None else job.lora_bias.lora_bias
     return [name for name in (*factors, bias, job.replacement) if name is not None]

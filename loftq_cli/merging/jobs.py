@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loftq_cli.adapter.experts.factors import FactorReader
+from loftq_cli.adapter.experts.stacked import expert_retentions, merged_experts
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.errors import InputError, NumericError
 from loftq_cli.layouts.layout import DENSE_HINT, StoredMatrix, load_layout
@@ -22,7 +24,7 @@ from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.quant.gpu_matrix import WholeMatrix, merge_on, requantize, requantize_on
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.matrices import LoraPair, lora_pair
+from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import MergeSums, delta_rows, is_finite, merge_sums
 from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, TensorRows, slabs
 
@@ -61,13 +63,15 @@ class WrittenJob:
 class MergeJobRunner:
     """Runs the jobs of a merge.
 
-    merge   the plan: base, adapter and jobs
-    files   the open output files
-    gpu     the GPU for whole matrices; None for the processor
+    merge     the plan: base, adapter and jobs
+    files     the open output files
+    factors   reads the factors of the adapter
+    gpu       the GPU for whole matrices; None for the processor
     """
 
     merge: Merge
     files: OutputFiles
+    factors: FactorReader
     gpu: SharedDevice | None = None
 
     def run(self, job: MergeJob, workers: Workers) -> WrittenJob:
@@ -78,9 +82,12 @@ class MergeJobRunner:
         """
         if job.is_copied:
             return self._copy(job)
-        if job.lora is None and job.matrix is None and job.name not in self.merge.base.quantized:
+        is_matrix = job.lora is not None or job.matrix is not None or job.name in self.merge.base.quantized
+        if not is_matrix and not job.experts:
             return self._write_vector(job)
         try:
+            if job.experts:
+                return self._write_experts(job, workers)
             if job.keeps_codes:
                 return self._move_offsets(job, workers)
             if job.matrix is not None:
@@ -135,6 +142,20 @@ class MergeJobRunner:
         else:
             sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, rows))
         return _finish_job({output.name: sha256}, _rounded_layer(job, pair, MergeSums.total(sums)))
+
+    def _write_experts(self, job: MergeJob, workers: Workers) -> WrittenJob:
+        """Write a tensor of all experts, merged one expert at a time."""
+        sums, output = list[MergeSums](), job.outputs[0]
+        cast = partial(self._cast, job)
+        matrices = merged_experts(self.merge.base, job.name, job.experts, self.factors, cast, sums, workers)
+        sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, matrices))
+        total, lora = MergeSums.total(sums), next(lora for expert in job.experts for lora in expert)
+        layer = MergedLayer(
+            job.name, lora.rank, lora.scaling, total.squared_weight, total.squared_delta, total.retained
+        )
+        experts = expert_retentions(sums)
+        layer = replace(layer, squared_rounding=total.squared_rounding, experts=experts)
+        return _finish_job({output.name: sha256}, layer)
 
     def _merged_rows(
         self, job: MergeJob, pair: LoraPair | None, sums: list[MergeSums], workers: Workers
@@ -214,16 +235,11 @@ class MergeJobRunner:
         return _finish_job({name: self.files[name].write(name, tensor) for name, tensor in tensors.items()}, layer)
 
     def _load_pair(self, lora: LoraTensors) -> LoraPair:
-        lora_A, lora_B = self._load_adapter_tensor(lora.lora_A), self._load_adapter_tensor(lora.lora_B)
-        return lora_pair(lora_A, lora_B, lora.scaling, lora.pooling)
+        return self.factors.pair(lora)
 
     def _load_adapter_tensor(self, name: str) -> torch.Tensor:
         """Load the adapter tensor `name`. Raises InputError for NaN and infinite values."""
-        weights = self.merge.adapter.weights
-        tensor = weights.load(name)
-        if not is_finite(tensor):
-            raise InputError("holds NaN or infinite values", file=weights.path, tensor=name)
-        return tensor
+        return self.factors.load(name)
 
     def _read_weight(self, job: MergeJob, read: Callable[[str], Weight]) -> Weight | TensorRows:
         """Read the weight under the adapter, [out, in] in the adapter's orientation. `read` reads a base matrix."""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from loftq_cli.adapter.config import CONFIG_NAME
+from loftq_cli.adapter.experts.planned import plan_expert_loras
 from loftq_cli.adapter.sorting import GATHER_SLICES, LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.adapter.spelling import nearest_name
@@ -44,6 +45,7 @@ class MergeJob:
     outputs       the tensors to write
     is_copied     whether the numbers of the base are written, as bytes or in a changed dtype
     note          the reason why the weight is not quantized in spite of --requantize; None without
+    experts       for each expert in a tensor of all experts, the adapters to add; empty for any other tensor
     """
 
     name: str
@@ -55,11 +57,13 @@ class MergeJob:
     outputs: tuple[OutTensor, ...] = ()
     is_copied: bool = False
     note: str | None = None
+    experts: tuple[tuple[LoraTensors, ...], ...] = ()
 
     @property
     def is_touched(self) -> bool:
         """True when the adapter changes the tensor."""
-        return self.lora is not None or self.lora_bias is not None or self.replacement is not None
+        has_lora = self.lora is not None or self.lora_bias is not None or bool(self.experts)
+        return has_lora or self.replacement is not None
 
     @property
     def numel(self) -> int:
@@ -81,7 +85,9 @@ class MergePlanner:
         self._file = adapter.weights.path
         self._loaded_names = adapter.names_in(base)
         # Adapter tensors without a place so far.
-        self._lora, self._whole = dict(adapter.lora), dict(adapter.whole)
+        self._experts = plan_expert_loras(base, adapter, map(module_of, self._loaded_names.values()))
+        self._lora = {module: lora for module, lora in adapter.lora.items() if module not in self._experts.placed}
+        self._whole = dict(adapter.whole)
         self._biases = {f"{module}.bias": lora for module, lora in self._lora.items() if lora.lora_bias}
         self._unfit: dict[str, str] = {}
         self.growth: Growth | None = None
@@ -117,12 +123,24 @@ class MergePlanner:
         lora_bias, replacement = self._biases.pop(loaded, None), self._whole.pop(loaded, None)
         if lora is not None:
             lora = self._fit_lora(name, lora)
+        experts = self._experts.stacks.get(name, ())
+        if name in self._experts.single or experts:
+            lora = self._only(name, self._experts.single.get(name), lora, replacement)
         if replacement is not None:
             self._check_shape(replacement, name, self._file_shape(name), hint=_RESIZE)
         if lora_bias is not None and lora_bias.lora_bias is not None:
             self._check_shape(lora_bias.lora_bias, name, self._grown(name, self._base.tensors[name].shape))
-        job = MergeJob(name, lora, lora_bias, replacement)
+        job = MergeJob(name, lora, lora_bias, replacement, experts=experts)
         return self._store_quantized(job) or replace(self._store_dense(job), note=self._unfit.get(name))
+
+    def _only(
+        self, name: str, expert: LoraTensors | None, lora: LoraTensors | None, replacement: str | None
+    ) -> LoraTensors | None:
+        """`expert`, the factors of an expert. Raises MismatchError for a weight that the adapter changes twice."""
+        twice = lora.lora_A if lora is not None else replacement
+        if twice is not None:
+            raise self._mismatch(f"changes {name}, which an adapter of all experts changes as well", twice)
+        return expert
 
     def _plan_new_tensor(self, loaded: str, name: str) -> MergeJob:
         ref, trained_copies = self._adapter.weights.tensors[name], self._adapter.config.get("modules_to_save") or []

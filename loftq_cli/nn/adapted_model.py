@@ -238,6 +238,7 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     odd = [*source.whole.values()]
     odd += [lora.lora_A for lora in source.lora.values() if lora.is_embedding]
     odd += [lora.lora_bias for lora in source.lora.values() if lora.lora_bias is not None]
+    odd += [lora.lora_A for lora in source.parameters.values()]
     if odd:
         message = "is neither lora_A nor lora_B of a linear, and nothing else is trained here"
         raise MismatchError(message, file=source.weights.path, tensor=odd[0], hint="loftq merge merges it")
