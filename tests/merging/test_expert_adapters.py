@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from support.mixtures import BOTH, MIXTURES, load, logits, mixture, tensors_of, trained

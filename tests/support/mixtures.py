@@ -23,8 +23,16 @@ _SIZES = {
     "eos_token_id": 2,
 }
 _LATENT = {
-    **{"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
-    **{"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16},
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
 }
 
 # Class -> values of its config. No two of the dimensions of an expert are equal, unless a test asks for a square.
@@ -40,15 +48,23 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": {"intermediate_size": 48, "moe_intermediate_size": 24, **_LATENT},
     "OlmoeForCausalLM": {"intermediate_size": 24, "num_experts": 4},
     "Glm4MoeForCausalLM": {
-        **{"intermediate_size": 48, "moe_intermediate_size": 24, "n_routed_experts": 4, "n_shared_experts": 1},
-        **{"first_k_dense_replace": 1, "head_dim": 16},
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
     },
     "PhimoeForCausalLM": {"intermediate_size": 24, "num_local_experts": 4},
     "GptOssForCausalLM": {"intermediate_size": 24, "num_local_experts": 4, "head_dim": 16, "sliding_window": 32},
     "GraniteMoeForCausalLM": {"intermediate_size": 24, "num_local_experts": 4},
     "Llama4ForCausalLM": {
-        **{"intermediate_size": 24, "intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 16},
-        **{"interleave_moe_layer_step": 1, "num_experts_per_tok": 1},
+        "intermediate_size": 24,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "head_dim": 16,
+        "interleave_moe_layer_step": 1,
+        "num_experts_per_tok": 1,
     },
 }
 IDS = (torch.arange(24).reshape(2, 12) * 7 + 5) % 96
