@@ -43,7 +43,7 @@ def wrapped_parameters(config: Mapping[str, Any], modules: Collection[str]) -> d
     >>> wrapped_parameters(config, ["h.0.mlp.experts", "h.0.mlp.experts.base_layer"])["h.0.mlp.experts"]
     'h.0.mlp.experts.down_proj'
     """
-    targets = _read_targets(config)
+    targets = read_targets(config)
     if not targets:
         return {}
     wrappers: dict[str, list[str]] = {}
@@ -61,7 +61,12 @@ def wrapped_parameters(config: Mapping[str, Any], modules: Collection[str]) -> d
     return found
 
 
-def _read_targets(config: Mapping[str, Any]) -> list[str]:
+def read_targets(config: Mapping[str, Any]) -> list[str]:
+    """The entries of target_parameters; empty for a config without. Raises ValueError for another value than a list.
+
+    >>> read_targets({"target_parameters": ["experts.down_proj"]})
+    ['experts.down_proj']
+    """
     targets = config.get("target_parameters") or []
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise ValueError("target_parameters is not a list of names")

@@ -18,6 +18,7 @@ from loftq_cli.adapter.config import (
     tensor_names,
     values_of,
 )
+from loftq_cli.adapter.parameters import read_targets
 from loftq_cli.adapter.sorting import LoraTensors, sort_tensors, targeted_modules
 from loftq_cli.adapter.spelling import without_wrappers
 from loftq_cli.adapter.targets import TargetModules
@@ -51,13 +52,13 @@ _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations c
 class AdapterSource:
     """One adapter: config, weight file, and the sorted tensors of the file.
 
-    path      the adapter's directory
-    config    the content of adapter_config.json; empty for the adapter of an unfinished conversion
-    weights   the open weight file
-    lora      module name in the adapter's spelling -> the tensors of the adapted module
-    whole     name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
-    unused    tensor that PEFT writes and never reads -> the reason
-    taken     the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
+    path         the adapter's directory
+    config       the content of adapter_config.json; empty for the adapter of an unfinished conversion
+    weights      the open weight file
+    lora         module name in the adapter's spelling -> the tensors of the adapted module
+    whole        name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
+    unused       tensor that PEFT writes and never reads -> the reason
+    taken        the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
     parameters   name of a parameter of experts in the adapter's spelling -> the tensors with all experts' factors
     """
 
@@ -250,7 +251,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     try:
         # No modules: an invalid default is an error before any tensor is read.
         values_of(config, "r", ()), values_of(config, "lora_alpha", ())
-        TargetModules.of(config), pooling_of(config)
+        TargetModules.of(config), pooling_of(config), read_targets(config)
     except ValueError as error:
         raise InputError(str(error), file=file) from None
     trained_copies = config.get("modules_to_save") or []

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME
+from loftq_cli.adapter.experts.planned import plan_expert_loras
 from loftq_cli.adapter.extras import take_extras
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.adapter.spelling import wrappers_in
@@ -202,6 +204,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     if unfit is not None and not any(job.matrix for job in jobs):
         message = f"no weight to quantize: {unfit.note}"
         raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
+    notes = (*extra_notes, *_notes(base, adapter, planner.growth), *_expert_notes(jobs, form))
     quantized = [job.name for job in jobs if job.matrix is not None]
     remedy = DENSE_HINT if options.requantize is None else "leave out --requantize"
     check_names(load_layout(form.layout), quantized, [job.name for job in jobs], remedy=remedy)
@@ -217,16 +220,26 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         provenance=provenance,
         unused=planner.unused,
         growth=planner.growth,
-        notes=(*extra_notes, *_notes(base, adapter, planner.growth)),
+        notes=notes,
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
-    notes = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
-    return replace(merge, notes=(*merge.notes, *notes))
+    later = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
+    return replace(merge, notes=(*merge.notes, *later))
 
 
 def _notes(base: BaseModel, adapter: AdapterSource, growth: Growth | None) -> tuple[str, ...]:
     return (*_growth_notes(growth), *_spelling_notes(base, adapter), *_untrained_notes(base, adapter))
+
+
+def _expert_notes(jobs: Sequence[MergeJob], form: MergeForm) -> tuple[str, ...]:
+    """A note about adapted experts in full precision in a result with codes."""
+    dense = [job for job in jobs if job.matrix is None and (job.experts or (job.lora and job.lora.part))]
+    if not dense or not form.is_quantized:
+        return ()
+    name = printable(dense[0].name, 80)
+    text = f"{len(dense)} tensors of experts stay in full precision, as in the base: {name} is the first"
+    return (text,)
 
 
 def _growth_notes(growth: Growth | None) -> tuple[str, ...]:
@@ -257,7 +270,8 @@ def _check_pooled(base: BaseModel, adapter: AdapterSource, options: MergeOptions
 
     Raises UsageError for --pooling when every lora_A reads every input.
     """
-    for name, lora in adapter.lora_in(base).items():
+    experts = plan_expert_loras(base, adapter).single if any(x.pooling for x in adapter.parameters.values()) else {}
+    for name, lora in {**adapter.lora_in(base), **experts}.items():
         if lora.is_embedding or (lora.pooling is None and options.pooling is None):
             continue
         if adapter.weights.tensors[lora.lora_A].shape[1] != base.matrix_shape(name)[-1]:

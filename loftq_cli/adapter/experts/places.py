@@ -23,6 +23,9 @@ ROLES: dict[str, tuple[str, int | None]] = {
     GATE_UP: (GATE_UP, None),
 }
 
+# The same for a tensor of all experts: "fc1" is a gate_up_proj there.
+_STACKED_ROLES = {leaf: ROLES[leaf] for leaf in ("gate_proj", "up_proj")}
+
 # Families with experts stored [experts, in, out], by transformers 5.24. Shapes tell the orientation; the table counts
 # where a matrix is square, as down_proj of gpt-oss-20b.
 STORED_IN_OUT = frozenset({"gpt_oss", "openai_privacy_filter", "aria", "aria_text", "llama4", "llama4_text"})
@@ -70,7 +73,8 @@ def place_of(name: str, family: Family, names: Iterable[str]) -> ExpertPlace | N
             return None
         module = holder[1].replace(".block_sparse_moe.", ".mlp.") if loader is None else holder[1]
         return ExpertPlace(f"{module}.{ROLES[leaf][0]}", int(match[2]), ROLES[leaf][1])
-    part = ROLES.get(leaf, ("", None))[1] if found[0].endswith(f".{GATE_UP}") else None
+    known = ROLES if match else _STACKED_ROLES
+    part = known.get(leaf, ("", None))[1] if found[0].endswith(f".{GATE_UP}") else None
     return ExpertPlace(found[0], int(match[2]) if match else None, part)
 
 
