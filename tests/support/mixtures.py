@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from loftq_cli.layouts.layout import ModelFacts, StoredMatrix, load_layout
+from loftq_cli.quant.formats import make_quantizer
+from loftq_cli.tensors.rows import TensorRows
+from loftq_cli.tensors.specs import AffineSpec
 
 _SIZES = {
     "vocab_size": 96,
@@ -122,3 +127,23 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "model.safetensors")
+
+
+def with_packed_experts(base: Path, path: Path) -> Path:
+    """The mixture at `base` with 4-bit experts in compressed-tensors, a matrix for each expert."""
+    layout, spec = load_layout("compressed-tensors"), AffineSpec(4, 32, symmetric=True, scale_dtype="bfloat16")
+    quantizer, stored, experts = make_quantizer(spec, "bfloat16"), dict[str, torch.Tensor](), list[str]()
+    for name, tensor in tensors_of(base).items():
+        if ".experts." not in name:
+            stored[name] = tensor
+            continue
+        matrix = StoredMatrix(name, tuple(tensor.shape), spec, "bfloat16", transposed=False)
+        stored |= layout.pack(matrix, quantizer.quantize(TensorRows(tensor)))
+        experts.append(name.removesuffix(".weight"))
+    kept = [name.removesuffix(".weight") for name, tensor in stored.items() if tensor.is_floating_point()]
+    facts = ModelFacts("float32", spec, experts, [name for name in kept if not name.endswith(".weight_scale")])
+    path.mkdir()
+    save_file(stored, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((base / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(layout.model_config(config, facts)))
+    return path

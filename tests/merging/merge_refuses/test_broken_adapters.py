@@ -42,7 +42,7 @@ BROKEN = {
     "IA3": Broken(config={"peft_type": "IA3"}, says=("peft_type 'IA3'",)),
     "no peft_type": Broken(config={"peft_type": None}, says=("peft_type None",)),
     "one name of a parameter": Broken(
-        config={"target_parameters": "mlp.experts.down_proj"}, says=("target_parameters is not a list",), status=3
+        config={"target_parameters": "mlp.experts.down_proj"}, says=("target_parameters is not a list",), status=2
     ),
     "PiSSA": Broken(config={"init_lora_weights": "pissa_niter_16"}, says=("init_lora_weights 'pissa_niter_16'",)),
     "OLoRA": Broken(config={"init_lora_weights": "olora"}, says=("init_lora_weights 'olora'",)),
