@@ -49,7 +49,7 @@ def wrapped_parameters(config: Mapping[str, Any], modules: Collection[str]) -> d
     wrappers: dict[str, list[str]] = {}
     for module in modules:
         wrappers.setdefault(holder_of(module), []).append(module)
-    found = {}
+    found = dict[str, str]()
     for holder, names in wrappers.items():
         named, anywhere = _leaves_of(holder, targets)
         if named or anywhere:

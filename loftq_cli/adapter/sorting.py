@@ -239,10 +239,10 @@ class _Sorter:
         name_A, name_B, bias = parts[part_A], parts[part_B], parts.get(_BIAS)
         n_experts = 1 if parameter is None else self._count_experts(name_A, rank)
         self._check_shapes(name_A, name_B, bias, rank * n_experts)
-        part = FactorPart(n_experts) if n_experts > 1 else None
+        experts = FactorPart(n_experts) if n_experts > 1 else None
         pooling = None if is_embedding else pooling_of(self._config)
         scaling = scaling_of(self._config, alpha, rank)
-        return LoraTensors(module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling, part)
+        return LoraTensors(module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling, experts)
 
     def _count_experts(self, name_A: str, rank: int) -> int:
         """The number of experts with factors of `rank` in lora_A; 1 where the rows do not divide."""
