@@ -5,6 +5,8 @@ targets.py  the modules that a config adapts
 expert_factors.py  factors of experts in PEFT's layout of whole parameters
 parameters.py  the parameters that a config adapts as a whole
 spelling.py  wrappers and names of adapters in the names of tensors
+fused.py    matrices that hold the rows of several modules
+naming.py   names of a base as an adapter spells the names
 sorting.py  the role of every tensor of an adapter file
 source.py   the one reader of adapter directories
 experts/    adapters on experts, and the files of a base

@@ -13,6 +13,7 @@ from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME, PREFIX, pooling_of, scaling_of, values_of
 from loftq_cli.adapter.expert_factors import FactorPart
+from loftq_cli.adapter.naming import VOCABULARY_HEAD
 from loftq_cli.adapter.parameters import holder_of, wrapped_parameters
 from loftq_cli.adapter.spelling import adapter_names_in, without_adapter_name, without_wrappers, wrappers_in
 from loftq_cli.adapter.targets import TargetModules
@@ -24,10 +25,12 @@ from loftq_cli.tensors.specs import Pooling
 _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BIAS = "lora_B.bias"
-_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS)))})")
+_MAGNITUDE = "lora_magnitude_vector"  # DoRA; the state of a model has ".weight" behind the name
+_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS, _MAGNITUDE)))})")
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
 
 # PEFT wraps a module of the base: LoRA adds ".base_layer", and a trained copy has an untrained ".original_module".
-_WRAPPERS = re.compile(r"\.(?:base_layer|modules_to_save(?:\.default)?)(?=\.)")
+_WRAPPERS = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|modules_to_save(?:\.default)?)(?=\.)")
 _MAX_NAMES = 5  # more names hide the sentence around the names
 _TRAINED_COPY = ".modules_to_save."
 _ORIGINAL = ".original_module"
@@ -51,6 +54,7 @@ class LoraTensors:
     scaling       factor of the product B·A, without the factor of a pooling
     is_embedding  whether the module is an embedding
     pooling       the config's pooling of inputs; None: lora_A reads each input
+    magnitude     name of DoRA's lengths of rows, [out]; [width] for an embedding; None without DoRA
     part          the part of the factors for one matrix, or the number of experts in the factors; None: all is for one
                   matrix. `rank` is the rank of one expert then, and lora_A is [experts * rank, in].
     """
@@ -64,6 +68,7 @@ class LoraTensors:
     scaling: float
     is_embedding: bool
     pooling: Pooling | None = None
+    magnitude: str | None = None
     part: FactorPart | None = None
 
     def pooling_for(self, in_features: int, inputs: int) -> Pooling | None:
@@ -76,11 +81,26 @@ class LoraTensors:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Trained rows of a matrix over the vocabulary (PEFT's trainable_token_indices).
+
+    module    the module's name in the adapter's spelling
+    tensor    name of the rows, [tokens, width]
+    indices   the numbers of the rows in the matrix
+    """
+
+    module: str
+    tensor: str
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SortedTensors:
-    """The four tables of an adapter file; each tensor of the file is in exactly one table.
+    """The five tables of an adapter file; each tensor of the file is in exactly one table.
 
     lora         module name -> the tensors of the adapted module
     whole        name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
+    tokens       module name -> trained rows of the matrix
     unused       tensor that PEFT writes and never reads -> the reason
     taken        the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
     parameters   name of a parameter of experts in the loaded model -> the tensors with the factors of all experts
@@ -90,6 +110,7 @@ class SortedTensors:
     whole: dict[str, str]
     unused: dict[str, str]
     taken: tuple[str, ...] = ()
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
     parameters: dict[str, LoraTensors] = field(default_factory=dict)
 
 
@@ -115,6 +136,7 @@ class _Sorter:
         self._originals: list[str] = []
         self._replacements: dict[str, str] = {}
         self._unused: dict[str, str] = {}
+        self._tokens: dict[str, TokenRows] = {}
         self._changed: list[str] = []
         targets = config.get("target_modules")
         self._listed = {name for name in targets if isinstance(name, str)} if isinstance(targets, list) else set()
@@ -135,8 +157,11 @@ class _Sorter:
             else:
                 stacks[key] = replace(tensors, module=key, part=tensors.part or FactorPart())
         self._set_aside_originals()
+        if self._config.get("trainable_token_indices") and not self._tokens:
+            message = f"holds no rows of single tokens, and {CONFIG_NAME} says trainable_token_indices"
+            raise MismatchError(message, file=self._weights.path)
         taken = (*wrappers_in(self._changed), *adapters)
-        return SortedTensors(lora, self._replacements, self._unused, taken, stacks)
+        return SortedTensors(lora, self._replacements, self._unused, taken, self._tokens, stacks)
 
     def _check_one_adapter(self) -> list[str]:
         """List the adapter's name in the names of the tensors, if any. Raises MismatchError for two adapters."""
@@ -158,6 +183,8 @@ class _Sorter:
             earlier = self._factors.setdefault(match[1], {}).setdefault(match[2], name)
             if earlier != name:
                 raise self._mismatch(f"has the same place as {earlier}", name)
+        elif match := _TOKENS.fullmatch(key):
+            self._place_tokens(name, match[1])
         elif re.search(r"(?:^|\.)lora_", key):
             raise self._mismatch("is of a kind that merging does not know", name)
         elif f"{_ORIGINAL}." in key:
@@ -174,6 +201,18 @@ class _Sorter:
         if key != written:
             self._changed.append(name)
         return key
+
+    def _place_tokens(self, name: str, module: str) -> None:
+        if module in self._tokens:
+            raise self._mismatch(f"has the same place as {self._tokens[module].tensor}", name)
+        try:
+            indices = token_indices_of(self._config, module)
+        except ValueError as error:
+            raise InputError(str(error), file=self._config_file) from None
+        shape = self._weights.tensors[name].shape
+        if len(shape) != 2 or shape[0] != len(indices):
+            raise self._mismatch(f"is {shape}, and {CONFIG_NAME} lists {len(indices)} tokens", name)
+        self._tokens[module] = TokenRows(module, name, indices)
 
     def _place_replacement(self, name: str, key: str) -> None:
         target = _WRAPPERS.sub("", key)
@@ -203,6 +242,8 @@ class _Sorter:
         targeted = targeted_modules(self._config, list(spellings), self._config_file)
         if self._config.get("target_modules") is None and self._config.get("target_parameters"):
             targeted = set()
+        if self._config.get("ensure_weight_tying"):  # PEFT adapts the head with the embedding, listed or not
+            targeted |= {module for module in spellings if VOCABULARY_HEAD.search(module) or self._is_embedding(module)}
         untargeted = [m for m in self._factors if m not in targeted and self._wrapped[m] not in targeted]
         try:
             parameters = wrapped_parameters(self._config, untargeted)
@@ -216,6 +257,9 @@ class _Sorter:
                 )
                 raise self._mismatch(message, next(iter(parts.values())))
         return parameters
+
+    def _is_embedding(self, module: str) -> bool:
+        return any(part in self._factors.get(module, ()) for part in _EMBEDDING)
 
     def _values_of(self, key: str, modules: list[str]) -> dict[str, int | float]:
         try:
@@ -233,21 +277,39 @@ class _Sorter:
             if part not in parts:
                 message = f"has no {part.removesuffix('.weight')} beside it"
                 raise self._mismatch(message, next(iter(parts.values())))
-        if is_embedding and len(parts) > len(_EMBEDDING):
-            extra = next(name for part, name in parts.items() if part not in _EMBEDDING)
+        extra = next((name for part, name in parts.items() if part not in (*_EMBEDDING, _MAGNITUDE)), None)
+        if is_embedding and extra is not None:
             raise self._mismatch("belongs to a linear layer, and its module is an embedding", extra)
         name_A, name_B, bias = parts[part_A], parts[part_B], parts.get(_BIAS)
+        magnitude = parts.get(_MAGNITUDE)
         n_experts = 1 if parameter is None else self._count_experts(name_A, rank)
         self._check_shapes(name_A, name_B, bias, rank * n_experts)
+        self._check_magnitude(name_B, bias, magnitude)
         experts = FactorPart(n_experts) if n_experts > 1 else None
         pooling = None if is_embedding else pooling_of(self._config)
         scaling = scaling_of(self._config, alpha, rank)
-        return LoraTensors(module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling, experts)
+        return LoraTensors(
+            module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling, magnitude, experts
+        )
 
     def _count_experts(self, name_A: str, rank: int) -> int:
         """The number of experts with factors of `rank` in lora_A; 1 where the rows do not divide."""
         rows = self._weights.tensors[name_A].shape[0] if self._weights.tensors[name_A].shape else 0
         return rows // rank if rows and rows % rank == 0 else 1
+
+    def _check_magnitude(self, lora_B: str, bias: str | None, magnitude: str | None) -> None:
+        """Raises MismatchError for DoRA's lengths without use_dora, and for use_dora without lengths."""
+        if bool(self._config.get("use_dora")) != (magnitude is not None):
+            if magnitude is None:
+                raise self._mismatch(f"has no {_MAGNITUDE} beside it, and {CONFIG_NAME} says use_dora", lora_B)
+            raise self._mismatch(f"belongs to DoRA, and {CONFIG_NAME} does not say use_dora", magnitude)
+        if magnitude is None:
+            return
+        if bias is not None:
+            raise self._mismatch("is a trained bias of lora_B beside DoRA, which PEFT does not have", bias)
+        shape, rows = self._weights.tensors[magnitude].shape, self._weights.tensors[lora_B].shape[:1]
+        if shape != rows:
+            raise self._mismatch(f"is {shape}, and its layer has {rows[0]} rows", magnitude)
 
     def _check_shapes(self, name_A: str, name_B: str, bias: str | None, rank: int) -> None:
         tensors = self._weights.tensors
@@ -274,7 +336,30 @@ def plain_name(name: str) -> str:
     >>> plain_name("module.base_model.model.h.0.fc.lora_A.default.weight")
     'h.0.fc.lora_A.weight'
     """
-    return without_adapter_name(without_wrappers(name).removeprefix(PREFIX))
+    plain = without_adapter_name(without_wrappers(name).removeprefix(PREFIX))
+    return plain.removesuffix(".weight") if plain.endswith(f".{_MAGNITUDE}.weight") else plain
+
+
+def token_indices_of(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
+    """The numbers of the tokens whose rows of `module` were trained, in the order of the rows.
+
+    config   the content of adapter_config.json
+    module   the name of an embedding or a head in the loaded model
+
+    Raises ValueError for a config that lists no tokens for the module, and for values that are no different numbers.
+
+    >>> token_indices_of({"trainable_token_indices": {"embed_tokens": [3, 5]}}, "model.embed_tokens")
+    (3, 5)
+    """
+    listed: Any = config.get("trainable_token_indices")
+    if isinstance(listed, dict):
+        ends = (name for name in listed if module == name or module.endswith(f".{name}"))
+        listed = listed.get(max(ends, key=len, default=""))
+    if not isinstance(listed, list):
+        raise ValueError(f"trainable_token_indices lists no tokens for {printable(module, 80)}")
+    if not all(type(index) is int and index >= 0 for index in listed) or len(set(listed)) < len(listed):
+        raise ValueError("trainable_token_indices are not different whole numbers from 0")
+    return tuple(listed)
 
 
 def targeted_modules(config: Mapping[str, Any], modules: Sequence[str], config_file: Path) -> set[str]:

@@ -18,8 +18,9 @@ from loftq_cli.adapter.config import (
     tensor_names,
     values_of,
 )
+from loftq_cli.adapter.naming import spelled_names
 from loftq_cli.adapter.parameters import read_targets
-from loftq_cli.adapter.sorting import LoraTensors, sort_tensors, targeted_modules
+from loftq_cli.adapter.sorting import LoraTensors, TokenRows, sort_tensors, targeted_modules
 from loftq_cli.adapter.spelling import without_wrappers
 from loftq_cli.adapter.targets import TargetModules
 from loftq_cli.checkpoint.json_files import read_json_object
@@ -34,17 +35,15 @@ WEIGHTS_NAMES = (WEIGHTS_NAME, "adapter_model.bin")
 
 # Config values for arithmetic beyond W + s·B·A on the stored base (PEFT 0.21).
 _REFUSED = {
-    "use_dora": "DoRA scales the merged weight by a magnitude",
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "KaSA truncates the base's weights and scales between the factors",
     "monteclora_config": "MonteCLoRA draws its weights",
     "layer_replication": "layers are replicated",
-    "trainable_token_indices": "single token embeddings were trained",
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
     "arrow_config": "Arrow routes between adapters",
 }
 _MAX_NAMES = 10  # more names hide the sentence around the names
-_MERGED_SWITCHES = {"use_rslora", "use_qalora"}
+_MERGED_SWITCHES = {"use_rslora", "use_qalora", "use_dora"}
 _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations change the base's weights in memory
 
 
@@ -59,6 +58,7 @@ class AdapterSource:
     whole        name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
     unused       tensor that PEFT writes and never reads -> the reason
     taken        the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
+    tokens       module name in the adapter's spelling -> trained rows of the matrix
     parameters   name of a parameter of experts in the adapter's spelling -> the tensors with all experts' factors
     """
 
@@ -69,32 +69,19 @@ class AdapterSource:
     whole: Mapping[str, str]
     unused: Mapping[str, str]
     taken: tuple[str, ...] = ()
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
     parameters: Mapping[str, LoraTensors] = field(default_factory=dict)
 
     def names_in(self, base: BaseModel) -> dict[str, str]:
         """Map each tensor name in the files of `base` to the name in the adapter's spelling.
 
-        An adapter trained through a different class of the model (the "LlamaModel" in a "LlamaForCausalLM") has a
-        leading part more or less in all names. An adapter of an older transformers may have the names of the files.
+        `spelled_names` lists the spellings.
         """
         names = base.loaded_names()
         if self.taken:  # a model may have a module called like a wrapper, and the parts are off the adapter's names
             plain = {name: without_wrappers(loaded) for name, loaded in names.items()}
             names = plain if len(set(plain.values())) == len(set(names.values())) else names
-        modules, adapted = {module_of(loaded) for loaded in names.values()}, set(self.lora)
-        if not adapted or adapted <= modules:
-            return names
-        if adapted <= {module_of(name) for name in names}:
-            return {name: name for name in names}
-        if adapted & modules:
-            return names
-        for prefix in {f"{module.partition('.')[0]}." for module in adapted}:
-            if all(module.removeprefix(prefix) in modules for module in adapted):
-                return {name: prefix + loaded for name, loaded in names.items()}
-        for prefix in sorted({f"{module.partition('.')[0]}." for module in modules}):
-            if all(prefix + module in modules for module in adapted):
-                return {name: loaded.removeprefix(prefix) for name, loaded in names.items()}
-        return names
+        return spelled_names(names, {*self.lora, *self.tokens})
 
     def lora_in(self, base: BaseModel) -> dict[str, LoraTensors]:
         """Map each adapted weight of `base` to the tensors of the adapted module."""
@@ -125,6 +112,10 @@ class AdapterSource:
         shape   [out, in] of the weight
         rank    the expected rank, from a report; None for the config's rank
         """
+        if lora.magnitude is not None:
+            yield MismatchError(
+                "belongs to DoRA, which merge alone reads", file=self.weights.path, tensor=lora.magnitude
+            )
         tensors, (out_features, in_features) = self.weights.tensors, shape
         rank = lora.rank if rank is None else rank
         pooling = lora.pooling_for(in_features, tensors[lora.lora_A].shape[1])
@@ -181,7 +172,7 @@ def open_adapter(path: Path) -> AdapterSource:
         raise MismatchError("holds no tensor", file=weights.path)
     places = sort_tensors(config, weights, config_file)
     return AdapterSource(
-        path, config, weights, places.lora, places.whole, places.unused, places.taken, places.parameters
+        path, config, weights, places.lora, places.whole, places.unused, places.taken, places.tokens, places.parameters
     )
 
 

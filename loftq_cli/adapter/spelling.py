@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable
 _MAX_COMPARED = 500  # names: a comparison of letters takes tens of microseconds
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _ADAPTER_NAME = re.compile(
-    r"(?<=\.)(lora_(?:A|B)|lora_embedding_(?:A|B)|modules_to_save)\.(?!weight$|bias$)([^.]+)(?=\.(?:weight|bias)$|$)"
+    r"(?<=\.)(lora_(?:A|B)|lora_embedding_(?:A|B)|lora_magnitude_vector|trainable_tokens_delta|modules_to_save)"
+    r"\.(?!weight$|bias$)([^.]+)(?=\.(?:weight|bias)$|$)"
 )
 
 

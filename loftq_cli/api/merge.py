@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from loftq_cli.api.arguments import AnyPath, AnySize, api_call, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, MergeResult
+from loftq_cli.errors import UsageError
+from loftq_cli.merging.adapters.weighted import parse_adapter
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import Merge, prepare_merge
 from loftq_cli.merging.report import MergeOutcome, largest_difference, total_lost, total_retention
@@ -19,7 +22,7 @@ from loftq_cli.runtime.gpu import check_device_name
 @api_call
 def merge(
     base: AnyPath,
-    adapter: AnyPath,
+    adapter: AnyPath | Sequence[AnyPath],
     output: AnyPath,
     *,
     dtype: str | None = None,
@@ -48,7 +51,8 @@ def merge(
 
     Args:
         base: a converted directory, a full-precision checkpoint, or "builtin:NAME".
-        adapter: a PEFT LoRA directory made or trained on `base`.
+        adapter: a PEFT LoRA directory made or trained on `base`, or several. "DIR:0.5" multiplies what the adapter
+            adds by 0.5; the changes by several adapters add up.
         output: the directory to write.
         dtype: dtype of the merged weights; None is the model's dtype.
         layout: container of the merged weights; None is a container with float offsets for QA-LoRA, else
@@ -102,7 +106,7 @@ def merge(
         remote_code=remote_code,
         tokenizer=tokenizer,
     )
-    prepared = prepare_merge(resolve_model(os.fspath(base)), Path(adapter), Path(output), options)
+    prepared = prepare_merge(resolve_model(os.fspath(base)), _adapters(adapter), Path(output), options)
     plan = _plan(prepared, already_done=is_merge_done(prepared, overwrite=overwrite))
     if dry_run:
         return plan
@@ -111,6 +115,14 @@ def merge(
     observer.started(plan)
     outcome = merge_adapter(prepared, observer, overwrite=overwrite, restart=restart, threads=count, device=device)
     return _result(plan, outcome)
+
+
+def _adapters(adapter: AnyPath | Sequence[AnyPath]) -> list[tuple[Path, float]]:
+    """Paths and weights; only a text has a weight. Raises UsageError for no adapter."""
+    several: Sequence[AnyPath] = (adapter,) if isinstance(adapter, (str, os.PathLike)) else adapter
+    if not several:
+        raise UsageError("no adapter to merge", hint="name a PEFT adapter directory")
+    return [parse_adapter(one) if isinstance(one, str) else (Path(one), 1.0) for one in several]
 
 
 def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
@@ -122,7 +134,7 @@ def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
         requantize=merge.options.requantize,
         form=merge.options.requantize or form_of_weights,
         tensors=tuple(tensor for job in merge.jobs for tensor in job.outputs),
-        layers=sum(job.lora is not None or bool(job.experts) for job in merge.jobs),
+        layers=sum(bool(job.lora or job.experts) for job in merge.jobs),
         nbytes=merge.nbytes,
         notes=(*merge.provenance.notes, *merge.notes),
         code_files=tuple(merge.code_files),

@@ -13,7 +13,8 @@ from loftq_cli.cli.render.progress import CommandProgress
 def merge(
     base: options.Base,
     adapter: options.Adapter,
-    output: options.Output,
+    output: options.MergeOutput = None,
+    adapters: options.FurtherAdapters = None,
     dtype: options.Dtype = None,
     layout: options.MergeLayout = None,
     requantize: options.Requantize = None,
@@ -40,10 +41,11 @@ def merge(
     directory made or trained on BASE. A QA-LoRA adapter merges into the offsets of BASE's groups: the result stays
     quantized, and computes the outputs of base and adapter.
     """
+    sources, output = options.adapters_and_output(adapter, output, adapters or [])
     with CommandProgress(quiet=quiet) as progress:
         result = merge_checkpoint(
             base,
-            adapter,
+            sources,
             output,
             dtype=dtype,
             layout=layout,

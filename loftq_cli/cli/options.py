@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE, LAYOUTS
 from loftq_cli.quant.formats import FORMATS
 from loftq_cli.runtime.gpu import DEVICES
@@ -79,7 +80,25 @@ Base = Annotated[
     ),
 ]
 Adapter = Annotated[
-    Path, typer.Argument(metavar="ADAPTER", help="A PEFT LoRA directory made or trained on BASE.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="[ADAPTER]",
+        help="A PEFT LoRA directory made or trained on BASE; DIR:0.5 multiplies what the adapter adds. Left out, the "
+        "adapters are those of --adapter.",
+        show_default=False,
+    ),
+]
+MergeOutput = Annotated[
+    Path | None, typer.Argument(metavar="OUTPUT", help="The directory to write.", show_default=False)
+]
+FurtherAdapters = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR[:WEIGHT]",
+        help="A further adapter, with a weight; repeatable. What the adapters add to the base adds up.",
+        show_default=False,
+    ),
 ]
 Dtype = Annotated[
     str | None, typer.Option(metavar=one_of(MODEL_DTYPES), help="Dtype of the merged weights. [default: the model's]")
@@ -149,3 +168,18 @@ Force = Annotated[
         help="Merge although the adapter was fitted to another base, does not survive, or weights beside it are lost.",
     ),
 ]
+
+
+def adapters_and_output(adapter: str, output: Path | None, further: list[str]) -> tuple[list[str], Path]:
+    """The adapters and the output of a merge, where the command may name all adapters by --adapter.
+
+    Raises UsageError for a command without an output.
+
+    >>> adapters_and_output("merged", None, ["style:0.5", "facts"])
+    (['style:0.5', 'facts'], PosixPath('merged'))
+    """
+    if output is not None:
+        return [adapter, *further], output
+    if not further:
+        raise UsageError("no OUTPUT to write", hint="loftq merge BASE ADAPTER OUTPUT")
+    return further, Path(adapter)

@@ -2,6 +2,7 @@
 
 form.py        the container and number format of the result
 provenance.py  whether an adapter belongs to a base
+adapters/      the place of each tensor of each adapter in the base
 vocabulary.py  a vocabulary that grew in training
 planner.py     a job for every tensor of base and adapter
 tokenizer.py   the tokenizer of base or adapter

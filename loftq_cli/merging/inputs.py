@@ -13,7 +13,7 @@ class InputSums:
     """Hashes tensors of base and adapter, and remembers each sha256."""
 
     def __init__(self, merge: Merge) -> None:
-        self._base, self._adapter = merge.base, merge.adapter
+        self._base, self._weights = merge.base, merge.weights
         self._jobs = {job.name: job for job in merge.jobs}
         self._sums: dict[tuple[str, str], str] = {}
 
@@ -24,9 +24,10 @@ class InputSums:
     def hash_job(self, name: str) -> str:
         """The fingerprint of all input tensors of the job called `name`, from base and adapter."""
         job = self._jobs[name]
-        parts = self._base.parts(name) if name in self._base.tensors else []
+        read = job.source or name
+        parts = self._base.parts(read) if read in self._base.tensors else []
         sums = {f"base {part.name}": self.hash_base_tensor(part.name) for part in parts}
-        sha256 = self._adapter.weights.sha256
+        sha256 = self._weights.sha256
         sums |= {f"adapter {tensor}": self._hash("adapter", sha256, tensor) for tensor in _adapter_tensors(job)}
         return fingerprint_of(sums)
 
@@ -42,7 +43,9 @@ class InputSums:
 
 def _adapter_tensors(job: MergeJob) -> list[str]:
     """Names of the job's input tensors in the adapter."""
-    loras = [job.lora] if job.lora is not None else [lora for expert in job.experts for lora in expert]
-    factors = dict.fromkeys(name for lora in loras for name in (lora.lora_A, lora.lora_B))
-    bias = None if job.lora_bias is None else job.lora_bias.lora_bias
-    return [name for name in (*factors, bias, job.replacement) if name is not None]
+    additions = [*job.lora, *(item for expert in job.experts for item in expert)]
+    factors = [name for item in additions for name in (item.lora.lora_A, item.lora.lora_B, item.lora.magnitude)]
+    rows = [item.tokens.tensor for item in job.tokens]
+    biases = [item.lora.lora_bias for item in job.biases]
+    names = dict.fromkeys((*factors, *biases, *rows, job.replacement))
+    return [name for name in names if name is not None]

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loftq_cli.adapter.experts.factors import FactorReader
 from loftq_cli.adapter.experts.stacked import expert_retentions, merged_experts
-from loftq_cli.adapter.sorting import LoraTensors
+from loftq_cli.adapter.fused import FusedRows
 from loftq_cli.errors import InputError, NumericError
 from loftq_cli.layouts.layout import DENSE_HINT, StoredMatrix, load_layout
+from loftq_cli.merging.adapters.placed import Addition
 from loftq_cli.merging.plan import Merge
 from loftq_cli.merging.planner import MergeJob
 from loftq_cli.merging.report import MergedLayer
@@ -24,9 +25,10 @@ from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.quant.gpu_matrix import WholeMatrix, merge_on, requantize, requantize_on
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.matrices import LoraPair
-from loftq_cli.tensors.metrics import MergeSums, delta_rows, is_finite, merge_sums
-from loftq_cli.tensors.rows import STREAMED_NUMEL, Rows, TensorRows, slabs
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
+from loftq_cli.tensors.metrics import MergeSums, is_finite, merge_sums
+from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs
+from loftq_cli.tensors.updates import Term, Update, spread_rows
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +40,8 @@ EXACT = 1e-6  # share of the largest weight: float32 offsets may differ from flo
 
 def is_for_gpu(merge: Merge, job: MergeJob) -> bool:
     """True when the job computes with a whole matrix. Copies and changed offsets stay on the processor."""
-    is_matrix = job.lora is not None or job.matrix is not None or job.name in merge.base.quantized
-    return is_matrix and not job.is_copied and not job.keeps_codes
+    is_matrix = job.is_matrix or job.name in merge.base.quantized
+    return is_matrix and not job.is_copied and not job.keeps_codes and not job.tokens
 
 
 def is_recast(merge: Merge, job: MergeJob) -> bool:
@@ -65,7 +67,7 @@ class MergeJobRunner:
 
     merge     the plan: base, adapter and jobs
     files     the open output files
-    factors   reads the factors of the adapter
+    factors   reads the factors of the adapters
     gpu       the GPU for whole matrices; None for the processor
     """
 
@@ -82,8 +84,7 @@ class MergeJobRunner:
         """
         if job.is_copied:
             return self._copy(job)
-        is_matrix = job.lora is not None or job.matrix is not None or job.name in self.merge.base.quantized
-        if not is_matrix and not job.experts:
+        if not job.is_matrix and not job.experts and job.name not in self.merge.base.quantized:
             return self._write_vector(job)
         try:
             if job.experts:
@@ -115,9 +116,10 @@ class MergeJobRunner:
         """Write the adapter's replacement, or else the base tensor, plus the trained bias of the adapter."""
         loaded = self._load_adapter_tensor(job.replacement) if job.replacement else self.merge.base.load(job.name)
         value = loaded.float()
-        if job.lora_bias is not None and job.lora_bias.lora_bias is not None:
-            bias = self._load_adapter_tensor(job.lora_bias.lora_bias)
-            value = value + bias.float() * job.lora_bias.scaling
+        for addition in job.biases:
+            bias = self._load_adapter_tensor(str(addition.lora.lora_bias)).float()
+            added = bias * (addition.lora.scaling * addition.weight)
+            value = value + (added if addition.part is None else _spread(added, addition.part))
         return self._write(job, {job.outputs[0].name: self._cast(job, value)})
 
     def _write_merged_weight(self, job: MergeJob, workers: Workers) -> WrittenJob:
@@ -126,39 +128,43 @@ class MergeJobRunner:
         The whole weight is in memory when a GPU merges, and when the model's file holds the matrix transposed.
         """
         output, is_turned = job.outputs[0], self._is_turned(job)
-        pair = None if job.lora is None else self._load_pair(job.lora)
-        if self.gpu is not None:
+        update = self._load_update(job)
+        if self.gpu is not None and not job.tokens:
             read = partial(self._read_weight, job, self.merge.base.whole)
-            merged = merge_on(self.gpu, read, job.numel, pair, output.dtype, turned=is_turned)
+            merged = merge_on(self.gpu, read, job.numel, update, output.dtype, turned=is_turned)
             if merged is not None:
                 sha256 = self.files[output.name].write(output.name, merged.tensor)
-                return _finish_job({output.name: sha256}, _rounded_layer(job, pair, merged.sums))
+                return _finish_job({output.name: sha256}, _rounded_layer(job, update, merged.sums))
         sums: list[MergeSums] = []
-        rows = self._merged_rows(job, pair, sums, workers)
+        rows = self._merged_rows(job, update, sums, workers)
         if is_turned:
             import torch
 
             sha256 = self.files[output.name].write(output.name, torch.cat(list(rows)).T.contiguous())
         else:
             sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, rows))
-        return _finish_job({output.name: sha256}, _rounded_layer(job, pair, MergeSums.total(sums)))
+        return _finish_job({output.name: sha256}, _rounded_layer(job, update, MergeSums.total(sums)))
 
     def _write_experts(self, job: MergeJob, workers: Workers) -> WrittenJob:
         """Write a tensor of all experts, merged one expert at a time."""
         sums, output = list[MergeSums](), job.outputs[0]
-        cast = partial(self._cast, job)
-        matrices = merged_experts(self.merge.base, job.name, job.experts, self.factors, cast, sums, workers)
+
+        def pairs(expert: int) -> list[LoraPair]:
+            loaded = ((self.factors.pair(item.lora), item.weight) for item in job.experts[expert])
+            return [replace(pair, scaling=pair.scaling * weight) for pair, weight in loaded]
+
+        cast, count = partial(self._cast, job), len(job.experts)
+        matrices = merged_experts(self.merge.base, job.name, count, pairs, cast, sums, workers)
         sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, matrices))
-        total, lora = MergeSums.total(sums), next(lora for expert in job.experts for lora in expert)
-        layer = MergedLayer(
-            job.name, lora.rank, lora.scaling, total.squared_weight, total.squared_delta, total.retained
-        )
+        total, lora = MergeSums.total(sums), next(item.lora for expert in job.experts for item in expert)
+        squares = total.squared_weight, total.squared_delta
+        layer = MergedLayer(job.name, lora.rank, lora.scaling, *squares, total.retained)
         experts = expert_retentions(sums)
         layer = replace(layer, squared_rounding=total.squared_rounding, experts=experts)
         return _finish_job({output.name: sha256}, layer)
 
     def _merged_rows(
-        self, job: MergeJob, pair: LoraPair | None, sums: list[MergeSums], workers: Workers
+        self, job: MergeJob, update: Update | None, sums: list[MergeSums], workers: Workers
     ) -> Iterator[torch.Tensor]:
         """Yield slabs of the merged weight, [rows, in] in the dtype of the output; append the sums of each slab to
         `sums`.
@@ -166,12 +172,12 @@ class MergeJobRunner:
         import torch
 
         dtype = getattr(torch, job.outputs[0].dtype)
-        weight = self._read_weight(job, self.merge.base.rows)
-        delta = None if pair is None else delta_rows(pair)
+        weight = self._with_trained_rows(job, self._read_weight(job, self.merge.base.rows))
+        delta = None if update is None else update.reader()
 
         def merge_rows(part: slice) -> tuple[torch.Tensor, MergeSums]:
             rows = weight.rows(part).float()
-            delta_slab = None if delta is None else delta(part)
+            delta_slab = None if delta is None else delta(part, rows)
             merged = (rows if delta_slab is None else rows + delta_slab).to(dtype)
             slab_sums = merge_sums(rows, merged, delta_slab)
             if not math.isfinite(slab_sums.squared_weight):
@@ -187,17 +193,17 @@ class MergeJobRunner:
 
         Peak memory: the quantized matrix. A GPU also needs the base's stored matrix in memory.
         """
-        pair = None if job.lora is None else self._load_pair(job.lora)
-        quantizer = make_quantizer(matrix.spec, matrix.dtype)
+        update, quantizer = self._load_update(job), make_quantizer(matrix.spec, matrix.dtype)
         requantized = None
-        if self.gpu is not None:
+        if self.gpu is not None and not job.tokens:
             read = partial(self._read_weight, job, self.merge.base.whole)
-            requantized = requantize_on(self.gpu, read, job.numel, pair, quantizer)
+            requantized = requantize_on(self.gpu, read, job.numel, update, quantizer)
         if requantized is None:
-            requantized = requantize(self._read_weight(job, self.merge.base.rows), pair, quantizer, workers)
+            weight = self._with_trained_rows(job, self._read_weight(job, self.merge.base.rows))
+            requantized = requantize(weight, update, quantizer, workers)
         tensors = load_layout(self.merge.form.layout).pack(matrix, requantized.quantized)
         squares = requantized.squared_weight, requantized.squared_delta
-        return self._write(job, tensors, _merged_layer(job, pair, *squares, requantized.retained))
+        return self._write(job, tensors, _merged_layer(job, update, *squares, requantized.retained))
 
     def _move_offsets(self, job: MergeJob, workers: Workers) -> WrittenJob:
         """Write the codes of the base with the adapter in the offsets; measure the distance from the exact sum.
@@ -208,7 +214,9 @@ class MergeJobRunner:
 
         base, matrix = self.merge.base.quantized_tensor(job.name), job.matrix
         assert matrix is not None  # kept codes need a quantized matrix
-        pair = None if job.lora is None else self._load_pair(job.lora)
+        update = self._load_update(job)
+        pair = None if update is None else update.plain
+        assert update is None or pair is not None  # the form of the merge keeps no codes under DoRA
         try:
             merged = merge_into_offsets(base, pair, matrix.spec, matrix.dtype, workers=workers)
         except NumericError as error:
@@ -220,9 +228,9 @@ class MergeJobRunner:
             message = f"merged, it differs by {difference.max_difference:g} from the exact sum"
             raise NumericError(message, hint=DENSE_HINT)
         tensors = load_layout(self.merge.form.layout).pack(matrix, merged.quantized)
-        if pair is None:
+        if update is None:
             return self._write(job, tensors)
-        layer = _merged_layer(job, pair, merged.squared_weight, merged.squared_delta)
+        layer = _merged_layer(job, update, merged.squared_weight, merged.squared_delta)
         assert layer is not None
         return self._write(job, tensors, replace(layer, difference=difference))
 
@@ -234,8 +242,46 @@ class MergeJobRunner:
                 raise InputError(message, file=self.merge.base.path, tensor=job.name, hint=DENSE_HINT)
         return _finish_job({name: self.files[name].write(name, tensor) for name, tensor in tensors.items()}, layer)
 
-    def _load_pair(self, lora: LoraTensors) -> LoraPair:
-        return self.factors.pair(lora)
+    def _load_update(self, job: MergeJob) -> Update | None:
+        """Load what the adapters add to a weight; None for a weight without an adapter."""
+        return Update(tuple(map(self._load_term, job.lora))) if job.lora else None
+
+    def _load_term(self, addition: Addition) -> Term:
+        lora = addition.lora
+        if lora.part is not None:
+            return Term(self.factors.pair(lora), None, addition.weight)
+        lora_A, lora_B = self._load_adapter_tensor(lora.lora_A), self._load_adapter_tensor(lora.lora_B)
+        magnitude = None if lora.magnitude is None else self._load_adapter_tensor(lora.magnitude)
+        if addition.part is not None:
+            lora_B = _spread(lora_B, addition.part)
+            magnitude = None if magnitude is None else _spread(magnitude, addition.part, math.nan)
+        return Term(lora_pair(lora_A, lora_B, lora.scaling, lora.pooling), magnitude, addition.weight)
+
+    def _with_trained_rows(self, job: MergeJob, weight: Rows) -> Rows:
+        """`weight` [vocabulary, width] with the adapters' rows of single tokens, of which the rows are few."""
+        if not job.tokens:
+            return weight
+        import torch
+
+        changed: dict[int, torch.Tensor] = {}
+        for trained in job.tokens:
+            values = self._load_adapter_tensor(trained.tokens.tensor).float()
+            for index, value in zip(trained.tokens.indices, values, strict=True):
+                row = weight.rows(slice(index, index + 1))[0].float()
+                change = value - row if trained.weight == 1.0 else (value - row) * trained.weight
+                # A single whole row is copied, so that the numbers are the adapter's to the last bit.
+                is_whole = index not in changed and trained.weight == 1.0
+                changed[index] = value if is_whole else changed.get(index, row) + change
+
+        def rows(part: slice) -> torch.Tensor:
+            values = weight.rows(part).float()
+            inside = [index for index in changed if part.start <= index < part.stop]
+            if inside:
+                values = values.clone()
+                values[[index - part.start for index in inside]] = torch.stack([changed[index] for index in inside])
+            return values
+
+        return ComputedRows(weight.shape, rows, weight.multiple, weight.device, weight.slab_numel)
 
     def _load_adapter_tensor(self, name: str) -> torch.Tensor:
         """Load the adapter tensor `name`. Raises InputError for NaN and infinite values."""
@@ -246,14 +292,12 @@ class MergeJobRunner:
         is_turned = self._is_turned(job)
         if job.replacement is not None:
             return TensorRows(self._load_adapter_tensor(job.replacement), is_turned)
-        if job.lora is not None and job.lora.is_embedding:
-            return TensorRows(self.merge.base.load(job.name), is_turned)
-        return read(job.name)
+        name = job.source or job.name
+        return TensorRows(self.merge.base.load(name), is_turned) if job.is_embedding else read(name)
 
     def _is_turned(self, job: MergeJob) -> bool:
         """True when the model's file holds [in, out]: a Conv1D, or an embedding in PEFT's orientation."""
-        is_embedding = job.lora is not None and job.lora.is_embedding
-        return self.merge.base.family.is_transposed(module_of(job.name)) or is_embedding
+        return self.merge.base.family.is_transposed(module_of(job.name)) or job.is_embedding
 
     def _cast(self, job: MergeJob, tensor: torch.Tensor) -> torch.Tensor:
         """Convert `tensor` to the dtype of the output. Raises InputError for numbers not finite in the dtype."""
@@ -272,16 +316,23 @@ def _finish_job(sums: dict[str, str], layer: MergedLayer | None) -> WrittenJob:
     return WrittenJob(sums, {} if layer is None else layer.to_json())
 
 
+def _spread(tensor: torch.Tensor, part: FusedRows, fill: float = 0.0) -> torch.Tensor:
+    """The rows of a module in a fused matrix; `fill` in the rows of the other modules."""
+    import torch
+
+    return spread_rows(tensor, part.total, torch.tensor(part.places()), fill)
+
+
 def _merged_layer(
-    job: MergeJob, pair: LoraPair | None, squared_weight: float, squared_delta: float, retained: float | None = None
+    job: MergeJob, update: Update | None, squared_weight: float, squared_delta: float, retained: float | None = None
 ) -> MergedLayer | None:
     """The measured effect of merging; None without an adapter."""
-    if pair is None:
+    if update is None:
         return None
-    return MergedLayer(job.name, pair.lora_A.shape[0], pair.scaling, squared_weight, squared_delta, retained)
+    return MergedLayer(job.name, update.rank, update.scaling, squared_weight, squared_delta, retained)
 
 
-def _rounded_layer(job: MergeJob, pair: LoraPair | None, sums: MergeSums) -> MergedLayer | None:
+def _rounded_layer(job: MergeJob, update: Update | None, sums: MergeSums) -> MergedLayer | None:
     """The measured effect of merging into a weight in full precision; None without an adapter."""
-    layer = _merged_layer(job, pair, sums.squared_weight, sums.squared_delta, sums.retained)
+    layer = _merged_layer(job, update, sums.squared_weight, sums.squared_delta, sums.retained)
     return None if layer is None else replace(layer, squared_rounding=sums.squared_rounding)

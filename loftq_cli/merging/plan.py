@@ -6,20 +6,25 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME
-from loftq_cli.adapter.experts.planned import plan_expert_loras
-from loftq_cli.adapter.extras import take_extras
-from loftq_cli.adapter.source import AdapterSource, open_adapter
+from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.adapter.spelling import wrappers_in
+from loftq_cli.checkpoint.source import WeightsFile
 from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
+from loftq_cli.merging.adapters.placed import Placed, additions, join
+from loftq_cli.merging.adapters.placing import place
+from loftq_cli.merging.adapters.tasks import NewHead, settle_head
+from loftq_cli.merging.adapters.tied import settle_tied
+from loftq_cli.merging.adapters.weighted import WeightedAdapter, joined_weights, open_adapters, weight_notes
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner
-from loftq_cli.merging.provenance import Provenance, check_provenance
+from loftq_cli.merging.provenance import Provenance, check_provenance, join_provenance
 from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.merging.vocabulary import Growth, is_vocabulary_head
 from loftq_cli.model.stored import BaseModel, check_names
@@ -51,7 +56,7 @@ class Merge:
     """A merge ready to run: base and adapter fit together as far as headers tell.
 
     base         the model under the adapter, quantized or in full precision
-    adapter      the PEFT directory
+    adapters     the PEFT directories, each with a weight
     output       the directory to write
     form         container and number format of the merged weights
     dtype        dtype of every tensor in full precision
@@ -62,10 +67,11 @@ class Merge:
     notes        remarks about how base and adapter fit together
     tokenizer    the files of the tokenizer, of base or adapter
     growth       the growth of the vocabulary; None for the vocabulary of the base
+    head         the head of another task than the base's; None for the base's class
     """
 
     base: BaseModel
-    adapter: AdapterSource
+    adapters: tuple[WeightedAdapter, ...]
     output: Path
     options: MergeOptions
     form: MergeForm
@@ -77,6 +83,17 @@ class Merge:
     notes: tuple[str, ...]
     tokenizer: TokenizerChoice = field(default_factory=TokenizerChoice)
     growth: Growth | None = None
+    head: NewHead | None = None
+
+    @property
+    def adapter(self) -> AdapterSource:
+        """The first adapter."""
+        return self.adapters[0].source
+
+    @cached_property
+    def weights(self) -> WeightsFile:
+        """The tensors of all adapters."""
+        return self.adapter.weights if len(self.adapters) == 1 else joined_weights(self.adapters)
 
     @property
     def nbytes(self) -> int:
@@ -88,16 +105,26 @@ class Merge:
         """The sha256 over headers, configs, source names, options and versions; the numbers of the inputs are hashed
         apart.
         """
-        refs = [*self.base.checkpoint.tensors.values(), *self.adapter.weights.tensors.values()]
+        refs = [*self.base.checkpoint.tensors.values(), *self.weights.tensors.values()]
         headers = [[ref.name, ref.dtype, ref.shape] for ref in refs]
         options = {name: value for name, value in asdict(self.options).items() if name != "force"}
         if options.pop("remote_code") is False:
             options["remote_code"] = False
         if options["tokenizer"] is None:
             del options["tokenizer"]
-        sources = [source_name(self.base.path), source_name(self.adapter.path)]
-        configs = [dict(self.base.config), dict(self.adapter.config), self.base.layout.name]
-        values = [TOOL, version("torch"), options, self.dtype, sources, configs, headers]
+        sources = [source_name(self.base.path), *(source_name(adapter.source.path) for adapter in self.adapters)]
+        configs = [dict(self.base.config), *(dict(adapter.source.config) for adapter in self.adapters)]
+        values: list[object] = [
+            TOOL,
+            version("torch"),
+            options,
+            self.dtype,
+            sources,
+            [*configs, self.base.layout.name],
+            headers,
+        ]
+        if any(adapter.weight != 1.0 for adapter in self.adapters):
+            values.append([adapter.weight for adapter in self.adapters])
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -129,7 +156,8 @@ class Merge:
     def unties(self) -> bool:
         """True when a head gets a separate weight in a model whose head shares the weight of the embedding."""
         return self.base.family.ties_embeddings() and any(
-            job.replacement is not None and is_vocabulary_head(module_of(job.name)) for job in self.jobs
+            (job.replacement is not None or job.source is not None) and is_vocabulary_head(module_of(job.name))
+            for job in self.jobs
         )
 
     def model_config(self) -> dict[str, Any]:
@@ -149,6 +177,8 @@ class Merge:
                     part["tie_word_embeddings"] = False
         if self.growth is not None:
             config = self.growth.change(config)
+        if self.head is not None:
+            config = self.head.change(config)
         if not any(job.matrix for job in self.jobs):
             return config
         return load_layout(self.form.layout).model_config(config, self._model_facts())
@@ -178,39 +208,38 @@ class Merge:
         )
 
 
-def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: MergeOptions) -> Merge:
-    """Open base and adapter, and plan the merge. Only headers and configs are read, and nothing is written.
+def prepare_merge(
+    base_path: Path, adapter_paths: Sequence[tuple[Path, float]], output: Path, options: MergeOptions
+) -> Merge:
+    """Open base and adapters, and plan the merge. Only headers and configs are read, and nothing is written.
 
-    base_path      a converted directory or a full-precision checkpoint
-    adapter_path   a PEFT LoRA directory
-    output         the directory to write later
+    base_path       a converted directory or a full-precision checkpoint
+    adapter_paths   PEFT LoRA directories with weights, at least one
+    output          the directory to write later
 
-    Raises MismatchError naming the tensor when the adapter does not fit the base; InputError for a damaged input;
+    Raises MismatchError naming the tensor when an adapter does not fit the base; InputError for a damaged input;
     UsageError for options in conflict with base, adapter or container.
     """
     base = BaseModel.open(base_path)
-    adapter = open_adapter(adapter_path)
-    check_apart(output, [base.folder, *base.checkpoint.files, adapter.path])
-    adapter, extra_notes = take_extras(adapter, base, force=options.force)
-    provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
-    form = choose_form(options, base, is_pooled=_check_pooled(base, adapter, options))
+    check_apart(output, [base.folder, *base.checkpoint.files, *(path for path, _ in adapter_paths)])
+    adapters = open_adapters(adapter_paths, base, force=options.force)
+    provenance = join_provenance(
+        [check_provenance(base, a.source.path, a.source.config, force=options.force) for a in adapters]
+    )
+    placed = join([place(adapter, base) for adapter in adapters])
+    head = settle_head(placed, base, adapters[0].source.config)
+    settle_tied(placed, base, [head.architecture] if head else base.family.architectures)
+    form = choose_form(options, base, is_pooled=_check_pooled(base, placed, options))
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
     if options.dtype not in (None, dtype):
         message = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
         raise UsageError(message, hint=f"--scale-dtype {options.dtype}")
-    planner = MergePlanner(base, adapter, options, form, dtype)
+    planner = MergePlanner(base, placed, options, form, dtype)
     jobs = tuple(planner.plan_jobs())
-    unfit = next((job for job in jobs if job.note), None)
-    if unfit is not None and not any(job.matrix for job in jobs):
-        message = f"no weight to quantize: {unfit.note}"
-        raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
-    notes = (*extra_notes, *_notes(base, adapter, planner.growth), *_expert_notes(jobs, form))
-    quantized = [job.name for job in jobs if job.matrix is not None]
-    remedy = DENSE_HINT if options.requantize is None else "leave out --requantize"
-    check_names(load_layout(form.layout), quantized, [job.name for job in jobs], remedy=remedy)
+    _check_names(base, options, form, jobs)
     merge = Merge(
         base=base,
-        adapter=adapter,
+        adapters=adapters,
         output=output,
         options=options,
         form=form,
@@ -218,28 +247,58 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         jobs=jobs,
         shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
         provenance=provenance,
-        unused=planner.unused,
+        unused=placed.unused,
         growth=planner.growth,
-        notes=notes,
+        head=head,
+        notes=(*_notes(base, adapters, placed, planner.growth, head), *_expert_notes(jobs, form)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
-    merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
-    later = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
-    return replace(merge, notes=(*merge.notes, *later))
+    return _with_tokenizer(merge)
 
 
-def _notes(base: BaseModel, adapter: AdapterSource, growth: Growth | None) -> tuple[str, ...]:
-    return (*_growth_notes(growth), *_spelling_notes(base, adapter), *_untrained_notes(base, adapter))
+def _with_tokenizer(merge: Merge) -> Merge:
+    """`merge` with the tokenizer of the base, or of the first adapter with a tokenizer."""
+    choice, side_files = merge.options.tokenizer, merge.side_files
+    chosen = TokenizerChoice()
+    for adapter in merge.adapters:
+        chosen = choose_tokenizer(choice, side_files, adapter.source.path)
+        if chosen.note is not None:
+            break
+    notes = [note for note in (chosen.note, code_note(merge.code_files)) if note is not None]
+    return replace(merge, tokenizer=chosen, notes=(*merge.notes, *notes))
+
+
+def _check_names(base: BaseModel, options: MergeOptions, form: MergeForm, jobs: Sequence[MergeJob]) -> None:
+    """Raises UsageError when no weight fits a quantized result, and for names that the container cannot hold."""
+    unfit = next((job for job in jobs if job.note), None)
+    if unfit is not None and not any(job.matrix for job in jobs):
+        message = f"no weight to quantize: {unfit.note}"
+        raise UsageError(message, file=base.path, tensor=unfit.name, hint="another --group-size")
+    quantized = [job.name for job in jobs if job.matrix is not None]
+    remedy = DENSE_HINT if options.requantize is None else "leave out --requantize"
+    check_names(load_layout(form.layout), quantized, [job.name for job in jobs], remedy=remedy)
+
+
+def _notes(
+    base: BaseModel, adapters: Sequence[WeightedAdapter], placed: Placed, growth: Growth | None, head: NewHead | None
+) -> tuple[str, ...]:
+    notes = [note for adapter in adapters for note in adapter.notes]
+    notes += [*weight_notes(adapters), *placed.notes, *([head.note] if head else []), *_growth_notes(growth)]
+    if placed.copies:
+        names = ", ".join(printable(name, 80) for name in placed.copies)
+        notes.append(f"embedding and head get weights of their own, as PEFT computes with two: {names}")
+    for adapter in adapters:
+        notes += [*_spelling_notes(base, adapter.source), *_untrained_notes(base, adapter.source)]
+    return tuple(dict.fromkeys(notes))
 
 
 def _expert_notes(jobs: Sequence[MergeJob], form: MergeForm) -> tuple[str, ...]:
     """A note about adapted experts in full precision in a result with codes."""
-    dense = [job for job in jobs if job.matrix is None and (job.experts or (job.lora and job.lora.part))]
+    dense = [job for job in jobs if job.matrix is None and (job.experts or any(item.lora.part for item in job.lora))]
     if not dense or not form.is_quantized:
         return ()
     name = printable(dense[0].name, 80)
-    text = f"{len(dense)} tensors of experts stay in full precision, as in the base: {name} is the first"
-    return (text,)
+    return (f"{len(dense)} tensors of experts stay in full precision, as in the base: {name} is the first",)
 
 
 def _growth_notes(growth: Growth | None) -> tuple[str, ...]:
@@ -265,18 +324,23 @@ def _untrained_notes(base: BaseModel, adapter: AdapterSource) -> tuple[str, ...]
     return (f"the adapter's target_modules name layers of which it holds nothing, merged as they are: {names}{more}",)
 
 
-def _check_pooled(base: BaseModel, adapter: AdapterSource, options: MergeOptions) -> bool:
-    """True when a lora_A reads pooled inputs: config or options say so, and lora_A is narrower than the weight.
+def _check_pooled(base: BaseModel, placed: Placed, options: MergeOptions) -> bool:
+    """True when a lora_A reads pooled inputs: config or options say so, and lora_A is narrower than the weight. False
+    under DoRA, whose rows no offset can scale.
 
     Raises UsageError for --pooling when every lora_A reads every input.
     """
-    experts = plan_expert_loras(base, adapter).single if any(x.pooling for x in adapter.parameters.values()) else {}
-    for name, lora in {**adapter.lora_in(base), **experts}.items():
-        if lora.is_embedding or (lora.pooling is None and options.pooling is None):
+    is_pooled = False
+    for name, addition in additions(placed):
+        lora, source = addition.lora, addition.source
+        if lora.magnitude is not None and not is_pooled:
+            return False
+        may_pool = lora.pooling is not None or (options.pooling is not None and lora.part is None)
+        if lora.is_embedding or not may_pool or name not in base.tensors:
             continue
-        if adapter.weights.tensors[lora.lora_A].shape[1] != base.matrix_shape(name)[-1]:
-            return True
-    if options.pooling is not None:
+        is_pooled = is_pooled or source.weights.tensors[lora.lora_A].shape[1] != base.matrix_shape(name)[-1]
+    if not is_pooled and options.pooling is not None:
         message = "--pooling is for a QA-LoRA adapter, and this one reads every input"
-        raise UsageError(message, file=adapter.path, hint="leave it out")
-    return False
+        path = next((addition.source.path for _, addition in additions(placed)), None)
+        raise UsageError(message, file=path, hint="leave it out")
+    return is_pooled

@@ -6,17 +6,16 @@ An error refuses a misfit by name before any number is read.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from loftq_cli.adapter.config import CONFIG_NAME
-from loftq_cli.adapter.experts.planned import plan_expert_loras
 from loftq_cli.adapter.sorting import GATHER_SLICES, LoraTensors
 from loftq_cli.adapter.source import AdapterSource
-from loftq_cli.adapter.spelling import nearest_name
 from loftq_cli.errors import MismatchError, UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, load_layout
+from loftq_cli.merging.adapters.placed import Addition, Placed, Replacement, Rows
+from loftq_cli.merging.adapters.weighted import mismatch
 from loftq_cli.merging.form import MergeForm, MergeOptions
 from loftq_cli.merging.vocabulary import Growth, find_growth, is_vocabulary_head, vocabulary_size
 from loftq_cli.model.stored import BaseModel
@@ -26,10 +25,7 @@ from loftq_cli.quant.formats import QuantSpec, requantized_spec
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, OutTensor
 from loftq_cli.tensors.specs import Pooling
 
-# Model classes without an output layer over the vocabulary.
-_HEADLESS_CLASS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$|(?<!Head)(?<!Heads)Model$")
 _RESIZE = "save embedding and head both, with modules_to_save; or resize the base's embeddings first"
-_TIED = "belongs to a weight that embedding and head share"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,33 +33,46 @@ class MergeJob:
     """The work on a tensor of the base, or on a new tensor from the adapter.
 
     name          tensor name in the base; a quantized weight with all stored parts is a single job
-    lora          the adapter to add; None for a weight without an adapter
-    lora_bias     the adapter with a bias to add to the tensor, a bias; None without
+    lora          the adapters' factors to add; empty for a weight without an adapter
+    biases        the adapters with a bias to add to the tensor, a bias
+    tokens        the adapters' rows in place of rows of the tensor
+    experts       for each expert in a tensor of all experts, the factors to add; empty for any other tensor
     replacement   name of the adapter's tensor to read in place of the base's; None without
+    source        name of the base's tensor to read in place of `name`; None to read `name`
     matrix        the quantized matrix to store; None for a dense result
     keeps_codes   whether the codes of the base are written, with changed offsets
     outputs       the tensors to write
     is_copied     whether the numbers of the base are written, as bytes or in a changed dtype
     note          the reason why the weight is not quantized in spite of --requantize; None without
-    experts       for each expert in a tensor of all experts, the adapters to add; empty for any other tensor
     """
 
     name: str
-    lora: LoraTensors | None = None
-    lora_bias: LoraTensors | None = None
+    lora: tuple[Addition, ...] = ()
+    biases: tuple[Addition, ...] = ()
+    tokens: tuple[Rows, ...] = ()
+    experts: tuple[tuple[Addition, ...], ...] = ()
     replacement: str | None = None
+    source: str | None = None
     matrix: StoredMatrix | None = None
     keeps_codes: bool = False
     outputs: tuple[OutTensor, ...] = ()
     is_copied: bool = False
     note: str | None = None
-    experts: tuple[tuple[LoraTensors, ...], ...] = ()
 
     @property
     def is_touched(self) -> bool:
         """True when the adapter changes the tensor."""
-        has_lora = self.lora is not None or self.lora_bias is not None or bool(self.experts)
-        return has_lora or self.replacement is not None
+        return bool(self.lora or self.biases or self.tokens or self.experts) or self.replacement is not None
+
+    @property
+    def is_matrix(self) -> bool:
+        """True when the job adds to a matrix, or reads rows of a matrix."""
+        return bool(self.lora or self.tokens) or self.matrix is not None or self.source is not None
+
+    @property
+    def is_embedding(self) -> bool:
+        """True for the factors of an embedding, which PEFT stores turned."""
+        return any(addition.lora.is_embedding for addition in self.lora)
 
     @property
     def numel(self) -> int:
@@ -72,23 +81,11 @@ class MergeJob:
 
 
 class MergePlanner:
-    """Gives every tensor of the adapter a place. `unused` maps an adapter tensor without a job to the reason, and
-    `growth` is the growth of the vocabulary, once planned.
-    """
+    """Gives every tensor of base and adapters a job. `growth` is the growth of the vocabulary, once planned."""
 
-    def __init__(
-        self, base: BaseModel, adapter: AdapterSource, options: MergeOptions, form: MergeForm, dtype: str
-    ) -> None:
+    def __init__(self, base: BaseModel, placed: Placed, options: MergeOptions, form: MergeForm, dtype: str) -> None:
         """Raises UsageError for a quantized `form` when transformers cannot load the model from quantized tensors."""
-        self.unused = dict(adapter.unused)
-        self._base, self._adapter, self._options, self._form, self._dtype = base, adapter, options, form, dtype
-        self._file = adapter.weights.path
-        self._loaded_names = adapter.names_in(base)
-        # Adapter tensors without a place so far.
-        self._experts = plan_expert_loras(base, adapter, map(module_of, self._loaded_names.values()))
-        self._lora = {module: lora for module, lora in adapter.lora.items() if module not in self._experts.placed}
-        self._whole = dict(adapter.whole)
-        self._biases = {f"{module}.bias": lora for module, lora in self._lora.items() if lora.lora_bias}
+        self._base, self._placed, self._options, self._form, self._dtype = base, placed, options, form, dtype
         self._unfit: dict[str, str] = {}
         self.growth: Growth | None = None
         if form.is_quantized and not base.family.loads_in_4_bit():
@@ -96,62 +93,72 @@ class MergePlanner:
             raise UsageError(message, hint=DENSE_HINT)
 
     def plan_jobs(self) -> Iterator[MergeJob]:
-        """Yield a job for every base tensor, in order, then for every new tensor.
+        """Yield a job for every base tensor of the merged model, in order, then for every new tensor.
 
         Raises MismatchError naming an adapter tensor of a wrong shape or without a place.
         """
-        self._check_tied()
-        self.growth = find_growth(self._base, self._loaded_names, self._whole, self._adapter.weights.tensors)
+        placed = self._placed
+        tensors = {head.tensor: head.source.weights.tensors[head.tensor] for head in placed.whole.values()}
+        self.growth = find_growth(self._base, placed.replaced(), tensors, placed.left)
         for name, ref in self._base.tensors.items():
             is_tied = ref.alias_of is not None and self._base.family.ties_embeddings()
-            if not (is_tied and self._loaded_names[name] not in self._whole):
+            if name not in placed.left and (not is_tied or name in placed.whole):
                 yield self._plan_job(name)
-        self._check_leftovers()
-        yield from (self._plan_new_tensor(loaded, name) for loaded, name in self._whole.items())
-
-    def _check_leftovers(self) -> None:
-        for lora in self._lora.values():
-            modules = [module_of(name) for name in self._loaded_names.values() if name.endswith(".weight")]
-            hint = f"the base's modules are called like {nearest_name(lora.module, modules) or 'none'}"
-            raise self._mismatch("its module is not in the base", lora.lora_A, hint)
-        for lora in self._biases.values():
-            raise self._mismatch("its module has no bias in the base", str(lora.lora_bias))
+        yield from (self._plan_new_tensor(name, replacement) for name, replacement in placed.new.items())
+        for name, source in placed.copies.items():
+            yield self._plan_new_weight(MergeJob(name, source=source), self._file_shape(source))
 
     def _plan_job(self, name: str) -> MergeJob:
-        loaded = self._loaded_names[name]
-        lora = self._lora.pop(module_of(loaded), None) if name.endswith(".weight") else None
-        lora_bias, replacement = self._biases.pop(loaded, None), self._whole.pop(loaded, None)
-        if lora is not None:
-            lora = self._fit_lora(name, lora)
-        experts = self._experts.stacks.get(name, ())
-        if name in self._experts.single or experts:
-            lora = self._only(name, self._experts.single.get(name), lora, replacement)
+        placed, replacement = self._placed, self._placed.whole.get(name)
+        job = self._with_additions(
+            MergeJob(name, replacement=None if replacement is None else replacement.tensor), name
+        )
         if replacement is not None:
-            self._check_shape(replacement, name, self._file_shape(name), hint=_RESIZE)
-        if lora_bias is not None and lora_bias.lora_bias is not None:
-            self._check_shape(lora_bias.lora_bias, name, self._grown(name, self._base.tensors[name].shape))
-        job = MergeJob(name, lora, lora_bias, replacement, experts=experts)
+            self._check_shape(replacement.source, replacement.tensor, name, self._file_shape(name), hint=_RESIZE)
+        biases = placed.biases.get(name, ())
+        for bias in biases:
+            shape = self._grown(name, self._base.tensors[name].shape)
+            rows = shape if bias.part is None else (bias.part.count, *shape[1:])
+            self._check_shape(bias.source, str(bias.lora.lora_bias), name, rows)
+        experts = placed.experts.get(name, ())
+        if experts and replacement is not None:
+            message = f"replaces {name}, and an adapter of all experts changes it as well"
+            raise mismatch(replacement.source, message, replacement.tensor)
+        job = replace(job, biases=biases, experts=experts)
         return self._store_quantized(job) or replace(self._store_dense(job), note=self._unfit.get(name))
 
-    def _only(
-        self, name: str, expert: LoraTensors | None, lora: LoraTensors | None, replacement: str | None
-    ) -> LoraTensors | None:
-        """`expert`, the factors of an expert. Raises MismatchError for a weight that the adapter changes twice."""
-        twice = lora.lora_A if lora is not None else replacement
-        if twice is not None:
-            raise self._mismatch(f"changes {name}, which an adapter of all experts changes as well", twice)
-        return expert
+    def _with_additions(self, job: MergeJob, like: str) -> MergeJob:
+        """`job` with the changes of adapters, checked; `like` is the base's tensor of equal shape."""
+        lora = tuple(self._fit_lora(like, addition) for addition in self._placed.lora.get(job.name, ()))
+        tokens = self._placed.tokens.get(job.name, ())
+        if tokens and lora:
+            raise mismatch(tokens[0].source, "trains rows of a matrix under an adapter", tokens[0].tokens.tensor)
+        rows, width = self._file_shape(like)[0], self._file_shape(like)[1:]
+        for trained in tokens:
+            self._check_shape(trained.source, trained.tokens.tensor, like, (len(trained.tokens.indices), *width))
+            if max(trained.tokens.indices, default=-1) >= rows:
+                message = f"trains the row {max(trained.tokens.indices)}, and {like} of the base has {rows}"
+                raise mismatch(trained.source, message, trained.tokens.tensor, _RESIZE)
+        return replace(job, lora=lora, tokens=tokens)
 
-    def _plan_new_tensor(self, loaded: str, name: str) -> MergeJob:
-        ref, trained_copies = self._adapter.weights.tensors[name], self._adapter.config.get("modules_to_save") or []
+    def _plan_new_tensor(self, loaded: str, new: Replacement) -> MergeJob:
+        ref, source = new.source.weights.tensors[new.tensor], new.source
         is_untied = self._base.family.ties_embeddings() and is_vocabulary_head(module_of(loaded))
+        trained_copies = source.config.get("modules_to_save") or []
         is_trained_copy = any(f".{module}." in f".{loaded}" for module in trained_copies)
         if loaded in self._base.tensors or not (is_untied or is_trained_copy):
-            raise self._mismatch("is left over: the base has no such tensor", name)
+            raise mismatch(source, "is left over: the base has no such tensor", new.tensor)
         size = self.growth.rows if self.growth else vocabulary_size(self._base)
         if is_untied and loaded.endswith(".weight") and size not in (None, ref.shape[0]):
-            raise self._mismatch(f"is {ref.shape}, and the vocabulary has {size} rows", name, _RESIZE)
-        return MergeJob(loaded, replacement=name, outputs=(OutTensor(loaded, self._dtype, ref.shape),))
+            raise mismatch(source, f"is {ref.shape}, and the vocabulary has {size} rows", new.tensor, _RESIZE)
+        return self._plan_new_weight(MergeJob(loaded, replacement=new.tensor), ref.shape)
+
+    def _plan_new_weight(self, job: MergeJob, shape: tuple[int, ...]) -> MergeJob:
+        """Complete the job of a tensor that the base does not have, changed like a tied weight of the base."""
+        like = next((n for n in self._base.tensors if self._file_shape(n) == shape), None)
+        if like is not None and self._placed.touches(job.name):
+            job = self._with_additions(job, job.source or like)
+        return replace(job, outputs=(OutTensor(job.name, self._dtype, shape),))
 
     def _store_dense(self, job: MergeJob) -> MergeJob:
         """Complete `job` to store the tensor in full precision, in the orientation of the model's files."""
@@ -183,7 +190,7 @@ class MergePlanner:
         if stored is not None:
             spec = requantized_spec(stored.spec, spec)
             (out_features, in_features), transposed = self._grown(job.name, stored.shape), stored.transposed
-        elif job.lora is None or kind_of(self._base.tensors[job.name], self._base.family) not in ("linear", "head"):
+        elif not job.lora or kind_of(self._base.tensors[job.name], self._base.family) not in ("linear", "head"):
             return None
         else:
             out_features, in_features = self._grown(job.name, self._base.matrix_shape(job.name))
@@ -207,8 +214,8 @@ class MergePlanner:
         Raises MismatchError when the offsets of the groups cannot hold the adapter, UsageError when the container
         cannot hold the matrix.
         """
-        if job.lora is not None:
-            pooling, group_size = job.lora.pooling, stored.spec.group_size_or_none
+        for addition in job.lora:
+            pooling, group_size = addition.lora.pooling, stored.spec.group_size_or_none
             message = None
             if pooling is None:
                 message = f"has no pooled input, so no zero point of {job.name} can hold it"
@@ -218,7 +225,7 @@ class MergePlanner:
                     f"{job.name}"
                 )
             if message is not None:
-                raise self._mismatch(message, job.lora.lora_A, DENSE_HINT)
+                raise mismatch(addition.source, message, addition.lora.lora_A, DENSE_HINT)
         layout, spec = load_layout(self._form.layout), self._form.spec_for(stored.spec)
         fit = layout.fit(spec, stored.shape, transposed=stored.transposed)
         if fit.spec is None:
@@ -229,51 +236,58 @@ class MergePlanner:
     def _stored_matrix(self, name: str, shape: tuple[int, int], spec: QuantSpec, *, transposed: bool) -> StoredMatrix:
         return StoredMatrix(name, shape, spec, decoded_dtype(self._form.layout, spec, self._dtype), transposed)
 
-    def _fit_lora(self, name: str, lora: LoraTensors) -> LoraTensors:
-        """`lora` with the pooling settled by shape, config and options.
+    def _fit_lora(self, name: str, addition: Addition) -> Addition:
+        """`addition` with the pooling settled by shape, config and options.
 
         Raises MismatchError when the adapter does not fit the base weight `name`.
         """
-        ref, tensors = self._base.tensors[name], self._adapter.weights.tensors
+        source, lora = addition.source, addition.lora
+        if lora.part is not None:  # of an expert: fitted where the place was found
+            return addition
+        ref, tensors = self._base.tensors[name], source.weights.tensors
         is_dense = name not in self._base.quantized
         if is_dense and ref.dtype not in WEIGHT_DTYPES:
-            raise self._mismatch(f"adapts {name}, which is {ref.dtype}", lora.lora_B)
+            raise mismatch(source, f"adapts {name}, which is {ref.dtype}", lora.lora_B)
         transposed = self._base.family.is_transposed(module_of(name))
-        if self._adapter.config.get("fan_in_fan_out") and is_dense and not transposed and not lora.is_embedding:
+        if source.config.get("fan_in_fan_out") and is_dense and not transposed and not lora.is_embedding:
             raise MismatchError(
                 f"fan_in_fan_out: weights are stored [in, out], and by the base's config {name} is [out, in]",
-                file=self._adapter.path / CONFIG_NAME,
+                file=source.path / CONFIG_NAME,
                 hint="is config.json beside the base's weights?",
             )
         shape = self._grown(name, ref.shape if lora.is_embedding else self._base.matrix_shape(name))
         shape = shape[::-1] if lora.is_embedding else shape
+        if addition.part is not None:
+            shape = (addition.part.count, *shape[1:])
         inputs = tensors[lora.lora_A].shape[1]
-        lora = self._settle_pooling(name, lora, inputs, shape[-1])
+        lora = self._settle_pooling(name, addition, inputs, shape[-1])
         in_features = inputs * (lora.pooling.group_size if lora.pooling else 1)
         hint = None
         if lora.pooling is None and inputs and shape[-1] % inputs == 0 and not lora.is_embedding:
             hint = "a QA-LoRA adapter whose config does not say so? --pooling peft, paper or repo"
-        self._check_shape(lora.lora_B, name, shape, (tensors[lora.lora_B].shape[0], in_features), hint=hint)
-        return lora
+        self._check_shape(source, lora.lora_B, name, shape, (tensors[lora.lora_B].shape[0], in_features), hint=hint)
+        return replace(addition, lora=lora)
 
-    def _settle_pooling(self, name: str, lora: LoraTensors, inputs: int, in_features: int) -> LoraTensors:
-        """`lora` with the pooling of a lora_A [rank, inputs] over a weight of `in_features` columns.
+    def _settle_pooling(self, name: str, addition: Addition, inputs: int, in_features: int) -> LoraTensors:
+        """The tensors of `addition` with the pooling of a lora_A [rank, inputs] over a weight of `in_features` columns.
 
         --pooling wins over the config.
 
         Raises MismatchError when --pooling is set and `inputs` does not divide `in_features` into equal groups.
         """
+        lora = addition.lora
         pooling = lora.pooling_for(in_features, inputs)
         if inputs == in_features or lora.is_embedding or self._options.pooling is None:
             return replace(lora, pooling=pooling)
         group_size = pooling.group_size if pooling else in_features // max(inputs, 1)
         if inputs * group_size != in_features:
             message = f"reads {inputs} inputs, which are no equal groups of the {in_features} of {name}"
-            raise self._mismatch(message, lora.lora_A)
+            raise mismatch(addition.source, message, lora.lora_A)
         return replace(lora, pooling=Pooling(self._options.pooling, group_size))
 
     def _check_shape(
         self,
+        source: AdapterSource,
         tensor: str,
         name: str,
         expected: tuple[int, ...],
@@ -281,37 +295,10 @@ class MergePlanner:
         *,
         hint: str | None = None,
     ) -> None:
-        actual = self._adapter.weights.tensors[tensor].shape if actual is None else actual
+        actual = source.weights.tensors[tensor].shape if actual is None else actual
         if actual != expected:
             message = f"is for {actual}, and {name} of the base is {expected}"
-            raise self._mismatch(message, tensor, _slice_hint(actual, expected, hint))
-
-    def _check_tied(self) -> None:
-        """Raises MismatchError when head and embedding share a weight, and a merge for the head would change the
-        embedding too, or a merge for the embedding the head.
-        """
-        family = self._base.family
-        if not family.ties_embeddings() or any(map(_HEADLESS_CLASS.search, family.architectures[:1])):
-            return
-        shared = {
-            self._loaded_names[name]
-            for name, ref in self._base.tensors.items()
-            if kind_of(ref, family) == "embedding" and ref.shape[0] == self._base.config.get("vocab_size", ref.shape[0])
-        }
-        heads = [name for loaded, name in self._whole.items() if is_vocabulary_head(module_of(loaded))]
-        adapted = {f"{module}.weight": lora.lora_B for module, lora in self._lora.items()}
-        for loaded, name in (self._whole | adapted).items():
-            if loaded in adapted and is_vocabulary_head(module_of(loaded)):
-                raise self._mismatch(f"{_TIED}: merged, it would change the embedding too", name)
-            if loaded in shared and not heads:
-                raise self._mismatch(f"{_TIED}: merged, it would change the head too", name)
-            if loaded in shared and all(self._adapter.is_same(name, head) for head in heads):
-                # PEFT saves head and embedding together; an untied file would hold equal numbers twice.
-                self._whole = {key: tensor for key, tensor in self._whole.items() if tensor not in heads}
-                self.unused.update(dict.fromkeys(heads, f"it equals {name}, whose weight the head shares"))
-
-    def _mismatch(self, message: str, tensor: str, hint: str | None = None) -> MismatchError:
-        return MismatchError(message, file=self._file, tensor=tensor, hint=hint)
+            raise mismatch(source, message, tensor, _slice_hint(actual, expected, hint))
 
 
 def _slice_hint(actual: tuple[int, ...], expected: tuple[int, ...], hint: str | None) -> str | None:

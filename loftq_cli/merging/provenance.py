@@ -7,7 +7,7 @@ included, the effect is wrong.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,15 @@ def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], 
         raise InputError("is not a provenance file of this tool", file=side_file, hint="delete it to merge without")
     is_fitted = _is_fitted(made_for, made_for, side_file)
     return _compare_fingerprints(recorded, made_for, is_fitted=is_fitted, force=force)
+
+
+def join_provenance(records: Sequence[Provenance]) -> Provenance:
+    """The records of several adapters of one base, at least one: the notes of all, and the fingerprint of a binding
+    record before other fingerprints.
+    """
+    chosen = next((record for record in records if record.expected is not None and record.is_binding), records[0])
+    notes = dict.fromkeys(note for record in records for note in record.notes)
+    return Provenance(chosen.expected, chosen.layers, tuple(notes), chosen.is_binding)
 
 
 def check_contents(base: BaseModel, provenance: Provenance, sha256: Callable[[str], str], *, force: bool) -> str | None:

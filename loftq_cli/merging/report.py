@@ -207,10 +207,13 @@ def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> No
 
 
 def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
+    with_rows = [job for job in merge.jobs if job.tokens]
+    further = [{"adapter": source_name(a.source.path), "weight": a.weight} for a in merge.adapters]
     return {
         **TOOL,
         "base": source_name(merge.base.path),
         "adapter": source_name(merge.adapter.path),
+        **({"adapters": further} if len(further) > 1 or further[0]["weight"] != 1.0 else {}),
         "dtype": merge.dtype,
         "layout": merge.form.layout,
         "requantize": merge.options.requantize,
@@ -221,7 +224,8 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "layers": [layer_json(layer) for layer in outcome.layers],
         "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
         "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],
-        "biases": [job.name for job in merge.jobs if job.lora_bias is not None],
+        "biases": [job.name for job in merge.jobs if job.biases],
+        "tokens": {job.name: sorted({i for rows in job.tokens for i in rows.tokens.indices}) for job in with_rows},
     }
 
 
@@ -231,8 +235,9 @@ def _model_card(merge: Merge) -> str:
         form = f"quantized again to {merge.options.requantize}"
     elif merge.form.keeps_codes:
         form = f"{merge.form.layout}, the base's codes with the adapter in their offsets"
+    adapters = " and ".join(source_name(adapter.source.path) for adapter in merge.adapters)
     return (
-        f"# {source_name(merge.base.path)} merged with {source_name(merge.adapter.path)}\n\n"
+        f"# {source_name(merge.base.path)} merged with {adapters}\n\n"
         f"{form}; merged in float32 by loftq-cli. `{MERGE_REPORT_NAME}` lists every merged layer.\n"
         f"{code_paragraph(merge.code_files)}"
     )

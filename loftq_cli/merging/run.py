@@ -147,7 +147,7 @@ class MergeWork:
         self, files: OutputFiles, finished: Entries, workers: Workers
     ) -> Generator[tuple[JournalEntry, bool]]:
         """Run the jobs; yield each journal entry, and whether `finished` held the entry."""
-        runner = MergeJobRunner(self._merge, files, FactorReader(self._merge.adapter.weights), self._gpu)
+        runner = MergeJobRunner(self._merge, files, FactorReader(self._merge.weights), self._gpu)
 
         def run(job: MergeJob, sharing: Workers) -> tuple[JournalEntry, bool]:
             entry = finished.get(job.name)
@@ -183,7 +183,7 @@ class MergeWork:
     def check_inputs_unchanged(self) -> None:
         """Raises StorageError when a weight file of base or adapter changed after planning."""
         self._merge.base.checkpoint.check_unchanged()
-        self._merge.adapter.weights.check_unchanged()
+        self._merge.weights.check_unchanged()
 
     def keeps_unfinished(self, error: LoftqError) -> bool:
         """True after a StorageError: a second run can continue. A refused merge would be refused again."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from loftq_cli.adapter.naming import VOCABULARY_HEAD
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.tensors.headers import TensorRef
-
-# The output layer over the vocabulary. No further head can share the embedding's weight.
-_VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +39,19 @@ class Growth:
 
 
 def find_growth(
-    base: BaseModel, loaded_names: Mapping[str, str], whole: Mapping[str, str], tensors: Mapping[str, TensorRef]
+    base: BaseModel, whole: Mapping[str, str], tensors: Mapping[str, TensorRef], left: Collection[str] = ()
 ) -> Growth | None:
     """The growth of the vocabulary of `base`; None unless all tensors over the vocabulary grew to equal rows.
 
-    loaded_names   name in the base -> name in the adapter's spelling
-    whole          name in the adapter's spelling -> the adapter's tensor in place of the base's
-    tensors        the tensors of the adapter
+    whole     name in the base -> the adapter's tensor in place of the base's
+    tensors   the tensors of the adapter
+    left      names in the base that the merged model does not have
     """
     before = vocabulary_size(base)
     if before is None:
         return None
-    names = [name for name, ref in base.tensors.items() if _is_over_vocabulary(base, ref, before)]
-    replaced = {name: tensors[whole[loaded_names[name]]].shape for name in names if loaded_names[name] in whole}
+    names = [n for n, ref in base.tensors.items() if n not in left and _is_over_vocabulary(base, ref, before)]
+    replaced = {name: tensors[whole[name]].shape for name in names if name in whole}
     is_tied = base.family.ties_embeddings()
     kept = [name for name in names if name not in replaced and not (is_tied and base.tensors[name].alias_of)]
     rows = next((shape[0] for shape in replaced.values() if shape), before)
@@ -77,7 +74,7 @@ def is_vocabulary_head(module: str) -> bool:
     >>> is_vocabulary_head("model.lm_head"), is_vocabulary_head("score")
     (True, False)
     """
-    return bool(_VOCABULARY_HEAD.search(module))
+    return bool(VOCABULARY_HEAD.search(module))
 
 
 def _is_over_vocabulary(base: BaseModel, ref: TensorRef, before: int) -> bool:

@@ -143,6 +143,24 @@ def _row_of(name: str) -> _ClassRow | None:
     return None if row is None else _ClassRow(*row)
 
 
+def class_for_task(model_type: str, architecture: str, ending: str) -> str | None:
+    """The class of a family whose name ends with `ending`; None for a family without such a class.
+
+    model_type     of the config
+    architecture   the class in the config, "" without one; the class of an equal stem wins
+    ending         "ForSequenceClassification", "ForTokenClassification", ...
+
+    >>> class_for_task("llama", "LlamaForCausalLM", "ForSequenceClassification")
+    'LlamaForSequenceClassification'
+    """
+    rows = _table()["classes"].items()
+    names = [name for name, row in rows if name.endswith(ending) and row[0] == model_type]
+    if architecture in names:
+        return architecture
+    stem = architecture.partition("For")[0]
+    return max(names, key=lambda name: (name.removesuffix(ending) == stem, -len(name)), default=None)
+
+
 def loaded_names(config: Mapping[str, Any]) -> LoadedNames | None:
     """The names that the class of a config gives to tensors; None for a class that the table does not have.
 

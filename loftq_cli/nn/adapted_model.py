@@ -237,7 +237,8 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     check_provenance(base, source.path, source.config, force=False)
     odd = [*source.whole.values()]
     odd += [lora.lora_A for lora in source.lora.values() if lora.is_embedding]
-    odd += [lora.lora_bias for lora in source.lora.values() if lora.lora_bias is not None]
+    odd += [name for lora in source.lora.values() for name in (lora.lora_bias, lora.magnitude) if name is not None]
+    odd += [tokens.tensor for tokens in source.tokens.values()]
     odd += [lora.lora_A for lora in source.parameters.values()]
     if odd:
         message = "is neither lora_A nor lora_B of a linear, and nothing else is trained here"

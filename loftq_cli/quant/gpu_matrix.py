@@ -18,13 +18,13 @@ from loftq_cli.tensors.metrics import (
     GroupErrors,
     LayerError,
     MergeSums,
-    delta_rows,
     group_errors,
     is_finite,
     layer_error,
     merge_sums,
 )
 from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs_of
+from loftq_cli.tensors.updates import Update
 
 if TYPE_CHECKING:
     import torch
@@ -61,16 +61,16 @@ class RequantizedMatrix:
 
 
 def merge_on(
-    gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, dtype: str, *, turned: bool
+    gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, update: Update | None, dtype: str, *, turned: bool
 ) -> MergedMatrix | None:
     """The matrix of `numel` weights from `read`, merged in `dtype`: [out, in], or [in, out] if `turned`. None for a
     result with NaN or infinity.
 
-    Codes of a codebook with an unpooled adapter become merged weights in a single pass; integers, pooled adapters and
-    weights in full precision are merged slab by slab, as on a processor.
+    Codes of a codebook with an unpooled adapter become merged weights in a single pass; integers, pooled adapters, DoRA
+    and weights in full precision are merged slab by slab, as on a processor.
     """
 
-    def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> MergedMatrix:
+    def work(inputs: tuple[WholeMatrix, Update | None]) -> MergedMatrix:
         import torch
 
         merged = _merge(*inputs, getattr(torch, dtype))
@@ -78,22 +78,22 @@ def merge_on(
             raise NumericError("is not finite")
         return MergedMatrix(merged.tensor.T.contiguous() if turned else merged.tensor, merged.sums)
 
-    return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
+    return gpu.run(work, lambda: (read(), update), _nbytes(numel))
 
 
 def requantize_on(
-    gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, lora: LoraPair | None, quantizer: Quantizer
+    gpu: SharedDevice, read: Callable[[], WholeMatrix], numel: int, update: Update | None, quantizer: Quantizer
 ) -> RequantizedMatrix | None:
     """`requantize` for the matrix of `numel` weights from `read`. None when the merged matrix cannot be quantized."""
 
-    def work(inputs: tuple[WholeMatrix, LoraPair | None]) -> RequantizedMatrix:
+    def work(inputs: tuple[WholeMatrix, Update | None]) -> RequantizedMatrix:
         return requantize(_rows(inputs[0]), inputs[1], quantizer)
 
-    return gpu.run(work, lambda: (read(), lora), _nbytes(numel))
+    return gpu.run(work, lambda: (read(), update), _nbytes(numel))
 
 
 def requantize(
-    weight: Rows, lora: LoraPair | None, quantizer: Quantizer, workers: Workers = SERIAL
+    weight: Rows, update: Update | None, quantizer: Quantizer, workers: Workers = SERIAL
 ) -> RequantizedMatrix:
     """The merged matrix quantized again, on the device of `weight`. Peak memory beside `weight`: the quantized matrix.
 
@@ -101,8 +101,9 @@ def requantize(
 
     >>> import torch
     >>> from loftq_cli.quant.formats import CodebookSpec, make_quantizer
-    >>> lora = LoraPair(torch.ones(1, 64), torch.ones(2, 1), scaling=0.5)
-    >>> merged = requantize(TensorRows(torch.ones(2, 64)), lora, make_quantizer(CodebookSpec(), "float32"))
+    >>> from loftq_cli.tensors.updates import Term
+    >>> update = Update((Term(LoraPair(torch.ones(1, 64), torch.ones(2, 1), scaling=0.5)),))
+    >>> merged = requantize(TensorRows(torch.ones(2, 64)), update, make_quantizer(CodebookSpec(), "float32"))
     >>> round(merged.squared_weight, 3), round(merged.quantized.dequantize()[0, 0].item(), 3)
     (128.0, 1.5)
     """
@@ -110,11 +111,11 @@ def requantize(
     from loftq_cli.triton_kernels.error_stats.contract import error_stats
     from loftq_cli.triton_kernels.merging.contract import retention_sums
 
-    delta = None if lora is None else delta_rows(lora)
+    delta = None if update is None else update.reader()
 
     def merge_rows(part: slice) -> torch.Tensor:
         rows = weight.rows(part)
-        return rows if delta is None else rows.float() + delta(part)
+        return rows if delta is None else (exact := rows.float()) + delta(part, exact)
 
     merged = ComputedRows(weight.shape, merge_rows, weight.multiple, weight.device, weight.slab_numel)
     quantized = quantizer.quantize(merged, workers=workers)
@@ -123,7 +124,8 @@ def requantize(
     stored, added_to = quantizer.decoded(quantized), delta
 
     def compare(part: slice) -> tuple[float, float, float]:
-        rows, added = weight.rows(part).float(), added_to(part)
+        rows = weight.rows(part).float()
+        added = added_to(part, rows)
         if has_kernels("merging", rows.device.type):
             squared_weight, squared_delta, retained = retention_sums(rows, stored.rows(part), added).tolist()
             return squared_weight, squared_delta, retained
@@ -179,14 +181,15 @@ def _rows(matrix: WholeMatrix) -> Rows:
     return ComputedRows(rows.shape, rows.rows, rows.multiple, rows.device, _SLAB_NUMEL)
 
 
-def _merge(weight: WholeMatrix, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
+def _merge(weight: WholeMatrix, update: Update | None, dtype: torch.dtype) -> MergedMatrix:
     import torch
 
+    lora = None if update is None else update.plain
     if not isinstance(weight, TensorRows) and lora is not None and lora.group_size == 1:
         codes = weight.operand()
         if codes is not None:
             return _merge_codes(codes, weight.shape, getattr(torch, weight.dtype), lora, dtype)
-    return _merge_rows(_rows(weight), lora, dtype)
+    return _merge_rows(_rows(weight), update, dtype)
 
 
 def _merge_codes(
@@ -208,14 +211,14 @@ def _merge_codes(
     return MergedMatrix(tensor, MergeSums.of(squared_weight, sums[1], sums[2], sums[4]))
 
 
-def _merge_rows(weight: Rows, lora: LoraPair | None, dtype: torch.dtype) -> MergedMatrix:
+def _merge_rows(weight: Rows, update: Update | None, dtype: torch.dtype) -> MergedMatrix:
     import torch
 
-    delta = None if lora is None else delta_rows(lora)
+    delta = None if update is None else update.reader()
     tensor, sums_of_slabs = torch.empty(weight.shape, dtype=dtype, device=weight.device), []
     for part in slabs_of(weight, numel=STREAMED_NUMEL):
         rows = weight.rows(part).float()
-        added = None if delta is None else delta(part)
+        added = None if delta is None else delta(part, rows)
         tensor[part] = rows if added is None else rows + added
         sums_of_slabs.append(merge_sums(rows, tensor[part], added))
     return MergedMatrix(tensor, MergeSums.total(sums_of_slabs))

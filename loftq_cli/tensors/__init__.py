@@ -5,4 +5,5 @@ rows.py      a matrix by rows, a few rows at a time
 specs.py     number formats, pooling, and the shape of an adapter
 matrices.py  quantized matrices and adapter pairs in memory
 metrics.py   the error of an approximation of a matrix
+updates.py   the change of a weight by trained adapters
 """

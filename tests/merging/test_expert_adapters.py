@@ -130,6 +130,21 @@ def test_an_adapter_of_the_model_without_its_head_merges_into_the_model_with_a_h
     assert (logits(load(out)) - adapter.logits).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_several_adapters_of_experts_add_up_by_their_weights(name, bases, tmp_path):
+    base = bases(name)
+    one = trained(base, tmp_path / "one", target_parameters=BOTH)
+    other = trained(base, tmp_path / "other", target_parameters=BOTH, r=2)
+    alone = [
+        tensors_of(merged(base, adapter.path, tmp_path / f"alone-{adapter.path.name}")) for adapter in (one, other)
+    ]
+    joined = tensors_of(merged(base, one.path, tmp_path / "joined", "--adapter", f"{other.path}:0.5"))
+    before = tensors_of(base)
+    for file, weight in before.items():
+        expected = alone[0][file].double() + (alone[1][file].double() - weight.double()) / 2
+        torch.testing.assert_close(joined[file].double(), expected, rtol=0, atol=1e-6)
+
+
 # The rows of one expert's matrices in a parameter [2 * inner, hidden], and the orientation in the files.
 STACKS = {
     "GptOssForCausalLM": ("mlp.experts", "mlp.experts.{}", slice(0, None, 2), slice(1, None, 2), True),

@@ -20,6 +20,7 @@ from loftq_cli.adapter.experts.places import (
     model_types,
     place_of,
 )
+from loftq_cli.adapter.naming import find_place
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.adapter.spelling import nearest_name
@@ -73,6 +74,9 @@ class _Planner:
             place = place_of(name, base.family, base.tensors)
             if place is not None:
                 self._places.setdefault(place.parameter, {})[name] = place
+        known, wanted = self._places.keys(), adapter.parameters.keys()
+        found = None if wanted <= known else find_place(known, wanted)
+        self._spelling = found or ("", "")  # the starts of names in the adapter and in the base
 
     def plan(self, alone: Mapping[str, re.Match[str]]) -> ExpertLoras:
         """The places of all joined factors, and of the factors of the experts `alone`."""
@@ -102,9 +106,8 @@ class _Planner:
 
     def _find(self, parameter: str, lora: LoraTensors) -> dict[str, ExpertPlace]:
         """The tensors of a parameter in the adapter's spelling, whose leading part may differ from the base's."""
-        firsts = sorted({f"{name.partition('.')[0]}." for name in self._places})
-        spellings = [parameter, parameter.partition(".")[2], *(first + parameter for first in firsts)]
-        found = next((self._places[spelling] for spelling in spellings if spelling in self._places), None)
+        start, other = self._spelling
+        found = self._places.get(other + parameter[len(start) :]) if parameter.startswith(start) else None
         if found is None:
             experts = [name for name in self._places if not name.endswith((".weight", ".bias"))] or list(self._places)
             hint = f"the base's parameters are called like {nearest_name(parameter, experts) or 'none'}"

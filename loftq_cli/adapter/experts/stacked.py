@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from loftq_cli.adapter.experts.factors import FactorReader
-from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.errors import NumericError
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.runtime.workers import Workers
+from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.metrics import MergeSums, adapter_delta, merge_sums
 
 if TYPE_CHECKING:
@@ -20,17 +19,18 @@ if TYPE_CHECKING:
 def merged_experts(
     base: BaseModel,
     name: str,
-    experts: Sequence[Sequence[LoraTensors]],
-    factors: FactorReader,
+    count: int,
+    pairs: Callable[[int], Sequence[LoraPair]],
     cast: Callable[[torch.Tensor], torch.Tensor],
     sums: list[MergeSums],
     workers: Workers,
 ) -> Iterator[torch.Tensor]:
     """Yield the merged matrix of each expert, in the orientation of the files; append each expert's sums to `sums`.
 
-    name      the tensor of all experts, [experts, rows, columns]; [rows, columns] for a single entry in `experts`
-    experts   for each expert the factors to add
-    cast      converts a float32 matrix to the dtype of the output
+    name    the tensor of all experts, [experts, rows, columns]; [rows, columns] for a `count` of 1
+    count   the number of experts
+    pairs   reads the factors to add to an expert
+    cast    converts a float32 matrix to the dtype of the output
 
     Memory holds the matrices of a few experts. Raises NumericError for NaN and infinite values in the base.
     """
@@ -41,8 +41,8 @@ def merged_experts(
         stored = checkpoint.load_rows(name, expert, expert + 1)[0] if is_stack else checkpoint.load(name)
         weight = stored.float()
         delta = None
-        for lora in experts[expert]:
-            added = adapter_delta(factors.pair(lora))
+        for pair in pairs(expert):
+            added = adapter_delta(pair)
             delta = added if delta is None else delta.add_(added)
         merged = cast(weight if delta is None else weight + delta)
         expert_sums = merge_sums(weight, merged, delta)
@@ -50,7 +50,7 @@ def merged_experts(
             raise NumericError("holds NaN or infinite values")
         return merged, expert_sums
 
-    for merged, expert_sums in workers.map(merge, range(len(experts))):
+    for merged, expert_sums in workers.map(merge, range(count)):
         sums.append(expert_sums)
         yield merged
 
