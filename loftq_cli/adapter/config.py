@@ -74,7 +74,12 @@ def pack(module: str, lora: LoraPair) -> dict[str, torch.Tensor]:
 
 
 def adapter_config(
-    modules: Sequence[AdaptedModule], *, base_model: str, task_type: str | None, fan_in_fan_out: bool
+    modules: Sequence[AdaptedModule],
+    *,
+    base_model: str,
+    task_type: str | None,
+    fan_in_fan_out: bool,
+    modules_to_save: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Build the content of adapter_config.json, as JSON values.
 
@@ -82,6 +87,7 @@ def adapter_config(
     base_model       name or path of the base
     task_type        PEFT's task type, or None, from `task_type_of`
     fan_in_fan_out   whether the model's linears store weights [in, out]
+    modules_to_save  modules that train in full, a new head; None for no such module
 
     The most common rank and alpha are the default; patterns list modules of uncommon rank or alpha. `init_lora_weights`
     is true, never "loftq": PEFT would initialize again and ask for a loftq_config. A pooled adapter says use_qalora
@@ -109,7 +115,7 @@ def adapter_config(
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": None if modules_to_save is None else list(modules_to_save),
         "loftq_config": {},
         **({} if pooling is None else _describe_pooling(pooling)),
     }

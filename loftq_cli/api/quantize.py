@@ -63,6 +63,8 @@ def quantize(
     lines: bool | None = None,
     sequential: bool | None = None,
     layout: str | None = None,
+    task: str | None = None,
+    num_labels: int | None = None,
     max_shard_size: AnySize | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
@@ -110,6 +112,8 @@ def quantize(
             text.
         sequential: whether each block reads the outputs of the converted blocks before (the default), or of the
             original blocks.
+        task: PEFT's task type, "SEQ_CLS" for a classifier or a reward model; None is the task of the model's class.
+        num_labels: labels of a classifier; None is the number in the model's config, 1 on a language model.
         layout, max_shard_size: container of the base, and the largest size of a weight file.
         include, exclude: a regular expression or several: the modules to quantize, and not to.
         target_bpw, target_size, lora_budget: bounds for the choice of each layer's format and rank: bits of the base
@@ -148,7 +152,7 @@ def quantize(
         "double_quant": double_quant, "group_size": group_size, "symmetric": symmetric, "scale_dtype": scale_dtype,
         "scales": scales, "calibration": None if calibration is None else os.fspath(calibration),
         "text": None if text is None else tuple(map(str, paths_of(text))), "tokens": tokens, "context": context,
-        "lines": lines, "sequential": sequential, "layout": layout,
+        "lines": lines, "sequential": sequential, "layout": layout, "task": task, "num_labels": num_labels,
         "max_shard_size": size_text(max_shard_size), "include": texts_of(include) or None,
         "exclude": texts_of(exclude) or None,
     }  # fmt: skip

@@ -9,6 +9,7 @@ import typer
 from loftq_cli.cli.options import ADAPTER, QUANT, RUN, SELECT, one_of
 from loftq_cli.layouts.layout import DENSE, LAYOUTS, default_layouts_text
 from loftq_cli.methods.method import DEFAULT_METHOD, FITS, INITS, METHODS, STARTS, SVD_MODES
+from loftq_cli.model.task_heads import TASKS
 from loftq_cli.planning.recipe import DEFAULT_TEXT_TOKENS, NONE, RANDOM, SELF, WEIGHTS
 from loftq_cli.planning.recipe_files import presets
 from loftq_cli.quant.formats import FORMATS, SCALES
@@ -29,6 +30,22 @@ Method = Annotated[
     typer.Option(metavar=one_of(METHODS), help=f"{_METHODS}. [default: {DEFAULT_METHOD}]", rich_help_panel=ADAPTER),
 ]
 Rank = Annotated[int | None, typer.Option(help="Rank of the adapter. [default: 16]", rich_help_panel=ADAPTER)]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar=one_of(TASKS),
+        help="The task to train for: SEQ_CLS starts a classifier or a reward model, with a new head in the adapter. "
+        "[default: the task of the model's class]",
+        rich_help_panel=ADAPTER,
+    ),
+]
+NumLabels = Annotated[
+    int | None,
+    typer.Option(
+        help="Labels of a classifier. [default: the config's; else 1 on a language model, 2 on other models]",
+        rich_help_panel=ADAPTER,
+    ),
+]
 Alpha = Annotated[
     float | None,
     typer.Option(help="lora_alpha. [default: the rank, for a scaling of 1]", rich_help_panel=ADAPTER),

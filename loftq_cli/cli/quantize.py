@@ -43,6 +43,8 @@ def quantize(
     lines: options_quantize.Lines = None,
     sequential: options_quantize.Sequential = None,
     layout: options_quantize.Layout = None,
+    task: options_quantize.Task = None,
+    num_labels: options_quantize.NumLabels = None,
     max_shard_size: options.MaxShardSize = None,
     include: options_quantize.Include = None,
     exclude: options_quantize.Exclude = None,
@@ -75,10 +77,10 @@ def quantize(
             adapter_dtype=adapter_dtype, seed=seed, quant_type=quant_type, block_size=block_size,
             double_quant=double_quant, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype,
             scales=scales, calibration=calibration, text=text, tokens=tokens, context=context, lines=lines,
-            sequential=sequential, layout=layout, max_shard_size=max_shard_size, include=include, exclude=exclude,
-            target_bpw=target_bpw, target_size=target_size, lora_budget=lora_budget, threads=threads,
-            device=device, max_memory=max_memory, dry_run=dry_run, overwrite=overwrite, restart=restart,
-            verify=not no_verify, remote_code=not no_remote_code, observer=progress,
+            sequential=sequential, layout=layout, task=task, num_labels=num_labels, max_shard_size=max_shard_size,
+            include=include, exclude=exclude, target_bpw=target_bpw, target_size=target_size, lora_budget=lora_budget,
+            threads=threads, device=device, max_memory=max_memory, dry_run=dry_run, overwrite=overwrite,
+            restart=restart, verify=not no_verify, remote_code=not no_remote_code, observer=progress,
         )  # fmt: skip
     if isinstance(result, QuantizePlan):
         print_plan(result, as_json=as_json, verbose=verbose)

@@ -18,6 +18,7 @@ from loftq_cli.allocation.candidates import Budget, Options
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
+from loftq_cli.conversion.head_tensors import input_hash
 from loftq_cli.errors import MismatchError, UsageError, printable
 from loftq_cli.model.builtin import resolve_model
 from loftq_cli.output.checksums import CHECKSUMS, file_sha256, fingerprint_of
@@ -98,7 +99,7 @@ class Conversion:
         return PlannedResult(
             output=self.output,
             fingerprint=self.fingerprint,
-            units=tuple(job.name for job in plan.jobs),
+            units=(*(job.name for job in plan.jobs), *(tensor.name for tensor in plan.head_tensors.values())),
             files={**files, f"{plan.adapter_dir}/{WEIGHTS_NAME}": plan.adapter_tensors},
             side_files=self.side_files,
             remote_code=self.remote_code,
@@ -256,4 +257,5 @@ def is_conversion_done(conversion: Conversion, *, overwrite: bool) -> bool:
     >>> is_conversion_done(prepare_conversion("builtin:tiny-llama", Path("base"), make_recipe()), overwrite=False)
     False
     """
-    return is_result_complete(conversion.result, conversion.checkpoint.sha256, overwrite=overwrite)
+    hash_input = input_hash(conversion.plan, conversion.checkpoint)
+    return is_result_complete(conversion.result, hash_input, overwrite=overwrite)

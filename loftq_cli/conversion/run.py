@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.statistics import InputStatistics
+from loftq_cli.conversion.head_tensors import write_head
 from loftq_cli.conversion.jobs import JobRunner
 from loftq_cli.conversion.model_card import render_adapter_card, render_model_card
 from loftq_cli.conversion.prepare import Conversion
@@ -167,9 +168,12 @@ class ConversionWork:
         """
         conversion = self._conversion
         if conversion.text is not None:
-            return self._run_with_text(conversion.text, files, finished, workers)
+            yield from self._run_with_text(conversion.text, files, finished, workers)
+            yield from write_head(conversion.plan, conversion.checkpoint, files, finished)
+            return
         runner = JobRunner(conversion.checkpoint, files, finished, self._statistics(workers))
-        return self._run_jobs(runner, conversion.plan.jobs, workers)
+        yield from self._run_jobs(runner, conversion.plan.jobs, workers)
+        yield from write_head(conversion.plan, conversion.checkpoint, files, finished)
 
     def _statistics(self, workers: Workers) -> InputStatistics | None:
         """The statistics of the inputs; statistics from the weights are measured."""

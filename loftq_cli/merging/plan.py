@@ -209,25 +209,25 @@ class Merge:
 
 
 def prepare_merge(
-    base_path: Path, adapter_paths: Sequence[tuple[Path, float]], output: Path, options: MergeOptions
+    base_path: Path, adapters: Path | Sequence[tuple[Path, float]], output: Path, options: MergeOptions
 ) -> Merge:
     """Open base and adapters, and plan the merge. Only headers and configs are read, and nothing is written.
 
-    base_path       a converted directory or a full-precision checkpoint
-    adapter_paths   PEFT LoRA directories with weights, at least one
-    output          the directory to write later
+    base_path   a converted directory or a full-precision checkpoint
+    adapters    a PEFT LoRA directory, or several with weights
+    output      the directory to write later
 
     Raises MismatchError naming the tensor when an adapter does not fit the base; InputError for a damaged input;
     UsageError for options in conflict with base, adapter or container.
     """
     base = BaseModel.open(base_path)
-    check_apart(output, [base.folder, *base.checkpoint.files, *(path for path, _ in adapter_paths)])
-    adapters = open_adapters(adapter_paths, base, force=options.force)
-    provenance = join_provenance(
-        [check_provenance(base, a.source.path, a.source.config, force=options.force) for a in adapters]
-    )
-    placed = join([place(adapter, base) for adapter in adapters])
-    head = settle_head(placed, base, adapters[0].source.config)
+    several = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
+    check_apart(output, [base.folder, *base.checkpoint.files, *(path for path, _ in several)])
+    opened = open_adapters(several, base, force=options.force)
+    sources = [adapter.source for adapter in opened]
+    records = [check_provenance(base, source.path, source.config, force=options.force) for source in sources]
+    placed = join([place(adapter, base) for adapter in opened])
+    head = settle_head(placed, base, sources[0].config)
     settle_tied(placed, base, [head.architecture] if head else base.family.architectures)
     form = choose_form(options, base, is_pooled=_check_pooled(base, placed, options))
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
@@ -239,18 +239,18 @@ def prepare_merge(
     _check_names(base, options, form, jobs)
     merge = Merge(
         base=base,
-        adapters=adapters,
+        adapters=opened,
         output=output,
         options=options,
         form=form,
         dtype=dtype,
         jobs=jobs,
         shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
-        provenance=provenance,
+        provenance=join_provenance(records),
         unused=placed.unused,
         growth=planner.growth,
         head=head,
-        notes=(*_notes(base, adapters, placed, planner.growth, head), *_expert_notes(jobs, form)),
+        notes=(*_notes(base, opened, placed, planner.growth, head), *_expert_notes(jobs, form)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     return _with_tokenizer(merge)
@@ -283,7 +283,7 @@ def _notes(
     base: BaseModel, adapters: Sequence[WeightedAdapter], placed: Placed, growth: Growth | None, head: NewHead | None
 ) -> tuple[str, ...]:
     notes = [note for adapter in adapters for note in adapter.notes]
-    notes += [*weight_notes(adapters), *placed.notes, *([head.note] if head else []), *_growth_notes(growth)]
+    notes += [*weight_notes(adapters, base), *placed.notes, *([head.note] if head else []), *_growth_notes(growth)]
     if placed.copies:
         names = ", ".join(printable(name, 80) for name in placed.copies)
         notes.append(f"embedding and head get weights of their own, as PEFT computes with two: {names}")

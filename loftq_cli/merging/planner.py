@@ -146,7 +146,8 @@ class MergePlanner:
         is_untied = self._base.family.ties_embeddings() and is_vocabulary_head(module_of(loaded))
         trained_copies = source.config.get("modules_to_save") or []
         is_trained_copy = any(f".{module}." in f".{loaded}" for module in trained_copies)
-        if loaded in self._base.tensors or not (is_untied or is_trained_copy):
+        is_known = loaded in self._base.tensors and loaded not in self._placed.left
+        if is_known or not (is_untied or is_trained_copy):
             raise mismatch(source, "is left over: the base has no such tensor", new.tensor)
         size = self.growth.rows if self.growth else vocabulary_size(self._base)
         if is_untied and loaded.endswith(".weight") and size not in (None, ref.shape[0]):

@@ -4,6 +4,7 @@ builtin.py       the models inside the package
 blocks.py        the table of block structures, blocks.toml: the path of the numbers through a block
 families.py      the table of families, families.toml: a row for each model_type with special facts
 loaded_names.py  the table loaded_names.json: names that transformers gives to tensors while loading
+task_heads.py    the head of a task, and the class with the head
 family.py        a config.json, and the loaders of the family
 targets.py       the tensors to quantize, and the reason of each decision
 stored.py        a dense or quantized model, read back as matrices

@@ -161,6 +161,25 @@ def class_for_task(model_type: str, architecture: str, ending: str) -> str | Non
     return max(names, key=lambda name: (name.removesuffix(ending) == stem, -len(name)), default=None)
 
 
+def base_class(config: Mapping[str, Any]) -> str | None:
+    """The class of the model without a head; None for a family outside the table.
+
+    >>> base_class({"model_type": "llama"})
+    'LlamaModel'
+    """
+    return _table()["base_classes"].get(str(config.get("model_type", "")))  # type: ignore[no-any-return]
+
+
+def head_rows(architecture: str) -> list[list[Any]] | None:
+    """The tensors of the head of a class for a task, as [name, side, ...]: a side is "labels", a key of the config, or
+    a number. None for a class without a known head.
+
+    >>> head_rows("LlamaForSequenceClassification")
+    [['score.weight', 'labels', 'hidden_size']]
+    """
+    return _table()["heads"].get(architecture)  # type: ignore[no-any-return]
+
+
 def loaded_names(config: Mapping[str, Any]) -> LoadedNames | None:
     """The names that the class of a config gives to tensors; None for a class that the table does not have.
 

@@ -9,7 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -19,6 +19,7 @@ from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
+from loftq_cli.model.task_heads import TaskHead
 from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
 from loftq_cli.planning.recipe import SELF, WEIGHTS, Recipe
 from loftq_cli.planning.recipe_files import recipe_json
@@ -45,6 +46,8 @@ class Plan:
     jobs     a job for each tensor of the original, in order; tied tensors share a job
     shards   the files of the base
     notes    sentences for the user, before the work starts
+    head     the head of the task that the user names; None for the task of the model's class
+    sources  tensor of the head -> the original's tensor with the same numbers; no entry for a new tensor
     """
 
     recipe: Recipe
@@ -53,6 +56,8 @@ class Plan:
     jobs: tuple[LayerJob | CopyJob, ...]
     shards: tuple[Shard, ...]
     notes: tuple[str, ...]
+    head: TaskHead | None = None
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @cached_property
     def layers(self) -> tuple[LayerJob, ...]:
@@ -77,7 +82,14 @@ class Plan:
     @property
     def adapter_tensors(self) -> tuple[OutTensor, ...]:
         """All tensors of the adapter file."""
-        return tuple(t for job in self.layers for t in job.adapter_tensors)
+        return (*(t for job in self.layers for t in job.adapter_tensors), *self.head_tensors.values())
+
+    @property
+    def head_tensors(self) -> dict[str, OutTensor]:
+        """Tensor of the task's head -> the tensor in the adapter file, which trains in full."""
+        shapes = {} if self.head is None else self.head.tensors
+        dtype, prefix = self.recipe.adapter_dtype, adapter_config.PREFIX
+        return {name: OutTensor(prefix + name, dtype, shape) for name, shape in shapes.items()}
 
     @property
     def base_nbytes(self) -> int:
@@ -143,6 +155,7 @@ class Plan:
 
         Raises UsageError for a model that the container's loaders do not read.
         """
+        config = dict(config) if self.head is None else self.head.change(config)
         names = [module_of(job.name) for job in self.jobs]
         unquantized = list(dict.fromkeys(self._loaded_names_of_kept(names)))
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
@@ -160,6 +173,8 @@ class Plan:
 
     def _loaded_names_of_kept(self, names: Sequence[str]) -> Iterator[str]:
         """Yield the names of linears in full precision for every loader; `names` are all modules in the files."""
+        heads = {} if self.head is None else self.head.tensors
+        yield from (module_of(name) for name, shape in heads.items() if len(shape) == 2)
         for name in _list_unquantized_linears(self.copies):
             yield self.family.lasting_name(name, names)
             yield from self.family.loaded_parts(name, names)
@@ -169,9 +184,11 @@ class Plan:
         return adapter_config.adapter_config(
             [adapter_config.AdaptedModule(job.module, job.matrix.shape, job.lora) for job in self.layers],
             base_model=base_model,
-            task_type=adapter_config.task_type_of(
+            task_type=self.recipe.task
+            or adapter_config.task_type_of(
                 self.family.architectures, is_encoder_decoder=self.family.config.get("is_encoder_decoder") is True
             ),
+            modules_to_save=None if self.head is None or not self.head.tensors else self.head.modules,
             fan_in_fan_out=any(job.matrix.transposed for job in self.layers),
         )
 

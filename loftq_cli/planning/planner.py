@@ -13,6 +13,7 @@ from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import choose_targets, module_of
+from loftq_cli.model.task_heads import TaskHead, head_of_task
 from loftq_cli.planning.jobs import CopyJob, LayerJob, QuantizableMatrix, pack_shards
 from loftq_cli.planning.matrices import MatrixPlanner, model_dtype
 from loftq_cli.planning.plan import Plan
@@ -41,7 +42,11 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     >>> len(plan.layers), [shard.file for shard in plan.shards]
     (28, ['model.safetensors'])
     """
-    family = Family(config, config_file_beside(tensors.values()))
+    head = None if recipe.task is None else head_of_task(config, recipe.task, recipe.num_labels)
+    if head is None and recipe.num_labels is not None:
+        raise UsageError("--num-labels is for --task SEQ_CLS and TOKEN_CLS", hint="leave --num-labels out")
+    named = config if head is None else head.change(config)
+    family = Family(named, config_file_beside(tensors.values()))
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
@@ -55,9 +60,27 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     check_names(planner.layout, [job.name for job in jobs if isinstance(job, LayerJob)], [job.name for job in jobs])
     notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
-    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
+    sources = {} if head is None else _head_sources(tensors, family, head)
+    notes += [] if head is None else _note_head(head, sources)
+    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes), head, sources)
     plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
+
+
+def _head_sources(tensors: Mapping[str, TensorRef], family: Family, head: TaskHead) -> dict[str, str]:
+    """Tensor of the head -> the original's tensor of the same name in the loaded model, and of the same shape."""
+    modules = [module_of(name) for name in tensors]
+    loaded = {family.loaded_name(name, modules): name for name in tensors}
+    places = {name: loaded.get(name) for name in head.tensors}
+    return {name: place for name, place in places.items() if place and tensors[place].shape == head.tensors[name]}
+
+
+def _note_head(head: TaskHead, sources: Mapping[str, str]) -> list[str]:
+    if not head.tensors:
+        return []
+    labels = "" if head.labels is None else f", {head.labels} label{'s' if head.labels != 1 else ''}"
+    kind = "the model's own" if sources else "new"
+    return [f"task {head.task}: {', '.join(head.modules)} trains in full in the adapter ({kind}{labels})"]
 
 
 def _place_of(tensors: Mapping[str, TensorRef]) -> Path | None:

@@ -75,6 +75,8 @@ class RecipeFields:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     layout: str | None = None
+    task: str | None = None
+    num_labels: int | None = None
     max_shard_size: str | None = None
     override: tuple[Override, ...] | None = None
 
@@ -156,6 +158,8 @@ class Recipe:
     seed             start of all random draws
     include          regular expressions; matching modules replace the default choice of layers
     exclude          regular expressions; matching modules stay in full precision
+    task             PEFT's task type, a member of TASKS; None for the type of the model's class
+    num_labels       labels of a classifier; None for the number in the model's config
     max_shard_size   largest size of a shard of the base, as text: "5GB"
     override         values for some layers in place of the model's values
     """
@@ -175,6 +179,8 @@ class Recipe:
     seed: int
     include: tuple[str, ...]
     exclude: tuple[str, ...]
+    task: str | None
+    num_labels: int | None
     max_shard_size: str
     override: tuple[Override, ...]
 

@@ -74,8 +74,7 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
     method, quant_type = fields.method or DEFAULT_METHOD, fields.quant_type or "nf4"
     check_choice("method", method, METHODS)
     fields = replace(fields, method=method, svd=fields.svd or METHODS[method].svd)
-    rank, seed = _default(fields.rank, 16), _default(fields.seed, 0)
-    adapter_dtype = fields.adapter_dtype or "float32"
+    rank, seed, adapter_dtype = _default(fields.rank, 16), _default(fields.seed, 0), fields.adapter_dtype or "float32"
     check_choice("quant_type", quant_type, FORMATS)
     check_choice("svd", fields.svd, SVD_MODES)
     check_choice("adapter_dtype", adapter_dtype, MODEL_DTYPES)
@@ -109,11 +108,12 @@ def settle(fields: RecipeFields, typed: Collection[str] = ()) -> Recipe:
         seed=seed,
         include=fields.include or (),
         exclude=fields.exclude or (),
+        task=fields.task,
+        num_labels=fields.num_labels,
         max_shard_size=fields.max_shard_size or "5GB",
         override=fields.override or (),
     )
-    _check_texts(recipe)
-    return recipe
+    return _check_texts(recipe)
 
 
 def make_recipe(**fields: Any) -> Recipe:
@@ -173,6 +173,8 @@ def fields_of(recipe: Recipe) -> RecipeFields:
         include=recipe.include,
         exclude=recipe.exclude,
         layout=recipe.layout,
+        task=recipe.task,
+        num_labels=recipe.num_labels,
         max_shard_size=recipe.max_shard_size,
         override=recipe.override,
         **values,
@@ -333,14 +335,15 @@ def _refuse_unless_recorded(fields: RecipeFields, name: str, where: str, typed: 
         refuse(name, where, typed)
 
 
-def _check_texts(recipe: Recipe) -> None:
-    """Raises UsageError for an invalid expression, size or override."""
-    for name in ("include", "exclude"):
-        for pattern in getattr(recipe, name):
-            _check_regex(name, pattern)
+def _check_texts(recipe: Recipe) -> Recipe:
+    """`recipe`. Raises UsageError for an invalid expression, size, number of labels or override."""
+    for name, pattern in [*(("include", p) for p in recipe.include), *(("exclude", p) for p in recipe.exclude)]:
+        _check_regex(name, pattern)
     parse_size(recipe.max_shard_size)
+    _check_at_least("num_labels", 1 if recipe.num_labels is None else recipe.num_labels, 1)
     for override in recipe.override:
         _check_override(recipe, override)
+    return recipe
 
 
 def _check_override(recipe: Recipe, override: Override) -> None:

@@ -285,7 +285,7 @@ def test_names_with_a_part_less_are_found_by_every_reader(original: Path, conver
     assert pairs.keys() == expected.keys() and len(pairs) == len(targets)
     assert all(torch.equal(delta(pairs[name]), delta(expected[name])) for name in pairs)
     assert all(
-        job.lora is not None
+        job.lora
         for job in prepare_merge(base, base / "loftq_init", tmp_path / "out", MergeOptions()).jobs
         if job.name in pairs
     )

@@ -84,14 +84,17 @@ _VALUES: tuple[dict[str, Any], ...] = (
 )
 
 
-def build(name: str) -> Any:
-    """The class called `name` with the defaults of the config, on the meta device; None where that fails."""
+def build(name: str, **more: Any) -> Any:
+    """The class called `name` with the defaults of the config, on the meta device; None where that fails.
+
+    more   values of the config
+    """
     kind = getattr(transformers, name)
     for values in _VALUES:
         try:
             with warnings.catch_warnings(), torch.device("meta"):
                 warnings.simplefilter("ignore")
-                return kind(kind.config_class(**values))
+                return kind(kind.config_class(**values, **more))
         except Exception:
             continue
     return None
@@ -121,6 +124,35 @@ def class_row(name: str, known: Iterable[str]) -> list[Any] | None:
     return [model.config.model_type or "", prefix, " ".join(_children(model)), " ".join(inside), submodels]
 
 
+_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+_LABELS = 11  # no width of a config
+_WIDTHS = (
+    *("hidden_size", "d_model", "n_embd", "dim", "word_embed_proj_dim", "emb_dim", "embedding_size"),
+    *("pooler_hidden_size", "classifier_proj_size"),
+)
+
+
+def head_row(name: str) -> list[list[Any]] | None:
+    """The tensors of the head of a class for a task: [name, side, ...] with each side "labels", a key of the config, or
+    2 for the ends of an answer. None for a class with another form of head.
+    """
+    model = build(name, num_labels=_LABELS)
+    if model is None:
+        return None
+    config = model.config.to_dict()
+    configs, ends = (config, config.get("text_config") or {}), name.endswith("QuestionAnswering")
+
+    def side(size: int) -> Any:
+        if size == _LABELS:
+            return "labels"
+        return 2 if ends and size == 2 else next((key for key in _WIDTHS for c in configs if c.get(key) == size), None)
+
+    prefix = f"{model.base_model_prefix}."
+    own = [(key, value.shape) for key, value in model.named_parameters() if not key.startswith(prefix)]
+    rows = [[key, *map(side, shape)] for key, shape in own]
+    return rows if rows and not any(None in row for row in rows) else None
+
+
 def build_table(names: Iterable[str] | None = None) -> dict[str, Any]:
     """The table, of the classes called `names` or of all classes."""
     transformers.utils.logging.set_verbosity_error()
@@ -133,11 +165,13 @@ def build_table(names: Iterable[str] | None = None) -> dict[str, Any]:
         return not any(unknown & set(part) for part in parts)
 
     base = modeling_auto.MODEL_MAPPING_NAMES
+    classes = {name: row for name, row in rows.items() if row is not None and is_told(name, row)}
     return {
         "transformers": transformers.__version__,
         "transforms": {name: found for name, found in sorted(transforms.items()) if found is not None},
         "base_classes": {k: v if isinstance(v, str) else v[0] for k, v in sorted(base.items())},
-        "classes": {name: row for name, row in rows.items() if row is not None and is_told(name, row)},
+        "classes": classes,
+        "heads": {name: row for name in classes if name.endswith(_TASKS) and (row := head_row(name)) is not None},
     }
 
 

@@ -15,14 +15,8 @@ from loftq_cli.merging.adapters.weighted import mismatch
 from loftq_cli.model.loaded_names import LoadedNames, class_for_task, loaded_names
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
+from loftq_cli.model.task_heads import LABELLED, TASK_CLASSES, with_labels
 
-# PEFT's task type -> the last part of the names of the classes with the head.
-TASK_CLASSES = {
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
-_LABELLED = ("SEQ_CLS", "TOKEN_CLS")
 _LAST = ("out_proj.weight", "score.weight", ".classifier.weight", "classification_head.weight")
 _CONFIG = "config.json"
 
@@ -48,17 +42,7 @@ class NewHead:
     def change(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """A config with the class and the labels."""
         changed = {**config, "architectures": [self.architecture]}
-        if self.labels is None:
-            return changed
-        own, count = config.get("id2label"), self.labels
-        kept = own if isinstance(own, dict) and len(own) == count else None
-        names = self.names or kept or {str(label): f"LABEL_{label}" for label in range(count)}
-        return {
-            **changed,
-            "num_labels": count,
-            "id2label": dict(names),
-            "label2id": {name: int(label) for label, name in names.items()},
-        }
+        return changed if self.labels is None else with_labels(changed, self.labels, self.names)
 
     @property
     def note(self) -> str:
@@ -86,9 +70,12 @@ def settle_head(placed: Placed, base: BaseModel, config: Mapping[str, Any]) -> N
         loader = None if architecture is None else _loader(base, architecture)
         if architecture is None or loader is None or not {_first(name) for name in heads} <= loader.children:
             continue
-        placed.left = frozenset(name for name in base.tensors if not _is_in(loader, name) and name not in placed.whole)
-        labels = _count(heads) if candidate in _LABELLED else None
-        dropped = tuple(dict.fromkeys(_first(name) for name in base.tensors if name in placed.left))
+        stale = {name for name in base.tensors if not _is_in(loader, name) and name not in placed.whole}
+        resized = {name: placed.whole.pop(name) for name in _resized(placed, base)}
+        placed.left = frozenset(stale | resized.keys())
+        placed.new |= resized
+        labels = _count(heads) if candidate in LABELLED else None
+        dropped = tuple(dict.fromkeys(_first(name) for name in base.tensors if name in stale))
         return NewHead(architecture, labels, _label_names(next(iter(heads.values())), labels), dropped)
     if task in TASK_CLASSES:
         name, replacement = next(iter(heads.items()))
@@ -98,17 +85,22 @@ def settle_head(placed: Placed, base: BaseModel, config: Mapping[str, Any]) -> N
 
 def _heads(placed: Placed, base: BaseModel) -> dict[str, Replacement]:
     """The tensors of the head that the adapters bring: new ones, and those of a head of the base with other rows."""
-    resized = {
-        name: replacement
-        for name, replacement in placed.whole.items()
-        if _first(name) in ("score", "classifier", "qa_outputs", "classification_head")
-        and replacement.source.weights.tensors[replacement.tensor].shape != base.tensors[name].shape
-    }
+    resized = _resized(placed, base)
     same_modules = {module.rpartition(".")[0] for module in resized}
     beside = {n: r for n, r in placed.whole.items() if n.rpartition(".")[0] in same_modules}
     is_vocabulary = ("lm_head.", "embed_out.")
     new = {name: head for name, head in placed.new.items() if not name.startswith(is_vocabulary)}
     return {**new, **beside, **resized}
+
+
+def _resized(placed: Placed, base: BaseModel) -> dict[str, Replacement]:
+    """The tensors of a head of the base that the adapters replace by others of another shape."""
+    return {
+        name: replacement
+        for name, replacement in placed.whole.items()
+        if _first(name) in ("score", "classifier", "qa_outputs", "classification_head")
+        and replacement.source.weights.tensors[replacement.tensor].shape != base.tensors[name].shape
+    }
 
 
 def _count(heads: Mapping[str, Replacement]) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from loftq_cli.adapter.extras import JoinedWeights, take_extras
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.source import WeightsFile
+from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import MismatchError, UsageError, printable
+from loftq_cli.methods.method import find_init
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.tensors.headers import TensorRef
 
@@ -86,14 +88,24 @@ def joined_weights(adapters: Sequence[WeightedAdapter]) -> JoinedWeights:
     return JoinedWeights(adapters[0].source.weights.path, tensors, sources)
 
 
-def weight_notes(adapters: Sequence[WeightedAdapter]) -> tuple[str, ...]:
-    """The remark about the sum of several adapters, or about a weight other than 1; nothing for one whole adapter."""
+def weight_notes(adapters: Sequence[WeightedAdapter], base: BaseModel) -> Iterator[str]:
+    """Yield the remarks about the sum of several adapters, or about a weight other than 1; nothing for one whole
+    adapter.
+    """
     if len(adapters) == 1 and adapters[0].weight == 1.0:
-        return ()
+        return
     parts = [f"{adapter.weight:g} × {printable(adapter.source.path.name, 80)}" for adapter in adapters]
     whole = any(adapter.source.whole for adapter in adapters)
     note = f"merged: {' + '.join(parts)}, the sum of what each adapter alone adds to the base"
-    return (f"{note}; tensors saved in full are taken as they are" if whole else note,)
+    yield f"{note}; tensors saved in full are taken as they are" if whole else note
+    report, total = read_report(base.folder), sum(adapter.weight for adapter in adapters)
+    recipe = {} if report is None else report[0]["recipe"]
+    entry = find_init(recipe.get("method"), recipe.get("init"))
+    if entry is not None and entry.is_fitted and not math.isclose(total, 1.0):
+        yield (
+            f"the weights of the adapters add up to {total:g}: adapters that started from this base's own hold the "
+            "error of the base, which is right at a sum of 1"
+        )
 
 
 def _renamed(source: AdapterSource, mark: str) -> AdapterSource:

@@ -33,7 +33,7 @@ from loftq_cli.tensors.rows import Rows, TensorRows, slabs_of
 from loftq_cli.triton_kernels.backend import has_kernels, use_compiled_kernels, use_reference_kernels
 
 # Options without an effect in memory, and options without an effect on a single linear.
-_OF_FILES = ("max_shard_size", *TEXT_OPTIONS)
+_OF_FILES = ("max_shard_size", "task", "num_labels", *TEXT_OPTIONS)
 _OF_MODELS = ("calibration", *TEXT_OPTIONS, "include", "exclude", "override")
 
 # Defaults in the signatures of `from_linear`. A method without a solver, or without random draws, has no such option.

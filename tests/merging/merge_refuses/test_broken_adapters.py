@@ -14,6 +14,7 @@ from loftq_cli.cli.main import _run
 
 QV = {"target_modules": ["q_proj", "v_proj"]}
 SEQ_CLS = "AutoModelForSequenceClassification"
+ROWS = "model.embed_tokens.token_adapter.trainable_tokens_delta"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,20 @@ def without(part: str) -> dict[str, torch.Tensor | None]:
 
 BROKEN = {
     # another arithmetic than W + s·B·A
-    "DoRA": Broken(config={"use_dora": True}, says=("adapter_config.json", "use_dora", "magnitude")),
+    "DoRA without its lengths": Broken(
+        config={"use_dora": True}, says=(f"{Q0}.lora_B.weight", "has no lora_magnitude_vector beside it")
+    ),
+    "DoRA of another length": Broken(
+        config={"use_dora": True},
+        tensors={f"{Q0}.lora_magnitude_vector": torch.ones(127)},
+        says=(f"{Q0}.lora_magnitude_vector", "is (127,), and its layer has 128 rows"),
+    ),
+    "lengths that are not finite": Broken(
+        config={"use_dora": True},
+        tensors={f"{Q0}.lora_magnitude_vector": torch.full((128,), float("nan"))},
+        says=(f"{Q0}.lora_magnitude_vector", "NaN"),
+        status=2,
+    ),
     "BD-LoRA": Broken(config={"use_bdlora": {"nblocks": 2}}, says=("use_bdlora", "block-diagonal")),
     "KaSA": Broken(config={"kasa_config": {"beta": 1}}, says=("kasa_config",)),
     "MonteCLoRA": Broken(config={"monteclora_config": {}, "use_monte": True}, says=("use_monte",)),
@@ -50,11 +64,43 @@ BROKEN = {
     "LoRA-GA": Broken(config={"init_lora_weights": "lora_ga"}, says=("init_lora_weights 'lora_ga'",)),
     "PEFT's own LoftQ": Broken(config={"init_lora_weights": "loftq"}, says=("init_lora_weights 'loftq'",)),
     "replicated layers": Broken(config={"layer_replication": [[0, 2], [1, 2]]}, says=("layer_replication",)),
-    "trained tokens": Broken(config={"trainable_token_indices": [1, 2]}, says=("trainable_token_indices",)),
+    "trained tokens without rows": Broken(
+        config={"trainable_token_indices": [1, 2]}, says=("holds no rows of single tokens",)
+    ),
+    "fewer rows than tokens": Broken(
+        config={"trainable_token_indices": [1, 2]},
+        tensors={ROWS: torch.ones(1, 128)},
+        says=(ROWS, "is (1, 128), and adapter_config.json lists 2 tokens"),
+    ),
+    "one token twice": Broken(
+        config={"trainable_token_indices": [1, 1]},
+        tensors={ROWS: torch.ones(2, 128)},
+        says=("adapter_config.json", "not different whole numbers"),
+        status=2,
+    ),
+    "a token behind the vocabulary": Broken(
+        config={"trainable_token_indices": [160]},
+        tensors={ROWS: torch.ones(1, 128)},
+        says=(ROWS, "trains the row 160", "has 160"),
+    ),
+    "rows of another width": Broken(
+        config={"trainable_token_indices": [1]}, tensors={ROWS: torch.ones(1, 64)}, says=(ROWS, "is for (1, 64)")
+    ),
+    "rows of another matrix": Broken(
+        config={"trainable_token_indices": {"wte": [1]}},
+        tensors={"wte.token_adapter.trainable_tokens_delta": torch.ones(1, 128)},
+        says=("wte.token_adapter", "its module is not in the base"),
+    ),
+    "rows that the config does not list": Broken(
+        config={"trainable_token_indices": {"wte": [1]}},
+        tensors={ROWS: torch.ones(1, 128)},
+        says=("adapter_config.json", "lists no tokens for model.embed_tokens"),
+        status=2,
+    ),
     "activated LoRA": Broken(config={"alora_invocation_tokens": [1]}, says=("alora_invocation_tokens",)),
     "Arrow": Broken(config={"arrow_config": {"top_k": 2}}, says=("arrow_config",)),
     "a magnitude": Broken(
-        tensors={f"{Q0}.lora_magnitude_vector": torch.ones(128)}, says=(f"{Q0}.lora_magnitude_vector", "of a kind")
+        tensors={f"{Q0}.lora_magnitude_vector": torch.ones(128)}, says=(f"{Q0}.lora_magnitude_vector", "use_dora")
     ),
     "a diagonal": Broken(tensors={f"{Q0}.lora_diag": torch.ones(4)}, says=(f"{Q0}.lora_diag", "of a kind")),
     # tensors that have no place
@@ -297,21 +343,17 @@ def test_the_same_adapter_without_a_fault_merges(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("base", "config", "says"),
     [
-        ("llama", {**QV, "use_dora": True}, "use_dora"),
         ("llama", {**QV, "init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ("llama", {**QV, "init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
-        ("llama", {**QV, "trainable_token_indices": [1]}, "trainable_token_indices"),
         ("llama", {**QV, "layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
-        ("tied_llama", {"target_modules": ["q_proj", "embed_tokens"]}, "it would change the head too"),
-        ("tied_llama", {"target_modules": ["q_proj", "lm_head"]}, "it would change the embedding too"),
-        ("tied_llama", {**QV, "modules_to_save": ["embed_tokens"]}, "it would change the head too"),
-        ("gpt2", {"target_modules": ["c_attn", "wte"]}, "it would change the head too"),
+        ("t5", {"target_modules": ["q", "shared"]}, "it would change the head too"),
     ],
 )
 def test_what_peft_itself_writes_and_merging_cannot_represent_is_refused(
     base, config, says, checkpoints, tmp_path, capsys
 ):
-    made = made_by_peft(checkpoints / base, tmp_path / "adapter", **config)
+    auto = "AutoModelForSeq2SeqLM" if base == "t5" else "AutoModelForCausalLM"
+    made = made_by_peft(checkpoints / base, tmp_path / "adapter", auto, **config)
 
     status, line = refused(capsys, checkpoints / base, made.path, tmp_path / "out")
 

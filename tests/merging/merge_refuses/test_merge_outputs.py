@@ -88,14 +88,14 @@ def test_an_output_in_or_around_an_input_is_refused(where, checkpoints, tmp_path
 
 
 def test_the_exit_status_and_the_one_line_reach_the_shell(checkpoints, tmp_path):
-    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)), use_dora=True)
+    adapter = write_adapter(tmp_path / "adapter", lora_tensors(Q0, (128, 128)), alora_invocation_tokens=[1])
 
     run = loftq("merge", checkpoints / "llama", adapter, tmp_path / "out")
 
     assert run.returncode == 4
     assert run.stdout == ""
     assert run.stderr == (
-        f"error: {adapter}/adapter_config.json: use_dora: DoRA scales the merged weight by a magnitude "
+        f"error: {adapter}/adapter_config.json: alora_invocation_tokens: activated LoRA depends on the prompt "
         "(merge it with PEFT)\n"
     )
 
