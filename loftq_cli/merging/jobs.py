@@ -18,6 +18,7 @@ from loftq_cli.merging.adapters.placed import Addition
 from loftq_cli.merging.plan import Merge
 from loftq_cli.merging.planner import MergeJob
 from loftq_cli.merging.report import MergedLayer
+from loftq_cli.merging.restacked import rows_of_parts
 from loftq_cli.model.targets import module_of
 from loftq_cli.output.copies import NOT_FINITE, WatchedChunks, recast_chunks
 from loftq_cli.output.writer import OutputFiles, tensor_bytes
@@ -84,10 +85,11 @@ class MergeJobRunner:
         """
         if job.is_copied:
             return self._copy(job)
-        if not job.is_matrix and not job.experts and job.name not in self.merge.base.quantized:
+        is_of_experts = bool(job.experts or job.stacked)
+        if not job.is_matrix and not is_of_experts and job.name not in self.merge.base.quantized:
             return self._write_vector(job)
         try:
-            if job.experts:
+            if is_of_experts:
                 return self._write_experts(job, workers)
             if job.keeps_codes:
                 return self._move_offsets(job, workers)
@@ -148,20 +150,39 @@ class MergeJobRunner:
     def _write_experts(self, job: MergeJob, workers: Workers) -> WrittenJob:
         """Write a tensor of all experts, merged one expert at a time."""
         sums, output = list[MergeSums](), job.outputs[0]
+        matrices = self._stacked(job, sums, workers) if job.stacked else self._experts(job, sums, workers)
+        sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, matrices))
+        if not job.additions:
+            return _finish_job({output.name: sha256}, None)
+        total, lora = MergeSums.total(sums), job.additions[0].lora
+        squares = total.squared_weight, total.squared_delta
+        layer = MergedLayer(job.name, lora.rank, lora.scaling, *squares, total.retained)
+        layer = replace(layer, squared_rounding=total.squared_rounding, experts=expert_retentions(sums))
+        return _finish_job({output.name: sha256}, layer)
+
+    def _stacked(self, job: MergeJob, sums: list[MergeSums], workers: Workers) -> Iterator[torch.Tensor]:
+        """Yield the matrix [in, out] of each expert that the base holds alone; append the sums of each to `sums`."""
+        import torch
+
+        rows = rows_of_parts(job, self.merge.base.family)
+        _, in_features, out_features = job.outputs[0].shape
+        for start in range(0, len(job.stacked), len(rows)):
+            parts, of_parts = job.stacked[start : start + len(rows)], list[MergeSums]()
+            whole = torch.empty(out_features, in_features, dtype=getattr(torch, job.outputs[0].dtype))
+            for place, part in zip(rows, parts, strict=True):
+                whole[place] = torch.cat(list(self._merged_rows(part, self._load_update(part), of_parts, workers)))
+            sums.append(MergeSums.total(of_parts))
+            yield whole.T.contiguous()
+
+    def _experts(self, job: MergeJob, sums: list[MergeSums], workers: Workers) -> Iterator[torch.Tensor]:
+        """Yield the matrix of each expert in a tensor of the base; append each expert's sums to `sums`."""
 
         def pairs(expert: int) -> list[LoraPair]:
             loaded = ((self.factors.pair(item.lora), item.weight) for item in job.experts[expert])
             return [replace(pair, scaling=pair.scaling * weight) for pair, weight in loaded]
 
         cast, count = partial(self._cast, job), len(job.experts)
-        matrices = merged_experts(self.merge.base, job.name, count, pairs, cast, sums, workers)
-        sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, matrices))
-        total, lora = MergeSums.total(sums), next(item.lora for expert in job.experts for item in expert)
-        squares = total.squared_weight, total.squared_delta
-        layer = MergedLayer(job.name, lora.rank, lora.scaling, *squares, total.retained)
-        experts = expert_retentions(sums)
-        layer = replace(layer, squared_rounding=total.squared_rounding, experts=experts)
-        return _finish_job({output.name: sha256}, layer)
+        return merged_experts(self.merge.base, job.name, count, pairs, cast, sums, workers)
 
     def _merged_rows(
         self, job: MergeJob, update: Update | None, sums: list[MergeSums], workers: Workers

@@ -25,6 +25,7 @@ from loftq_cli.merging.adapters.weighted import WeightedAdapter, joined_weights,
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner
 from loftq_cli.merging.provenance import Provenance, check_provenance, join_provenance
+from loftq_cli.merging.restacked import restack
 from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.merging.vocabulary import Growth, is_vocabulary_head
 from loftq_cli.model.stored import BaseModel, check_names
@@ -235,7 +236,7 @@ def prepare_merge(
         message = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
         raise UsageError(message, hint=f"--scale-dtype {options.dtype}")
     planner = MergePlanner(base, placed, options, form, dtype)
-    jobs = tuple(planner.plan_jobs())
+    jobs = restack(planner.plan_jobs(), base.family)
     _check_names(base, options, form, jobs)
     merge = Merge(
         base=base,

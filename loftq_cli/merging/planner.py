@@ -37,6 +37,7 @@ class MergeJob:
     biases        the adapters with a bias to add to the tensor, a bias
     tokens        the adapters' rows in place of rows of the tensor
     experts       for each expert in a tensor of all experts, the factors to add; empty for any other tensor
+    stacked       the jobs of single experts whose results make the tensor; empty for any other tensor
     replacement   name of the adapter's tensor to read in place of the base's; None without
     source        name of the base's tensor to read in place of `name`; None to read `name`
     matrix        the quantized matrix to store; None for a dense result
@@ -51,6 +52,7 @@ class MergeJob:
     biases: tuple[Addition, ...] = ()
     tokens: tuple[Rows, ...] = ()
     experts: tuple[tuple[Addition, ...], ...] = ()
+    stacked: tuple[MergeJob, ...] = ()
     replacement: str | None = None
     source: str | None = None
     matrix: StoredMatrix | None = None
@@ -63,6 +65,12 @@ class MergeJob:
     def is_touched(self) -> bool:
         """True when the adapter changes the tensor."""
         return bool(self.lora or self.biases or self.tokens or self.experts) or self.replacement is not None
+
+    @property
+    def additions(self) -> list[Addition]:
+        """All factors to add, of the tensor and of experts in the tensor."""
+        own = [*self.lora, *(item for expert in self.experts for item in expert)]
+        return [*own, *(item for job in self.stacked for item in job.additions)]
 
     @property
     def is_matrix(self) -> bool:

@@ -223,7 +223,7 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "lost": finite_or_none(total_lost(outcome.layers)),
         "layers": [layer_json(layer) for layer in outcome.layers],
         "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
-        "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],
+        "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors and not job.stacked],
         "biases": [job.name for job in merge.jobs if job.biases],
         "tokens": {job.name: sorted({i for rows in job.tokens for i in rows.tokens.indices}) for job in with_rows},
     }

@@ -245,6 +245,53 @@ def test_packed_experts_are_quantized_again_and_each_says_what_is_retained(packe
             assert 0.9 < layers[name]["retention"] < 1.1
 
 
+def test_packed_experts_of_one_tensor_merge_into_the_tensor_again(bases, tmp_path):
+    """gpt-oss: gate and up in turns, the factors of all experts in two tensors."""
+    base = bases("GptOssForCausalLM", hidden_size=64, intermediate_size=32)
+    adapter = trained(base, tmp_path / "adapter", target_parameters=BOTH)
+    directory = with_packed_experts(base, tmp_path / "int4")
+    out = merged(directory, adapter.path, tmp_path / "out", "--force")
+    after, before = tensors_of(out), tensors_of(base)
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+    factors = load_file(adapter.path / "adapter_model.safetensors")
+    holder = "model.layers.1.mlp.experts"
+    with BaseModel.open(directory) as opened:
+        for leaf, wrapper in (("gate_up_proj", ".base_layer"), ("down_proj", "")):
+            lora_A, lora_B = (factors[f"base_model.model.{holder}{wrapper}.lora_{x}.weight"].double() for x in "AB")
+            for expert in range(4):
+                delta = 2 * lora_B[:, expert::4] @ lora_A[3 * expert : 3 * expert + 3]
+                exact = opened.matrix(f"{holder}.{expert}.{leaf}.weight").double() + delta
+                torch.testing.assert_close(after[f"{holder}.{leaf}"][expert].T.double(), exact, rtol=0, atol=1e-6)
+    layers = {layer["name"]: layer for layer in json.loads((out / REPORT).read_text())["layers"]}
+    assert layers[f"{holder}.down_proj"]["experts"] == pytest.approx([1, 1, 1, 1], rel=1e-3)
+    assert json.loads((out / REPORT).read_text())["added"] == []
+
+
+def test_packed_modules_of_experts_merge_into_one_tensor_again(bases, tmp_path):
+    """Llama 4: loaded from packed weights, experts are modules, and each has factors of its own."""
+    base = bases("Llama4ForCausalLM", hidden_size=64, intermediate_size=32)
+    directory = with_packed_experts(base, tmp_path / "int4")
+    holder = "model.layers.0.feed_forward.experts"
+    modules = {f"{holder}.2.gate_proj": (32, 64), f"{holder}.2.up_proj": (32, 64), f"{holder}.1.down_proj": (64, 32)}
+    factors = {n: t for i, m in enumerate(modules) for n, t in lora_tensors(m, modules[m], seed=i).items()}
+    adapter = write_adapter(tmp_path / "adapter", factors, target_modules=[*modules], lora_alpha=8)
+    after, before = tensors_of(merged(directory, adapter, tmp_path / "out", "--force")), tensors_of(base)
+    assert {n: t.shape for n, t in before.items()} == {n: t.shape for n, t in after.items()}
+
+    def exact(opened, expert, leaf):
+        module = f"{holder}.{expert}.{leaf}"
+        weight = opened.matrix(f"{module}.weight").double()
+        if module in modules:
+            weight += 2 * factors[f"{module}.lora_B.weight"].double() @ factors[f"{module}.lora_A.weight"].double()
+        return weight
+
+    with BaseModel.open(directory) as opened:
+        for expert in range(4):
+            gate_up = torch.cat([exact(opened, expert, "gate_proj"), exact(opened, expert, "up_proj")])
+            for leaf, expected in (("gate_up_proj", gate_up), ("down_proj", exact(opened, expert, "down_proj"))):
+                torch.testing.assert_close(after[f"{holder}.{leaf}"][expert].T.double(), expected, rtol=0, atol=1e-6)
+
+
 # What is said
 
 

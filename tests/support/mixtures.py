@@ -130,11 +130,11 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def with_packed_experts(base: Path, path: Path) -> Path:
-    """The mixture at `base` with 4-bit experts in compressed-tensors, a matrix for each expert."""
+    """The mixture at `base` with 4-bit experts in compressed-tensors, a matrix [out, in] for each expert."""
     layout, spec = load_layout("compressed-tensors"), AffineSpec(4, 32, symmetric=True, scale_dtype="bfloat16")
     quantizer, stored, experts = make_quantizer(spec, "bfloat16"), dict[str, torch.Tensor](), list[str]()
-    for name, tensor in tensors_of(base).items():
-        if ".experts." not in name:
+    for name, tensor in [item for pair in tensors_of(base).items() for item in _split(*pair)]:
+        if ".experts." not in name or not name.endswith(".weight"):
             stored[name] = tensor
             continue
         matrix = StoredMatrix(name, tuple(tensor.shape), spec, "bfloat16", transposed=False)
@@ -147,3 +147,18 @@ def with_packed_experts(base: Path, path: Path) -> Path:
     config = json.loads((base / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(layout.model_config(config, facts)))
     return path
+
+
+def _split(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """A tensor of all experts [experts, in, out] as a matrix for each; gate and up apart in Llama 4."""
+    if ".experts." not in name or tensor.dim() != 3:
+        return [(name, tensor)]
+    holder, _, leaf = name.rpartition(".")
+    matrices = [matrix.T.contiguous() for matrix in tensor]
+    if leaf == "down_proj" or ".mlp." in name:
+        return [(f"{holder}.{e}.{leaf}.weight", matrix) for e, matrix in enumerate(matrices)]
+    return [
+        (f"{holder}.{e}.{half}.weight", part.contiguous())
+        for e, matrix in enumerate(matrices)
+        for half, part in zip(("gate_proj", "up_proj"), matrix.chunk(2), strict=True)
+    ]
