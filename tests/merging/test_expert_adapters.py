@@ -7,9 +7,11 @@ orientation. Where PEFT cannot say the right numbers, float64 does.
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.adapters import edit_tensors, lora_tensors, write_adapter
 from support.mixtures import (
@@ -23,6 +25,8 @@ from support.mixtures import (
     with_packed_experts,
 )
 
+import loftq_cli as loftq
+from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.cli.main import _run
 from loftq_cli.model.stored import BaseModel
 
@@ -243,6 +247,48 @@ def test_packed_experts_are_quantized_again_and_each_says_what_is_retained(packe
         for name, expected in exact.items():
             assert (opened.matrix(name).double() - expected).norm() / expected.norm() < 0.12  # 4 bits
             assert 0.9 < layers[name]["retention"] < 1.1
+
+
+def test_inspect_measures_base_and_adapter_of_every_expert(packed, bases, tmp_path):
+    directory, adapter, exact = packed
+    beside = shutil.copytree(directory, tmp_path / "int4")
+    shutil.copytree(adapter, beside / "loftq_init")
+    original = bases("Qwen3MoeForCausalLM", hidden_size=64, moe_intermediate_size=32)
+    weights = tensors_of(original)
+    rows = {row.name: row for row in loftq.inspect(beside, against=original).layers}
+    assert rows.keys() == exact.keys()
+    for name, sum_of_both in exact.items():
+        weight = weights[name].double()
+        expected = float((weight - sum_of_both).norm() / weight.norm())
+        assert rows[name].error.error == pytest.approx(expected, rel=1e-5)
+
+
+def test_training_over_packed_experts_refuses_an_adapter_of_all_experts_by_name(packed, tmp_path):
+    directory, adapter, _ = packed
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
+    with pytest.raises(loftq.MismatchError, match=r"experts\.(base_layer\.)?lora_A\.weight: is neither"):
+        loftq.load_adapted(model, directory, adapter=adapter)
+
+
+def test_memory_holds_one_expert_of_a_tensor_of_all(bases, tmp_path, monkeypatch):
+    base = bases("GptOssForCausalLM")
+    adapter = trained(base, tmp_path / "adapter", target_parameters=BOTH)
+    read, load, load_rows = set[tuple[str, int]](), Checkpoint.load, Checkpoint.load_rows
+
+    def whole(self, name, **options):
+        assert not name.endswith(("gate_up_proj", "down_proj")), name
+        return load(self, name, **options)
+
+    def rows(self, name, start, stop):
+        if ".experts." in name:
+            assert stop - start == 1
+            read.add((name, start))
+        return load_rows(self, name, start, stop)
+
+    monkeypatch.setattr(Checkpoint, "load", whole)
+    monkeypatch.setattr(Checkpoint, "load_rows", rows)
+    merged(base, adapter.path, tmp_path / "out")
+    assert len(read) == 2 * 2 * 4  # layers, parameters, experts
 
 
 def test_packed_experts_of_one_tensor_merge_into_the_tensor_again(bases, tmp_path):

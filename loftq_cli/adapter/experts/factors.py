@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from loftq_cli.adapter.expert_factors import FactorPart, Factors
 from loftq_cli.adapter.sorting import LoraTensors
+from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.checkpoint.source import WeightsFile
 from loftq_cli.errors import InputError
 from loftq_cli.tensors.matrices import LoraPair, lora_pair
@@ -54,3 +55,13 @@ class FactorReader:
         if not is_finite(tensor):
             raise InputError("holds NaN or infinite values", file=self._weights.path, tensor=name)
         return tensor
+
+
+def load_pair(adapter: AdapterSource, lora: LoraTensors, shape: tuple[int, int]) -> LoraPair | None:
+    """Load the factors of a matrix [out, in] of a base, of a module or of one expert; None for an embedding.
+
+    lora   one of `AdapterSource.lora_in` or of the single matrices of `plan_expert_loras`
+
+    Raises MismatchError naming a factor of a wrong shape, and InputError for NaN and infinite values of an expert.
+    """
+    return adapter.pair(lora.module, shape) if lora.part is None else FactorReader(adapter.weights).pair(lora)

@@ -63,6 +63,14 @@ def plan_expert_loras(base: BaseModel, adapter: AdapterSource, modules: Iterable
     return _Planner(base, adapter).plan(alone)
 
 
+def lora_with_experts(base: BaseModel, adapter: AdapterSource) -> dict[str, LoraTensors]:
+    """Map each adapted weight of `base`, a matrix of one expert included, to the tensors of the factors.
+
+    Raises MismatchError naming an adapter tensor of experts without a place in the base.
+    """
+    return {**adapter.lora_in(base), **plan_expert_loras(base, adapter).single}
+
+
 class _Planner:
     """Places the factors of one adapter."""
 
