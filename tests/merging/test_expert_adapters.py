@@ -263,11 +263,34 @@ def test_inspect_measures_base_and_adapter_of_every_expert(packed, bases, tmp_pa
         assert rows[name].error.error == pytest.approx(expected, rel=1e-5)
 
 
-def test_training_over_packed_experts_refuses_an_adapter_of_all_experts_by_name(packed, tmp_path):
-    directory, adapter, _ = packed
+class Experts(torch.nn.ModuleList):
+    """Experts as linears, each with what it adds to `inputs`."""
+
+    def __init__(self, count, hidden, inner):
+        shapes = {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
+        super().__init__(
+            torch.nn.ModuleDict({leaf: torch.nn.Linear(*shape, bias=False) for leaf, shape in shapes.items()})
+            for _ in range(count)
+        )
+
+
+def test_training_reads_the_factors_of_all_experts_for_experts_as_linears(packed):
+    directory, adapter, exact = packed
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
+    for layer in model.model.layers:
+        layer.mlp.experts = Experts(4, 64, 32)
+    loftq.load_adapted(model, directory, adapter=adapter)
+    for name, expected in exact.items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        assert layer.lora_A.requires_grad
+        torch.testing.assert_close(layer._merge_weight().double(), expected, rtol=0, atol=1e-6)
+
+
+def test_training_refuses_the_factors_of_a_tensor_of_all_experts_by_name(bases, tmp_path):
+    base = bases("GptOssForCausalLM")
+    adapter = trained(base, tmp_path / "adapter", target_parameters=BOTH)
     with pytest.raises(loftq.MismatchError, match=r"experts\.(base_layer\.)?lora_A\.weight: is neither"):
-        loftq.load_adapted(model, directory, adapter=adapter)
+        loftq.load_adapted(load(base), base, adapter=adapter.path)
 
 
 def test_memory_holds_one_expert_of_a_tensor_of_all(bases, tmp_path, monkeypatch):
