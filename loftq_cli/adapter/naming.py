@@ -9,7 +9,7 @@ from loftq_cli.adapter.fused import all_parts
 from loftq_cli.model.targets import module_of
 
 # The output layer over the vocabulary: a tied head has no tensor in the files.
-VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|cls\.predictions\.decoder)$")
+VOCABULARY_HEAD = re.compile(r"(?:^|\.)(?:lm_head|lm_head\.decoder|embed_out|cls\.predictions\.decoder)$")
 # Parts of names of the models beside the text model of a larger model.
 _NOT_TEXT = re.compile(r"(?:^|[._])(?:vision|visual|image|audio|speech|video|encoder_projector)")
 _MAX_PARTS = 3  # leading parts of names that two places of a model may differ in

@@ -9,7 +9,6 @@ from pathlib import Path
 from loftq_cli.api.arguments import AnyPath, AnySize, api_call, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import MergePlan, MergeResult
-from loftq_cli.errors import UsageError
 from loftq_cli.merging.adapters.weighted import parse_adapter
 from loftq_cli.merging.form import MergeOptions
 from loftq_cli.merging.plan import Merge, prepare_merge
@@ -22,9 +21,10 @@ from loftq_cli.runtime.gpu import check_device_name
 @api_call
 def merge(
     base: AnyPath,
-    adapter: AnyPath | Sequence[AnyPath],
+    adapter: AnyPath,
     output: AnyPath,
     *,
+    adapters: Sequence[AnyPath] | None = None,
     dtype: str | None = None,
     layout: str | None = None,
     requantize: str | None = None,
@@ -51,9 +51,9 @@ def merge(
 
     Args:
         base: a converted directory, a full-precision checkpoint, or "builtin:NAME".
-        adapter: a PEFT LoRA directory made or trained on `base`, or several. "DIR:0.5" multiplies what the adapter
-            adds by 0.5; the changes by several adapters add up.
+        adapter: a PEFT LoRA directory made or trained on `base`; "DIR:0.5" multiplies what the adapter adds by 0.5.
         output: the directory to write.
+        adapters: further adapters, with weights or without; what the adapters add to the base adds up.
         dtype: dtype of the merged weights; None is the model's dtype.
         layout: container of the merged weights; None is a container with float offsets for QA-LoRA, else
             "dense".
@@ -106,7 +106,7 @@ def merge(
         remote_code=remote_code,
         tokenizer=tokenizer,
     )
-    prepared = prepare_merge(resolve_model(os.fspath(base)), _adapters(adapter), Path(output), options)
+    prepared = prepare_merge(resolve_model(os.fspath(base)), _adapters(adapter, *adapters or ()), Path(output), options)
     plan = _plan(prepared, already_done=is_merge_done(prepared, overwrite=overwrite))
     if dry_run:
         return plan
@@ -117,12 +117,9 @@ def merge(
     return _result(plan, outcome)
 
 
-def _adapters(adapter: AnyPath | Sequence[AnyPath]) -> list[tuple[Path, float]]:
-    """Paths and weights; only a text has a weight. Raises UsageError for no adapter."""
-    several: Sequence[AnyPath] = (adapter,) if isinstance(adapter, (str, os.PathLike)) else adapter
-    if not several:
-        raise UsageError("no adapter to merge", hint="name a PEFT adapter directory")
-    return [parse_adapter(one) if isinstance(one, str) else (Path(one), 1.0) for one in several]
+def _adapters(*adapters: AnyPath) -> list[tuple[Path, float]]:
+    """Paths and weights; only a text has a weight other than 1."""
+    return [parse_adapter(one) if isinstance(one, str) else (Path(one), 1.0) for one in adapters]
 
 
 def _plan(merge: Merge, *, already_done: bool) -> MergePlan:

@@ -41,12 +41,13 @@ def merge(
     directory made or trained on BASE. A QA-LoRA adapter merges into the offsets of BASE's groups: the result stays
     quantized, and computes the outputs of base and adapter.
     """
-    sources, output = options.adapters_and_output(adapter, output, adapters or [])
+    adapter, output, further = options.adapters_and_output(adapter, output, adapters or [])
     with CommandProgress(quiet=quiet) as progress:
         result = merge_checkpoint(
             base,
-            sources,
+            adapter,
             output,
+            adapters=further,
             dtype=dtype,
             layout=layout,
             requantize=requantize,

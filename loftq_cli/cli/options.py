@@ -170,16 +170,16 @@ Force = Annotated[
 ]
 
 
-def adapters_and_output(adapter: str, output: Path | None, further: list[str]) -> tuple[list[str], Path]:
-    """The adapters and the output of a merge, where the command may name all adapters by --adapter.
+def adapters_and_output(adapter: str, output: Path | None, further: list[str]) -> tuple[str, Path, list[str]]:
+    """The first adapter, the output and the further adapters of a merge. A command may name all adapters by --adapter.
 
     Raises UsageError for a command without an output.
 
     >>> adapters_and_output("merged", None, ["style:0.5", "facts"])
-    (['style:0.5', 'facts'], PosixPath('merged'))
+    ('style:0.5', PosixPath('merged'), ['facts'])
     """
     if output is not None:
-        return [adapter, *further], output
+        return adapter, output, further
     if not further:
         raise UsageError("no OUTPUT to write", hint="loftq merge BASE ADAPTER OUTPUT")
-    return further, Path(adapter)
+    return further[0], Path(adapter), further[1:]

@@ -116,7 +116,11 @@ class MergeJobRunner:
 
     def _write_vector(self, job: MergeJob) -> WrittenJob:
         """Write the adapter's replacement, or else the base tensor, plus the trained bias of the adapter."""
-        loaded = self._load_adapter_tensor(job.replacement) if job.replacement else self.merge.base.load(job.name)
+        loaded = (
+            self._load_adapter_tensor(job.replacement)
+            if job.replacement
+            else self.merge.base.load(job.source or job.name)
+        )
         value = loaded.float()
         for addition in job.biases:
             bias = self._load_adapter_tensor(str(addition.lora.lora_bias)).float()

@@ -228,7 +228,7 @@ def prepare_merge(
     sources = [adapter.source for adapter in opened]
     records = [check_provenance(base, source.path, source.config, force=options.force) for source in sources]
     placed = join([place(adapter, base) for adapter in opened])
-    head = settle_head(placed, base, sources[0].config)
+    head = settle_head(placed, base)
     settle_tied(placed, base, [head.architecture] if head else base.family.architectures)
     form = choose_form(options, base, is_pooled=_check_pooled(base, placed, options))
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))

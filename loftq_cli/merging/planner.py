@@ -75,7 +75,8 @@ class MergeJob:
     @property
     def is_matrix(self) -> bool:
         """True when the job adds to a matrix, or reads rows of a matrix."""
-        return bool(self.lora or self.tokens) or self.matrix is not None or self.source is not None
+        reads_matrix = self.source is not None and len(self.outputs[0].shape) == 2
+        return bool(self.lora or self.tokens) or self.matrix is not None or reads_matrix
 
     @property
     def is_embedding(self) -> bool:
@@ -228,6 +229,8 @@ class MergePlanner:
             message = None
             if pooling is None:
                 message = f"has no pooled input, so no zero point of {job.name} can hold it"
+            elif pooling.group_size != (job.lora[0].lora.pooling or pooling).group_size:
+                message = f"pools groups of {pooling.group_size}, and another adapter of {job.name} other groups"
             elif not stored.spec.has_whole_groups_in(pooling.group_size):
                 message = (
                     f"pools groups of {pooling.group_size}, which are not unions of the groups of {group_size} of "

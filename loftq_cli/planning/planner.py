@@ -42,11 +42,8 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     >>> len(plan.layers), [shard.file for shard in plan.shards]
     (28, ['model.safetensors'])
     """
-    head = None if recipe.task is None else head_of_task(config, recipe.task, recipe.num_labels)
-    if head is None and recipe.num_labels is not None:
-        raise UsageError("--num-labels is for --task SEQ_CLS and TOKEN_CLS", hint="leave --num-labels out")
-    named = config if head is None else head.change(config)
-    family = Family(named, config_file_beside(tensors.values()))
+    head = _choose_head(config, recipe)
+    family = Family(config if head is None else head.change(config), config_file_beside(tensors.values()))
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
@@ -65,6 +62,26 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes), head, sources)
     plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
+
+
+def _choose_head(config: Mapping[str, Any], recipe: Recipe) -> TaskHead | None:
+    """The head of the recipe's task; None without a task.
+
+    Raises UsageError for labels without a task, and for a base on which PEFT does not train: `loftq_cli.nn` trains
+    factors and no head.
+    """
+    if recipe.task is None:
+        if recipe.num_labels is not None:
+            raise UsageError("--num-labels is for --task SEQ_CLS and TOKEN_CLS", hint="leave --num-labels out")
+        return None
+    head, row, pooling = head_of_task(config, recipe.task, recipe.num_labels), LAYOUTS[recipe.layout], recipe.pooling
+    if not head.tensors or (
+        row.in_transformers and (pooling is None or (row.peft_pools and pooling.convention == "peft"))
+    ):
+        return head
+    kind = f"--layout {recipe.layout}" if pooling is None else f"pooled inputs on --layout {recipe.layout}"
+    message = f"--task {recipe.task} needs PEFT, which trains the head, and PEFT does not train on {kind}"
+    raise UsageError(message, hint=f"--method loftq --quant-type nf4, or {DENSE_HINT}")
 
 
 def _head_sources(tensors: Mapping[str, TensorRef], family: Family, head: TaskHead) -> dict[str, str]:

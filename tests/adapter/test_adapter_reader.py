@@ -218,7 +218,7 @@ def train(base: Path, original: Path) -> None:
 
 READERS = [inspect, inspect_against, compare, merge, train]
 FAULTS: dict[str, tuple[Callable[[Path], None], type[LoftqError], str]] = {
-    "kind": (lambda d: edit_config(d, use_dora=True), MismatchError, "use_dora: DoRA scales the merged weight"),
+    "kind": (lambda d: edit_config(d, kasa_config={"beta": 1}), MismatchError, "kasa_config: KaSA truncates"),
     "alpha": (lambda d: edit_config(d, lora_alpha="many"), InputError, "lora_alpha is 'many', not a positive number"),
     "pooling": (
         lambda d: edit_config(d, qalora_pooling="median"),

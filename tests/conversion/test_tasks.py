@@ -119,6 +119,14 @@ def test_the_head_depends_on_the_seed_alone(checkpoints, tmp_path):
         (("--num-labels", "3"), "--num-labels is for --task SEQ_CLS and TOKEN_CLS (leave --num-labels out)"),
         (("--task", "CAUSAL_LM", "--num-labels", "3"), "--num-labels means nothing with --task CAUSAL_LM"),
         (("--task", "SEQ_CLS", "--num-labels", "0"), "num_labels"),
+        (
+            ("--task", "SEQ_CLS", "--quant-type", "int4", "--group-size", "32", "--layout", "mlx"),
+            "--task SEQ_CLS needs PEFT, which trains the head, and PEFT does not train on --layout mlx",
+        ),
+        (
+            ("--task", "SEQ_CLS", "--recipe", "qalora-int4", "--group-size", "32"),
+            "PEFT does not train on pooled inputs on --layout metal (--method loftq --quant-type nf4",
+        ),
     ],
 )
 def test_a_task_without_meaning_is_refused(arguments, says, checkpoints, tmp_path, capsys):

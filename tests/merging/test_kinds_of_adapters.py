@@ -19,7 +19,8 @@ from loftq_cli.model.stored import BaseModel
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 GPT2 = {"vocab_size": 160, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
-T5 = {"vocab_size": 160, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
+SIDES = {"encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "encoder_layers": 1, "decoder_layers": 1}
+BART = {**SIDES, "vocab_size": 160, "d_model": 64, "encoder_attention_heads": 4, "decoder_attention_heads": 4}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +30,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saved("LlamaForCausalLM", folder / "tied", **LLAMA, tie_word_embeddings=True)
     saved("GPT2LMHeadModel", folder / "gpt2", **GPT2)
     saved("BertForMaskedLM", folder / "bert", **SIZES)
+    saved("BartForConditionalGeneration", folder / "bart", **BART, pad_token_id=0, eos_token_id=1)
     run_conversion(folder / "llama", folder / "converted", rank=4, method="qlora")
     return folder
 
@@ -64,6 +66,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
         True,
     ),
     "a saved embedding": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, False),
+    "a tied embedding of BERT": ("bert", {"target_modules": ["word_embeddings"]}, False),
+    "the tied head of an encoder and decoder": ("bart", {"target_modules": ["lm_head", "q_proj"]}, False),
     "a saved head": ("tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, False),
 }
 
@@ -71,7 +75,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_merged_model_computes_what_peft_computes(kind, checkpoints, tmp_path):
     base, config, is_tied = KINDS[kind]
-    auto = "AutoModelForMaskedLM" if base == "bert" else "AutoModelForCausalLM"
+    auto = {"bert": "AutoModelForMaskedLM", "bart": "AutoModelForSeq2SeqLM"}.get(base, "AutoModelForCausalLM")
     made = trained(loaded(checkpoints / base, auto), tmp_path / "adapter", **config)
 
     assert merge(checkpoints / base, made.path, tmp_path / "out") == 0

@@ -57,7 +57,8 @@ def test_the_sum_is_that_of_peft(command, made, tmp_path, capsys):
 
 
 def test_python_takes_several_adapters(made, tmp_path):
-    result = loftq.merge(made / "base", [f"{made / 'one'}:0.5", made / "two"], tmp_path / "out", dtype="float32")
+    adapters = [made / "two"]
+    result = loftq.merge(made / "base", f"{made / 'one'}:0.5", tmp_path / "out", adapters=adapters, dtype="float32")
     assert len(result.layers) == 6  # two layers with q, v and down
     assert merge(made / "base", f"{made / 'one'}:0.5", tmp_path / "again", "--adapter", made / "two") == 0
     ours, theirs = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "again")

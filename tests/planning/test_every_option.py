@@ -79,6 +79,8 @@ ROWS = {
     **dict.fromkeys(
         ("text", "tokens", "context", "lines", "sequential"), Row((), (), seen_in="test_text_during_conversion")
     ),
+    "task": values("--task", "CAUSAL_LM", "SEQ_2_SEQ_LM"),
+    "num_labels": Row((), ("--num-labels", "3"), seen_in="refused", remedy="(leave --num-labels out)"),
     "layout": values("--layout", "bitsandbytes", "dense"),
     "max_shard_size": values("--max-shard-size", "1MB", "5GB", seen_in="plan"),
     "include": values("--include", r"\.q$", r"\.k$"),

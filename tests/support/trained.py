@@ -35,12 +35,14 @@ class Trained:
 
 
 def randomized(model: nn.Module, seed: int = 0) -> nn.Module:
-    """`model` with matrices large enough for outputs that differ."""
+    """`model` with matrices and biases large enough for outputs that differ."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() >= 2:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
     return model.eval()
 
 

@@ -52,18 +52,16 @@ class NewHead:
         return f"the adapter brings the head of a {self.architecture}{labels}: the merged model is one{dropped}"
 
 
-def settle_head(placed: Placed, base: BaseModel, config: Mapping[str, Any]) -> NewHead | None:
+def settle_head(placed: Placed, base: BaseModel) -> NewHead | None:
     """The head that the adapters bring for another task than the base's; None for the base's own head. Tensors of the
     base without a place in the new class go into `placed.left`.
 
-    config   the content of adapter_config.json of the first adapter
-
     Raises MismatchError for the head of a task for which the family has no class.
     """
-    task = config.get("task_type")
     heads = _heads(placed, base)
     if not heads:
         return None
+    task = next(iter(heads.values())).source.config.get("task_type")
     known = [task] if task in TASK_CLASSES else list(TASK_CLASSES) if task is None else []
     for candidate in known:
         architecture = _class_of(base, TASK_CLASSES[candidate])

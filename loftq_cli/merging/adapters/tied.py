@@ -18,6 +18,7 @@ from loftq_cli.model.targets import kind_of, module_of
 _HEADLESS_CLASS = re.compile(r"For\w*(?:Classification|QuestionAnswering|MultipleChoice)$|(?<!Head)(?<!Heads)Model$")
 _TIED = "belongs to a weight that embedding and head share"
 _HEADS = ("lm_head", "embed_out")  # attributes of classes
+_DECODERS = ("cls.predictions.", "lm_head.")  # heads of BERT and RoBERTa: the matrix is called decoder
 
 
 def settle_tied(placed: Placed, base: BaseModel, architectures: Sequence[str]) -> None:
@@ -52,17 +53,27 @@ def _settle_pair(placed: Placed, base: BaseModel, embedding: str, head: str | No
             placed.unused[tensor] = f"it equals {placed.whole[embedding].tensor}, whose weight the head shares"
         placed.drop(head)
         return
-    if head is None or base.config.get("is_encoder_decoder") is True:
-        is_by_head = head is not None and placed.lora.get(head) and head not in placed.new
-        other = "embedding" if is_by_head else "head"
-        if is_by_head or placed.touches(embedding):
-            changed = head if is_by_head and head is not None else embedding
-            raise _error(placed, changed, f"{_TIED}: merged, it would change the {other} too")
-        return
-    if not changes_head and _grows(placed, base, embedding):
+    is_shared_more = base.config.get("is_encoder_decoder") is True
+    changes_others = head is None or is_shared_more or (not changes_head and _grows(placed, base, embedding))
+    if placed.touches(embedding) and changes_others:
         raise _error(placed, embedding, f"{_TIED}: merged, it would change the head too")
+    if head is None:
+        return
+    parent = head.removesuffix("decoder.weight")
+    bias = f"{parent}decoder.bias"
+    if parent != head and f"{parent}bias" in base.tensors and bias not in placed.new and bias not in base.tensors:
+        placed.copies[bias] = f"{parent}bias"  # BERT's head shares the bias too, under another name
+    if is_shared_more:
+        placed.copies |= dict.fromkeys(_further_embeddings(base, embedding), embedding)
     if head not in placed.new and head not in placed.whole:
         placed.copies[head] = embedding
+
+
+def _further_embeddings(base: BaseModel, embedding: str) -> list[str]:
+    """Names of the embeddings of encoder and decoder, which have no tensor where one weight serves all."""
+    parent = embedding.removesuffix("shared.weight")
+    names = [f"{parent}{side}.embed_tokens.weight" for side in ("encoder", "decoder")]
+    return [name for name in names if parent != embedding and name not in base.tensors]
 
 
 def _is_alike(placed: Placed, embedding: str, head: str) -> bool:
@@ -132,8 +143,11 @@ def _stored_head(base: BaseModel) -> str | None:
 
 
 def _head_of_class(base: BaseModel) -> str | None:
-    """The weight of the head by the attributes of the class; None for a class outside the table of classes."""
+    """The weight of the head, by the names of the files or the attributes of the class; None for an unknown class."""
     loader = base.family.loader
+    decoder = next((parent for parent in _DECODERS if f"{parent}bias" in base.tensors), None)
+    if decoder is not None:
+        return f"{decoder}decoder.weight"
     return next((f"{head}.weight" for head in _HEADS if loader is not None and head in loader.children), None)
 
 
