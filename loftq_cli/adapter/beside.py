@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from loftq_cli.adapter.config import is_adapter_directory
+from loftq_cli.adapter.experts.factors import load_pair
+from loftq_cli.adapter.experts.planned import lora_with_experts
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.errors import InputError
 from loftq_cli.methods.method import METHODS
@@ -64,8 +66,8 @@ def load_adapter_pairs(base: BaseModel, names: Iterable[str], reported: str | No
     adapter = open_adapter_beside(base, reported)
     if adapter is None:
         return {}
-    lora = adapter.lora_in(base)
-    pairs = {name: adapter.pair(lora[name].module, matrix_shape_of(base, name)) for name in names if name in lora}
+    lora = lora_with_experts(base, adapter)
+    pairs = {name: load_pair(adapter, lora[name], matrix_shape_of(base, name)) for name in names if name in lora}
     return {name: pair for name, pair in pairs.items() if pair is not None}
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter.config import CONFIG_NAME, PREFIX, pooling_of, scaling_of, values_of
+from loftq_cli.adapter.expert_factors import FactorPart
 from loftq_cli.adapter.naming import VOCABULARY_HEAD
+from loftq_cli.adapter.parameters import holder_of, wrapped_parameters
 from loftq_cli.adapter.spelling import adapter_names_in, without_adapter_name, without_wrappers, wrappers_in
 from loftq_cli.adapter.targets import TargetModules
 from loftq_cli.checkpoint.source import WeightsFile
@@ -53,6 +55,8 @@ class LoraTensors:
     is_embedding  whether the module is an embedding
     pooling       the config's pooling of inputs; None: lora_A reads each input
     magnitude     name of DoRA's lengths of rows, [out]; [width] for an embedding; None without DoRA
+    part          the part of the factors for one matrix, or the number of experts in the factors; None: all is for one
+                  matrix. `rank` is the rank of one expert then, and lora_A is [experts * rank, in].
     """
 
     module: str
@@ -65,6 +69,7 @@ class LoraTensors:
     is_embedding: bool
     pooling: Pooling | None = None
     magnitude: str | None = None
+    part: FactorPart | None = None
 
     def pooling_for(self, in_features: int, inputs: int) -> Pooling | None:
         """The pooling over a weight of `in_features` columns; `inputs` is the number of columns of lora_A.
@@ -91,13 +96,14 @@ class TokenRows:
 
 @dataclass(frozen=True, slots=True)
 class SortedTensors:
-    """The four tables of an adapter file; each tensor of the file is in exactly one table.
+    """The five tables of an adapter file; each tensor of the file is in exactly one table.
 
-    lora     module name -> the tensors of the adapted module
-    whole    name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
-    tokens   module name -> trained rows of the matrix
-    unused   tensor that PEFT writes and never reads -> the reason
-    taken    the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
+    lora         module name -> the tensors of the adapted module
+    whole        name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
+    tokens       module name -> trained rows of the matrix
+    unused       tensor that PEFT writes and never reads -> the reason
+    taken        the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
+    parameters   name of a parameter of experts in the loaded model -> the tensors with the factors of all experts
     """
 
     lora: dict[str, LoraTensors]
@@ -105,6 +111,7 @@ class SortedTensors:
     unused: dict[str, str]
     taken: tuple[str, ...] = ()
     tokens: dict[str, TokenRows] = field(default_factory=dict)
+    parameters: dict[str, LoraTensors] = field(default_factory=dict)
 
 
 def sort_tensors(config: Mapping[str, Any], weights: WeightsFile, config_file: Path) -> SortedTensors:
@@ -139,18 +146,22 @@ class _Sorter:
         adapters = self._check_one_adapter()
         for name in self._weights.tensors:
             self._place(name)
-        self._check_targeted()
-        ranks, alphas = self._values_of("r"), self._values_of("lora_alpha")
-        lora = {
-            module: self._lora_tensors(module, parts, int(ranks[module]), alphas[module])
-            for module, parts in self._factors.items()
-        }
+        parameters = self._check_targeted()
+        keys = [parameters.get(module, module) for module in self._factors]  # patterns see a parameter's complete name
+        ranks, alphas = self._values_of("r", keys), self._values_of("lora_alpha", keys)
+        lora, stacks = dict[str, LoraTensors](), dict[str, LoraTensors]()
+        for (module, parts), key in zip(self._factors.items(), keys, strict=True):
+            tensors = self._lora_tensors(module, parts, int(ranks[key]), alphas[key], key if key != module else None)
+            if key == module or (key.endswith(".weight") and tensors.part is None):
+                lora[holder_of(module)] = replace(tensors, module=holder_of(module))
+            else:
+                stacks[key] = replace(tensors, module=key, part=tensors.part or FactorPart())
         self._set_aside_originals()
         if self._config.get("trainable_token_indices") and not self._tokens:
             message = f"holds no rows of single tokens, and {CONFIG_NAME} says trainable_token_indices"
             raise MismatchError(message, file=self._weights.path)
         taken = (*wrappers_in(self._changed), *adapters)
-        return SortedTensors(lora, self._replacements, self._unused, taken, self._tokens)
+        return SortedTensors(lora, self._replacements, self._unused, taken, self._tokens, stacks)
 
     def _check_one_adapter(self) -> list[str]:
         """List the adapter's name in the names of the tensors, if any. Raises MismatchError for two adapters."""
@@ -222,29 +233,44 @@ class _Sorter:
                 raise self._mismatch("is left over: no trained copy is beside it", name)
             self._unused[name] = "the untrained original beside its trained copy"
 
-    def _check_targeted(self) -> None:
-        """Raises MismatchError for a tensor that PEFT would drop because the config does not adapt the module."""
+    def _check_targeted(self) -> dict[str, str]:
+        """Find the modules whose tensors adapt a parameter: module -> parameter.
+
+        Raises MismatchError for a tensor that PEFT would drop because the config does not adapt the module.
+        """
         spellings = dict.fromkeys([*self._factors, *self._wrapped.values()])
         targeted = targeted_modules(self._config, list(spellings), self._config_file)
+        if self._config.get("target_modules") is None and self._config.get("target_parameters"):
+            targeted = set()
         if self._config.get("ensure_weight_tying"):  # PEFT adapts the head with the embedding, listed or not
             targeted |= {module for module in spellings if VOCABULARY_HEAD.search(module) or self._is_embedding(module)}
-        for module, parts in self._factors.items():
-            if module not in targeted and self._wrapped[module] not in targeted:
+        untargeted = [m for m in self._factors if m not in targeted and self._wrapped[m] not in targeted]
+        try:
+            parameters = wrapped_parameters(self._config, untargeted)
+        except ValueError as error:
+            raise MismatchError(str(error), file=self._config_file) from None
+        for module in untargeted:
+            if module not in parameters:
+                parts = self._factors[module]
                 message = (
                     f"its module is none of those that {CONFIG_NAME} adapts (target_modules), and PEFT would drop it"
                 )
                 raise self._mismatch(message, next(iter(parts.values())))
+        return parameters
 
     def _is_embedding(self, module: str) -> bool:
         return any(part in self._factors.get(module, ()) for part in _EMBEDDING)
 
-    def _values_of(self, key: str) -> dict[str, int | float]:
+    def _values_of(self, key: str, modules: list[str]) -> dict[str, int | float]:
         try:
-            return values_of(self._config, key, list(self._factors))
+            return values_of(self._config, key, modules)
         except ValueError as error:
             raise InputError(str(error), file=self._config_file) from None
 
-    def _lora_tensors(self, module: str, parts: Mapping[str, str], rank: int, alpha: float) -> LoraTensors:
+    def _lora_tensors(
+        self, module: str, parts: Mapping[str, str], rank: int, alpha: float, parameter: str | None
+    ) -> LoraTensors:
+        """The record of a module, or of `parameter`: then the factors of one or more experts are in the tensors."""
         is_embedding = any(part in parts for part in _EMBEDDING)
         part_A, part_B = _EMBEDDING if is_embedding else _LINEAR
         for part in (part_A, part_B):
@@ -256,11 +282,20 @@ class _Sorter:
             raise self._mismatch("belongs to a linear layer, and its module is an embedding", extra)
         name_A, name_B, bias = parts[part_A], parts[part_B], parts.get(_BIAS)
         magnitude = parts.get(_MAGNITUDE)
-        self._check_shapes(name_A, name_B, bias, rank)
+        n_experts = 1 if parameter is None else self._count_experts(name_A, rank)
+        self._check_shapes(name_A, name_B, bias, rank * n_experts)
         self._check_magnitude(name_B, bias, magnitude)
+        experts = FactorPart(n_experts) if n_experts > 1 else None
         pooling = None if is_embedding else pooling_of(self._config)
         scaling = scaling_of(self._config, alpha, rank)
-        return LoraTensors(module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling, magnitude)
+        return LoraTensors(
+            module, name_A, name_B, bias, rank, alpha, scaling, is_embedding, pooling, magnitude, experts
+        )
+
+    def _count_experts(self, name_A: str, rank: int) -> int:
+        """The number of experts with factors of `rank` in lora_A; 1 where the rows do not divide."""
+        rows = self._weights.tensors[name_A].shape[0] if self._weights.tensors[name_A].shape else 0
+        return rows // rank if rows and rows % rank == 0 else 1
 
     def _check_magnitude(self, lora_B: str, bias: str | None, magnitude: str | None) -> None:
         """Raises MismatchError for DoRA's lengths without use_dora, and for use_dora without lengths."""

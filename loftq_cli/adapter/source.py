@@ -19,6 +19,7 @@ from loftq_cli.adapter.config import (
     values_of,
 )
 from loftq_cli.adapter.naming import spelled_names
+from loftq_cli.adapter.parameters import read_targets
 from loftq_cli.adapter.sorting import LoraTensors, TokenRows, sort_tensors, targeted_modules
 from loftq_cli.adapter.spelling import without_wrappers
 from loftq_cli.adapter.targets import TargetModules
@@ -37,7 +38,6 @@ _REFUSED = {
     "use_bdlora": "its factors are block-diagonal",
     "kasa_config": "KaSA truncates the base's weights and scales between the factors",
     "monteclora_config": "MonteCLoRA draws its weights",
-    "target_parameters": "adapters of fused expert parameters are not merged",
     "layer_replication": "layers are replicated",
     "alora_invocation_tokens": "activated LoRA depends on the prompt",
     "arrow_config": "Arrow routes between adapters",
@@ -51,14 +51,15 @@ _REBASING = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations c
 class AdapterSource:
     """One adapter: config, weight file, and the sorted tensors of the file.
 
-    path      the adapter's directory
-    config    the content of adapter_config.json; empty for the adapter of an unfinished conversion
-    weights   the open weight file
-    lora      module name in the adapter's spelling -> the tensors of the adapted module
-    whole     name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
-    unused    tensor that PEFT writes and never reads -> the reason
-    taken     the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
-    tokens    module name in the adapter's spelling -> trained rows of the matrix
+    path         the adapter's directory
+    config       the content of adapter_config.json; empty for the adapter of an unfinished conversion
+    weights      the open weight file
+    lora         module name in the adapter's spelling -> the tensors of the adapted module
+    whole        name of a base tensor in the loaded model -> the adapter's tensor in place of the base tensor
+    unused       tensor that PEFT writes and never reads -> the reason
+    taken        the parts taken off the names of tensors: wrappers of a training run, and the name of the adapter
+    tokens       module name in the adapter's spelling -> trained rows of the matrix
+    parameters   name of a parameter of experts in the adapter's spelling -> the tensors with all experts' factors
     """
 
     path: Path
@@ -69,6 +70,7 @@ class AdapterSource:
     unused: Mapping[str, str]
     taken: tuple[str, ...] = ()
     tokens: Mapping[str, TokenRows] = field(default_factory=dict)
+    parameters: Mapping[str, LoraTensors] = field(default_factory=dict)
 
     def names_in(self, base: BaseModel) -> dict[str, str]:
         """Map each tensor name in the files of `base` to the name in the adapter's spelling.
@@ -169,7 +171,9 @@ def open_adapter(path: Path) -> AdapterSource:
     if not weights.tensors:
         raise MismatchError("holds no tensor", file=weights.path)
     places = sort_tensors(config, weights, config_file)
-    return AdapterSource(path, config, weights, places.lora, places.whole, places.unused, places.taken, places.tokens)
+    return AdapterSource(
+        path, config, weights, places.lora, places.whole, places.unused, places.taken, places.tokens, places.parameters
+    )
 
 
 def open_planned_adapter(path: Path, modules: Sequence[AdaptedModule]) -> AdapterSource:
@@ -238,7 +242,7 @@ def _check_config(config: Mapping[str, Any], file: Path) -> None:
     try:
         # No modules: an invalid default is an error before any tensor is read.
         values_of(config, "r", ()), values_of(config, "lora_alpha", ())
-        TargetModules.of(config), pooling_of(config)
+        TargetModules.of(config), pooling_of(config), read_targets(config)
     except ValueError as error:
         raise InputError(str(error), file=file) from None
     trained_copies = config.get("modules_to_save") or []

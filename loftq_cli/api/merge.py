@@ -132,7 +132,7 @@ def _plan(merge: Merge, *, already_done: bool) -> MergePlan:
         requantize=merge.options.requantize,
         form=merge.options.requantize or form_of_weights,
         tensors=tuple(tensor for job in merge.jobs for tensor in job.outputs),
-        layers=sum(bool(job.lora) for job in merge.jobs),
+        layers=sum(bool(job.additions) for job in merge.jobs),
         nbytes=merge.nbytes,
         notes=(*merge.provenance.warnings, *merge.provenance.notes, *merge.notes),
         code_files=tuple(merge.code_files),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loftq_cli.adapter.beside import matrix_shape_of, open_adapter_beside
+from loftq_cli.adapter.experts.factors import load_pair
+from loftq_cli.adapter.experts.planned import lora_with_experts
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.conversion.report import LayerResult, ModelErrors, read_report, total_plain_error
@@ -112,7 +114,7 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     adapter = open_adapter_beside(base, report[0]["adapter_dir"] if report else None)
     if adapter is not None:
         check_provenance(base, adapter.path, adapter.config, force=False)
-    lora = {} if adapter is None else adapter.lora_in(base)
+    lora = {} if adapter is None else lora_with_experts(base, adapter)
     names = [name for name in base.tensors if name in base.quantized or name in reported]
     rows = [_layer_row(base, name, reported.get(name), lora.get(name)) for name in names]
     if against is not None:
@@ -234,7 +236,7 @@ class _Original:
         """Load the layer's adapter; None without. Raises MismatchError when the factors do not fit the layer."""
         if self.adapter is None or row.name not in self.lora:
             return None
-        return self.adapter.pair(self.lora[row.name].module, row.shape)
+        return load_pair(self.adapter, self.lora[row.name], row.shape)
 
     def recompute(self, row: LayerRow, workers: Workers, gpu: SharedDevice | None) -> LayerRow:
         """`row` with the errors of the files, and with errors by group for a number format with groups.

@@ -5,6 +5,7 @@ provenance.py  whether an adapter belongs to a base
 adapters/      the place of each tensor of each adapter in the base
 vocabulary.py  a vocabulary that grew in training
 planner.py     a job for every tensor of base and adapter
+restacked.py   experts of a container, in one tensor again
 tokenizer.py   the tokenizer of base or adapter
 plan.py        jobs, files and config of a merge
 report.py      what merging did, as records and files

@@ -24,8 +24,8 @@ class InputSums:
     def hash_job(self, name: str) -> str:
         """The fingerprint of all input tensors of the job called `name`, from base and adapter."""
         job = self._jobs[name]
-        read = job.source or name
-        parts = self._base.parts(read) if read in self._base.tensors else []
+        read = [inner.name for inner in job.stacked] or [job.source or name]
+        parts = [part for name in read if name in self._base.tensors for part in self._base.parts(name)]
         sums = {f"base {part.name}": self.hash_base_tensor(part.name) for part in parts}
         sha256 = self._weights.sha256
         sums |= {f"adapter {tensor}": self._hash("adapter", sha256, tensor) for tensor in _adapter_tensors(job)}
@@ -43,7 +43,8 @@ class InputSums:
 
 def _adapter_tensors(job: MergeJob) -> list[str]:
     """Names of the job's input tensors in the adapter."""
-    factors = [name for item in job.lora for name in (item.lora.lora_A, item.lora.lora_B, item.lora.magnitude)]
+    factors = [name for item in job.additions for name in (item.lora.lora_A, item.lora.lora_B, item.lora.magnitude)]
     rows = [item.tokens.tensor for item in job.tokens]
     biases = [item.lora.lora_bias for item in job.biases]
-    return [name for name in (*factors, *biases, *rows, job.replacement) if name is not None]
+    names = dict.fromkeys((*factors, *biases, *rows, job.replacement))
+    return [name for name in names if name is not None]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loftq_cli.adapter.experts.factors import FactorReader
+from loftq_cli.adapter.experts.stacked import expert_retentions, merged_experts
 from loftq_cli.adapter.fused import FusedRows
 from loftq_cli.errors import InputError, NumericError
 from loftq_cli.layouts.layout import DENSE_HINT, StoredMatrix, load_layout
@@ -16,6 +18,7 @@ from loftq_cli.merging.adapters.placed import Addition
 from loftq_cli.merging.plan import Merge
 from loftq_cli.merging.planner import MergeJob
 from loftq_cli.merging.report import MergedLayer
+from loftq_cli.merging.restacked import rows_of_parts
 from loftq_cli.model.targets import module_of
 from loftq_cli.output.copies import NOT_FINITE, WatchedChunks, recast_chunks
 from loftq_cli.output.writer import OutputFiles, tensor_bytes
@@ -23,7 +26,7 @@ from loftq_cli.quant.formats import make_quantizer
 from loftq_cli.quant.gpu_matrix import WholeMatrix, merge_on, requantize, requantize_on
 from loftq_cli.runtime.gpu import SharedDevice
 from loftq_cli.runtime.workers import Workers
-from loftq_cli.tensors.matrices import lora_pair
+from loftq_cli.tensors.matrices import LoraPair, lora_pair
 from loftq_cli.tensors.metrics import MergeSums, is_finite, merge_sums
 from loftq_cli.tensors.rows import STREAMED_NUMEL, ComputedRows, Rows, TensorRows, slabs
 from loftq_cli.tensors.updates import Term, Update, spread_rows
@@ -63,13 +66,15 @@ class WrittenJob:
 class MergeJobRunner:
     """Runs the jobs of a merge.
 
-    merge   the plan: base, adapter and jobs
-    files   the open output files
-    gpu     the GPU for whole matrices; None for the processor
+    merge     the plan: base, adapter and jobs
+    files     the open output files
+    factors   reads the factors of the adapters
+    gpu       the GPU for whole matrices; None for the processor
     """
 
     merge: Merge
     files: OutputFiles
+    factors: FactorReader
     gpu: SharedDevice | None = None
 
     def run(self, job: MergeJob, workers: Workers) -> WrittenJob:
@@ -80,9 +85,12 @@ class MergeJobRunner:
         """
         if job.is_copied:
             return self._copy(job)
-        if not job.is_matrix and job.name not in self.merge.base.quantized:
+        is_of_experts = bool(job.experts or job.stacked)
+        if not job.is_matrix and not is_of_experts and job.name not in self.merge.base.quantized:
             return self._write_vector(job)
         try:
+            if is_of_experts:
+                return self._write_experts(job, workers)
             if job.keeps_codes:
                 return self._move_offsets(job, workers)
             if job.matrix is not None:
@@ -142,6 +150,43 @@ class MergeJobRunner:
         else:
             sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, rows))
         return _finish_job({output.name: sha256}, _rounded_layer(job, update, MergeSums.total(sums)))
+
+    def _write_experts(self, job: MergeJob, workers: Workers) -> WrittenJob:
+        """Write a tensor of all experts, merged one expert at a time."""
+        sums, output = list[MergeSums](), job.outputs[0]
+        matrices = self._stacked(job, sums, workers) if job.stacked else self._experts(job, sums, workers)
+        sha256 = self.files[output.name].write_chunks(output.name, map(tensor_bytes, matrices))
+        if not job.additions:
+            return _finish_job({output.name: sha256}, None)
+        total, lora = MergeSums.total(sums), job.additions[0].lora
+        squares = total.squared_weight, total.squared_delta
+        layer = MergedLayer(job.name, lora.rank, lora.scaling, *squares, total.retained)
+        layer = replace(layer, squared_rounding=total.squared_rounding, experts=expert_retentions(sums))
+        return _finish_job({output.name: sha256}, layer)
+
+    def _stacked(self, job: MergeJob, sums: list[MergeSums], workers: Workers) -> Iterator[torch.Tensor]:
+        """Yield the matrix [in, out] of each expert that the base holds alone; append the sums of each to `sums`."""
+        import torch
+
+        rows = rows_of_parts(job, self.merge.base.family)
+        _, in_features, out_features = job.outputs[0].shape
+        for start in range(0, len(job.stacked), len(rows)):
+            parts, of_parts = job.stacked[start : start + len(rows)], list[MergeSums]()
+            whole = torch.empty(out_features, in_features, dtype=getattr(torch, job.outputs[0].dtype))
+            for place, part in zip(rows, parts, strict=True):
+                whole[place] = torch.cat(list(self._merged_rows(part, self._load_update(part), of_parts, workers)))
+            sums.append(MergeSums.total(of_parts))
+            yield whole.T.contiguous()
+
+    def _experts(self, job: MergeJob, sums: list[MergeSums], workers: Workers) -> Iterator[torch.Tensor]:
+        """Yield the matrix of each expert in a tensor of the base; append each expert's sums to `sums`."""
+
+        def pairs(expert: int) -> list[LoraPair]:
+            loaded = ((self.factors.pair(item.lora), item.weight) for item in job.experts[expert])
+            return [replace(pair, scaling=pair.scaling * weight) for pair, weight in loaded]
+
+        cast, count = partial(self._cast, job), len(job.experts)
+        return merged_experts(self.merge.base, job.name, count, pairs, cast, sums, workers)
 
     def _merged_rows(
         self, job: MergeJob, update: Update | None, sums: list[MergeSums], workers: Workers
@@ -228,6 +273,8 @@ class MergeJobRunner:
 
     def _load_term(self, addition: Addition) -> Term:
         lora = addition.lora
+        if lora.part is not None:
+            return Term(self.factors.pair(lora), None, addition.weight)
         lora_A, lora_B = self._load_adapter_tensor(lora.lora_A), self._load_adapter_tensor(lora.lora_B)
         magnitude = None if lora.magnitude is None else self._load_adapter_tensor(lora.magnitude)
         if addition.part is not None:
@@ -263,11 +310,7 @@ class MergeJobRunner:
 
     def _load_adapter_tensor(self, name: str) -> torch.Tensor:
         """Load the adapter tensor `name`. Raises InputError for NaN and infinite values."""
-        weights = self.merge.weights
-        tensor = weights.load(name)
-        if not is_finite(tensor):
-            raise InputError("holds NaN or infinite values", file=weights.path, tensor=name)
-        return tensor
+        return self.factors.load(name)
 
     def _read_weight(self, job: MergeJob, read: Callable[[str], Weight]) -> Weight | TensorRows:
         """Read the weight under the adapter, [out, in] in the adapter's orientation. `read` reads a base matrix."""

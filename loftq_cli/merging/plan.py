@@ -25,6 +25,7 @@ from loftq_cli.merging.adapters.weighted import WeightedAdapter, joined_weights,
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
 from loftq_cli.merging.planner import MergeJob, MergePlanner
 from loftq_cli.merging.provenance import Provenance, check_provenance, join_provenance
+from loftq_cli.merging.restacked import restack
 from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.merging.vocabulary import Growth, is_vocabulary_head
 from loftq_cli.model.stored import BaseModel, check_names
@@ -235,7 +236,7 @@ def prepare_merge(
         message = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
         raise UsageError(message, hint=f"--scale-dtype {options.dtype}")
     planner = MergePlanner(base, placed, options, form, dtype)
-    jobs = tuple(planner.plan_jobs())
+    jobs = restack(planner.plan_jobs(), base.family)
     _check_names(base, options, form, jobs)
     merge = Merge(
         base=base,
@@ -250,7 +251,7 @@ def prepare_merge(
         unused=placed.unused,
         growth=planner.growth,
         head=head,
-        notes=_notes(base, opened, placed, planner.growth, head),
+        notes=(*_notes(base, opened, placed, planner.growth, head), *_expert_notes(jobs, form)),
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     return _with_tokenizer(merge)
@@ -292,6 +293,15 @@ def _notes(
     return tuple(dict.fromkeys(notes))
 
 
+def _expert_notes(jobs: Sequence[MergeJob], form: MergeForm) -> tuple[str, ...]:
+    """A note about adapted experts in full precision in a result with codes."""
+    dense = [job for job in jobs if job.matrix is None and (job.experts or any(item.lora.part for item in job.lora))]
+    if not dense or not form.is_quantized:
+        return ()
+    name = printable(dense[0].name, 80)
+    return (f"{len(dense)} tensors of experts stay in full precision, as in the base: {name} is the first",)
+
+
 def _growth_notes(growth: Growth | None) -> tuple[str, ...]:
     if growth is None:
         return ()
@@ -326,7 +336,8 @@ def _check_pooled(base: BaseModel, placed: Placed, options: MergeOptions) -> boo
         lora, source = addition.lora, addition.source
         if lora.magnitude is not None and not is_pooled:
             return False
-        if lora.is_embedding or (lora.pooling is None and options.pooling is None) or name not in base.tensors:
+        may_pool = lora.pooling is not None or (options.pooling is not None and lora.part is None)
+        if lora.is_embedding or not may_pool or name not in base.tensors:
             continue
         is_pooled = is_pooled or source.weights.tensors[lora.lora_A].shape[1] != base.matrix_shape(name)[-1]
     if not is_pooled and options.pooling is not None:

@@ -36,6 +36,8 @@ class MergeJob:
     lora          the adapters' factors to add; empty for a weight without an adapter
     biases        the adapters with a bias to add to the tensor, a bias
     tokens        the adapters' rows in place of rows of the tensor
+    experts       for each expert in a tensor of all experts, the factors to add; empty for any other tensor
+    stacked       the jobs of single experts whose results make the tensor; empty for any other tensor
     replacement   name of the adapter's tensor to read in place of the base's; None without
     source        name of the base's tensor to read in place of `name`; None to read `name`
     matrix        the quantized matrix to store; None for a dense result
@@ -49,6 +51,8 @@ class MergeJob:
     lora: tuple[Addition, ...] = ()
     biases: tuple[Addition, ...] = ()
     tokens: tuple[Rows, ...] = ()
+    experts: tuple[tuple[Addition, ...], ...] = ()
+    stacked: tuple[MergeJob, ...] = ()
     replacement: str | None = None
     source: str | None = None
     matrix: StoredMatrix | None = None
@@ -60,7 +64,13 @@ class MergeJob:
     @property
     def is_touched(self) -> bool:
         """True when the adapter changes the tensor."""
-        return bool(self.lora or self.biases or self.tokens) or self.replacement is not None
+        return bool(self.lora or self.biases or self.tokens or self.experts) or self.replacement is not None
+
+    @property
+    def additions(self) -> list[Addition]:
+        """All factors to add, of the tensor and of experts in the tensor."""
+        own = [*self.lora, *(item for expert in self.experts for item in expert)]
+        return [*own, *(item for job in self.stacked for item in job.additions)]
 
     @property
     def is_matrix(self) -> bool:
@@ -119,7 +129,11 @@ class MergePlanner:
             shape = self._grown(name, self._base.tensors[name].shape)
             rows = shape if bias.part is None else (bias.part.count, *shape[1:])
             self._check_shape(bias.source, str(bias.lora.lora_bias), name, rows)
-        job = replace(job, biases=biases)
+        experts = placed.experts.get(name, ())
+        if experts and replacement is not None:
+            message = f"replaces {name}, and an adapter of all experts changes it as well"
+            raise mismatch(replacement.source, message, replacement.tensor)
+        job = replace(job, biases=biases, experts=experts)
         return self._store_quantized(job) or replace(self._store_dense(job), note=self._unfit.get(name))
 
     def _with_additions(self, job: MergeJob, like: str) -> MergeJob:
@@ -240,6 +254,8 @@ class MergePlanner:
         Raises MismatchError when the adapter does not fit the base weight `name`.
         """
         source, lora = addition.source, addition.lora
+        if lora.part is not None:  # of an expert: fitted where the place was found
+            return addition
         ref, tensors = self._base.tensors[name], source.weights.tensors
         is_dense = name not in self._base.quantized
         if is_dense and ref.dtype not in WEIGHT_DTYPES:

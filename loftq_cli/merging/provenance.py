@@ -104,8 +104,8 @@ def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], 
 
 
 def join_provenance(records: Sequence[Provenance]) -> Provenance:
-    """The records of several adapters of one base, at least one: the notes and warnings of all, and the fingerprint of a
-    binding record before other fingerprints.
+    """The records of one or more adapters of a base: the notes and warnings of all, and the fingerprint of a binding
+    record before other fingerprints.
     """
     chosen = next((record for record in records if record.expected is not None and record.is_binding), records[0])
     notes = dict.fromkeys(note for record in records for note in record.notes)

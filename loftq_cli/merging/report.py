@@ -37,6 +37,7 @@ class MergedLayer:
     retained         <stored − base, Δ>; None where the codes were kept
     squared_rounding ||stored − exact sum||², the rounding to the dtype of the file; None for a quantized result
     difference       distance of the stored values from the exact sum; None unless the codes were kept
+    experts          the retention of each expert in a tensor of all experts; empty for any other tensor
 
     >>> layer = MergedLayer("q_proj.weight", 16, 2.0, squared_weight=100.0, squared_delta=4.0, retained=3.0)
     >>> layer.retention, layer.relative_delta, layer.lost
@@ -51,6 +52,7 @@ class MergedLayer:
     retained: float | None = None
     difference: OffsetDifference | None = None
     squared_rounding: float | None = None
+    experts: tuple[float | None, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON values, for a journal."""
@@ -175,6 +177,7 @@ def layer_json(layer: MergedLayer) -> dict[str, Any]:
         "lost": finite_or_none(layer.lost),
         "max_difference": None if layer.difference is None else layer.difference.max_difference,
         "relative_difference": layer.relative_difference,
+        **({"experts": [finite_or_none(retention) for retention in layer.experts]} if layer.experts else {}),
     }
 
 
@@ -220,7 +223,7 @@ def _report(merge: Merge, outcome: MergeOutcome) -> dict[str, Any]:
         "lost": finite_or_none(total_lost(outcome.layers)),
         "layers": [layer_json(layer) for layer in outcome.layers],
         "replaced": [job.name for job in merge.jobs if job.replacement and job.name in merge.base.tensors],
-        "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors],
+        "added": [job.name for job in merge.jobs if job.name not in merge.base.tensors and not job.stacked],
         "biases": [job.name for job in merge.jobs if job.biases],
         "tokens": {job.name: sorted({i for rows in job.tokens for i in rows.tokens.indices}) for job in with_rows},
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from loftq_cli.adapter.config import pooling_of
+from loftq_cli.adapter.experts.factors import FactorReader
 from loftq_cli.errors import LoftqError, QualityError, StorageError
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.merging.inputs import InputSums
@@ -148,7 +149,7 @@ class MergeWork:
         self, files: OutputFiles, finished: Entries, workers: Workers
     ) -> Generator[tuple[JournalEntry, bool]]:
         """Run the jobs; yield each journal entry, and whether `finished` held the entry."""
-        runner = MergeJobRunner(self._merge, files, self._gpu)
+        runner = MergeJobRunner(self._merge, files, FactorReader(self._merge.weights), self._gpu)
 
         def run(job: MergeJob, sharing: Workers) -> tuple[JournalEntry, bool]:
             entry = finished.get(job.name)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from loftq_cli.adapter.beside import find_adapter
+from loftq_cli.adapter.experts.factors import FactorReader
+from loftq_cli.adapter.experts.planned import lora_with_experts, plan_expert_loras
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.conversion.report import read_report
@@ -118,7 +120,7 @@ class _Linear:
         built: nn.Module = layer
         if self.lora is not None and self.spec is not None and source is not None:
             kind = adapted_class(method, self.spec)
-            lora_A, lora_B = source.weights.load(self.lora.lora_A), source.weights.load(self.lora.lora_B)
+            lora_A, lora_B = _factors(source, self.lora)
             _check_finite(source.weights.path, self.lora.lora_A, (lora_A, lora_B))
             built = kind(layer, lora_A, lora_B, self.spec, origin=origin)
         return built.to(weight.device).train(self.module.training)
@@ -239,6 +241,7 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
     odd += [lora.lora_A for lora in source.lora.values() if lora.is_embedding]
     odd += [name for lora in source.lora.values() for name in (lora.lora_bias, lora.magnitude) if name is not None]
     odd += [tokens.tensor for tokens in source.tokens.values()]
+    odd += [item.lora_A for stack in plan_expert_loras(base, source).stacks.values() for item in stack[0]]
     if odd:
         message = "is neither lora_A nor lora_B of a linear, and nothing else is trained here"
         raise MismatchError(message, file=source.weights.path, tensor=odd[0], hint="loftq merge merges it")
@@ -259,9 +262,17 @@ def _check_finite(file: Path, name: str, tensors: Iterable[torch.Tensor]) -> Non
             raise InputError("holds NaN or infinite values", file=file, tensor=name)
 
 
+def _factors(source: AdapterSource, lora: LoraTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A and lora_B as the file has them, or the part of one expert in the tensors of all."""
+    if lora.part is None:
+        return source.weights.load(lora.lora_A), source.weights.load(lora.lora_B)
+    pair = FactorReader(source.weights).pair(lora)
+    return pair.lora_A, pair.lora_B
+
+
 def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
     """The adapter of each base weight. Raises MismatchError for an adapter with a module outside of the base."""
-    lora_by_name = source.lora_in(base)
+    lora_by_name = lora_with_experts(base, source)
     adapted = {lora.module for lora in lora_by_name.values()}
     for lora in source.lora.values():
         if lora.module not in adapted:
@@ -272,6 +283,9 @@ def _lora_of(base: BaseModel, source: AdapterSource) -> dict[str, LoraTensors]:
 def _lora_spec(source: AdapterSource, lora: LoraTensors, shape: tuple[int, ...]) -> LoraSpec:
     """The files' specification of a layer's adapter. Raises MismatchError for a misfit with `shape` [out, in]."""
     out_features, in_features = shape
+    if lora.part is not None:  # of one expert: fitted to the base's matrix, which has the shape
+        dtype = source.weights.tensors[lora.lora_A].dtype
+        return LoraSpec(lora.rank, lora.alpha, bool(source.config.get("use_rslora")), dtype, lora.pooling)
     for error in source.fit(lora, (out_features, in_features)):
         raise error
     lora_A = source.weights.tensors[lora.lora_A]

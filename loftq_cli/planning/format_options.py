@@ -102,10 +102,14 @@ def check_choice(name: str, value: str | None, choices: Collection[str]) -> None
     Traceback (most recent call last):
     loftq_cli.errors.UsageError: svd 'slow' does not exist (one of fast, exact)
     """
-    if value not in choices:
-        is_capital = value is not None and value.lower() in choices
-        meant = f"write {value.lower()}" if is_capital else foreign_hint(value) if name == "quant_type" else None
-        raise UsageError(f"{name} {value!r} does not exist", hint=meant or f"one of {', '.join(choices)}")
+    if value in choices:
+        return
+    hint = f"one of {', '.join(choices)}"
+    if value is not None and value.lower() in choices:
+        hint = f"write {value.lower()}"
+    elif value is not None and name == "quant_type":
+        hint = foreign_hint(value) or hint
+    raise UsageError(f"{name} {value!r} does not exist", hint=hint)
 
 
 def refuse(name: str, where: str, typed: Collection[str] = ()) -> None:

@@ -60,6 +60,7 @@ class Placed:
     biases   bias -> additions
     whole    tensor -> the replacement
     tokens   matrix over the vocabulary -> trained rows
+    experts  tensor of all experts -> for each expert the additions
     new      name in the loaded model -> a tensor that the base does not have
     copies   new weight -> weight of the base with the same numbers: a head that shared the weight of the embedding
     unused   tensor of an adapter without a place -> the reason
@@ -71,6 +72,7 @@ class Placed:
     biases: dict[str, tuple[Addition, ...]] = field(default_factory=dict)
     whole: dict[str, Replacement] = field(default_factory=dict)
     tokens: dict[str, tuple[Rows, ...]] = field(default_factory=dict)
+    experts: dict[str, tuple[tuple[Addition, ...], ...]] = field(default_factory=dict)
     new: dict[str, Replacement] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
@@ -79,11 +81,11 @@ class Placed:
 
     def touches(self, name: str) -> bool:
         """Whether an adapter changes the tensor called `name`."""
-        return any(name in table for table in (self.lora, self.biases, self.whole, self.tokens))
+        return any(name in table for table in (self.lora, self.biases, self.whole, self.tokens, self.experts))
 
     def drop(self, name: str) -> None:
         """Forget the changes of the tensor `name`."""
-        for table in (self.lora, self.biases, self.whole, self.tokens):
+        for table in (self.lora, self.biases, self.whole, self.tokens, self.experts):
             table.pop(name, None)
 
     def replaced(self) -> dict[str, str]:
@@ -101,6 +103,9 @@ def join(all_placed: Sequence[Placed]) -> Placed:
         _add(joined.lora, placed.lora)
         _add(joined.biases, placed.biases)
         _add(joined.tokens, placed.tokens)
+        for name, experts in placed.experts.items():
+            earlier = joined.experts.get(name, ((),) * len(experts))
+            joined.experts[name] = tuple((*one, *other) for one, other in zip(earlier, experts, strict=True))
         for table, further in ((joined.whole, placed.whole), (joined.new, placed.new)):
             for name, replacement in further.items():
                 if name in table and not _is_same(table[name], replacement):
@@ -118,11 +123,16 @@ def join(all_placed: Sequence[Placed]) -> Placed:
 def weighted(placed: Placed, weight: float) -> Placed:
     """The places with a factor for additions and trained rows."""
 
+    def scale(items: tuple[Addition, ...]) -> tuple[Addition, ...]:
+        return tuple(replace(item, weight=weight) for item in items)
+
     def scaled(table: Mapping[str, tuple[Addition, ...]]) -> dict[str, tuple[Addition, ...]]:
-        return {name: tuple(replace(item, weight=weight) for item in items) for name, items in table.items()}
+        return {name: scale(items) for name, items in table.items()}
 
     tokens = {name: tuple(replace(rows, weight=weight) for rows in items) for name, items in placed.tokens.items()}
-    return replace(placed, lora=scaled(placed.lora), biases=scaled(placed.biases), tokens=tokens)
+    experts = {name: tuple(map(scale, items)) for name, items in placed.experts.items()}
+    lora, biases = scaled(placed.lora), scaled(placed.biases)
+    return replace(placed, lora=lora, biases=biases, tokens=tokens, experts=experts)
 
 
 def additions(placed: Placed) -> Iterator[tuple[str, Addition]]:

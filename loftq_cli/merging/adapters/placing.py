@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from loftq_cli.adapter.experts.planned import plan_expert_loras
 from loftq_cli.adapter.fused import FusedRows, fused_parts, rows_of_parts
 from loftq_cli.adapter.naming import VOCABULARY_HEAD
 from loftq_cli.adapter.sorting import LoraTensors
@@ -35,8 +36,14 @@ class _Placing:
         self._placed = Placed(unused=dict(adapter.source.unused))
 
     def place(self) -> Placed:
+        experts = plan_expert_loras(self._base, self._source, [*map(module_of, self._names.values()), *self._fused])
         for module, lora in self._source.lora.items():
-            self._place_lora(module, lora)
+            if module not in experts.placed:
+                self._place_lora(module, lora)
+        for name, lora in experts.single.items():
+            self._placed.lora[name] = (*self._placed.lora.get(name, ()), Addition(self._source, lora))
+        for name, stack in experts.stacks.items():
+            self._placed.experts[name] = tuple(tuple(Addition(self._source, lora) for lora in loras) for loras in stack)
         for loaded, name in self._source.whole.items():
             replacement = Replacement(self._source, name)
             if loaded in self._files:

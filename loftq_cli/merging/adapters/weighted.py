@@ -9,6 +9,7 @@ from pathlib import Path
 
 from loftq_cli.adapter.config import is_adapter_directory
 from loftq_cli.adapter.extras import JoinedWeights, take_extras
+from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.source import WeightsFile
 from loftq_cli.conversion.report import read_report
@@ -117,20 +118,20 @@ def _renamed(source: AdapterSource, mark: str) -> AdapterSource:
     def marked(name: str | None) -> str | None:
         return None if name is None else mark + name
 
-    lora = {
-        module: replace(
+    def renamed(lora: LoraTensors) -> LoraTensors:
+        return replace(
             lora,
             lora_A=mark + lora.lora_A,
             lora_B=mark + lora.lora_B,
             lora_bias=marked(lora.lora_bias),
             magnitude=marked(lora.magnitude),
         )
-        for module, lora in source.lora.items()
-    }
+
     return replace(
         source,
         weights=joined,
-        lora=lora,
+        lora={module: renamed(lora) for module, lora in source.lora.items()},
+        parameters={name: renamed(lora) for name, lora in source.parameters.items()},
         whole={place: mark + name for place, name in source.whole.items()},
         unused={mark + name: reason for name, reason in source.unused.items()},
         tokens={module: replace(rows, tensor=mark + rows.tensor) for module, rows in source.tokens.items()},
