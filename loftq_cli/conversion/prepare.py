@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, 
 from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
+from loftq_cli.planning.jobs import CopyJob, LayerJob, input_sha256
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import NONE, RANDOM, SELF, WEIGHTS, Recipe, TextOptions
@@ -70,6 +72,14 @@ class Conversion:
     def code_files(self) -> list[str]:
         """Names of the result's files with code of the original, see `code_in`."""
         return code_in(self.side_files, self.config) if self.remote_code else []
+
+    def hash_input(self, unit: str) -> str:
+        """Hash of the stored bytes that the job called `unit` reads."""
+        return input_sha256(self.checkpoint.sha256, self._jobs[unit])
+
+    @cached_property
+    def _jobs(self) -> dict[str, LayerJob | CopyJob]:
+        return {job.name: job for job in self.plan.jobs}
 
     @property
     def published_plan(self) -> Plan:
@@ -256,4 +266,4 @@ def is_conversion_done(conversion: Conversion, *, overwrite: bool) -> bool:
     >>> is_conversion_done(prepare_conversion("builtin:tiny-llama", Path("base"), make_recipe()), overwrite=False)
     False
     """
-    return is_result_complete(conversion.result, conversion.checkpoint.sha256, overwrite=overwrite)
+    return is_result_complete(conversion.result, conversion.hash_input, overwrite=overwrite)

@@ -63,6 +63,10 @@ class LayerResult:
                          None without a calibration, where plain rounding is impossible, and in reports of old versions
     base_output_error    of the outputs of the written base alone; None without a calibration and in old reports
     output_error         of the outputs of base and adapter together; None without a calibration
+    experts              number of experts, for the experts of a layer together; None for a weight alone. Errors are
+                         those of all experts as a single long vector; errors of outputs are root mean squares
+    expert_errors        relative error of base and adapter of each expert; None for a weight alone
+    weights              names of the weights of the experts in the base; None for a weight alone
     """
 
     name: str
@@ -81,6 +85,14 @@ class LayerResult:
     plain_output_error: NonNegative | None = None
     base_output_error: NonNegative | None = None
     output_error: NonNegative | None = None
+    experts: PositiveInt | None = None
+    expert_errors: tuple[NonNegative, ...] | None = None
+    weights: tuple[str, ...] | None = None
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the weights in the base."""
+        return (self.name,) if self.weights is None else self.weights
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for the report, without unknown errors; sums of squares and the errors derived from the sums are
@@ -99,13 +111,15 @@ class LayerResult:
         return layer
 
 
-def make_layer_result(job: LayerJob, initial: Initialization, measured: Measured) -> LayerResult:
-    """Return the result of a job of the plan: base and adapter are `initial`, with the errors in `measured`.
+def make_layer_result(job: LayerJob, initial: Initialization | None, measured: Measured) -> LayerResult:
+    """Return the result of a job of the plan: base and adapter are `initial`, with the errors in `measured`. `initial`
+    is None for experts, which have iterations of their own.
 
     Raises NumericError when an error is not finite: JSON holds finite numbers only.
     """
     outputs = {} if measured.outputs is None else dataclasses.asdict(measured.outputs)
-    errors = [*dataclasses.astuple(measured.error), measured.plain_error, *initial.iteration_errors, *outputs.values()]
+    iteration_errors = () if initial is None else initial.iteration_errors
+    errors = [*dataclasses.astuple(measured.error), measured.plain_error, *iteration_errors, *outputs.values()]
     if not all(error is None or math.isfinite(error) for error in errors):
         raise NumericError("its values with the adapter are too large for float32", hint="--method qlora")
     return LayerResult(
@@ -118,11 +132,30 @@ def make_layer_result(job: LayerJob, initial: Initialization, measured: Measured
         rank=job.lora.rank,
         alpha=job.lora.alpha,
         scaling=job.lora.scaling,
-        iteration_errors=initial.iteration_errors,
-        best_iteration=initial.best_iteration,
+        iteration_errors=iteration_errors,
+        best_iteration=0 if initial is None else initial.best_iteration,
         error=measured.error,
         plain_error=measured.plain_error,
         **outputs,
+    )
+
+
+def make_experts_result(job: LayerJob, measured: Sequence[Measured]) -> LayerResult:
+    """Return the result of the experts of a layer; `measured` has the errors of each expert, in order.
+
+    Raises NumericError when an error is not finite: JSON holds finite numbers only.
+    """
+    plain = total_plain_error((expert.plain_error, expert.error) for expert in measured)
+    together = Measured(total_error(expert.error for expert in measured), plain)
+    outputs = [dataclasses.asdict(expert.outputs) for expert in measured if expert.outputs is not None]
+    names = outputs[0] if outputs else ()
+    result = make_layer_result(job, None, together)
+    return dataclasses.replace(
+        result,
+        experts=len(measured),
+        expert_errors=tuple(expert.error.error for expert in measured),
+        weights=job.stored_names,
+        **{name: _root_mean_square([errors[name] for errors in outputs]) for name in names},
     )
 
 

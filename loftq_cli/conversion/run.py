@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -215,7 +216,8 @@ class ConversionWork:
         self._observer.phase(f"{text.windows.tokens} tokens run through the model, block by block")
         statistics = BlockStatistics()
         runner = JobRunner(conversion.checkpoint, files, {}, statistics)
-        intact = {name: entry for name, entry in finished.items() if is_intact(conversion.checkpoint, entry, files)}
+        hash_input = conversion.hash_input
+        intact = {n: e for n, e in finished.items() if is_intact(partial(hash_input, n), e, files)}
         config = plan.model_config(conversion.config)
         written = WrittenLayers(plan, config, files, conversion.output)
         return convert_block_by_block(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loftq_cli.checkpoint.patterns import finds
@@ -21,7 +21,7 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _NEVER = {
     "embedding": "an embedding, and only linear layers can be quantized",
     "router": "a router, which loaders hold in full precision",
-    "expert": "an expert, which loaders fuse into one parameter that no 4-bit container of theirs holds",
+    "expert": "an expert, and no loader of this container reads quantized experts of the model",
     "kept in float32": "a layer that transformers keeps in float32",
     "no adapter": "a layer of this family on which PEFT takes no adapter",
     "converted at load": "a matrix that transformers splits or merges while loading, and packed codes cannot be",
@@ -43,7 +43,11 @@ class Target:
 
 
 def choose_targets(
-    tensors: Mapping[str, TensorRef], family: Family, include: Sequence[str], exclude: Sequence[str]
+    tensors: Mapping[str, TensorRef],
+    family: Family,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    experts: Collection[str] = (),
 ) -> dict[str, Target]:
     """Decide for every tensor, by name, whether to quantize the tensor.
 
@@ -53,6 +57,7 @@ def choose_targets(
               all "linear" matrices (see `kind_of`) inside numbered blocks. A head needs an expression that spells the
               last part of the head's name.
     exclude   regular expressions; a match anywhere in the module name wins over `include`
+    experts   names of the tensors of experts that the container holds quantized; other experts are left alone
 
     Raises UsageError when an expression takes too long to match, when an `include` matches no weight to quantize, or
     spells the name of a tied head or of a kind without a 4-bit form (a key of `_NEVER`).
@@ -62,7 +67,10 @@ def choose_targets(
     >>> choose_targets({ref.name: ref}, Family({}), include=[], exclude=["fc"])
     {'h.0.fc.weight': Target(quantize=False, kind='linear', reason='excluded')}
     """
-    targets = {name: _decide(ref, family, include, exclude) for name, ref in tensors.items()}
+    targets = {
+        name: _decide(ref, family, include, exclude, is_quantizable_expert=name in experts)
+        for name, ref in tensors.items()
+    }
     for pattern in include:
         if not any(t.quantize and finds(pattern, module_of(name)) for name, t in targets.items()):
             raise UsageError(f"--include {pattern!r} finds no linear weight", hint="loftq inspect lists the names")
@@ -108,7 +116,9 @@ def kind_of(ref: TensorRef, family: Family) -> str:
     return "head" if _HEADS.search(module) else "linear"
 
 
-def _decide(ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str]) -> Target:
+def _decide(
+    ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str], *, is_quantizable_expert: bool
+) -> Target:
     kind, module = kind_of(ref, family), module_of(ref.name)
     matching = [pattern for pattern in include if finds(pattern, module)]
     spelled = any(_spells(pattern, module) for pattern in matching)
@@ -116,7 +126,7 @@ def _decide(ref: TensorRef, family: Family, include: Sequence[str], exclude: Seq
         return Target(False, kind, kind)
     if any(finds(pattern, module) for pattern in exclude):
         return Target(False, kind, "excluded")
-    if kind in _NEVER:
+    if kind in _NEVER and not is_quantizable_expert:
         if spelled:
             raise UsageError(f"--include asks for {_NEVER[kind]}", tensor=ref.name)
         return Target(False, kind, kind)
@@ -127,7 +137,7 @@ def _decide(ref: TensorRef, family: Family, include: Sequence[str], exclude: Seq
     if include:
         return Target(bool(matching), kind, "included" if matching else "not included")
     in_block = bool(_IN_A_BLOCK.search(module))
-    return Target(in_block, kind, "linear" if in_block else "outside the blocks")
+    return Target(in_block, kind, kind if in_block else "outside the blocks")
 
 
 def _spells(pattern: str, module: str) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from loftq_cli.adapter.config import PREFIX
 from loftq_cli.layouts.layout import StoredMatrix
-from loftq_cli.methods.method import Fitting
+from loftq_cli.methods.method import Fitting, Initialization, load_method
+from loftq_cli.model.experts import ExpertPart
+from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.tensors.headers import OutTensor
 from loftq_cli.tensors.specs import LoraSpec
@@ -18,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from loftq_cli.methods.weighting import Weighting
+    from loftq_cli.runtime.workers import Workers
+    from loftq_cli.tensors.rows import Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +68,35 @@ class QuantizableMatrix:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerJob:
-    """One weight to quantize.
+class ExpertMatrix:
+    """The matrix of an expert among the experts of a layer.
 
-    matrix            shape and number format in the base; `matrix.name` is the tensor's name in the original
-    module            name of the linear in the loaded model, and in the adapter
+    parts           where the rows of the matrix lie in the original, one part below the other
+    stored          for each part the form in the container; empty where the container keeps a tensor for all experts
+    adapter_names   names of lora_A and lora_B of the expert alone; None where the experts share tensors
+    """
+
+    parts: tuple[ExpertPart, ...]
+    stored: tuple[StoredMatrix, ...]
+    adapter_names: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerJob:
+    """One weight to quantize, or the equal matrices of all experts of a layer.
+
+    matrix            shape and number format in the base; `matrix.name` is the tensor's name in the original. For
+                      experts, shape and format of an expert's matrix, and the name of the parameter in the loaded model
+    module            name of the linear in the loaded model, and in the adapter; for experts, of the parameter
     lora              rank, alpha, dtype and pooling of the adapter
     layout            the container of the base, a key of LAYOUTS
     procedure         the way of computing base and adapter
     base_tensors      the layer's tensors in the base
     adapter_tensors   the layer's tensors in the adapter
     note              the difference from the recipe and the reason; None for a layer in the recipe's format
+    experts           the matrices of the experts; empty for a weight alone
+    is_parameter      whether PEFT adapts a parameter (`target_parameters`) and no module
+    is_turned         whether PEFT reads the matrices of the experts as [in, out]
     """
 
     matrix: StoredMatrix
@@ -84,16 +107,43 @@ class LayerJob:
     base_tensors: tuple[OutTensor, ...]
     adapter_tensors: tuple[OutTensor, ...]
     note: str | None
+    experts: tuple[ExpertMatrix, ...] = ()
+    is_parameter: bool = False
+    is_turned: bool = False
 
     @property
     def name(self) -> str:
-        """The tensor's name in the original."""
+        """The tensor's name in the original; for experts, the name of the parameter in the loaded model."""
         return self.matrix.name
 
     @property
     def numel(self) -> int:
-        """Weights in the matrix."""
-        return math.prod(self.matrix.shape)
+        """Weights in the matrix, or in the matrices of all experts."""
+        return math.prod(self.matrix.shape) * max(len(self.experts), 1)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the tensors of the original with the weights."""
+        names = (part.tensor for expert in self.experts for part in expert.parts)
+        return tuple(dict.fromkeys(names)) or (self.name,)
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the weights in the base, "....weight"; for experts in a tensor, the name of the tensor."""
+        names = tuple(matrix.name for expert in self.experts for matrix in expert.stored)
+        return names or (self.sources if self.experts else (self.name,))
+
+    @property
+    def adapted(self) -> tuple[tuple[str, LoraSpec, bool], ...]:
+        """For each entry of the adapter's config: name, adapter, and whether the name is that of a parameter."""
+        own = [expert.adapter_names for expert in self.experts if expert.adapter_names is not None]
+        modules = tuple(name_A.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name_A, _ in own)
+        return tuple((name, self.lora, self.is_parameter) for name in modules or (self.module,))
+
+    def of_expert(self, number: int) -> LayerJob:
+        """The job of one expert's matrix alone, with a name and random draws of its own."""
+        name = f"{self.name}.{number}"
+        return replace(self, matrix=replace(self.matrix, name=name), experts=(), base_tensors=(), adapter_tensors=())
 
     @property
     def bits_per_weight(self) -> float:
@@ -113,6 +163,30 @@ class LayerJob:
 
         digest = hashlib.sha256(f"{self.procedure.seed}:{self.name}".encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+    def initialize(
+        self,
+        weight: Rows,
+        weighting: Weighting | None,
+        sink: Callable[[slice, torch.Tensor], None] | None,
+        workers: Workers,
+    ) -> Initialization:
+        """Compute base and adapter of a matrix [out, in] by the method of the recipe.
+
+        weighting   the importance of the inputs; None without statistics
+        sink        takes the codes of some rows of a streamed matrix; None keeps the codes
+        workers     threads to share the work among
+        """
+        return load_method(self.procedure.method)(
+            weight,
+            self.quantizer(weighting),
+            self.lora,
+            self.procedure.fitting,
+            generator=self.generator(),
+            weighting=weighting,
+            sink=sink,
+            workers=workers,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +213,20 @@ class CopyJob:
     def numel(self) -> int:
         """Elements of the tensor."""
         return math.prod(self.output.shape)
+
+
+def input_sha256(hash_tensor: Callable[[str], str], job: LayerJob | CopyJob) -> str:
+    """Hash of the stored bytes that a job reads: the sha256 of a tensor, and a hash of all sums for experts.
+
+    hash_tensor   gives the sha256 of a tensor of the original
+
+    >>> import loftq_cli as loftq
+    >>> input_sha256(str.upper, loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True).jobs[0])
+    'LM_HEAD.WEIGHT'
+    """
+    if isinstance(job, LayerJob) and job.experts:
+        return fingerprint_of({name: hash_tensor(name) for name in job.sources})
+    return hash_tensor(job.name)
 
 
 @dataclass(frozen=True, slots=True)

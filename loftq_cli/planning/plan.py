@@ -103,7 +103,10 @@ class Plan:
             + compiler
             + self._text_nbytes
             + max(
-                per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 + per_input * job.matrix.shape[1] ** 2
+                per_weight * job.matrix.shape[0] * job.matrix.shape[1]
+                + per_gram * min(job.matrix.shape) ** 2
+                + per_input * job.matrix.shape[1] ** 2
+                + (sum(t.nbytes for t in job.adapter_tensors) if job.experts else 0)
                 for job in self.layers
             )
         )
@@ -148,9 +151,11 @@ class Plan:
         has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
         spec, uncommon = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
         if spec.is_affine:  # codebooks need no entry: each weight has a table of values on disk
-            spec, uncommon = common_spec({job.module: job.matrix.spec for job in self.layers})
+            spec, uncommon = common_spec(
+                {name: job.matrix.spec for job in self.layers for name in _loaded_modules(job)}
+            )
         refused_by = self.family.row.refused_by
-        modules = [job.module for job in self.layers]
+        modules = [name for job in self.layers for name in _loaded_modules(job)]
         facts = ModelFacts(self.dtype, spec, modules, unquantized, has_experts, uncommon, refused_by)
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to the dtype in the config: no tensor names the dtype.
@@ -167,12 +172,16 @@ class Plan:
     def adapter_config(self, base_model: str) -> dict[str, Any]:
         """Build adapter_config.json of the adapter; `base_model` is the name of the base in the config."""
         return adapter_config.adapter_config(
-            [adapter_config.AdaptedModule(job.module, job.matrix.shape, job.lora) for job in self.layers],
+            [
+                adapter_config.AdaptedModule(name, job.matrix.shape, lora, is_parameter)
+                for job in self.layers
+                for name, lora, is_parameter in job.adapted
+            ],
             base_model=base_model,
             task_type=adapter_config.task_type_of(
                 self.family.architectures, is_encoder_decoder=self.family.config.get("is_encoder_decoder") is True
             ),
-            fan_in_fan_out=any(job.matrix.transposed for job in self.layers),
+            fan_in_fan_out=any(job.matrix.transposed and not job.experts for job in self.layers),
         )
 
     def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str, statistics: str | None = None) -> str:
@@ -194,6 +203,11 @@ class Plan:
                 sort_keys=True,
             ).encode()
         ).hexdigest()
+
+
+def _loaded_modules(job: LayerJob) -> tuple[str, ...]:
+    """The modules of a job as loaders of quantized weights name modules; experts have a module each."""
+    return tuple(map(module_of, job.stored_names)) if job.experts else (job.module,)
 
 
 def _list_unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
