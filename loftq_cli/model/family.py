@@ -84,7 +84,14 @@ class Family:
 
     def takes_adapter(self, module: str) -> bool:
         """Whether PEFT can put an adapter on `module` alone."""
-        return module.rpartition(".")[2] not in self.row.no_adapter
+        return module.rpartition(".")[2] not in (*self.row.no_adapter, *self.row.moved)
+
+    def moves_adapter(self, module: str) -> bool:
+        """Whether PEFT moves an adapter on `module` to the experts. An adapter on the weight of the module, listed
+        under target_parameters, stays.
+        """
+        last = module.rpartition(".")[2]
+        return last in self.row.moved and last not in self.row.no_adapter
 
     def loads_in_4_bit(self) -> bool:
         """Whether transformers loads linears of the family from 4-bit tensors."""

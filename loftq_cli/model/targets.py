@@ -48,6 +48,8 @@ def choose_targets(
     include: Sequence[str],
     exclude: Sequence[str],
     experts: Collection[str] = (),
+    *,
+    moves_adapters: bool = False,
 ) -> dict[str, Target]:
     """Decide for every tensor, by name, whether to quantize the tensor.
 
@@ -58,6 +60,8 @@ def choose_targets(
               last part of the head's name.
     exclude   regular expressions; a match anywhere in the module name wins over `include`
     experts   names of the tensors of experts that the container holds quantized; other experts are left alone
+    moves_adapters   whether a linear whose adapter PEFT moves to the experts may have an adapter on its weight: PEFT
+                     adapts no packed weight
 
     Raises UsageError when an expression takes too long to match, when an `include` matches no weight to quantize, or
     spells the name of a tied head or of a kind without a 4-bit form (a key of `_NEVER`).
@@ -68,7 +72,13 @@ def choose_targets(
     {'h.0.fc.weight': Target(quantize=False, kind='linear', reason='excluded')}
     """
     targets = {
-        name: _decide(ref, family, include, exclude, is_quantizable_expert=name in experts)
+        name: _decide(
+            ref,
+            family,
+            include,
+            exclude,
+            is_quantizable=name in experts or (moves_adapters and family.moves_adapter(module_of(name))),
+        )
         for name, ref in tensors.items()
     }
     for pattern in include:
@@ -117,16 +127,19 @@ def kind_of(ref: TensorRef, family: Family) -> str:
 
 
 def _decide(
-    ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str], *, is_quantizable_expert: bool
+    ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str], *, is_quantizable: bool
 ) -> Target:
+    """Decide about a tensor; `is_quantizable` is true for experts and moved linears that the container holds."""
     kind, module = kind_of(ref, family), module_of(ref.name)
+    if kind == "no adapter" and is_quantizable:
+        kind = "linear"
     matching = [pattern for pattern in include if finds(pattern, module)]
     spelled = any(_spells(pattern, module) for pattern in matching)
     if kind in ("not floating point", "not a matrix"):
         return Target(False, kind, kind)
     if any(finds(pattern, module) for pattern in exclude):
         return Target(False, kind, "excluded")
-    if kind in _NEVER and not is_quantizable_expert:
+    if kind in _NEVER and not (kind == "expert" and is_quantizable):
         if spelled:
             raise UsageError(f"--include asks for {_NEVER[kind]}", tensor=ref.name)
         return Target(False, kind, kind)

@@ -136,6 +136,8 @@ class LayerJob:
     @property
     def adapted(self) -> tuple[tuple[str, LoraSpec, bool], ...]:
         """For each entry of the adapter's config: name, adapter, and whether the name is that of a parameter."""
+        if self.is_parameter and not self.experts:
+            return ((f"{self.module}.weight", self.lora, True),)
         own = [expert.adapter_names for expert in self.experts if expert.adapter_names is not None]
         modules = tuple(name_A.removeprefix(PREFIX).removesuffix(".lora_A.weight") for name_A, _ in own)
         return tuple((name, self.lora, self.is_parameter) for name in modules or (self.module,))

@@ -4,7 +4,8 @@ lists the weights to quantize without either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from loftq_cli.adapter.config import tensor_names
@@ -64,45 +65,65 @@ def model_dtype(tensors: Mapping[str, TensorRef], targets: Mapping[str, Target],
     return family.dtype(tensors[name] for name, target in targets.items() if target.kind == "linear")
 
 
-def choose_experts(
-    tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
-) -> tuple[list[ExpertGroup], str]:
-    """Choose the experts that loaders of the recipe's container read quantized. Returns the experts of the layers, and
-    the reason for other experts to stay in full precision.
+@dataclass(frozen=True, slots=True)
+class ExpertChoice:
+    """The experts of a model, for a container.
+
+    groups   the experts of each layer that loaders read quantized
+    others   names of the tensors of other experts in full precision; experts of unknown classes are not among them
+    reason   the reason for the others, as half a sentence
+    """
+
+    groups: tuple[ExpertGroup, ...] = ()
+    others: frozenset[str] = frozenset()
+    reason: str = ""
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """Names of the tensors of the groups."""
+        return frozenset(name for group in self.groups for name in group.tensors)
+
+
+def choose_experts(tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe) -> ExpertChoice:
+    """Choose the experts that loaders of the recipe's container read quantized.
 
     Raises UsageError for a format or a method that loaders of the container do not read for experts, where no loader
     reads the experts in full precision either.
 
     >>> from loftq_cli.planning.settle import make_recipe
-    >>> choose_experts({}, Family({}), make_recipe())
-    ([], 'no loader of bitsandbytes reads quantized experts')
+    >>> choose_experts({}, Family({}), make_recipe()).reason
+    'no loader of bitsandbytes reads quantized experts'
     """
     row, layout = LAYOUTS[recipe.layout], recipe.layout
-    if not row.experts:
-        return [], f"no loader of {layout} reads quantized experts"
     groups = find_experts(tensors, family, packed=row.stores_codes)
+    names = frozenset(name for group in groups for name in group.tensors)
+    if not row.experts:
+        return ExpertChoice((), names, f"no loader of {layout} reads quantized experts")
     if row.stores_codes:
         groups = [group for group in groups if all(p.stored for parts in group.experts for p in parts)]
     if recipe.pooling is not None:
-        reason = f"PEFT adapts experts as parameters, and an adapter of method {recipe.method} pools inputs of modules"
+        reason = f"an adapter of method {recipe.method} pools the inputs of modules, and PEFT adapts experts otherwise"
         if groups and row.stores_codes:
             raise UsageError(f"experts: {reason}", tensor=groups[0].tensors[0], hint="--method loftq --symmetric")
-        return [], reason
+        return ExpertChoice((), names, reason)
     if groups and row.experts == "symmetric" and isinstance(recipe.quant, AffineOptions) and not recipe.quant.symmetric:
         message = f"transformers decodes experts of {layout} without zero points"
         raise UsageError(message, tensor=groups[0].tensors[0], hint="--symmetric")
-    return groups, f"no loader of {layout} reads quantized experts of this family"
+    others = names.difference(name for group in groups for name in group.tensors)
+    return ExpertChoice(tuple(groups), others, f"no loader of {layout} reads quantized experts of this family")
 
 
 class MatrixPlanner:
     """Turns tensor after tensor into a matrix or a copy, and collects notes for the user.
 
     layout          the container
+    family          the config and the facts about the family
     tensors         the headers of the original
     notes           sentences about tied tensors, stored once for two names
     recast          number of copies with a dtype other than the stored dtype
     expert_reason   the reason for experts in full precision, as half a sentence
-    unfit           the reason against the first matrix without a place in the container; None while every matrix has a place
+    unfit           the reason against the first matrix without a place in the container; None while every matrix has
+                    a place
     """
 
     def __init__(
@@ -124,7 +145,7 @@ class MatrixPlanner:
         spec_for   returns the format of a module, or None for a module left in full precision by an override; by
                    default every module has the format of the model
         """
-        self._family, self._layout_name, self._dtype, self.tensors = family, layout, dtype, tensors
+        self.family, self._layout_name, self._dtype, self.tensors = family, layout, dtype, tensors
         self._modules = [module_of(name) for name in tensors]
         self._spec, self._spec_for = spec, spec_for or (lambda module: spec)
         self.layout = load_layout(layout)
@@ -141,7 +162,7 @@ class MatrixPlanner:
 
         Raises UsageError for an override with integers that the container does not hold.
         """
-        if ref.alias_of is not None and self._family.ties_embeddings():
+        if ref.alias_of is not None and self.family.ties_embeddings():
             self.notes.append(f"{ref.name} is {ref.alias_of} (tied): stored once")
             return None
         if not target.quantize:
@@ -150,7 +171,7 @@ class MatrixPlanner:
         spec = self._spec_for(module)
         if spec is None:
             return self.copy(ref, "excluded by an override")
-        transposed = self._family.is_transposed(module)
+        transposed = self.family.is_transposed(module)
         shape = (ref.shape[1], ref.shape[0]) if transposed else (ref.shape[0], ref.shape[1])
         fit = self.layout.fit(spec, shape, transposed=transposed)
         self._check_own_format(ref.name, spec, fit, shape, transposed=transposed)
@@ -160,7 +181,7 @@ class MatrixPlanner:
             return self.copy(ref, reason, note=f"kept in full precision: {reason}")
         dtype = decoded_dtype(self._layout_name, fit.spec, self._dtype)
         matrix = StoredMatrix(ref.name, shape, fit.spec, dtype, transposed)
-        return QuantizableMatrix(matrix, self._family.loaded_name(module, self._modules), fit.reason)
+        return QuantizableMatrix(matrix, self.family.loaded_name(module, self._modules), fit.reason)
 
     def plan_experts(self, group: ExpertGroup) -> tuple[ExpertMatrix, ...] | str:
         """Plan the matrices of the experts of a layer, or say why the experts stay as they are.

@@ -148,7 +148,10 @@ class Plan:
         """
         names = [module_of(job.name) for job in self.jobs]
         unquantized = list(dict.fromkeys(self._loaded_names_of_kept(names)))
-        has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
+        has_experts = any(
+            job.reason == "expert" and job.name.endswith(".weight") and len(job.output.shape) == 2
+            for job in self.copies
+        )
         spec, uncommon = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
         if spec.is_affine:  # codebooks need no entry: each weight has a table of values on disk
             spec, uncommon = common_spec(
@@ -215,7 +218,7 @@ def _list_unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
     listed_modules = set()
     for job in copies:
         module = module_of(job.name)
-        if job.reason == "expert":
+        if job.reason == "expert" and re.search(r"experts(?:\.|$)", module):
             module = re.split(r"(?<=experts)(?:\.|$)", module, maxsplit=1)[0]
         elif len(job.output.shape) != 2 or not job.name.endswith(".weight"):
             continue

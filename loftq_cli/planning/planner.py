@@ -45,7 +45,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     """
     family = Family(config, config_file_beside(tensors.values()))
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
-    if planner.layout.row.stores_codes and not family.loads_in_4_bit():
+    if planner.layout.row.stores_codes and not family.loads_in_4_bit() and not _are_experts_modules(jobs):
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
         file = _place_of(tensors)
@@ -83,24 +83,33 @@ def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recip
     return _plan_tensors(tensors, Family(config, config_file_beside(tensors.values())), recipe)[2]
 
 
+def _are_experts_modules(jobs: Sequence[LayerJob | CopyJob]) -> bool:
+    """Whether a loader makes modules of all experts."""
+    layers = [job for job in jobs if isinstance(job, LayerJob) and job.experts]
+    kept = any(isinstance(job, CopyJob) and job.reason == "expert" and len(job.output.shape) == 3 for job in jobs)
+    return bool(layers) and not any(job.is_parameter for job in layers) and not kept
+
+
 def _plan_tensors(
     tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
 ) -> tuple[str, MatrixPlanner, list[LayerJob | CopyJob]]:
     """Return the dtype of the stored model, the planner with notes, and the jobs."""
-    groups, reason = choose_experts(tensors, family, recipe)
-    names = frozenset(name for group in groups for name in group.tensors)
-    targets = choose_targets(tensors, family, recipe.include, recipe.exclude, names)
+    choice = choose_experts(tensors, family, recipe)
+    by_parameter = bool(LAYOUTS[recipe.layout].experts) and recipe.pooling is None
+    targets = choose_targets(
+        tensors, family, recipe.include, recipe.exclude, choice.tensors, moves_adapters=by_parameter
+    )
     dtype = _choose_stored_dtype(recipe, model_dtype(tensors, targets, family))
     planner = _make_matrix_planner(tensors, family, recipe, dtype)
-    planner.expert_reason = reason
-    experts = _plan_experts(recipe, planner, dtype, groups, targets)
+    planner.expert_reason = choice.reason
+    experts, kept = _plan_experts(recipe, planner, dtype, choice.groups, targets), choice.tensors | choice.others
     jobs: list[LayerJob | CopyJob] = []
     for name, ref in tensors.items():
         if name in experts:
             # A group stands at the place of its first tensor.
             jobs += [job for job in experts[name] if job.experts[0].parts[0].tensor == name]
             continue
-        unit = planner.copy(ref, "expert") if name in names else planner.plan(ref, targets[name])
+        unit = planner.copy(ref, "expert") if name in kept else planner.plan(ref, targets[name])
         jobs += [] if unit is None else [_make_job(recipe, planner, dtype, ref, unit)]
     return dtype, planner, jobs
 
@@ -230,6 +239,7 @@ def _make_job(
         base_tensors=planner.layout.planned(unit.matrix),
         adapter_tensors=adapter_config.planned(adapter_config.AdaptedModule(unit.module, shape, lora)),
         note=unit.note,
+        is_parameter=planner.family.moves_adapter(module),
     )
 
 
