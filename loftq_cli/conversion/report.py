@@ -209,6 +209,7 @@ def report_json(
             "layers": len(layers),
             "weights": sum(job.numel for job in plan.layers),
             "bits_per_weight": round(bits_per_weight(plan), 4),
+            **plan.shares.to_json(),
             "base_nbytes": plan.base_nbytes,
             "adapter_nbytes": plan.adapter_nbytes,
             **ModelErrors.of(layers).to_json(),

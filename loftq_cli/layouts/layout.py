@@ -286,7 +286,11 @@ LAYOUTS: dict[str, LayoutRow] = {
         in_transformers=False,
     ),
     "dense": LayoutRow(
-        "loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS), stores_codes=False, experts="any"
+        "loftq_cli.layouts.dequantized",
+        "the decoded values, for anything",
+        tuple(FORMATS),
+        stores_codes=False,
+        experts="any",
     ),
 }
 
@@ -297,6 +301,9 @@ DENSE_HINT = f"--layout {DENSE}"
 # Containers with a float offset for every group; a merge chooses the first container that fits.
 FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
 INTEGER_ZEROS = tuple(name for name, row in LAYOUTS.items() if row.has_integer_zeros)
+
+# The container of packed experts, with a loader for training: the default for mixtures of experts.
+PACKED_EXPERTS = next(name for name, row in LAYOUTS.items() if row.experts and row.stores_codes)
 
 CONFIG_KEYS = tuple(dict.fromkeys(row.config_key for row in LAYOUTS.values()))
 

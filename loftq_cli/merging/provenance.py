@@ -70,7 +70,9 @@ def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], 
     for a method unknown to this version: the content of the adapter is unknown then.
     """
     report = read_report(base.folder)
-    layers = tuple(name for layer in report[1] for name in layer.stored_names) if report else tuple(sorted(base.quantized))
+    layers = (
+        tuple(name for layer in report[1] for name in layer.stored_names) if report else tuple(sorted(base.quantized))
+    )
     recorded = _Base(base, report[0] if report else None, layers)
     side_file = adapter / PROVENANCE_NAME
     if not side_file.is_file():

@@ -14,7 +14,7 @@ from loftq_cli.methods.method import Fitting, Initialization, load_method
 from loftq_cli.model.experts import ExpertPart
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.quant.formats import Quantizer, make_quantizer
-from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.tensors.headers import FLOAT_PREFIXES, ITEMSIZE, OutTensor
 from loftq_cli.tensors.specs import LoraSpec
 
 if TYPE_CHECKING:
@@ -229,6 +229,72 @@ def input_sha256(hash_tensor: Callable[[str], str], job: LayerJob | CopyJob) -> 
     if isinstance(job, LayerJob) and job.experts:
         return fingerprint_of({name: hash_tensor(name) for name in job.sources})
     return hash_tensor(job.name)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShares:
+    """How much of a model is quantized: counts of parameters, and the bits of the base over all parameters.
+
+    parameters          floating-point numbers of the original
+    quantized           numbers that the base holds quantized
+    experts             numbers in the matrices of experts
+    quantized_experts   numbers in the matrices of quantized experts
+    bits                bits of the base for each parameter
+    """
+
+    parameters: int
+    quantized: int
+    experts: int
+    quantized_experts: int
+    bits: float
+
+    @classmethod
+    def of(cls, jobs: Sequence[LayerJob | CopyJob]) -> ModelShares:
+        """Count the parameters of all jobs of a plan.
+
+        >>> import loftq_cli as loftq
+        >>> shares = ModelShares.of(loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True).jobs)
+        >>> shares.parameters, shares.quantized, round(shares.bits, 2)
+        (1919424, 1769472, 5.22)
+        """
+        layers = [job for job in jobs if isinstance(job, LayerJob)]
+        copies = [job for job in jobs if isinstance(job, CopyJob) and job.output.dtype.startswith(FLOAT_PREFIXES)]
+        quantized, experts = sum(job.numel for job in layers), sum(job.numel for job in layers if job.experts)
+        kept = sum(job.numel for job in copies if job.reason == "expert")
+        parameters = quantized + sum(job.numel for job in copies)
+        nbytes = sum(tensor.nbytes for job in (*layers, *copies) for tensor in job.base_tensors)
+        return cls(parameters, quantized, experts + kept, experts, 8 * nbytes / max(parameters, 1))
+
+    def describe(self, dtype: str) -> str:
+        """The shares as words; `dtype` is the dtype of the parameters in full precision.
+
+        >>> ModelShares(200, 150, 100, 100, 6.5).describe("bfloat16")
+        '6.50 bits over all 200 parameters, 75 % quantized (experts 100 %), 25 % left in 16 bits'
+        """
+        share = 100 * self.quantized / max(self.parameters, 1)
+        of_experts = f" (experts {100 * self.quantized_experts / self.experts:.0f} %)" if self.experts else ""
+        return (
+            f"{self.bits:.2f} bits over all {_count(self.parameters)} parameters, {share:.0f} % quantized{of_experts}, "
+            f"{100 - round(share)} % left in {8 * ITEMSIZE[dtype]} bits"
+        )
+
+    def to_json(self) -> dict[str, int | float]:
+        """JSON values for reports and plans."""
+        return {
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized,
+            "expert_parameters": self.experts,
+            "quantized_expert_parameters": self.quantized_experts,
+            "bits_per_parameter": round(self.bits, 4),
+        }
+
+
+def _count(number: int) -> str:
+    """A number with three digits and the unit of large numbers: 30.5 B, 1.92 M or 200."""
+    for unit, size in (("B", 10**9), ("M", 10**6)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from loftq_cli.layouts.layout import ModelFacts, load_layout
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
-from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
+from loftq_cli.planning.jobs import CopyJob, LayerJob, ModelShares, Shard
 from loftq_cli.planning.recipe import SELF, WEIGHTS, Recipe
 from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
@@ -88,6 +88,11 @@ class Plan:
     def adapter_nbytes(self) -> int:
         """Bytes of all tensors of the adapter."""
         return sum(t.nbytes for t in self.adapter_tensors)
+
+    @property
+    def shares(self) -> ModelShares:
+        """How much of the model is quantized, and the bits over all parameters."""
+        return ModelShares.of(self.jobs)
 
     @property
     def peak_nbytes(self) -> int:

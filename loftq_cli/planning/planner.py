@@ -264,9 +264,7 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], planner: MatrixPlanner
     experts = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "expert"]
     if any(len(job.output.shape) == 3 or job.name.endswith(".weight") for job in experts):
         nbytes = sum(job.output.nbytes for job in experts)
-        yield (
-            f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: {planner.expert_reason}"
-        )
+        yield (f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: {planner.expert_reason}")
     recast = planner.recast
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
