@@ -36,7 +36,7 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 
 {summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {formats}, one scale per
 {sizes}, rank {_join_ranks(layers)}: {bits_per_weight(plan):.2f} bits a weight. The whole model:
-{plan.shares.describe(plan.dtype)}; base and adapter {(plan.base_nbytes + plan.adapter_nbytes) / 1e6:.1f} MB.{_render_experts(plan)}
+{_describe_model(plan)}
 
 {_render_errors(layers)}
 
@@ -200,9 +200,11 @@ def _render_errors(layers: Sequence[LayerResult]) -> str:
     return "\n".join(lines)
 
 
-def _render_experts(plan: Plan) -> str:
-    """Return a paragraph about experts in full precision, and about loading adapters of experts; or nothing."""
-    notes = [f"\n\n{note[0].upper()}{note[1:]}." for note in plan.notes if " expert tensors " in note]
+def _describe_model(plan: Plan) -> str:
+    """Return the size of the whole model, and paragraphs about experts in full precision and adapters of experts."""
+    nbytes = plan.base_nbytes + plan.adapter_nbytes
+    notes = [f"{plan.shares.describe(plan.dtype)}; base and adapter {nbytes / 1e6:.1f} MB."]
+    notes += [f"\n\n{note[0].upper()}{note[1:]}." for note in plan.notes if " expert tensors " in note]
     if any(job.is_parameter for job in plan.layers):
         notes.append(
             "\n\nThe adapter lists experts under `target_parameters`: load it with peft 0.19 or newer. PEFT takes no "

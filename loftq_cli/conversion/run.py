@@ -181,7 +181,9 @@ class ConversionWork:
 
         self._observer.phase(_without_text(conversion.plan, workers.threads))
         device = "cpu" if self._gpu is None else self._gpu.device
-        return measure_weights(conversion.checkpoint, conversion.plan.family, workers=workers, device=device)
+        family = conversion.plan.family
+        experts = [job.name for job in conversion.plan.layers if job.input_module != job.module]
+        return measure_weights(conversion.checkpoint, family, workers=workers, device=device, experts=experts)
 
     def _run_jobs(
         self, runner: JobRunner, jobs: Sequence[LayerJob | CopyJob], workers: Workers

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from loftq_cli.adapter.config import PREFIX
+from loftq_cli.adapter.expert_factors import DOWN
 from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.methods.method import Fitting, Initialization, load_method
 from loftq_cli.model.experts import ExpertPart
@@ -60,6 +61,11 @@ class QuantizableMatrix:
     def name(self) -> str:
         """The tensor's name in the original."""
         return self.matrix.name
+
+    @property
+    def input_module(self) -> str:
+        """The module of the loaded model whose input is the input of the matrix."""
+        return self.module
 
     @property
     def numel(self) -> int:
@@ -120,6 +126,14 @@ class LayerJob:
     def numel(self) -> int:
         """Weights in the matrix, or in the matrices of all experts."""
         return math.prod(self.matrix.shape) * max(len(self.experts), 1)
+
+    @property
+    def input_module(self) -> str:
+        """The module of the loaded model whose input is the input of the weight. For gate and up of experts, the module
+        of all experts, whose input has the tokens of every expert. For down, the name of the parameter, no module.
+        """
+        is_first = self.is_parameter and bool(self.experts) and not self.module.endswith(DOWN)
+        return self.module.rpartition(".")[0] if is_first else self.module
 
     @property
     def sources(self) -> tuple[str, ...]:
