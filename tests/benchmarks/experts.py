@@ -88,13 +88,18 @@ def _compare(folder: Path, layers: int, experts: int, matrices: int, recipes: di
                 "weights in large matrices": found["d"]["weights"],
                 "CPU ns a weight, experts": 1e9 * found["m"]["cpu"] / found["m"]["weights"],
                 "CPU ns a weight, large": 1e9 * found["d"]["cpu"] / found["d"]["weights"],
-                "experts / large": found["m"]["cpu"] / found["m"]["weights"] * found["d"]["weights"] / found["d"]["cpu"],
+                "experts / large": found["m"]["cpu"]
+                / found["m"]["weights"]
+                * found["d"]["weights"]
+                / found["d"]["cpu"],
                 "peak MB, experts": found["m"]["peak"] / 1e6,
                 "peak MB, large": found["d"]["peak"] / 1e6,
             }
         )
     title = f"experts: {layers} layers of {experts} experts [{2 * INNER}, {HIDDEN}] and [{HIDDEN}, {INNER}]"
-    return Table(f"{title} beside {matrices} matrices [{DENSE}, {DENSE}]", rows, ("INT4 without zero points, rank 16.",))
+    return Table(
+        f"{title} beside {matrices} matrices [{DENSE}, {DENSE}]", rows, ("INT4 without zero points, rank 16.",)
+    )
 
 
 def _measure(source: Path, output: Path, options: dict[str, Any]) -> dict[str, float]:
@@ -141,7 +146,11 @@ def main() -> None:
         table = _compare(Path(folder), layers, EXPERTS, 4, recipes)
     print(rendered(table))
     if arguments.json:
-        values = {"machine": {**before, "load after": os.getloadavg()[0]}, "title": table.title, "rows": list(table.rows)}
+        values = {
+            "machine": {**before, "load after": os.getloadavg()[0]},
+            "title": table.title,
+            "rows": list(table.rows),
+        }
         arguments.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
