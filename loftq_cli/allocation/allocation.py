@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from loftq_cli.allocation.candidates import Budget, Candidate, Options
+from loftq_cli.allocation.candidates import Budget, Candidate, Options, refuse_experts
 from loftq_cli.allocation.choice import Choice, select
 from loftq_cli.allocation.error_curves import measure_error_curves
 from loftq_cli.allocation.integer_program import load_solver
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import InputStatistics
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix
+from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.planner import build_plan
@@ -164,7 +164,7 @@ def allocate(
     options = Options(recipe, target)
     plan = build_plan(checkpoint.tensors, checkpoint.config(), options.widest)
     layers = plan.layers
-    _refuse_experts(layers)
+    refuse_experts(layers)
     matrices = {job.name: options.list_matrices(job) for job in layers}
     ranks = {job.name: options.list_ranks(job) for job in layers}
     copied = sum(tensor.nbytes for job in plan.jobs if isinstance(job, CopyJob) for tensor in job.base_tensors)
@@ -260,16 +260,6 @@ def _index_by_spec(kinds: Sequence[tuple[StoredMatrix, int]]) -> dict[QuantSpec,
     for i, (matrix, _) in enumerate(kinds):
         indices.setdefault(matrix.spec, []).append(i)
     return indices
-
-
-def _refuse_experts(layers: Sequence[LayerJob]) -> None:
-    """Raises UsageError for quantized experts: one format and one rank hold for the experts of a layer together."""
-    experts = next((job for job in layers if job.experts), None)
-    if experts is not None:
-        message = "a bound on the size chooses formats and ranks of weights alone, and experts are quantized together"
-        has_codes = LAYOUTS[experts.layout].stores_codes
-        hint = "--quant-type nf4 keeps experts as they are" if has_codes else "--exclude experts"
-        raise UsageError(message, tensor=experts.sources[0], hint=hint)
 
 
 def importance(job: LayerJob) -> float:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.adapter.expert_factors import Factors, join_experts, turned
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.conversion.measuring import Measured, measure_layer
-from loftq_cli.conversion.report import LayerResult, make_experts_result
+from loftq_cli.conversion.report import LayerResult, make_layer_result, root_mean_square, total_plain_error
 from loftq_cli.errors import InputError
 from loftq_cli.layouts.layout import load_layout
 from loftq_cli.output.checksums import fingerprint_of
@@ -22,7 +22,7 @@ from loftq_cli.planning.jobs import ExpertMatrix, LayerJob
 from loftq_cli.quant.formats import QuantizedTensor, as_affine_tensor
 from loftq_cli.runtime.schedule import SMALL_NUMEL
 from loftq_cli.runtime.workers import SERIAL, Workers
-from loftq_cli.tensors.metrics import is_finite
+from loftq_cli.tensors.metrics import is_finite, total_error
 from loftq_cli.tensors.rows import TensorRows
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class ExpertConversion:
             sums[self._job.base_tensors[0].name] = whole.close()
         adapter = self._name_factors(factors)
         check_finite(adapter)
-        return WrittenExperts(adapter, sums, self._reader.sha256, make_experts_result(self._job, measured))
+        return WrittenExperts(adapter, sums, self._reader.sha256, _describe(self._job, measured))
 
     def _open_place(self) -> TensorPlace:
         name = self._job.base_tensors[0].name
@@ -206,8 +206,28 @@ class ExpertConversion:
             joined = join_experts([turned(pair) for pair in factors] if job.is_turned else factors)
             lora_A, lora_B = (tensor.name for tensor in job.adapter_tensors)
             return {lora_A: joined.lora_A.contiguous(), lora_B: joined.lora_B.contiguous()}
-        named = {}
+        named: dict[str, torch.Tensor] = {}
         for expert, pair in zip(job.experts, factors, strict=True):
             assert expert.adapter_names is not None  # every expert is a module
             named |= dict(zip(expert.adapter_names, pair, strict=True))
         return named
+
+
+def _describe(job: LayerJob, measured: Sequence[Measured]) -> LayerResult:
+    """Return the result of the experts of a layer; `measured` has the errors of each expert, in order.
+
+    Raises NumericError when an error is not finite: JSON holds finite numbers only.
+    """
+    plain = total_plain_error((expert.plain_error, expert.error) for expert in measured)
+    together = Measured(total_error(expert.error for expert in measured), plain)
+    outputs = [asdict(expert.outputs) for expert in measured if expert.outputs is not None]
+    names = outputs[0] if outputs else ()
+    together_outputs: dict[str, Any] = {name: root_mean_square([errors[name] for errors in outputs]) for name in names}
+    result = make_layer_result(job, None, together)
+    return replace(
+        result,
+        experts=len(measured),
+        expert_errors=tuple(expert.error.error for expert in measured),
+        weights=job.stored_names,
+        **together_outputs,
+    )

@@ -63,10 +63,9 @@ class LayerResult:
                          None without a calibration, where plain rounding is impossible, and in reports of old versions
     base_output_error    of the outputs of the written base alone; None without a calibration and in old reports
     output_error         of the outputs of base and adapter together; None without a calibration
-    experts              number of experts, for the experts of a layer together; None for a weight alone. Errors are
-                         those of all experts as a single long vector; errors of outputs are root mean squares
-    expert_errors        relative error of base and adapter of each expert; None for a weight alone
-    weights              names of the weights of the experts in the base; None for a weight alone
+    experts              number of experts, whose errors count as a single long vector; None for a weight alone
+    expert_errors        error of base and adapter of each expert
+    weights              names of the weights of the experts in the base
     """
 
     name: str
@@ -113,9 +112,7 @@ class LayerResult:
 
 def make_layer_result(job: LayerJob, initial: Initialization | None, measured: Measured) -> LayerResult:
     """Return the result of a job of the plan: base and adapter are `initial`, with the errors in `measured`. `initial`
-    is None for experts, which have iterations of their own.
-
-    Raises NumericError when an error is not finite: JSON holds finite numbers only.
+    is None for experts, which have iterations of their own. Raises NumericError when an error is not finite.
     """
     outputs = {} if measured.outputs is None else dataclasses.asdict(measured.outputs)
     iteration_errors = () if initial is None else initial.iteration_errors
@@ -137,25 +134,6 @@ def make_layer_result(job: LayerJob, initial: Initialization | None, measured: M
         error=measured.error,
         plain_error=measured.plain_error,
         **outputs,
-    )
-
-
-def make_experts_result(job: LayerJob, measured: Sequence[Measured]) -> LayerResult:
-    """Return the result of the experts of a layer; `measured` has the errors of each expert, in order.
-
-    Raises NumericError when an error is not finite: JSON holds finite numbers only.
-    """
-    plain = total_plain_error((expert.plain_error, expert.error) for expert in measured)
-    together = Measured(total_error(expert.error for expert in measured), plain)
-    outputs = [dataclasses.asdict(expert.outputs) for expert in measured if expert.outputs is not None]
-    names = outputs[0] if outputs else ()
-    result = make_layer_result(job, None, together)
-    return dataclasses.replace(
-        result,
-        experts=len(measured),
-        expert_errors=tuple(expert.error.error for expert in measured),
-        weights=job.stored_names,
-        **{name: _root_mean_square([errors[name] for errors in outputs]) for name in names},
     )
 
 
@@ -275,9 +253,9 @@ class ModelErrors:
         return cls(
             error,
             total_plain_error((layer.plain_error, layer.error) for layer in layers),
-            _root_mean_square([layer.plain_output_error for layer in with_outputs]),
-            _root_mean_square([layer.base_output_error for layer in with_outputs]),
-            _root_mean_square([layer.output_error for layer in with_outputs]),
+            root_mean_square([layer.plain_output_error for layer in with_outputs]),
+            root_mean_square([layer.base_output_error for layer in with_outputs]),
+            root_mean_square([layer.output_error for layer in with_outputs]),
         )
 
     def to_json(self) -> dict[str, float | None]:
@@ -312,8 +290,11 @@ def total_plain_error(layers: Iterable[tuple[float | None, LayerError]]) -> floa
     return relative(math.fsum(squares), math.fsum(error.squared_weight for _, error in pairs))
 
 
-def _root_mean_square(errors: Sequence[float | None]) -> float | None:
-    """The root of the mean square; None without errors, and where an error is None."""
+def root_mean_square(errors: Sequence[float | None]) -> float | None:
+    """The root of the mean square; None without errors, and where an error is None.
+
+    >>> root_mean_square([1.0, None])
+    """
     squares = [error**2 for error in errors if error is not None]
     return math.sqrt(math.fsum(squares) / len(squares)) if squares and len(squares) == len(errors) else None
 

@@ -71,16 +71,13 @@ def choose_targets(
     >>> choose_targets({ref.name: ref}, Family({}), include=[], exclude=["fc"])
     {'h.0.fc.weight': Target(quantize=False, kind='linear', reason='excluded')}
     """
-    targets = {
-        name: _decide(
-            ref,
-            family,
-            include,
-            exclude,
-            is_quantizable=name in experts or (moves_adapters and family.moves_adapter(module_of(name))),
-        )
-        for name, ref in tensors.items()
-    }
+    targets = {}
+    for name, ref in tensors.items():
+        kind = "expert" if name in experts else kind_of(ref, family)
+        if kind == "no adapter" and moves_adapters and family.moves_adapter(module_of(name)):
+            kind = "linear"
+        never = None if name in experts else _NEVER.get(kind)
+        targets[name] = _decide(name, kind, never, family, include, exclude)
     for pattern in include:
         if not any(t.quantize and finds(pattern, module_of(name)) for name, t in targets.items()):
             raise UsageError(f"--include {pattern!r} finds no linear weight", hint="loftq inspect lists the names")
@@ -127,25 +124,23 @@ def kind_of(ref: TensorRef, family: Family) -> str:
 
 
 def _decide(
-    ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str], *, is_quantizable: bool
+    name: str, kind: str, never: str | None, family: Family, include: Sequence[str], exclude: Sequence[str]
 ) -> Target:
-    """Decide about a tensor; `is_quantizable` is true for experts and moved linears that the container holds."""
-    kind, module = kind_of(ref, family), module_of(ref.name)
-    if kind == "no adapter" and is_quantizable:
-        kind = "linear"
+    """Decide about a tensor of a kind; `never` says in words why --include cannot choose the tensor."""
+    module = module_of(name)
     matching = [pattern for pattern in include if finds(pattern, module)]
     spelled = any(_spells(pattern, module) for pattern in matching)
     if kind in ("not floating point", "not a matrix"):
         return Target(False, kind, kind)
     if any(finds(pattern, module) for pattern in exclude):
         return Target(False, kind, "excluded")
-    if kind in _NEVER and not (kind == "expert" and is_quantizable):
+    if never is not None:
         if spelled:
-            raise UsageError(f"--include asks for {_NEVER[kind]}", tensor=ref.name)
+            raise UsageError(f"--include asks for {never}", tensor=name)
         return Target(False, kind, kind)
     if kind == "head":
         if spelled and family.ties_embeddings() and "lm_head" in module:
-            raise UsageError("--include asks for a head that shares the embedding's weight", tensor=ref.name)
+            raise UsageError("--include asks for a head that shares the embedding's weight", tensor=name)
         return Target(spelled, kind, "included" if spelled else "head")
     if include:
         return Target(bool(matching), kind, "included" if matching else "not included")

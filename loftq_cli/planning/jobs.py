@@ -276,7 +276,7 @@ class ModelShares:
         quantized, experts = sum(job.numel for job in layers), sum(job.numel for job in layers if job.experts)
         kept = sum(job.numel for job in copies if job.reason == "expert")
         parameters = quantized + sum(job.numel for job in copies)
-        nbytes = sum(tensor.nbytes for job in (*layers, *copies) for tensor in job.base_tensors)
+        nbytes = sum(tensor.nbytes for job in jobs for tensor in job.base_tensors)
         return cls(parameters, quantized, experts + kept, experts, 8 * nbytes / max(parameters, 1))
 
     def describe(self, dtype: str) -> str:

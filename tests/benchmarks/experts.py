@@ -1,7 +1,7 @@
 """What experts cost beside one large matrix: CPU time per weight of whole conversions in one thread, and peak memory.
 
-    python -m tests.benchmarks experts                                the sizes of Qwen3-30B-A3B, one layer of 16 experts
-    python -m tests.benchmarks.experts --gigabytes 2 --json FILE      a mixture of 2 GB, and a dense model beside
+    python -m tests.benchmarks experts                              one layer of 16 experts of Qwen3-30B-A3B's sizes
+    python -m tests.benchmarks.experts --gigabytes 2 --json FILE    a mixture of 2 GB, and a dense model beside
 
 Each conversion runs in a process of its own, after a small conversion has compiled the kernels.
 """
@@ -81,17 +81,15 @@ def _compare(folder: Path, layers: int, experts: int, matrices: int, recipes: di
     rows = []
     for name, options in recipes.items():
         found = {kind: _measure(source, folder / "out", options) for kind, source in (("m", mixture), ("d", dense))}
+        per_weight = {kind: 1e9 * values["cpu"] / values["weights"] for kind, values in found.items()}
         rows.append(
             {
                 "recipe": name,
                 "experts' weights": found["m"]["weights"],
                 "weights in large matrices": found["d"]["weights"],
-                "CPU ns a weight, experts": 1e9 * found["m"]["cpu"] / found["m"]["weights"],
-                "CPU ns a weight, large": 1e9 * found["d"]["cpu"] / found["d"]["weights"],
-                "experts / large": found["m"]["cpu"]
-                / found["m"]["weights"]
-                * found["d"]["weights"]
-                / found["d"]["cpu"],
+                "CPU ns a weight, experts": per_weight["m"],
+                "CPU ns a weight, large": per_weight["d"],
+                "experts / large": per_weight["m"] / per_weight["d"],
                 "peak MB, experts": found["m"]["peak"] / 1e6,
                 "peak MB, large": found["d"]["peak"] / 1e6,
             }

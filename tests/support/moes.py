@@ -1,5 +1,5 @@
-"""Tiny mixtures of experts of transformers' own classes, saved as users have them: a matrix for each expert, or a tensor
-for all experts of a layer.
+"""Tiny mixtures of experts of transformers' own classes, saved as users have them: a matrix for each expert, or one
+tensor for all experts of a layer.
 """
 
 from __future__ import annotations
