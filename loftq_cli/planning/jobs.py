@@ -269,7 +269,7 @@ class ModelShares:
         >>> import loftq_cli as loftq
         >>> shares = ModelShares.of(loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True).jobs)
         >>> shares.parameters, shares.quantized, round(shares.bits, 2)
-        (1919424, 1769472, 5.22)
+        (1734336, 1622016, 5.06)
         """
         layers = [job for job in jobs if isinstance(job, LayerJob)]
         copies = [job for job in jobs if isinstance(job, CopyJob) and job.output.dtype.startswith(FLOAT_PREFIXES)]
