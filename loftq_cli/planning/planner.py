@@ -158,9 +158,14 @@ def _make_expert_job(
     names: tuple[str, str] | None,
 ) -> LayerJob:
     """Make the job of the experts of a layer; `names` are those of the joined lora_A and lora_B, None for modules."""
-    first = group.experts[0][0]
-    module, shape = module_of(first.stored or first.tensor), group.shape
-    spec, lora, _ = layer_settings(recipe, module, dtype)
+    first, shape = group.experts[0][0], group.shape
+    modules = {module_of(part.stored or part.tensor): part for parts in group.experts for part in parts}
+    settings = {module: layer_settings(recipe, module, dtype) for module in modules}
+    module, (spec, lora, _) = next(iter(settings.items()))
+    uneven = next((name for name, (_, other, _) in settings.items() if other != lora), None)
+    if uneven is not None and not group.modules:
+        message = "the experts of a layer have adapters of one rank, and an override has another"
+        raise UsageError(message, tensor=modules[uneven].tensor, hint="match all experts of the layer")
     _check_rank(lora.rank, shape, first.tensor, module)
     adapted = [adapter_config.AdaptedModule(name, shape, lora) for name in group.modules]
     adapter_tensors = tuple(tensor for module in adapted for tensor in adapter_config.planned(module))
@@ -245,8 +250,12 @@ def _make_job(
 
 def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
     for override in recipe.override:
-        if not any(finds(override.match, module_of(job.name)) for job in jobs):
+        if not any(finds(override.match, module_of(name)) for job in jobs for name in _names_in_files(job)):
             raise UsageError(f"the override {override.match!r} matches no module", hint="loftq inspect lists the names")
+
+
+def _names_in_files(job: LayerJob | CopyJob) -> tuple[str, ...]:
+    return job.stored_names if isinstance(job, LayerJob) else (job.name,)
 
 
 def _check_expert_formats(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
