@@ -216,14 +216,15 @@ class JobRunner:
 
 def is_streamed(job: LayerJob) -> bool:
     """Whether a job on the processor holds only a few rows of the weight at once: the method looks at each row a single
-    time, without statistics, and the container stores codes row after row. A small weight is faster in a single read.
+    time, without statistics, and the container stores codes row after row. A small weight is faster in a single read,
+    and experts are read one by one.
 
     >>> import loftq_cli as loftq
     >>> is_streamed(loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True).layers[0])
     False
     """
-    procedure = job.procedure
-    if not METHODS[procedure.method].streams or procedure.is_calibrated or job.numel <= WHOLE_NUMEL:
+    procedure, is_small = job.procedure, job.numel <= WHOLE_NUMEL
+    if not METHODS[procedure.method].streams or procedure.is_calibrated or is_small or job.experts:
         return False
     return load_layout(job.layout).code_rows(job.matrix) is not None
 
