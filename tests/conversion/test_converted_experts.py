@@ -10,6 +10,7 @@ import pytest
 from support.conversions import StopAfter, converted_files, files_of, run_conversion
 from support.moes import moe
 
+import loftq_cli as loftq
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import StorageError
@@ -83,3 +84,15 @@ def test_every_expert_has_a_smaller_error_than_with_an_adapter_of_zeros(mixtral,
         if before.experts:
             pairs = zip(before.expert_errors or (), after.expert_errors or (), strict=True)
             assert all(with_adapter < without for without, with_adapter in pairs)
+
+
+def test_inspect_shows_the_experts_of_a_layer_in_a_row_and_finds_no_damage(tmp_path):
+    outcome = run_conversion(moe("llama4_text", tmp_path / "model"), tmp_path / "base", method="qlora", **INT4)
+    shown = loftq.inspect(outcome.output)
+    assert isinstance(shown, loftq.ConvertedInspection)
+    assert [row.name for row in shown.layers] == sorted(layer.name for layer in outcome.layers)
+    assert shown.total is not None
+    assert shown.total.error == pytest.approx(outcome.total.error)
+    found = loftq.inspect(outcome.output, verify=True)
+    assert isinstance(found, loftq.Verification)
+    assert found.problems == ()
