@@ -16,7 +16,7 @@ from loftq_cli.model.family import Family
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import Target, choose_targets, module_of
 from loftq_cli.planning.jobs import CopyJob, ExpertMatrix, LayerJob, QuantizableMatrix, pack_shards
-from loftq_cli.planning.matrices import MatrixPlanner, choose_experts, model_dtype
+from loftq_cli.planning.matrices import ExpertChoice, MatrixPlanner, choose_experts, model_dtype
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.recipe import AffineOptions, Recipe
 from loftq_cli.planning.settings import decoded_dtype, layer_settings, procedure_of, spec_of
@@ -24,12 +24,15 @@ from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.tensors.headers import OutTensor, TensorRef, config_file_beside
 
 
-def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
+def build_plan(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe, *, modules_only: bool = False
+) -> Plan:
     """Build the plan of a conversion from headers alone.
 
-    tensors   the headers of the original
-    config    the content of config.json; empty for a checkpoint without a config
-    recipe    the settled options
+    tensors        the headers of the original
+    config         the content of config.json; empty for a checkpoint without a config
+    recipe         the settled options
+    modules_only   whether to quantize linears whose adapter is one of a module, and no experts: for a model in memory
 
     Raises UsageError when an option does not fit a tensor, when a tensor has the name of a part of a quantized weight,
     when no weight remains to quantize, and for a model that the container's loaders do not read; InputError for a
@@ -44,7 +47,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     (28, ['model.safetensors'])
     """
     family = Family(config, config_file_beside(tensors.values()))
-    dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
+    dtype, planner, jobs = _plan_tensors(tensors, family, recipe, modules_only=modules_only)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit() and not _are_experts_modules(jobs):
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
@@ -70,7 +73,9 @@ def _place_of(tensors: Mapping[str, TensorRef]) -> Path | None:
     return next(iter(files), None) if len(files) < 2 else min(files).parent
 
 
-def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> list[LayerJob | CopyJob]:
+def plan_jobs(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe, *, modules_only: bool = False
+) -> list[LayerJob | CopyJob]:
     """Plan the jobs of `build_plan`, also for a checkpoint without weights to quantize.
 
     Parameters as in `build_plan`. Raises UsageError when an option does not fit a tensor; InputError for a config with
@@ -80,7 +85,8 @@ def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recip
     >>> plan_jobs({}, {}, make_recipe(rank=8))
     []
     """
-    return _plan_tensors(tensors, Family(config, config_file_beside(tensors.values())), recipe)[2]
+    family = Family(config, config_file_beside(tensors.values()))
+    return _plan_tensors(tensors, family, recipe, modules_only=modules_only)[2]
 
 
 def _are_experts_modules(jobs: Sequence[LayerJob | CopyJob]) -> bool:
@@ -91,11 +97,11 @@ def _are_experts_modules(jobs: Sequence[LayerJob | CopyJob]) -> bool:
 
 
 def _plan_tensors(
-    tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
+    tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe, *, modules_only: bool
 ) -> tuple[str, MatrixPlanner, list[LayerJob | CopyJob]]:
     """Return the dtype of the stored model, the planner with notes, and the jobs."""
-    choice = choose_experts(tensors, family, recipe)
-    by_parameter = bool(LAYOUTS[recipe.layout].experts) and recipe.pooling is None
+    choice = ExpertChoice() if modules_only else choose_experts(tensors, family, recipe)
+    by_parameter = bool(LAYOUTS[recipe.layout].experts) and recipe.pooling is None and not modules_only
     targets = choose_targets(
         tensors, family, recipe.include, recipe.exclude, choice.tensors, moves_adapters=by_parameter
     )
