@@ -206,16 +206,16 @@ class InputSum:
 
 
 def _find_modules(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix | LayerJob]) -> dict[str, tuple[Any, int]]:
-    """Name of each weight -> the module of the weight, and in_features. Weights without a module of their name in the
-    loaded model, as fused experts, are absent.
+    """Name of each weight -> the module with the input of the weight, and in_features. Weights without such a module in
+    the loaded model, as the last projections of fused experts, are absent.
     """
     modules = dict(streamed.model.named_modules())
-    return {job.name: (modules[job.module], job.matrix.shape[1]) for job in jobs if job.module in modules}
+    return {job.name: (modules[job.input_module], job.matrix.shape[1]) for job in jobs if job.input_module in modules}
 
 
 def _find_blocks(streamed: StreamedModel, jobs: Sequence[QuantizableMatrix | LayerJob]) -> set[str]:
     modules = dict(streamed.model.named_modules())
-    blocks = {streamed.block_of(job.module) for job in jobs if job.module in modules}
+    blocks = {streamed.block_of(job.input_module) for job in jobs if job.input_module in modules}
     return {block for block in blocks if block is not None}
 
 

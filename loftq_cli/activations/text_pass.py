@@ -93,8 +93,8 @@ class TextPass:
         modules = {name for name, _ in self.streamed.model.named_modules()}
         of_block: dict[str, dict[str, LayerJob]] = {}
         for job in self.jobs:
-            if job.module in modules:
-                of_block.setdefault(self.streamed.block_of(job.module) or OUTSIDE, {})[job.name] = job
+            if job.input_module in modules:
+                of_block.setdefault(self.streamed.block_of(job.input_module) or OUTSIDE, {})[job.name] = job
         outside = of_block.pop(OUTSIDE, {})
         inside = [job for jobs in of_block.values() for job in jobs.values()]
         sums = MomentSums(self.streamed, inside, diagonal=False, path=self.path)

@@ -86,6 +86,7 @@ def measure_weights(
     attended: int = ATTENDED_TOKENS,
     workers: Workers = SERIAL,
     device: torch.device | str = "cpu",
+    experts: Collection[str] = (),
 ) -> WeightStatistics:
     """Pass random tokens through the blocks, and measure the inputs of the layers.
 
@@ -95,6 +96,7 @@ def measure_weights(
     attended     most tokens that a head averages; 1: every token attends to itself
     workers      threads; the numbers are the same with any number of threads
     device       the device of the products
+    experts      names of the parameters of experts that read the input of an MLP; the tokens pass by the experts
 
     Weights of unknown blocks, and weights with inputs that are not finite, have no statistic.
 
@@ -108,7 +110,7 @@ def measure_weights(
     blocks = _find_blocks(source.tensors.keys(), family)
     if blocks is None:
         return WeightStatistics({})
-    means = _TokenForward(source, family, blocks, workers, device).run(tokens, attended)
+    means = _TokenForward(source, family, blocks, workers, device, experts).run(tokens, attended)
     return WeightStatistics({name: mean for name, mean in means.items() if bool(mean.isfinite().all() and mean.any())})
 
 
@@ -133,7 +135,9 @@ class _TokenForward:
         blocks: BlockList,
         workers: Workers,
         device: torch.device | str,
+        experts: Collection[str],
     ) -> None:
+        self._experts = experts
         self._source, self._family, self._blocks = source, family, blocks
         self._workers, self._device = workers, device
         self._config = _text_config(family.config)
@@ -150,6 +154,11 @@ class _TokenForward:
             for part in (structure.attention, structure.mlp):
                 if is_present(part, block, names):
                     states = self._pass(part, block, states, before if structure.is_parallel else states)
+            readers = [name for name in self._experts if name.startswith(block)]
+            if readers and f"{block}{structure.mlp.norm}.weight" in names:
+                inputs = self._map(self._norm(block, structure.mlp.norm), states)
+                for name in readers:
+                    self._measure(name, inputs, ending="")
         return self._means
 
     def _embed(self, tokens: int) -> list[torch.Tensor]:
@@ -259,12 +268,12 @@ class _TokenForward:
             return lambda x: layer_norm(x, weight.shape, weight, bias, epsilon)
         return lambda x: rms_norm(x, weight.shape, weight, epsilon)
 
-    def _measure(self, module: str, inputs: list[torch.Tensor]) -> None:
+    def _measure(self, module: str, inputs: list[torch.Tensor], *, ending: str = ".weight") -> None:
         import torch
 
         squares = self._map(lambda x: x.double().square().sum(0), inputs)
         total = torch.stack(squares).sum(0)
-        self._means[f"{module}.weight"] = (total / sum(map(len, inputs))).float().cpu()
+        self._means[module + ending] = (total / sum(map(len, inputs))).float().cpu()
 
     def _map(self, work: Callable[[torch.Tensor], torch.Tensor], chunks: list[torch.Tensor]) -> list[torch.Tensor]:
         return list(self._workers.map(work, chunks))

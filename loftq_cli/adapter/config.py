@@ -29,16 +29,18 @@ CONFIG_NAME = "adapter_config.json"
 
 @dataclass(frozen=True, slots=True)
 class AdaptedModule:
-    """One adapted linear.
+    """One adapted linear, or the adapted parameter of the experts of a layer.
 
-    module   name in the loaded model
-    shape    [out, in] of the weight
-    lora     rank, alpha, dtype and pooling of the adapter
+    module         name in the loaded model
+    shape          [out, in] of the weight; of an expert's matrix
+    lora           rank, alpha, dtype and pooling of the adapter
+    is_parameter   whether `module` names a parameter, which PEFT lists under target_parameters
     """
 
     module: str
     shape: tuple[int, int]
     lora: LoraSpec
+    is_parameter: bool = False
 
 
 def tensor_names(module: str) -> tuple[str, str]:
@@ -83,7 +85,7 @@ def adapter_config(
 ) -> dict[str, Any]:
     """Build the content of adapter_config.json, as JSON values.
 
-    modules          the adapted modules, at least one; all modules have a common pooling and kind of scaling
+    modules          the adapted modules and parameters, at least one, with a common pooling and kind of scaling
     base_model       name or path of the base
     task_type        PEFT's task type, or None, from `task_type_of`
     fan_in_fan_out   whether the model's linears store weights [in, out]
@@ -100,6 +102,7 @@ def adapter_config(
     pooling = modules[0].lora.pooling
     (rank, alpha), _ = Counter((m.lora.rank, m.lora.alpha) for m in modules).most_common(1)[0]
     uncommon = [m for m in modules if (m.lora.rank, m.lora.alpha) != (rank, alpha)]
+    parameters = [m.module for m in modules if m.is_parameter]
     return {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -107,7 +110,8 @@ def adapter_config(
         "r": rank,
         "lora_alpha": _to_json_number(alpha),
         "use_rslora": modules[0].lora.rslora,
-        "target_modules": [m.module for m in modules],
+        "target_modules": [m.module for m in modules if not m.is_parameter],
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {m.module: m.lora.rank for m in uncommon},
         "alpha_pattern": {m.module: _to_json_number(m.lora.alpha) for m in uncommon},
         "lora_dropout": 0.0,

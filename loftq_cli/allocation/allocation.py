@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from loftq_cli.allocation.candidates import Budget, Candidate, Options
+from loftq_cli.allocation.candidates import Budget, Candidate, Options, refuse_experts
 from loftq_cli.allocation.choice import Choice, select
 from loftq_cli.allocation.error_curves import measure_error_curves
 from loftq_cli.allocation.integer_program import load_solver
@@ -164,6 +164,7 @@ def allocate(
     options = Options(recipe, target)
     plan = build_plan(checkpoint.tensors, checkpoint.config(), options.widest)
     layers = plan.layers
+    refuse_experts(layers)
     matrices = {job.name: options.list_matrices(job) for job in layers}
     ranks = {job.name: options.list_ranks(job) for job in layers}
     copied = sum(tensor.nbytes for job in plan.jobs if isinstance(job, CopyJob) for tensor in job.base_tensors)

@@ -199,3 +199,16 @@ def _name_mixing_layouts(recipe: Recipe, *, with_offsets: bool) -> str:
     """Name the containers that hold codes in several formats in a model, as a choice in a sentence."""
     mixing = mixing_layouts(recipe.quant.quant_type, with_offsets=with_offsets)
     return either([name for name in mixing if LAYOUTS[name].stores_codes])
+
+
+def refuse_experts(layers: Sequence[LayerJob]) -> None:
+    """Raises UsageError for quantized experts: one format and one rank hold for the experts of a layer together.
+
+    >>> refuse_experts([])
+    """
+    experts = next((job for job in layers if job.experts), None)
+    if experts is not None:
+        message = "a bound on the size chooses formats and ranks of weights alone, and experts are quantized together"
+        has_codes = LAYOUTS[experts.layout].stores_codes
+        hint = "--quant-type nf4 keeps experts as they are" if has_codes else "--exclude experts"
+        raise UsageError(message, tensor=experts.sources[0], hint=hint)

@@ -24,9 +24,16 @@ from loftq_cli.api.arguments import (
 )
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import PlannedFile, QuantizePlan, QuantizeResult
-from loftq_cli.conversion.prepare import Conversion, is_conversion_done, prepare_conversion, prepare_within_target
+from loftq_cli.conversion.prepare import (
+    Conversion,
+    expert_rows,
+    is_conversion_done,
+    prepare_conversion,
+    prepare_within_target,
+)
 from loftq_cli.conversion.report import ModelErrors, bits_per_weight, read_report
 from loftq_cli.conversion.run import Outcome, convert_checkpoint
+from loftq_cli.layouts.layout import PACKED_EXPERTS
 from loftq_cli.planning.recipe_files import resolve_recipe
 from loftq_cli.tensors.metrics import total_error
 
@@ -201,7 +208,9 @@ def _prepare(
     remote_code: bool,
 ) -> Conversion:
     """The conversion, ready to run. A target needs the errors of every weight: the function measures the errors."""
-    recipe = resolve_recipe(source, settings, mixes=target.chooses_formats)
+    recipe = resolve_recipe(
+        source, settings, mixes=target.chooses_formats, expert_rows=lambda: expert_rows(model, PACKED_EXPERTS)
+    )
     if target == Budget():
         return prepare_conversion(model, output, recipe, remote_code=remote_code)
     return prepare_within_target(

@@ -13,7 +13,7 @@ from loftq_cli.errors import QualityError, UsageError
 from loftq_cli.inspecting.converted import LayerRow
 from loftq_cli.inspecting.dense import TensorRow
 from loftq_cli.merging.report import MergedLayer
-from loftq_cli.planning.jobs import CopyJob, LayerJob
+from loftq_cli.planning.jobs import CopyJob, LayerJob, ModelShares
 from loftq_cli.planning.recipe import Recipe
 from loftq_cli.tensors.headers import OutTensor
 from loftq_cli.tensors.metrics import LayerError
@@ -77,6 +77,11 @@ class QuantizePlan:
     def nbytes(self) -> int:
         """Bytes of all tensors of base and adapter."""
         return self.base_nbytes + self.adapter_nbytes
+
+    @property
+    def shares(self) -> ModelShares:
+        """How much of the model is quantized, experts apart, and the bits over all parameters."""
+        return ModelShares.of(self.jobs)
 
 
 @dataclass(frozen=True, slots=True)

@@ -183,7 +183,10 @@ Seed = Annotated[
 ]
 QuantType = Annotated[
     str | None,
-    typer.Option(metavar=one_of(FORMATS), help="Number format of the base. [default: nf4]"),
+    typer.Option(
+        metavar=one_of(FORMATS),
+        help="Number format of the base. [default: nf4; int4 where loaders read packed experts]",
+    ),
 ]
 BlockSize = Annotated[
     int | None,
@@ -208,7 +211,7 @@ Symmetric = Annotated[
     bool | None,
     typer.Option(
         "--symmetric/--asymmetric",
-        help="Integers: without or with a zero point per group. [default: int8 without, others with]",
+        help="Integers: without or with a zero point per group. [default: int8 and experts without, others with]",
         rich_help_panel=ADVANCED,
     ),
 ]

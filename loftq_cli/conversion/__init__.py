@@ -2,6 +2,7 @@
 
 measuring.py       errors of a layer: plain rounding, the base alone, base and adapter
 report.py          measured errors, as records and as loftq_report.json; provenance of the adapter
+experts.py         the experts of a layer
 jobs.py            a tensor, on a processor
 model_card.py      README.md of the result, and README.md of the adapter
 head_tensors.py    the head of a task, in the adapter

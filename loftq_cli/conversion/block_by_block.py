@@ -86,7 +86,8 @@ def convert_block_by_block(
                 break
             if text.options.sequential:
                 for name in sorted(block.names):
-                    block.replace(name, effective(jobs[name]))
+                    if not jobs[name].experts:  # the text leaves the block through the original experts
+                        block.replace(name, effective(jobs[name]))
     rest = [job for job in plan.layers if job.name in unfinished]
     statistics.put({})
     yield from run_jobs(rest)

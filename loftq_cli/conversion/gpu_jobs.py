@@ -137,18 +137,20 @@ class DeviceRunner:
         """Copy a tensor from the original into the result. Returns the result of `JobRunner.write`."""
         return self._runner.write(job, self._runner.compute(job, self._runner.load(job), SERIAL))
 
-    def load(self, job: LayerJob) -> DeviceWeight | JournalEntry:
-        """Read a weight into pinned memory. Returns the journal entry of a finished job.
+    def load(self, job: LayerJob) -> DeviceWeight | LoadedMatrix | JournalEntry:
+        """Read a weight into pinned memory. Returns the journal entry of a finished job, and an empty LoadedMatrix for
+        experts, which `compute` reads.
 
         Raises MemoryShortage naming the tensor when the weight does not fit memory.
         """
         loaded = self._runner.load(job, for_gpu=True)
-        if isinstance(loaded, JournalEntry):
+        if isinstance(loaded, JournalEntry) or loaded.stored is None:
             return loaded
-        assert loaded.stored is not None
         return DeviceWeight(loaded.stored, self._draw_start(job), loaded.sha256)
 
-    def compute(self, jobs: Sequence[LayerJob], weights: Sequence[DeviceWeight | JournalEntry]) -> list[JobOutput]:
+    def compute(
+        self, jobs: Sequence[LayerJob], weights: Sequence[DeviceWeight | LoadedMatrix | JournalEntry]
+    ) -> list[JobOutput]:
         """Compute the outputs of each job of a stack; `weights` come from `load`. Does not wait for the device where
         the device computes the whole stack at once.
 
@@ -166,10 +168,21 @@ class DeviceRunner:
         stack = self._compute_stack(work) if work and self._make_stack_key(jobs[0]) is not None else None
         for place, (job, weight) in work.items():
             outputs[place] = stack or self._compute_alone(job, weight)
+        for place, (job, loaded) in enumerate(zip(jobs, weights, strict=True)):
+            if isinstance(loaded, LoadedMatrix):
+                outputs[place] = self._compute_experts(job)
         return outputs
 
+    def _compute_experts(self, job: LayerJob) -> Converted:
+        """Convert the experts of a layer, one after the other, and wait for the device."""
+        try:
+            with self._device.computing():
+                return self._runner.convert_experts(job, SERIAL, self._device.device)
+        except (LoftqError, RuntimeError) as error:
+            raise self._runner.name_error(error, job) from None
+
     def write(
-        self, job: LayerJob, weight: DeviceWeight | JournalEntry, output: JobOutput, place: int
+        self, job: LayerJob, weight: DeviceWeight | LoadedMatrix | JournalEntry, output: JobOutput, place: int
     ) -> tuple[JournalEntry, bool]:
         """Write the outputs of a job, at `place` in the stack, after the download; see `JobRunner.write`."""
         if isinstance(output, StackOnDevice):
@@ -181,7 +194,7 @@ class DeviceRunner:
 
     def _make_stack_key(self, job: LayerJob) -> object:
         """Return a key, equal for matrices that fit a stack together; None for a matrix to compute alone."""
-        if not job.matrix.spec.has_code_kernels:
+        if job.experts or not job.matrix.spec.has_code_kernels:
             return None
         if job.numel * _STACKED_NBYTES * IN_FLIGHT > self._device.max_nbytes:
             return None

@@ -18,13 +18,17 @@ if TYPE_CHECKING:
 _NEW = hashlib.sha256(b"a new head").hexdigest()  # stands for the input of a tensor made of the seed alone
 
 
-def input_hash(plan: Plan, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """A function from a unit of the run to the sha256 of the unit's input."""
+def input_hash(
+    plan: Plan, checkpoint: Checkpoint, hash_job: Callable[[str], str] | None = None
+) -> Callable[[str], str]:
+    """A function from a unit of the run to the sha256 of the unit's input. `hash_job` hashes the inputs of the units of
+    the base; None: the unit has the name of the only tensor that the unit reads.
+    """
     names = {tensor.name: name for name, tensor in plan.head_tensors.items()}
 
     def sha256(unit: str) -> str:
         if unit not in names:
-            return checkpoint.sha256(unit)
+            return (hash_job or checkpoint.sha256)(unit)
         source = plan.sources.get(names[unit])
         return _NEW if source is None else checkpoint.sha256(source)
 

@@ -6,30 +6,28 @@ run.py decides the order of jobs, and publishes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.adapter import config as adapter_config
 from loftq_cli.checkpoint.source import Checkpoint
 from loftq_cli.checkpoint.statistics import InputStatistics
+from loftq_cli.conversion.experts import ExpertConversion, check_finite
 from loftq_cli.conversion.measuring import Measured, measure_layer
 from loftq_cli.conversion.report import make_layer_result
-from loftq_cli.errors import InputError, LoftqError, is_memory_shortage, memory_shortage
+from loftq_cli.errors import LoftqError, is_memory_shortage, memory_shortage
 from loftq_cli.layouts.layout import load_layout
-from loftq_cli.methods.method import METHODS, Initialization, load_method
+from loftq_cli.methods.method import METHODS, Initialization
 from loftq_cli.output.copies import NOT_FINITE, WatchedChunks, is_intact, recast_chunks
 from loftq_cli.output.journal import JournalEntry
 from loftq_cli.output.writer import OutputFiles, tensor_bytes
-from loftq_cli.planning.jobs import CopyJob, LayerJob
+from loftq_cli.planning.jobs import CopyJob, LayerJob, input_sha256
 from loftq_cli.runtime.workers import Workers, beside
-from loftq_cli.tensors.metrics import is_finite
 from loftq_cli.tensors.rows import Rows, TensorRows, stored_rows
 
 if TYPE_CHECKING:
     import torch
-
-    from loftq_cli.methods.weighting import Weighting
 
 
 WHOLE_NUMEL = 1 << 20  # weights of the largest matrix that is never streamed: 4 MB in float32
@@ -92,9 +90,9 @@ class JobRunner:
         Raises MemoryShortage naming the tensor when the weight does not fit memory.
         """
         entry = self._entries.get(job.name)
-        if entry is not None and is_intact(self._checkpoint, entry, self._files):
+        if entry is not None and is_intact(lambda: input_sha256(self._checkpoint.sha256, job), entry, self._files):
             return entry
-        if isinstance(job, CopyJob) or (not for_gpu and is_streamed(job)):
+        if isinstance(job, CopyJob) or job.experts or (not for_gpu and is_streamed(job)):
             return LoadedMatrix()
         try:
             stored = self._checkpoint.load(job.name, pinned=for_gpu)
@@ -112,6 +110,8 @@ class JobRunner:
         if isinstance(job, CopyJob):
             return Converted({})
         try:
+            if job.experts:
+                return self.convert_experts(job, workers)
             if loaded.stored is None:
                 return self._stream(job, workers)
             return self.convert_layer(job, TensorRows(loaded.stored, job.matrix.transposed), loaded.sha256, workers)
@@ -128,10 +128,24 @@ class JobRunner:
         weighting = None
         if self._statistics is not None and job.name in self._statistics.names:
             weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, weight.device)
-        initial = _initialize(job, weight, weighting, None, workers)
+        initial = job.initialize(weight, weighting, None, workers)
         decoded = job.quantizer().decoded(initial.quantized)
         measured = measure_layer(job, weight, initial, decoded, self._measured_inputs(job), workers)
         return self.describe_layer(job, initial, measured, sha256)
+
+    def convert_experts(self, job: LayerJob, workers: Workers, device: torch.device | str = "cpu") -> Converted:
+        """Convert the experts of a layer on a device: codes and constants are written expert by expert.
+
+        Raises InputError when numbers cannot be quantized or stored.
+        """
+        from loftq_cli.methods.weighting import make_weighting
+
+        weighting = None
+        if self._statistics is not None and job.name in self._statistics.names:
+            weighting = make_weighting(self._statistics.load(job.name), job.lora.group_size, device)
+        conversion = ExpertConversion(job, self._checkpoint, self._files, weighting, self._measured_inputs(job), device)
+        written = conversion.run(workers)
+        return Converted(written.adapter, written.input_sha256, written.result.to_json(), written=written.sums)
 
     def _measured_inputs(self, job: LayerJob) -> torch.Tensor | None:
         """The statistic of a layer's inputs, for errors of the outputs; None for inputs of no text. A file is read once
@@ -162,7 +176,7 @@ class JobRunner:
         if is_memory_shortage(error):
             error = memory_shortage()
         if isinstance(error, LoftqError) and not error.tensor:
-            return error.at(file=self._checkpoint.tensors[job.name].file, tensor=job.name)
+            return error.at(file=self._checkpoint.tensors[job.sources[0]].file, tensor=job.sources[0])
         return error
 
     def _copy(self, job: CopyJob) -> JournalEntry:
@@ -193,7 +207,7 @@ class JobRunner:
             place.append(tensor_bytes(code_rows.pack(codes)))
 
         with beside(lambda: checkpoint.sha256(job.name), workers) as input_sha256:
-            initial = _initialize(job, weight, None, put, workers)
+            initial = job.initialize(weight, None, put, workers)
             decoded = job.quantizer().decoded(initial.quantized, code_rows.reader(file.load_rows))
             measured = measure_layer(job, weight, initial, decoded, None, workers, holds_codes=False)
             tensors, result = _pack(job, initial), make_layer_result(job, initial, measured).to_json()
@@ -202,45 +216,22 @@ class JobRunner:
 
 def is_streamed(job: LayerJob) -> bool:
     """Whether a job on the processor holds only a few rows of the weight at once: the method looks at each row a single
-    time, without statistics, and the container stores codes row after row. A small weight is faster in a single read.
+    time, without statistics, and the container stores codes row after row. A small weight is faster in a single read,
+    and experts are read one by one.
 
     >>> import loftq_cli as loftq
     >>> is_streamed(loftq.quantize("builtin:tiny-llama", "base", rank=8, dry_run=True).layers[0])
     False
     """
-    procedure = job.procedure
-    if not METHODS[procedure.method].streams or procedure.is_calibrated or job.numel <= WHOLE_NUMEL:
+    procedure, is_small = job.procedure, job.numel <= WHOLE_NUMEL
+    if not METHODS[procedure.method].streams or procedure.is_calibrated or is_small or job.experts:
         return False
     return load_layout(job.layout).code_rows(job.matrix) is not None
-
-
-def _initialize(
-    job: LayerJob,
-    weight: Rows,
-    weighting: Weighting | None,
-    sink: Callable[[slice, torch.Tensor], None] | None,
-    workers: Workers,
-) -> Initialization:
-    return load_method(job.procedure.method)(
-        weight,
-        job.quantizer(weighting),
-        job.lora,
-        job.procedure.fitting,
-        generator=job.generator(),
-        weighting=weighting,
-        sink=sink,
-        workers=workers,
-    )
 
 
 def _pack(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
     """Pack base and adapter into output tensors, by name. Raises InputError when a tensor would not be finite."""
     tensors = load_layout(job.layout).pack(job.matrix, initial.quantized)
     tensors |= adapter_config.pack(job.module, initial.lora)
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise InputError(
-                f"{name} would not be finite in {str(tensor.dtype).removeprefix('torch.')}",
-                hint="--adapter-dtype float32 holds more" if "lora_" in name else "--exclude it",
-            )
+    check_finite(tensors)
     return tensors

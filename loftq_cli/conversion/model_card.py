@@ -35,7 +35,8 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 {_render_base_note(plan, layers)}# {source}, {formats} base with a {recipe.method} adapter
 
 {summary[0].upper()}{summary[1:]}. {len(layers)} linear layers in {formats}, one scale per
-{sizes}, rank {_join_ranks(layers)}: {bits_per_weight(plan):.2f} bits a weight.
+{sizes}, rank {_join_ranks(layers)}: {bits_per_weight(plan):.2f} bits a weight. The whole model:
+{_describe_model(plan)}
 
 {_render_errors(layers)}
 
@@ -197,6 +198,19 @@ def _render_errors(layers: Sequence[LayerResult]) -> str:
     for name, numbers in rows:
         lines.append(f"| {name} | {' | '.join('-' if n is None else f'{n:.4f}' for n in numbers)} |")
     return "\n".join(lines)
+
+
+def _describe_model(plan: Plan) -> str:
+    """Return the size of the whole model, and paragraphs about experts in full precision and adapters of experts."""
+    nbytes = plan.base_nbytes + plan.adapter_nbytes
+    notes = [f"{plan.shares.describe(plan.dtype)}; base and adapter {nbytes / 1e6:.1f} MB."]
+    notes += [f"\n\n{note[0].upper()}{note[1:]}." for note in plan.notes if " expert tensors " in note]
+    if any(job.is_parameter for job in plan.layers):
+        notes.append(
+            "\n\nThe adapter lists experts under `target_parameters`: load it with peft 0.19 or newer. PEFT takes no "
+            "dropout on such adapters, and each step holds a copy of a layer's experts."
+        )
+    return "".join(notes)
 
 
 def _join_ranks(layers: Sequence[LayerResult]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,20 @@ from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
 from loftq_cli.conversion.head_tensors import input_hash
 from loftq_cli.errors import MismatchError, UsageError, printable
+from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.model.builtin import resolve_model
+from loftq_cli.model.experts import find_experts
+from loftq_cli.model.family import Family
 from loftq_cli.output.checksums import CHECKSUMS, file_sha256, fingerprint_of
 from loftq_cli.output.records import PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME, source_name
 from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult, is_result_complete
 from loftq_cli.output.staging import check_apart
+from loftq_cli.planning.jobs import CopyJob, LayerJob, input_sha256
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import NONE, RANDOM, SELF, WEIGHTS, Recipe, TextOptions
+from loftq_cli.tensors.headers import config_file_beside
 
 _UNKNOWN_BLOCKS = (
     "the blocks of the model have an unknown structure, so the errors of all weights count alike: --text names a text "
@@ -71,6 +77,14 @@ class Conversion:
     def code_files(self) -> list[str]:
         """Names of the result's files with code of the original, see `code_in`."""
         return code_in(self.side_files, self.config) if self.remote_code else []
+
+    def hash_input(self, unit: str) -> str:
+        """Hash of the stored bytes that the job called `unit` reads."""
+        return input_sha256(self.checkpoint.sha256, self._jobs[unit])
+
+    @cached_property
+    def _jobs(self) -> dict[str, LayerJob | CopyJob]:
+        return {job.name: job for job in self.plan.jobs}
 
     @property
     def published_plan(self) -> Plan:
@@ -125,6 +139,23 @@ def prepare_conversion(model: str, output: Path, recipe: Recipe, *, remote_code:
     plan, statistics = _build_plan(checkpoint, recipe)
     text = None if recipe.text is None else _open_model_text(checkpoint, recipe.text)
     return _conversion(checkpoint, plan, output, statistics, None, text, remote_code=remote_code)
+
+
+def expert_rows(model: str, layout: str) -> frozenset[int]:
+    """The input features of the experts of a model that loaders of packed weights read; empty for no such experts.
+
+    model    as for `prepare_conversion`
+    layout   a container of packed weights, a key of LAYOUTS
+
+    Raises LoftqError for a model that cannot be opened.
+
+    >>> expert_rows("builtin:tiny-llama", "compressed-tensors")
+    frozenset()
+    """
+    with open_checkpoint(resolve_model(model)) as checkpoint:
+        family = Family(checkpoint.config(), config_file_beside(checkpoint.tensors.values()))
+        groups = find_experts(checkpoint.tensors, family, packed=LAYOUTS[layout].stores_codes)
+    return frozenset(g.shape[1] for g in groups if all(p.stored for parts in g.experts for p in parts))
 
 
 def prepare_within_target(
@@ -257,5 +288,5 @@ def is_conversion_done(conversion: Conversion, *, overwrite: bool) -> bool:
     >>> is_conversion_done(prepare_conversion("builtin:tiny-llama", Path("base"), make_recipe()), overwrite=False)
     False
     """
-    hash_input = input_hash(conversion.plan, conversion.checkpoint)
+    hash_input = input_hash(conversion.plan, conversion.checkpoint, conversion.hash_input)
     return is_result_complete(conversion.result, hash_input, overwrite=overwrite)

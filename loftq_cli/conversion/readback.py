@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loftq_cli.adapter.config import AdaptedModule
-from loftq_cli.adapter.source import open_planned_adapter
+from loftq_cli.adapter.expert_factors import Factors, expert_of, turned
+from loftq_cli.adapter.source import AdapterSource, open_planned_adapter
+from loftq_cli.checkpoint.source import Checkpoint
+from loftq_cli.conversion.experts import ExpertReader
 from loftq_cli.conversion.jobs import is_streamed
 from loftq_cli.conversion.prepare import Conversion
 from loftq_cli.conversion.report import LayerResult
 from loftq_cli.errors import StorageError
 from loftq_cli.output.journal import JournalEntry, outputs_of
 from loftq_cli.output.writer import OutputFiles
+from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.runtime.workers import Workers
+from loftq_cli.tensors.matrices import LoraPair
 from loftq_cli.tensors.rows import TensorRows
+
+if TYPE_CHECKING:
+    from loftq_cli.model.stored import BaseModel
 
 _VERIFY_TOLERANCE = 1e-6  # relative: equal numbers are summed twice, and the order of additions may differ
 
@@ -35,23 +44,64 @@ def verify_layers(conversion: Conversion, directory: Path, results: Sequence[Lay
 
     plan = conversion.plan
     checkpoint = conversion.checkpoint
-    modules = [AdaptedModule(job.module, job.matrix.shape, job.lora) for job in plan.layers]
+    modules = [AdaptedModule(job.module, job.matrix.shape, job.lora) for job in plan.layers if not job.experts]
     adapter = open_planned_adapter(directory / plan.adapter_dir, modules)
     config = plan.model_config(conversion.config)
     with BaseModel.of_shards(directory, [shard.file for shard in plan.shards], config) as base:
         for job, result in zip(plan.layers, results, strict=True):
             if is_streamed(job):
                 continue
+            if job.experts:
+                _verify_experts(checkpoint, base, adapter, job, result, workers)
+                continue
             weight = TensorRows(checkpoint.load(job.name), job.matrix.transposed)
             pair = adapter.pair(job.module, job.matrix.shape)
             on_disk = layer_error(weight, base.rows(job.name), pair, workers).error
-            if not abs(on_disk - result.error.error) <= _VERIFY_TOLERANCE * max(1.0, on_disk):
-                raise StorageError(
-                    f"has error {on_disk:.6f} as read back, {result.error.error:.6f} was computed",
-                    file=directory,
-                    tensor=job.name,
-                    hint="the disk or the memory is faulty",
-                )
+            _compare(on_disk, result.error.error, directory, job.name)
+
+
+def _compare(on_disk: float, computed: float, directory: Path, name: str) -> None:
+    if not abs(on_disk - computed) <= _VERIFY_TOLERANCE * max(1.0, on_disk):
+        raise StorageError(
+            f"has error {on_disk:.6f} as read back, {computed:.6f} was computed",
+            file=directory,
+            tensor=name,
+            hint="the disk or the memory is faulty",
+        )
+
+
+def _verify_experts(
+    checkpoint: Checkpoint,
+    base: BaseModel,
+    adapter: AdapterSource,
+    job: LayerJob,
+    result: LayerResult,
+    workers: Workers,
+) -> None:
+    """Read the experts of a layer back, and compare the error of each with the reported error."""
+    import torch
+
+    from loftq_cli.tensors.metrics import layer_error
+
+    reader, load = ExpertReader(checkpoint, job.experts), adapter.weights.load
+    joined = Factors(*(load(tensor.name) for tensor in job.adapter_tensors)) if job.is_parameter else None
+    for number, (matrix, computed) in enumerate(zip(reader.matrices(), result.expert_errors or (), strict=True)):
+        expert = job.experts[number]
+        if expert.stored:
+            parts = [base.rows(part.name).rows(slice(0, part.shape[0])) for part in expert.stored]
+            decoded = torch.cat(parts)
+        else:
+            stored = base.checkpoint.load_rows(job.base_tensors[0].name, number, number + 1)[0]
+            decoded = stored.T if expert.parts[0].transposed else stored
+        if joined is not None:
+            pair = expert_of(joined, len(job.experts), number)
+            pair = turned(pair) if job.is_turned else pair
+        else:
+            assert expert.adapter_names is not None  # every expert is a module
+            pair = Factors(*map(load, expert.adapter_names))
+        lora = LoraPair(pair.lora_A.contiguous(), pair.lora_B.contiguous(), job.lora.scaling)
+        on_disk = layer_error(TensorRows(matrix[1]), TensorRows(decoded), lora, workers).error
+        _compare(on_disk, computed, base.path, f"{job.name}.{number}")
 
 
 def verify_bytes(files: OutputFiles, entries: Mapping[str, JournalEntry], directory: Path, workers: Workers) -> None:

@@ -63,6 +63,9 @@ class LayerResult:
                          None without a calibration, where plain rounding is impossible, and in reports of old versions
     base_output_error    of the outputs of the written base alone; None without a calibration and in old reports
     output_error         of the outputs of base and adapter together; None without a calibration
+    experts              number of experts, whose errors count as a single long vector; None for a weight alone
+    expert_errors        error of base and adapter of each expert
+    weights              names of the weights of the experts in the base
     """
 
     name: str
@@ -81,6 +84,14 @@ class LayerResult:
     plain_output_error: NonNegative | None = None
     base_output_error: NonNegative | None = None
     output_error: NonNegative | None = None
+    experts: PositiveInt | None = None
+    expert_errors: tuple[NonNegative, ...] | None = None
+    weights: tuple[str, ...] | None = None
+
+    @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the weights in the base."""
+        return (self.name,) if self.weights is None else self.weights
 
     def to_json(self) -> dict[str, Any]:
         """JSON values for the report, without unknown errors; sums of squares and the errors derived from the sums are
@@ -99,13 +110,13 @@ class LayerResult:
         return layer
 
 
-def make_layer_result(job: LayerJob, initial: Initialization, measured: Measured) -> LayerResult:
-    """Return the result of a job of the plan: base and adapter are `initial`, with the errors in `measured`.
-
-    Raises NumericError when an error is not finite: JSON holds finite numbers only.
+def make_layer_result(job: LayerJob, initial: Initialization | None, measured: Measured) -> LayerResult:
+    """Return the result of a job of the plan: base and adapter are `initial`, with the errors in `measured`. `initial`
+    is None for experts, which have iterations of their own. Raises NumericError when an error is not finite.
     """
     outputs = {} if measured.outputs is None else dataclasses.asdict(measured.outputs)
-    errors = [*dataclasses.astuple(measured.error), measured.plain_error, *initial.iteration_errors, *outputs.values()]
+    iteration_errors = () if initial is None else initial.iteration_errors
+    errors = [*dataclasses.astuple(measured.error), measured.plain_error, *iteration_errors, *outputs.values()]
     if not all(error is None or math.isfinite(error) for error in errors):
         raise NumericError("its values with the adapter are too large for float32", hint="--method qlora")
     return LayerResult(
@@ -118,8 +129,8 @@ def make_layer_result(job: LayerJob, initial: Initialization, measured: Measured
         rank=job.lora.rank,
         alpha=job.lora.alpha,
         scaling=job.lora.scaling,
-        iteration_errors=initial.iteration_errors,
-        best_iteration=initial.best_iteration,
+        iteration_errors=iteration_errors,
+        best_iteration=0 if initial is None else initial.best_iteration,
         error=measured.error,
         plain_error=measured.plain_error,
         **outputs,
@@ -176,6 +187,7 @@ def report_json(
             "layers": len(layers),
             "weights": sum(job.numel for job in plan.layers),
             "bits_per_weight": round(bits_per_weight(plan), 4),
+            **plan.shares.to_json(),
             "base_nbytes": plan.base_nbytes,
             "adapter_nbytes": plan.adapter_nbytes,
             **ModelErrors.of(layers).to_json(),
@@ -241,9 +253,9 @@ class ModelErrors:
         return cls(
             error,
             total_plain_error((layer.plain_error, layer.error) for layer in layers),
-            _root_mean_square([layer.plain_output_error for layer in with_outputs]),
-            _root_mean_square([layer.base_output_error for layer in with_outputs]),
-            _root_mean_square([layer.output_error for layer in with_outputs]),
+            root_mean_square([layer.plain_output_error for layer in with_outputs]),
+            root_mean_square([layer.base_output_error for layer in with_outputs]),
+            root_mean_square([layer.output_error for layer in with_outputs]),
         )
 
     def to_json(self) -> dict[str, float | None]:
@@ -278,8 +290,11 @@ def total_plain_error(layers: Iterable[tuple[float | None, LayerError]]) -> floa
     return relative(math.fsum(squares), math.fsum(error.squared_weight for _, error in pairs))
 
 
-def _root_mean_square(errors: Sequence[float | None]) -> float | None:
-    """The root of the mean square; None without errors, and where an error is None."""
+def root_mean_square(errors: Sequence[float | None]) -> float | None:
+    """The root of the mean square; None without errors, and where an error is None.
+
+    >>> root_mean_square([1.0, None])
+    """
     squares = [error**2 for error in errors if error is not None]
     return math.sqrt(math.fsum(squares) / len(squares)) if squares and len(squares) == len(errors) else None
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -185,7 +186,9 @@ class ConversionWork:
 
         self._observer.phase(_without_text(conversion.plan, workers.threads))
         device = "cpu" if self._gpu is None else self._gpu.device
-        return measure_weights(conversion.checkpoint, conversion.plan.family, workers=workers, device=device)
+        family = conversion.plan.family
+        experts = [job.name for job in conversion.plan.layers if job.input_module != job.module]
+        return measure_weights(conversion.checkpoint, family, workers=workers, device=device, experts=experts)
 
     def _run_jobs(
         self, runner: JobRunner, jobs: Sequence[LayerJob | CopyJob], workers: Workers
@@ -220,7 +223,8 @@ class ConversionWork:
         self._observer.phase(f"{text.windows.tokens} tokens run through the model, block by block")
         statistics = BlockStatistics()
         runner = JobRunner(conversion.checkpoint, files, {}, statistics)
-        intact = {name: entry for name, entry in finished.items() if is_intact(conversion.checkpoint, entry, files)}
+        hash_input = conversion.hash_input
+        intact = {n: e for n, e in finished.items() if is_intact(partial(hash_input, n), e, files)}
         config = plan.model_config(conversion.config)
         written = WrittenLayers(plan, config, files, conversion.output)
         return convert_block_by_block(

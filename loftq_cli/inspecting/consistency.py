@@ -62,7 +62,8 @@ class OpenedDirectory:
         """Names of the stored tensors under `base_fingerprint`."""
         if self.base is None:
             return []
-        names = sorted(self.base.quantized) if self.report is None else [layer.name for layer in self.report[1]]
+        layers = [] if self.report is None else self.report[1]
+        names = sorted(self.base.quantized) if self.report is None else [n for x in layers for n in x.stored_names]
         return [part.name for name in names if name in self.base.tensors for part in self.base.parts(name)]
 
     def weight_names(self) -> frozenset[str]:
@@ -196,14 +197,15 @@ def _open_adapter(findings: Findings, name: str, *, is_ours: bool) -> AdapterSou
 
 def _check_layers(findings: Findings, base: BaseModel, layers: list[LayerResult]) -> None:
     for layer in layers:
-        if layer.name not in base.tensors:
-            findings.add_problem("is a layer in it, and not in the weight files", REPORT_NAME, layer.name)
-        elif base.matrix_shape(layer.name) != layer.shape:
-            shapes = f"{layer.shape} in it and {base.matrix_shape(layer.name)} in the weight files"
-            findings.add_problem(f"is {shapes}", REPORT_NAME, layer.name)
-        elif layer.name in base.quantized and base.quantized[layer.name].spec != layer.spec:
-            findings.add_problem("is stored in another format than it says", REPORT_NAME, layer.name)
-    for name in sorted(base.quantized.keys() - {layer.name for layer in layers}):
+        for name in layer.stored_names:
+            if name not in base.tensors:
+                findings.add_problem("is a layer in it, and not in the weight files", REPORT_NAME, name)
+            elif layer.experts is None and base.matrix_shape(name) != layer.shape:
+                shapes = f"{layer.shape} in it and {base.matrix_shape(name)} in the weight files"
+                findings.add_problem(f"is {shapes}", REPORT_NAME, name)
+            elif name in base.quantized and base.quantized[name].spec != layer.spec:
+                findings.add_problem("is stored in another format than it says", REPORT_NAME, name)
+    for name in sorted(base.quantized.keys() - {name for layer in layers for name in layer.stored_names}):
         findings.add_problem("is quantized in the weight files, and no layer in it", REPORT_NAME, name)
 
 
@@ -221,8 +223,10 @@ def _check_adapter_of_report(
     if source is None:
         return
     file = _inside(name, WEIGHTS_NAME)
-    modules = {layer.module: layer for layer in layers if isinstance(layer.module, str)}
-    for module in sorted(modules.keys() ^ source.lora.keys()):
+    modules = {layer.module: layer for layer in layers if layer.experts is None}
+    of_experts = tuple(f"{layer.module.rpartition('.')[0]}." for layer in layers if layer.experts is not None)
+    adapted = {module for module in source.lora if not (of_experts and f"{module}.".startswith(of_experts))}
+    for module in sorted(modules.keys() ^ adapted):
         is_lacking = module in modules
         text = f"has no adapter for {module}" if is_lacking else f"has an adapter for {module}, no layer of it"
         findings.add_problem(f"{text}, says {REPORT_NAME}", file)

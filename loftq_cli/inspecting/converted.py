@@ -107,16 +107,20 @@ def inspect_converted(base: BaseModel, against: Path | None, threads: int = 1, d
     ()
     """
     report = read_report(base.folder)
-    reported = {layer.name: layer for layer in report[1]} if report else {}
-    for name in reported:
+    layers = report[1] if report else []
+    reported = {layer.name: layer for layer in layers if layer.experts is None}
+    groups = [layer for layer in layers if layer.experts is not None] if against is None else []
+    of_groups = {name for layer in groups for name in layer.stored_names}
+    for name in (name for layer in layers for name in layer.stored_names):
         if name not in base.tensors:
             raise InputError(f"is in {REPORT_NAME} and not in the files", file=base.path, tensor=name)
     adapter = open_adapter_beside(base, report[0]["adapter_dir"] if report else None)
     if adapter is not None:
         check_provenance(base, adapter.path, adapter.config, force=False)
     lora = {} if adapter is None else lora_with_experts(base, adapter)
-    names = [name for name in base.tensors if name in base.quantized or name in reported]
+    names = [n for n in base.tensors if (n in base.quantized or n in reported) and n not in of_groups]
     rows = [_layer_row(base, name, reported.get(name), lora.get(name)) for name in names]
+    rows += [_expert_row(layer) for layer in groups]
     if against is not None:
         with BaseModel.open(against) as original:
             gpu = open_inspection_device(device, sum(row.numel for row in rows))
@@ -185,6 +189,24 @@ def _layer_row(base: BaseModel, name: str, reported: LayerResult | None, lora: L
         plain_output_error=reported.plain_output_error,
         base_output_error=reported.base_output_error,
         output_error=reported.output_error,
+    )
+
+
+def _expert_row(layer: LayerResult) -> LayerRow:
+    """The row of the experts of a layer in a report: the matrices of all experts, one below the other."""
+    shape = (layer.shape[0] * (layer.experts or 1), layer.shape[1])
+    return LayerRow(
+        layer.name,
+        shape,
+        layer.spec,
+        layer.bits_per_weight,
+        layer.rank,
+        layer.scaling,
+        layer.error,
+        plain_error=layer.plain_error,
+        plain_output_error=layer.plain_output_error,
+        base_output_error=layer.base_output_error,
+        output_error=layer.output_error,
     )
 
 

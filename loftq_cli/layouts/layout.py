@@ -176,6 +176,8 @@ class LayoutRow:
     config_key       key of config.json for the description of the quantization
     in_transformers  whether transformers loads the base
     peft_pools       whether PEFT's use_qalora pools the inputs of layers in the container
+    experts          experts that loaders read from the container: "symmetric" for packed weights without zero points,
+                     "any" for all, "" for none
     load_arguments   arguments of `from_pretrained` beside the path
     mixed_decoding   line of Python to run after loading several formats in a model, before PEFT sees the weights
     alternatives     containers to offer for a model that the container's loaders do not read, beside decoded values
@@ -197,6 +199,7 @@ class LayoutRow:
     config_key: str = "quantization_config"
     in_transformers: bool = True
     peft_pools: bool = False
+    experts: str = ""
     load_arguments: str = ""
     mixed_decoding: str = ""
     alternatives: tuple[str, ...] = ()
@@ -251,6 +254,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         _INTEGERS,
         mixed="symmetric",
         fused=_FUSED,
+        experts="symmetric",  # transformers 5.24 passes no zero points on to the decoder of experts
         # PEFT reads weights after loading; transformers decodes a model of several schemes in the first forward pass.
         mixed_decoding="model.hf_quantizer.compressor.decompress_model(model)",
         alternatives=("metal",),
@@ -290,7 +294,12 @@ LAYOUTS: dict[str, LayoutRow] = {
         in_transformers=False,
     ),
     "dense": LayoutRow(
-        "loftq_cli.layouts.dequantized", "decoded values", "anything", tuple(FORMATS), stores_codes=False
+        "loftq_cli.layouts.dequantized",
+        "decoded values",
+        "anything",
+        tuple(FORMATS),
+        stores_codes=False,
+        experts="any",
     ),
 }
 
@@ -301,6 +310,9 @@ DENSE_HINT = f"--layout {DENSE}"
 # Containers with a float offset for every group; a merge chooses the first container that fits.
 FLOAT_OFFSETS = tuple(name for name, row in LAYOUTS.items() if row.zero_point == "float")
 INTEGER_ZEROS = tuple(name for name, row in LAYOUTS.items() if row.has_integer_zeros)
+
+# The container of packed experts, with a loader for training: the default for mixtures of experts.
+PACKED_EXPERTS = next(name for name, row in LAYOUTS.items() if row.experts and row.stores_codes)
 
 CONFIG_KEYS = tuple(dict.fromkeys(row.config_key for row in LAYOUTS.values()))
 

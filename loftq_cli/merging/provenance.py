@@ -94,7 +94,9 @@ def check_provenance(base: BaseModel, adapter: Path, config: Mapping[str, Any], 
     adapter is unknown then.
     """
     report = read_report(base.folder)
-    layers = tuple(layer.name for layer in report[1]) if report else tuple(sorted(base.quantized))
+    layers = (
+        tuple(name for layer in report[1] for name in layer.stored_names) if report else tuple(sorted(base.quantized))
+    )
     recorded = _Base(base, report[0] if report else None, layers)
     found = read_base_record(adapter, config)
     if found is None:

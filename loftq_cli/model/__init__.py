@@ -6,6 +6,7 @@ families.py      the table of families, families.toml: a row for each model_type
 loaded_names.py  the table loaded_names.json: names that transformers gives to tensors while loading
 task_heads.py    the head of a task, and the class with the head
 family.py        a config.json, and the loaders of the family
+experts.py       the matrices of the experts, and experts.toml: a row for each family with one tensor for all experts
 targets.py       the tensors to quantize, and the reason of each decision
 stored.py        a dense or quantized model, read back as matrices
 """

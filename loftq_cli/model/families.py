@@ -26,6 +26,7 @@ class FamilyRow:
     transposed      last parts of the names of linears stored [in, out]
     full_precision  endings of names of modules that transformers keeps in float32
     no_adapter      endings, of complete parts, of the names of linears without a PEFT adapter
+    moved           last parts of the names of linears whose adapters PEFT moves to the experts
     shared          parts of the names of linears whose weights several modules share
     loads_in_4_bit  whether transformers loads linears from 4-bit tensors
     renamings       (expression, replacement) pairs that a head class applies to module names, in order
@@ -36,6 +37,7 @@ class FamilyRow:
     transposed: tuple[str, ...] = ()
     full_precision: tuple[str, ...] = ()
     no_adapter: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     loads_in_4_bit: bool = True
     renamings: tuple[tuple[str, str], ...] = ()
@@ -91,7 +93,7 @@ def _make_row(
     projections: tuple[str, ...],
 ) -> FamilyRow:
     experts, renaming = values.pop("experts", None), values.pop("renamings", None)
-    unknown = sorted(values.keys() - {field.name for field in fields(FamilyRow)})
+    unknown = sorted(values.keys() - {field.name for field in fields(FamilyRow) if field.name != "moved"})
     if unknown:
         raise ValueError(f"family {family} has unknown keys: {', '.join(unknown)}")
     if experts not in (None, *_EXPERTS):
@@ -102,13 +104,12 @@ def _make_row(
     strangers = [name for name in lists["refused_by"] if name not in LAYOUTS]
     if strangers:
         raise ValueError(f"family {family} is refused by {', '.join(strangers)}, and there is no such container")
-    if experts == "fused":
-        lists["no_adapter"] += projections
     prefix, loads_in_4_bit = values.get("prefix"), values.get("loads_in_4_bit", True)
     if not isinstance(prefix, str | None) or not isinstance(loads_in_4_bit, bool):
         raise ValueError(f"family {family} has a prefix that is no text, or loads_in_4_bit other than true and false")
     pairs = renamings[renaming] if renaming else ()
-    return FamilyRow(prefix=prefix, loads_in_4_bit=loads_in_4_bit, renamings=pairs, **lists)
+    moved = projections if experts == "fused" else ()
+    return FamilyRow(prefix=prefix, moved=moved, loads_in_4_bit=loads_in_4_bit, renamings=pairs, **lists)
 
 
 def _check_names(value: object, place: str) -> tuple[str, ...]:

@@ -85,7 +85,17 @@ class Family:
 
     def takes_adapter(self, module: str) -> bool:
         """Whether PEFT can put an adapter on `module` alone."""
-        return not f".{module}".endswith(tuple(f".{end}" for end in self.row.no_adapter))
+        return not self._refuses_adapter(module) and module.rpartition(".")[2] not in self.row.moved
+
+    def moves_adapter(self, module: str) -> bool:
+        """Whether PEFT moves an adapter on `module` to the experts. An adapter on the weight of the module, listed
+        under target_parameters, stays.
+        """
+        return not self._refuses_adapter(module) and module.rpartition(".")[2] in self.row.moved
+
+    def _refuses_adapter(self, module: str) -> bool:
+        """Whether PEFT refuses an adapter on `module`, or an adapter there computes something else."""
+        return f".{module}".endswith(tuple(f".{end}" for end in self.row.no_adapter))
 
     def is_shared(self, module: str) -> bool:
         """Whether several modules of the loaded model have the weight of `module`."""

@@ -39,6 +39,15 @@ class Transform:
         >>> Transform(("fc1",), ("up_proj",), ("",)).apply("layers.0.fc1.weight")
         ('layers.0.up_proj.weight',)
         """
+        found = self.find(name)
+        return None if found is None else found[0]
+
+    def find(self, name: str) -> tuple[tuple[str, ...], int] | None:
+        """The new names as from `apply`, and the place of the matching expression in `sources`; None without a match.
+
+        >>> Transform(("w1", "w3"), ("gate_up_proj",), ("",)).find("experts.w3")
+        (('experts.gate_up_proj',), 1)
+        """
         prefix = next((prefix for prefix in self.prefixes if name.startswith(prefix)), None)
         if prefix is None:
             return None
@@ -50,7 +59,8 @@ class Transform:
         group = next(key for key, value in match.groupdict().items() if value is not None)
         inner = expression.groupindex[group] + 1
         replacements = (t.replace(r"\1", match[inner]) if r"\1" in t else t for t in self.targets)
-        return tuple(prefix + rest.replace(match[0], replacement, 1) for replacement in replacements)
+        names = tuple(prefix + rest.replace(match[0], replacement, 1) for replacement in replacements)
+        return names, int(group[1:])
 
 
 @cache
@@ -95,11 +105,32 @@ class LoadedNames:
         """
         return self._convert(name)[1]
 
+    def merged_place(self, name: str) -> tuple[str, int, int] | None:
+        """The parameter in the loaded model that a tensor becomes a part of, the place of the part, and the number of
+        parts; None for a tensor that stands alone or is split.
+
+        name   name in the files
+
+        >>> names = loaded_names({"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]})
+        >>> names.merged_place("model.layers.0.block_sparse_moe.experts.5.w3.weight")
+        ('model.layers.0.mlp.experts.gate_up_proj', 1, 2)
+        """
+        renamed = self._rename(name)
+        for conversion in self.conversions:
+            found = conversion.find(renamed)
+            if found is not None:
+                names, place = found
+                return (self._place(names[0]), place, len(conversion.sources)) if len(names) == 1 else None
+        return None
+
+    def _rename(self, name: str) -> str:
+        for renaming in self.renamings:
+            name = (renaming.apply(name) or (name,))[0]
+        return name
+
     def _convert(self, name: str) -> tuple[tuple[str, ...], bool]:
         end = "" if name.endswith(_PARAMETER) else ".weight"
-        renamed = name + end
-        for renaming in self.renamings:
-            renamed = (renaming.apply(renamed) or (renamed,))[0]
+        renamed = self._rename(name + end)
         found = next((names for names in (c.apply(renamed) for c in self.conversions) if names), None)
         return tuple(new.removesuffix(end) for new in found or (renamed,)), found is not None
 

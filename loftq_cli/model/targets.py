@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from loftq_cli.checkpoint.patterns import finds
@@ -21,7 +21,7 @@ _IN_A_BLOCK = re.compile(r"\.\d+\.")
 _NEVER = {
     "embedding": "an embedding, and only linear layers can be quantized",
     "router": "a router, which loaders hold in full precision",
-    "expert": "an expert, which loaders fuse into one parameter that no 4-bit container of theirs holds",
+    "expert": "an expert, and no loader of this container reads quantized experts of the model",
     "kept in float32": "a layer that transformers keeps in float32",
     "no adapter": "a layer of this family on which PEFT takes no adapter",
     "shared": "a matrix that several modules share, and an adapter belongs to one of them",
@@ -44,7 +44,13 @@ class Target:
 
 
 def choose_targets(
-    tensors: Mapping[str, TensorRef], family: Family, include: Sequence[str], exclude: Sequence[str]
+    tensors: Mapping[str, TensorRef],
+    family: Family,
+    include: Sequence[str],
+    exclude: Sequence[str],
+    experts: Collection[str] = (),
+    *,
+    moves_adapters: bool = False,
 ) -> dict[str, Target]:
     """Decide for every tensor, by name, whether to quantize the tensor.
 
@@ -54,6 +60,9 @@ def choose_targets(
               all "linear" matrices (see `kind_of`) inside numbered blocks. A head needs an expression that spells the
               last part of the head's name.
     exclude   regular expressions; a match anywhere in the module name wins over `include`
+    experts   names of the tensors of experts that the container holds quantized; other experts are left alone
+    moves_adapters   whether a linear whose adapter PEFT moves to the experts may have an adapter on its weight: PEFT
+                     adapts no packed weight
 
     Raises UsageError when an expression takes too long to match, when an `include` matches no weight to quantize, or
     spells the name of a tied head or of a kind without a 4-bit form (a key of `_NEVER`).
@@ -63,7 +72,13 @@ def choose_targets(
     >>> choose_targets({ref.name: ref}, Family({}), include=[], exclude=["fc"])
     {'h.0.fc.weight': Target(quantize=False, kind='linear', reason='excluded')}
     """
-    targets = {name: _decide(ref, family, include, exclude) for name, ref in tensors.items()}
+    targets = {}
+    for name, ref in tensors.items():
+        kind = "expert" if name in experts else kind_of(ref, family)
+        if kind == "no adapter" and moves_adapters and family.moves_adapter(module_of(name)):
+            kind = "linear"
+        never = None if name in experts else _NEVER.get(kind)
+        targets[name] = _decide(name, kind, never, family, include, exclude)
     for pattern in include:
         if not any(t.quantize and finds(pattern, module_of(name)) for name, t in targets.items()):
             raise UsageError(f"--include {pattern!r} finds no linear weight", hint="loftq inspect lists the names")
@@ -111,26 +126,29 @@ def kind_of(ref: TensorRef, family: Family) -> str:
     return "head" if _HEADS.search(module) else "linear"
 
 
-def _decide(ref: TensorRef, family: Family, include: Sequence[str], exclude: Sequence[str]) -> Target:
-    kind, module = kind_of(ref, family), module_of(ref.name)
+def _decide(
+    name: str, kind: str, never: str | None, family: Family, include: Sequence[str], exclude: Sequence[str]
+) -> Target:
+    """Decide about a tensor of a kind; `never` says in words why --include cannot choose the tensor."""
+    module = module_of(name)
     matching = [pattern for pattern in include if finds(pattern, module)]
     spelled = any(_spells(pattern, module) for pattern in matching)
     if kind in ("not floating point", "not a matrix"):
         return Target(False, kind, kind)
     if any(finds(pattern, module) for pattern in exclude):
         return Target(False, kind, "excluded")
-    if kind in _NEVER:
+    if never is not None:
         if spelled:
-            raise UsageError(f"--include asks for {_NEVER[kind]}", tensor=ref.name)
+            raise UsageError(f"--include asks for {never}", tensor=name)
         return Target(False, kind, kind)
     if kind == "head":
         if spelled and family.ties_embeddings() and "lm_head" in module:
-            raise UsageError("--include asks for a head that shares the embedding's weight", tensor=ref.name)
+            raise UsageError("--include asks for a head that shares the embedding's weight", tensor=name)
         return Target(spelled, kind, "included" if spelled else "head")
     if include:
         return Target(bool(matching), kind, "included" if matching else "not included")
     in_block = bool(_IN_A_BLOCK.search(module))
-    return Target(in_block, kind, "linear" if in_block else "outside the blocks")
+    return Target(in_block, kind, kind if in_block else "outside the blocks")
 
 
 def _spells(pattern: str, module: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.source import Checkpoint
@@ -65,8 +65,11 @@ def recast_chunks(checkpoint: Checkpoint, name: str, dtype: str, digest: Any) ->
         yield tensor_bytes(cast)
 
 
-def is_intact(checkpoint: Checkpoint, entry: JournalEntry, files: OutputFiles) -> bool:
-    """True if a finished unit can be kept: input and output are hashed again, because existence proves nothing."""
-    if checkpoint.sha256(entry.unit) != entry.input_sha256:
+def is_intact(hash_input: Callable[[], str], entry: JournalEntry, files: OutputFiles) -> bool:
+    """True if a finished unit can be kept: input and output are hashed again, because existence proves nothing.
+
+    hash_input   gives the sha256 of the input numbers of the unit
+    """
+    if hash_input() != entry.input_sha256:
         return False
     return files.hold(entry.outputs)

@@ -20,7 +20,7 @@ from loftq_cli.methods.method import METHODS
 from loftq_cli.model.family import Family
 from loftq_cli.model.targets import module_of
 from loftq_cli.model.task_heads import TaskHead
-from loftq_cli.planning.jobs import CopyJob, LayerJob, Shard
+from loftq_cli.planning.jobs import CopyJob, LayerJob, ModelShares, Shard
 from loftq_cli.planning.recipe import SELF, WEIGHTS, Recipe
 from loftq_cli.planning.recipe_files import recipe_json
 from loftq_cli.planning.settings import spec_of
@@ -102,6 +102,11 @@ class Plan:
         return sum(t.nbytes for t in self.adapter_tensors)
 
     @property
+    def shares(self) -> ModelShares:
+        """How much of the model is quantized, and the bits over all parameters."""
+        return ModelShares.of(self.jobs)
+
+    @property
     def peak_nbytes(self) -> int:
         """Approximate peak memory of the conversion in bytes: the largest matrix decides, not the matrix count."""
         method = METHODS[self.recipe.method]
@@ -115,7 +120,10 @@ class Plan:
             + compiler
             + self._text_nbytes
             + max(
-                per_weight * job.numel + per_gram * min(job.matrix.shape) ** 2 + per_input * job.matrix.shape[1] ** 2
+                per_weight * job.matrix.shape[0] * job.matrix.shape[1]
+                + per_gram * min(job.matrix.shape) ** 2
+                + per_input * job.matrix.shape[1] ** 2
+                + (sum(t.nbytes for t in job.adapter_tensors) if job.experts else 0)
                 for job in self.layers
             )
         )
@@ -158,12 +166,17 @@ class Plan:
         config = dict(config) if self.head is None else self.head.change(config)
         names = [module_of(job.name) for job in self.jobs]
         unquantized = list(dict.fromkeys(self._loaded_names_of_kept(names)))
-        has_experts = any(job.reason == "expert" and job.name.endswith(".weight") for job in self.copies)
+        has_experts = any(
+            job.reason == "expert" and job.name.endswith(".weight") and len(job.output.shape) == 2
+            for job in self.copies
+        )
         spec, uncommon = spec_of(self.recipe.quant, self.layout, self.dtype), dict[str, QuantSpec]()
         if spec.is_affine:  # codebooks need no entry: each weight has a table of values on disk
-            spec, uncommon = common_spec({job.module: job.matrix.spec for job in self.layers})
+            spec, uncommon = common_spec(
+                {name: job.matrix.spec for job in self.layers for name in _loaded_modules(job)}
+            )
         refused_by = self.family.row.refused_by
-        modules = [job.module for job in self.layers]
+        modules = [name for job in self.layers for name in _loaded_modules(job)]
         facts = ModelFacts(self.dtype, spec, modules, unquantized, has_experts, uncommon, refused_by)
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to the dtype in the config: no tensor names the dtype.
@@ -182,14 +195,18 @@ class Plan:
     def adapter_config(self, base_model: str) -> dict[str, Any]:
         """Build adapter_config.json of the adapter; `base_model` is the name of the base in the config."""
         return adapter_config.adapter_config(
-            [adapter_config.AdaptedModule(job.module, job.matrix.shape, job.lora) for job in self.layers],
+            [
+                adapter_config.AdaptedModule(name, job.matrix.shape, lora, is_parameter)
+                for job in self.layers
+                for name, lora, is_parameter in job.adapted
+            ],
             base_model=base_model,
             task_type=self.recipe.task
             or adapter_config.task_type_of(
                 self.family.architectures, is_encoder_decoder=self.family.config.get("is_encoder_decoder") is True
             ),
             modules_to_save=None if self.head is None or not self.head.tensors else self.head.modules,
-            fan_in_fan_out=any(job.matrix.transposed for job in self.layers),
+            fan_in_fan_out=any(job.matrix.transposed and not job.experts for job in self.layers),
         )
 
     def fingerprint(self, tensors: Mapping[str, TensorRef], base_model: str, statistics: str | None = None) -> str:
@@ -213,12 +230,17 @@ class Plan:
         ).hexdigest()
 
 
+def _loaded_modules(job: LayerJob) -> tuple[str, ...]:
+    """The modules of a job as loaders of quantized weights name modules; experts have a module each."""
+    return tuple(map(module_of, job.stored_names)) if job.experts else (job.module,)
+
+
 def _list_unquantized_linears(copies: Sequence[CopyJob]) -> Iterator[str]:
     """Yield names of copies that a loader might take for quantized linears: matrices and prefixes of experts."""
     listed_modules = set()
     for job in copies:
         module = module_of(job.name)
-        if job.reason == "expert":
+        if job.reason == "expert" and re.search(r"experts(?:\.|$)", module):
             module = re.split(r"(?<=experts)(?:\.|$)", module, maxsplit=1)[0]
         elif len(job.output.shape) != 2 or not job.name.endswith(".weight"):
             continue

@@ -7,28 +7,33 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.adapter.expert_factors import DOWN, AdaptedParameter, parameter_tensor_names
 from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, fused_modules
+from loftq_cli.model.experts import ExpertGroup
 from loftq_cli.model.family import Family
 from loftq_cli.model.stored import check_names
-from loftq_cli.model.targets import choose_targets, module_of
+from loftq_cli.model.targets import Target, choose_targets, module_of
 from loftq_cli.model.task_heads import TaskHead, head_of_task
-from loftq_cli.planning.jobs import CopyJob, LayerJob, QuantizableMatrix, pack_shards
-from loftq_cli.planning.matrices import MatrixPlanner, model_dtype
+from loftq_cli.planning.jobs import CopyJob, ExpertMatrix, LayerJob, QuantizableMatrix, pack_shards
+from loftq_cli.planning.matrices import ExpertChoice, MatrixPlanner, choose_experts, model_dtype
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.recipe import AffineOptions, Recipe
-from loftq_cli.planning.settings import layer_settings, procedure_of, spec_of
+from loftq_cli.planning.settings import decoded_dtype, layer_settings, procedure_of, spec_of
 from loftq_cli.quant.formats import QuantSpec
-from loftq_cli.tensors.headers import TensorRef, config_file_beside
+from loftq_cli.tensors.headers import OutTensor, TensorRef, config_file_beside
 
 
-def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
+def build_plan(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe, *, modules_only: bool = False
+) -> Plan:
     """Build the plan of a conversion from headers alone.
 
-    tensors   the headers of the original
-    config    the content of config.json; empty for a checkpoint without a config
-    recipe    the settled options
+    tensors        the headers of the original
+    config         the content of config.json; empty for a checkpoint without a config
+    recipe         the settled options
+    modules_only   whether to quantize linears whose adapter is one of a module, and no experts: for a model in memory
 
     Raises UsageError when an option does not fit a tensor, when a tensor has the name of a part of a quantized weight,
     when no weight remains to quantize, and for a model that the container's loaders do not read; InputError for a
@@ -44,8 +49,8 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     """
     head = _choose_head(config, recipe)
     family = Family(config if head is None else head.change(config), config_file_beside(tensors.values()))
-    dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
-    if planner.layout.row.stores_codes and not family.loads_in_4_bit():
+    dtype, planner, jobs = _plan_tensors(tensors, family, recipe, modules_only=modules_only)
+    if planner.layout.row.stores_codes and not family.loads_in_4_bit() and not _are_experts_modules(jobs):
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
     if not any(isinstance(job, LayerJob) for job in jobs):
         file = _place_of(tensors)
@@ -54,8 +59,10 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
         hint = "loftq inspect shows every tensor and why it is left alone"
         raise UsageError("no weight to quantize", file=file, hint=hint)
     _check_overrides(recipe, jobs)
-    check_names(planner.layout, [job.name for job in jobs if isinstance(job, LayerJob)], [job.name for job in jobs])
-    notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
+    stored = [name for job in jobs if isinstance(job, LayerJob) for name in job.stored_names]
+    check_names(planner.layout, stored, [*stored, *(job.name for job in jobs if isinstance(job, CopyJob))])
+    _check_expert_formats(recipe, jobs)
+    notes = [*planner.notes, *_summarize_copies(jobs, planner), *_note_fused_layers(recipe, jobs)]
     shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
     sources = {} if head is None else _head_sources(tensors, family, head)
     notes += [] if head is None else _note_head(head, sources)
@@ -106,7 +113,9 @@ def _place_of(tensors: Mapping[str, TensorRef]) -> Path | None:
     return next(iter(files), None) if len(files) < 2 else min(files).parent
 
 
-def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> list[LayerJob | CopyJob]:
+def plan_jobs(
+    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe, *, modules_only: bool = False
+) -> list[LayerJob | CopyJob]:
     """Plan the jobs of `build_plan`, also for a checkpoint without weights to quantize.
 
     Parameters as in `build_plan`. Raises UsageError when an option does not fit a tensor; InputError for a config with
@@ -116,18 +125,136 @@ def plan_jobs(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recip
     >>> plan_jobs({}, {}, make_recipe(rank=8))
     []
     """
-    return _plan_tensors(tensors, Family(config, config_file_beside(tensors.values())), recipe)[2]
+    family = Family(config, config_file_beside(tensors.values()))
+    return _plan_tensors(tensors, family, recipe, modules_only=modules_only)[2]
+
+
+def _are_experts_modules(jobs: Sequence[LayerJob | CopyJob]) -> bool:
+    """Whether a loader makes modules of all experts."""
+    layers = [job for job in jobs if isinstance(job, LayerJob) and job.experts]
+    kept = any(isinstance(job, CopyJob) and job.reason == "expert" and len(job.output.shape) == 3 for job in jobs)
+    return bool(layers) and not any(job.is_parameter for job in layers) and not kept
 
 
 def _plan_tensors(
-    tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
+    tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe, *, modules_only: bool
 ) -> tuple[str, MatrixPlanner, list[LayerJob | CopyJob]]:
     """Return the dtype of the stored model, the planner with notes, and the jobs."""
-    targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
+    choice = ExpertChoice() if modules_only else choose_experts(tensors, family, recipe)
+    by_parameter = bool(LAYOUTS[recipe.layout].experts) and recipe.pooling is None and not modules_only
+    targets = choose_targets(
+        tensors, family, recipe.include, recipe.exclude, choice.tensors, moves_adapters=by_parameter
+    )
     dtype = _choose_stored_dtype(recipe, model_dtype(tensors, targets, family))
     planner = _make_matrix_planner(tensors, family, recipe, dtype)
-    units = ((ref, planner.plan(ref, targets[name])) for name, ref in tensors.items())
-    return dtype, planner, [_make_job(recipe, planner, dtype, ref, unit) for ref, unit in units if unit is not None]
+    planner.expert_reason = choice.reason
+    experts, kept = _plan_experts(recipe, planner, dtype, choice.groups, targets), choice.tensors | choice.others
+    jobs: list[LayerJob | CopyJob] = []
+    for name, ref in tensors.items():
+        if name in experts:
+            # A group stands at the place of its first tensor.
+            jobs += [job for job in experts[name] if job.experts[0].parts[0].tensor == name]
+            continue
+        unit = planner.copy(ref, "expert") if name in kept else planner.plan(ref, targets[name])
+        jobs += [] if unit is None else [_make_job(recipe, planner, dtype, ref, unit)]
+    return dtype, planner, jobs
+
+
+def _plan_experts(
+    recipe: Recipe,
+    planner: MatrixPlanner,
+    dtype: str,
+    groups: Sequence[ExpertGroup],
+    targets: Mapping[str, Target],
+) -> dict[str, list[LayerJob]]:
+    """Plan the experts of each layer. Returns tensor of the original -> jobs that read the tensor. Experts of which
+    some are excluded stay as they are, all of them: loaders have no place for both kinds in one parameter.
+    """
+    chosen: list[tuple[ExpertGroup, tuple[ExpertMatrix, ...]]] = []
+    for group in groups:
+        if not all(targets[name].quantize for name in group.tensors):
+            planner.expert_reason = "some experts of a layer are excluded"
+            continue
+        matrices = planner.plan_experts(group)
+        if isinstance(matrices, str):
+            planner.expert_reason = matrices
+        else:
+            chosen.append((group, matrices))
+    parameters = sorted((group.name for group, _ in chosen if not group.modules), key=_is_last)
+    names = parameter_tensor_names(parameters)
+    jobs: dict[str, list[LayerJob]] = {}
+    for group, matrices in chosen:
+        job = _make_expert_job(recipe, planner, dtype, group, matrices, names.get(group.name))
+        for name in group.tensors:
+            jobs.setdefault(name, []).append(job)
+    return jobs
+
+
+def _is_last(parameter: str) -> bool:
+    """Whether a parameter stands behind the others of its class: transformers' classes declare down_proj last."""
+    return parameter.endswith(DOWN)
+
+
+def _make_expert_job(
+    recipe: Recipe,
+    planner: MatrixPlanner,
+    dtype: str,
+    group: ExpertGroup,
+    matrices: tuple[ExpertMatrix, ...],
+    names: tuple[str, str] | None,
+) -> LayerJob:
+    """Make the job of the experts of a layer; `names` are those of the joined lora_A and lora_B, None for modules."""
+    first, shape = group.experts[0][0], group.shape
+    modules = {module_of(part.stored or part.tensor): part for parts in group.experts for part in parts}
+    settings = {module: layer_settings(recipe, module, dtype) for module in modules}
+    module, (spec, lora, _) = next(iter(settings.items()))
+    uneven = next((name for name, (_, other, _) in settings.items() if other != lora), None)
+    if uneven is not None and not group.modules:
+        message = "the experts of a layer have adapters of one rank, and an override has another"
+        raise UsageError(message, tensor=modules[uneven].tensor, hint="match all experts of the layer")
+    _check_rank(lora.rank, shape, first.tensor, module)
+    adapted = [adapter_config.AdaptedModule(name, shape, lora) for name in group.modules]
+    adapter_tensors = tuple(tensor for module in adapted for tensor in adapter_config.planned(module))
+    if names is not None:
+        peft_shape = shape[::-1] if group.is_turned else shape
+        shapes = AdaptedParameter(group.name, (len(matrices), *peft_shape)).factor_shapes(lora.rank)
+        adapter_tensors = tuple(OutTensor(n, lora.dtype, s) for n, s in zip(names, shapes, strict=True))
+    stored_dtype = decoded_dtype(recipe.layout, spec, dtype)
+    return LayerJob(
+        matrix=StoredMatrix(group.name, shape, spec, stored_dtype, transposed=False),
+        module=group.name,
+        lora=lora,
+        layout=recipe.layout,
+        procedure=procedure_of(recipe),
+        base_tensors=_plan_expert_tensors(planner, matrices, stored_dtype),
+        adapter_tensors=adapter_tensors,
+        note=None,
+        experts=matrices,
+        is_parameter=not group.modules,
+        is_turned=group.is_turned,
+    )
+
+
+def _plan_expert_tensors(
+    planner: MatrixPlanner, matrices: Sequence[ExpertMatrix], stored_dtype: str
+) -> tuple[OutTensor, ...]:
+    """Plan the tensors of experts in the base: those of each part, or the tensor of all experts of the original."""
+    stored = [matrix for expert in matrices for matrix in expert.stored]
+    if stored:
+        return tuple(tensor for matrix in stored for tensor in planner.layout.planned(matrix))
+    ref = planner.tensors[matrices[0].parts[0].tensor]
+    return (OutTensor(ref.name, stored_dtype, ref.shape),)
+
+
+def _check_rank(rank: int, shape: tuple[int, int], tensor: str, module: str) -> None:
+    """Raises UsageError for a rank above the smaller side of a matrix of `shape`."""
+    # A pooled adapter may have more rank than an input has groups: PEFT trains adapters of higher rank.
+    if rank > min(shape):
+        raise UsageError(
+            f"rank {rank} is more than the matrix has ({shape[0]} by {shape[1]})",
+            tensor=tensor,
+            hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
+        )
 
 
 def _choose_stored_dtype(recipe: Recipe, dtype: str) -> str:
@@ -142,8 +269,7 @@ def _make_matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recip
         spec, _, is_quantized = layer_settings(recipe, module, dtype)
         return spec if is_quantized else None
 
-    modules = [module_of(name) for name in tensors]
-    return MatrixPlanner(family, recipe.layout, dtype, modules, spec_of(recipe.quant, recipe.layout, dtype), spec_for)
+    return MatrixPlanner(family, recipe.layout, dtype, tensors, spec_of(recipe.quant, recipe.layout, dtype), spec_for)
 
 
 def _make_job(
@@ -154,13 +280,7 @@ def _make_job(
         return unit
     module, shape = module_of(ref.name), unit.matrix.shape
     _, lora, _ = layer_settings(recipe, module, dtype)
-    # A pooled adapter may have more rank than an input has groups: PEFT trains adapters of higher rank.
-    if lora.rank > min(shape):
-        raise UsageError(
-            f"rank {lora.rank} is more than the matrix has ({shape[0]} by {shape[1]})",
-            tensor=ref.name,
-            hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
-        )
+    _check_rank(lora.rank, shape, ref.name, module)
     return LayerJob(
         matrix=unit.matrix,
         module=unit.module,
@@ -170,23 +290,37 @@ def _make_job(
         base_tensors=planner.layout.planned(unit.matrix),
         adapter_tensors=adapter_config.planned(adapter_config.AdaptedModule(unit.module, shape, lora)),
         note=unit.note,
+        is_parameter=planner.family.moves_adapter(module),
     )
 
 
 def _check_overrides(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
     for override in recipe.override:
-        if not any(finds(override.match, module_of(job.name)) for job in jobs):
+        if not any(finds(override.match, module_of(name)) for job in jobs for name in _names_in_files(job)):
             raise UsageError(f"the override {override.match!r} matches no module", hint="loftq inspect lists the names")
 
 
-def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterator[str]:
+def _names_in_files(job: LayerJob | CopyJob) -> tuple[str, ...]:
+    return job.stored_names if isinstance(job, LayerJob) else (job.name,)
+
+
+def _check_expert_formats(recipe: Recipe, jobs: Sequence[LayerJob | CopyJob]) -> None:
+    """Raises UsageError for packed experts in a model of several formats: such a model is decoded after loading, and
+    experts are decoded while loading.
+    """
+    layers = [job for job in jobs if isinstance(job, LayerJob)]
+    experts = next((job for job in layers if job.experts), None)
+    if experts is not None and LAYOUTS[recipe.layout].stores_codes and len({job.matrix.spec for job in layers}) > 1:
+        message = "loaders decode the experts of a model by one format, and an override has another"
+        raise UsageError(message, tensor=experts.sources[0], hint="one quant_type and group_size for all layers")
+
+
+def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], planner: MatrixPlanner) -> Iterator[str]:
     experts = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "expert"]
-    if experts:
+    if any(len(job.output.shape) == 3 or job.name.endswith(".weight") for job in experts):
         nbytes = sum(job.output.nbytes for job in experts)
-        yield (
-            f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: loaders fuse experts into "
-            "one parameter that the container does not hold"
-        )
+        yield (f"{len(experts)} expert tensors ({nbytes / 1e6:.1f} MB) stay in full precision: {planner.expert_reason}")
+    recast = planner.recast
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
         yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"

@@ -8,7 +8,7 @@ import json
 import os
 import reprlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -24,15 +24,24 @@ from loftq_cli.planning.sizes import MAX_INT
 from loftq_cli.quant.foreign_names import foreign_hint
 from loftq_cli.quant.formats import FORMATS
 
+_EXPERTS_FORMAT, _GROUP_SIZE = "int4", 64  # of experts; the group size of integers in other models is equal
 MAX_RECIPE_NBYTES = 1_000_000  # a recipe with an override for each layer of the largest models has a tenth
 
 
-def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool = False) -> Recipe:
+def resolve_recipe(
+    source: str | None,
+    flags: Mapping[str, Any],
+    *,
+    mixes: bool = False,
+    expert_rows: Callable[[], Collection[int]] | None = None,
+) -> Recipe:
     """Settle a recipe from three sources: flags win over `source`, and `source` wins over defaults.
 
     source   a preset's name or the path of a TOML file; None for defaults and flags alone
     flags    values by the names of RecipeFields; None: the flag was not typed
     mixes    whether to choose defaults for a model of several number formats, even without an override
+    expert_rows   returns the input features of a model's experts that packed integers hold, no number for a model
+                  without; asked only where the answer decides about a default
 
     A flag for quant_type, method, init, fit, keep_base, calibration, text or svd drops the options of `source` without
     a meaning beside the flag.
@@ -55,7 +64,35 @@ def resolve_recipe(source: str | None, flags: Mapping[str, Any], *, mixes: bool 
     is_asymmetric = isinstance(recipe.quant, AffineOptions) and not recipe.quant.symmetric
     if mixes and fields.symmetric is None and is_asymmetric and recipe.pooling is None:
         return settle(replace(fields, symmetric=LAYOUTS[recipe.layout].mixed == "symmetric"), typed)
-    return recipe
+    with_experts = fields if expert_rows is None or mixes else _default_for_experts(fields, recipe, expert_rows)
+    return recipe if with_experts is fields else settle(with_experts, typed)
+
+
+def _default_for_experts(
+    fields: RecipeFields, recipe: Recipe, expert_rows: Callable[[], Collection[int]]
+) -> RecipeFields:
+    """Fill open options so that a loader reads the quantized experts of a model: packed integers without zero points,
+    in groups that divide the rows.
+
+    fields        the requested options
+    recipe        the options, settled without a look at the model
+    expert_rows   as for `resolve_recipe`
+    """
+    codebooks = any(o.quant_type or o.block_size or o.double_quant is not None for o in fields.override or ())
+    wishes = (fields.quant_type, fields.layout, fields.block_size, fields.double_quant)
+    is_open = not codebooks and all(wish is None for wish in wishes)
+    if recipe.pooling is not None or not (is_open or LAYOUTS[recipe.layout].experts == "symmetric"):
+        return fields
+    rows = expert_rows()
+    if not rows:
+        return fields
+    if is_open:
+        fields = replace(fields, quant_type=_EXPERTS_FORMAT)
+    if fields.group_size is None:
+        sizes = sorted(FORMATS[fields.quant_type or recipe.quant_type].group_sizes, reverse=True)
+        fitting = [size for size in sizes if size <= _GROUP_SIZE and not any(row % size for row in rows)]
+        fields = replace(fields, group_size=next(iter(fitting), None))
+    return fields if fields.symmetric is not None else replace(fields, symmetric=True)
 
 
 def _drop_options(override: Override, names: set[str]) -> Override:

@@ -132,6 +132,12 @@ class AffineTensor:
         out_features, groups = self.scales.shape
         return out_features, groups * self.spec.group_size
 
+    def part(self, rows: slice) -> AffineTensor:
+        """The rows [rows.start, rows.stop) as a matrix: views, and no copies."""
+        zero_points = None if self.zero_points is None else self.zero_points[rows]
+        biases = None if self.biases is None else self.biases[rows]
+        return AffineTensor(self.codes[rows], self.scales[rows], zero_points, biases, self.spec, self.dtype)
+
     def decoded(self, codes: Callable[[slice], torch.Tensor] | None = None) -> DecodedGroups:
         """The matrix of a loader by rows: (code - zero point) * scale, or code * scale + bias, rounded to `dtype`.
 

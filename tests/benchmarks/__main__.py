@@ -17,7 +17,7 @@ from tempfile import gettempdir
 import torch
 
 from loftq_cli.runtime.workers import available_threads
-from tests.benchmarks import ceiling, conversion, durability, gpu, growth, joint, matrix, nf4, scratch
+from tests.benchmarks import ceiling, conversion, durability, experts, gpu, growth, joint, matrix, nf4, scratch
 from tests.benchmarks.contenders import warm_up_kernels
 from tests.benchmarks.measuring import Settings, Table, machine, rendered
 
@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, Callable[[Settings], Iterator[Table]]] = {
     "durability": durability.run,
     "scratch": scratch.run,
     "growth": growth.run,
+    "experts": experts.run,
     "gpu": gpu.run,
 }
 

@@ -65,7 +65,7 @@ def test_a_table_without_its_families_is_refused():
 
 def test_fused_experts_take_the_adapters_of_their_projections_beside_those_of_the_row():
     row = parse_families(FRAME + 'x = { experts = "fused", no_adapter = ["out_proj"] }')["x"]
-    assert row.no_adapter == ("out_proj", "up_proj")
+    assert (row.no_adapter, row.moved) == (("out_proj",), ("up_proj",))
 
 
 def test_a_row_names_its_renamings():
@@ -84,6 +84,7 @@ def test_a_family_reads_last_parts_and_endings_of_module_names():
     assert glm.is_kept_in_float32("layers.0.indexer.weights_proj")
     assert not glm.is_kept_in_float32("layers.0.other.weights_proj")
     assert (olmoe.takes_adapter("mlp.up_proj"), olmoe.takes_adapter("mlp.up_proj_2")) == (False, True)
+    assert (olmoe.moves_adapter("mlp.up_proj"), olmoe.moves_adapter("mlp.up_proj_2")) == (True, False)
 
 
 def test_a_shared_module_is_kept_in_every_block():

@@ -49,6 +49,7 @@ def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
     for file in plan.files:
         write_result(f"{file.name}  {format_nbytes(file.nbytes)}, {file.tensors} tensors")
     write_result(f"{plan.adapter.name}  {format_nbytes(plan.adapter.nbytes)}")
+    write_result(f"model  {_describe_model(plan)}")
 
 
 def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
@@ -70,6 +71,12 @@ def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:
         write_result(f"outputs  {outputs}, on the text's inputs")
     if plan.code_files:
         write_result(f"code     {code_note(plan.code_files)}")
+    write_result(f"model    {_describe_model(plan)}")
+
+
+def _describe_model(plan: QuantizePlan) -> str:
+    """The bits over all parameters, the shares, and the size of base and adapter."""
+    return f"{plan.shares.describe(plan.dtype)}; base + adapter {format_nbytes(plan.nbytes)}"
 
 
 def _announce_allocation(allocation: Allocation) -> None:
@@ -102,7 +109,8 @@ def _job_cells(job: LayerJob | CopyJob) -> tuple[str, ...]:
     if isinstance(job, CopyJob):
         return (job.name, format_shape(job.output.shape), f"{job.output.dtype} ({job.reason})", "", "", "")
     spec, bits = job.matrix.spec, f"{job.bits_per_weight:.2f}"
-    return (job.name, format_shape(job.matrix.shape), spec.quant_type, spec.size_text, str(job.lora.rank), bits)
+    shape = (len(job.experts), *job.matrix.shape) if job.experts else job.matrix.shape
+    return (job.name, format_shape(shape), spec.quant_type, spec.size_text, str(job.lora.rank), bits)
 
 
 def _result_json(outcome: QuantizeResult) -> dict[str, object]:
@@ -115,6 +123,7 @@ def _result_json(outcome: QuantizeResult) -> dict[str, object]:
         "verified": outcome.verified,
         "already_done": outcome.already_done,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        **plan.shares.to_json(),
         "base_nbytes": plan.base_nbytes,
         "adapter_nbytes": plan.adapter_nbytes,
         **error_json(outcome.total),
@@ -138,11 +147,13 @@ def _plan_json(plan: QuantizePlan) -> dict[str, object]:
         "adapter_nbytes": plan.adapter_nbytes,
         "peak_nbytes": plan.peak_nbytes,
         "bits_per_weight": round(plan.bits_per_weight, 4),
+        **plan.shares.to_json(),
         "layers": [
             {
                 "name": job.name,
                 "module": job.module,
                 "shape": job.matrix.shape,
+                **({"experts": len(job.experts)} if job.experts else {}),
                 **spec_json(job.matrix.spec),
                 "rank": job.lora.rank,
                 "scaling": job.lora.scaling,

@@ -122,13 +122,13 @@ def make_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recip
     Traceback (most recent call last):
     loftq_cli.errors.UsageError: no linear to quantize among the 0 matrices of the model: ...
     """
-    jobs = plan_jobs(tensors, config, recipe)
+    jobs = plan_jobs(tensors, config, recipe, modules_only=True)
     if not any(isinstance(job, LayerJob) for job in jobs):
         matrices = [job for job in jobs if not isinstance(job, LayerJob) and len(job.output.shape) == 2]
         reasons = ", ".join(f"{job.name} ({job.note or job.reason})" for job in matrices[:3])
         message = f"no linear to quantize among the {len(matrices)} matrices of the model: {reasons}"
         raise UsageError(message, hint="include=['...'] takes expressions that find the names of other linears")
-    return build_plan(tensors, config, recipe)
+    return build_plan(tensors, config, recipe, modules_only=True)
 
 
 def initialize(job: LayerJob, weight: Rows, weighting: Weighting | None, workers: Workers = SERIAL) -> Initialization:

@@ -43,13 +43,18 @@ REFUSALS = {
         for layout in CONTAINERS
     },
     **{
-        f"experts of {family} in compressed-tensors": Refusal(
-            r"transformers loads no experts in full precision from compressed-tensors \(--layout metal, or dense\)",
+        f"experts of {family} in compressed-tensors with zero points": Refusal(
+            r"transformers decodes experts of compressed-tensors without zero points \(--symmetric\)",
             int4("compressed-tensors"),
             build,
         )
         for family, build in (("mixtral", models.mixtral), ("qwen2_moe", models.qwen2_moe))
     },
+    "an expert in 16 bits in compressed-tensors": Refusal(
+        r"transformers loads no experts in full precision from compressed-tensors \(--layout metal, or dense\)",
+        int4("compressed-tensors", symmetric=True, exclude=(r"experts\.1\.",)),
+        models.mixtral,
+    ),
     "two stacks of blocks of t5 in gptq": Refusal(
         r"GPTQ loaders .* one stack of blocks, .* decoder\.block, encoder\.block \(--layout compressed-tensors, .*\)",
         int4("gptq", group_size=32),
