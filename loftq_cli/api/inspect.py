@@ -75,7 +75,8 @@ def inspect(
         sort: "name", "error", "base_error" or "numel"; `reference` also allows "output_error".
         top: number of layers to list, 1 or more; None lists all layers.
         fail_above: the largest allowed relative error of a layer.
-        verify: check checksums, index, config and numbers, and compute no errors.
+        verify: check checksums, index, config and numbers, and compute no errors; where transformers is installed, ask
+            about the place of each layer and adapter of a result in the loaded model.
         threads: number of threads to compute with; None is the number of processors.
         device: the device of `against` and `try_`, "cpu", "cuda", "cuda:N" or "auto".
         reference: the original model, to run beside the converted model. Needs transformers.

@@ -40,7 +40,9 @@ Top = Annotated[int | None, typer.Option(min=1, help="List only the first N laye
 Verify = Annotated[
     bool,
     typer.Option(
-        "--verify", help="Check checksums, index, config and numbers, and name every damaged file and tensor."
+        "--verify",
+        help="Check checksums, index, config and numbers, and name every damaged file and tensor. "
+        "Where transformers is installed, ask it whether each stored layer and adapter has a place in the model.",
     ),
 ]
 FailAbove = Annotated[

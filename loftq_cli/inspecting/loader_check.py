@@ -14,6 +14,7 @@ from loftq_cli.errors import LoftqError, MismatchError
 from loftq_cli.inspecting.findings import Findings
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
+from loftq_cli.output.records import MERGE_REPORT_NAME, REPORT_NAME
 
 _MODEL_CONFIG, _LOADED_KEY = "config.json", "quantization_config"
 _MOST_NAMES = 3  # more names hide the sentence around the names
@@ -21,18 +22,13 @@ _MOST_NAMES = 3  # more names hide the sentence around the names
 
 def check_loader(findings: Findings, base: BaseModel, adapters: Mapping[str, AdapterSource]) -> None:
     """Add a problem for each difference between the files and the model that transformers would load, and a note where
-    transformers has no answer. Without transformers, and for a container of other loaders, nothing is asked.
+    transformers has no answer. Nothing is asked without transformers, about a container of other loaders, and about a
+    checkpoint that no command of this tool wrote: the libraries take ten times the memory of the other checks.
 
     base       the opened model of the directory
     adapters   folder -> adapter of the model
     """
-    has_other_loader = base.quantized and base.layout.row.config_key != _LOADED_KEY
-    if (
-        has_other_loader
-        or not base.family.architectures
-        or not (base.folder / _MODEL_CONFIG).is_file()
-        or not can_ask()
-    ):
+    if not _is_for_transformers(base) or not can_ask():
         return
     try:
         answer = ask_loader(base.folder, base.tensors)
@@ -44,6 +40,15 @@ def check_loader(findings: Findings, base: BaseModel, adapters: Mapping[str, Ada
     _check_dropped(findings, base, answer)
     for folder, adapter in adapters.items():
         _check_adapter(findings, folder, adapter, answer)
+
+
+def _is_for_transformers(base: BaseModel) -> bool:
+    """Whether the model is a result of this tool, with a class, and packed as transformers reads."""
+    if base.quantized:
+        is_result = base.layout.row.config_key == _LOADED_KEY
+    else:
+        is_result = any((base.folder / name).is_file() for name in (REPORT_NAME, MERGE_REPORT_NAME))
+    return is_result and bool(base.family.architectures) and (base.folder / _MODEL_CONFIG).is_file()
 
 
 def _check_packed(findings: Findings, base: BaseModel, answer: LoaderAnswer) -> None:

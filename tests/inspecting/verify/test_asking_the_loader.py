@@ -135,6 +135,12 @@ def test_a_model_without_an_end_is_a_note(result, monkeypatch):
     )
 
 
+def test_nothing_is_asked_about_a_checkpoint_of_others(original, monkeypatch):
+    monkeypatch.setattr("loftq_cli.inspecting.loader_check.ask_loader", os.abort)
+
+    assert problems(original) == []
+
+
 def test_nothing_is_asked_without_the_libraries(result, monkeypatch):
     monkeypatch.setattr("loftq_cli.inspecting.loader_check.can_ask", lambda: False)
     monkeypatch.setattr("loftq_cli.inspecting.loader_check.ask_loader", os.abort)
