@@ -161,7 +161,6 @@ class LayoutRow:
     """One row of the table.
 
     module           the module with the container's class
-    summary          the numbers in the container, in a few words
     loaders          the software that loads the base
     quant_types      number formats in the container, keys of FORMATS
     zero_point       kind of a group's stored offset in integer formats: "int" or "float"
@@ -184,7 +183,6 @@ class LayoutRow:
     """
 
     module: str
-    summary: str
     loaders: str
     quant_types: tuple[str, ...]
     zero_point: str = "int"
@@ -244,12 +242,9 @@ _FUSED = (
 
 # The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
-    "bitsandbytes": LayoutRow(
-        "loftq_cli.layouts.bitsandbytes", "4-bit codebooks", "transformers, PEFT", ("nf4", "fp4")
-    ),
+    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "transformers, PEFT", ("nf4", "fp4")),
     "compressed-tensors": LayoutRow(
         "loftq_cli.layouts.compressed_tensors",
-        "integers",
         "transformers, PEFT, vLLM",
         _INTEGERS,
         mixed="symmetric",
@@ -261,7 +256,6 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "gptq": LayoutRow(
         "loftq_cli.layouts.gptq",
-        "integers",
         "GPTQModel, PEFT",
         _INTEGERS,
         scale_dtypes=("float16",),
@@ -273,7 +267,6 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "metal": LayoutRow(
         "loftq_cli.layouts.metal",
-        "integers with float offsets",
         "transformers",
         ("int2", "int4", "int8"),
         zero_point="float",
@@ -284,7 +277,6 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "mlx": LayoutRow(
         "loftq_cli.layouts.mlx",
-        "integers with float offsets",
         "MLX",
         _INTEGERS,
         zero_point="float",
@@ -295,7 +287,6 @@ LAYOUTS: dict[str, LayoutRow] = {
     ),
     "dense": LayoutRow(
         "loftq_cli.layouts.dequantized",
-        "decoded values",
         "anything",
         tuple(FORMATS),
         stores_codes=False,
