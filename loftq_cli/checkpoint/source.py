@@ -9,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, HIDDEN_INSIDE, WatchedFile, absent
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
 from loftq_cli.tensors.headers import TensorRef
+from loftq_cli.tensors.libraries import ADAPTER_FILES, DEFAULT_LIBRARY, LIBRARIES, pipeline_in
 
 if TYPE_CHECKING:
     import torch
@@ -35,17 +36,12 @@ READERS = {
 }
 
 # Names in the order of the search in a model folder; an index names the files to read.
-MODEL_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
+MODEL_FILES = tuple(name for library in LIBRARIES.values() for name in library.model_files)
 
-_ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_FILES = {"adapter_model.safetensors", *ADAPTER_FILES}
 _OTHER_KINDS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax"}
 _MAX_NAMES = 10  # more names hide the sentence around the names
-_LOOKED_FOR = f"looked for {', '.join(MODEL_FILES)} or one other .safetensors file"
+_LOOKED_FOR = f"looked for {', '.join(DEFAULT_LIBRARY.model_files)} or one other .safetensors file"
 _DOWNLOAD = "download the missing files again"
 
 
@@ -67,10 +63,11 @@ class Checkpoint:
     """A checkpoint of a single file or of many. No file stays open between reads.
 
     path       : the path from the user
-    directory  : the model folder (with config.json); None for a lone weight file
+    directory  : the model folder (with config.json), or the root of a pipeline; None for a lone weight file
     files      : the weight files, in the order of `tensors`
     index_file : the index of the weight files, if any
     tensors    : name -> TensorRef, by file name, then in the order of each file
+    part       : the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
     """
 
     path: Path
@@ -81,6 +78,7 @@ class Checkpoint:
     _readers: dict[Path, WeightsFile] = field(repr=False)
     _index: WatchedFile | None = field(repr=False)
     _config: WatchedFile | None = field(repr=False)
+    part: str = ""
 
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
         """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
@@ -136,7 +134,8 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at `path`: a model folder or a single weight file.
+    """Open the checkpoint at `path`: a model folder, the root of a pipeline, or a single weight file. The checkpoint of
+    a pipeline has the tensors of the model that denoises.
 
     Raises InputError when `path` holds no checkpoint, an unsupported kind, a wrong header or a wrong index.
     Raises StorageError when a file or the folder cannot be read.
@@ -147,10 +146,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     (2, 3)
     """
     if stat.S_ISDIR(_mode_of(path)):
-        weights = _weights_in(path)
-        if weights.name.endswith(".index.json"):
-            return _open_indexed(path, weights)
-        return _open_single(path, weights, path)
+        part = _part_of(path)
+        return replace(_open_folder(path / part), path=path, directory=path, part=part)
     return _open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None)
 
 
@@ -162,7 +159,8 @@ def faults(path: Path) -> Iterator[LoftqError]:
     ['InputError']
     """
     try:
-        weights = _weights_in(path) if stat.S_ISDIR(_mode_of(path)) else path
+        path = path / _part_of(path) if stat.S_ISDIR(_mode_of(path)) else path
+        weights = _weights_in(path) if path.is_dir() else path
         if weights == path or not weights.name.endswith(".index.json"):
             open_weights_file(weights)
             return
@@ -211,6 +209,28 @@ def open_weights_file(path: Path) -> WeightsFile:
         )
     module, _, name = READERS[path.suffix].partition(":")
     return cast(WeightsFile, getattr(import_module(module), name)(path))
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    weights = _weights_in(path)
+    if weights.name.endswith(".index.json"):
+        return _open_indexed(path, weights)
+    return _open_single(path, weights, path)
+
+
+def _part_of(directory: Path) -> str:
+    """The folder of the model inside the pipeline in `directory`, with a slash at the end; empty for a model folder.
+
+    Raises InputError for a pipeline without a model that denoises.
+    """
+    library = pipeline_in(_names_in(directory))
+    if library is None:
+        return ""
+    part = next((name for name in library.denoisers if (directory / name).is_dir()), None)
+    if part is None:
+        message = f"is a pipeline of {library.name} without a folder {' or '.join(library.denoisers)}"
+        raise InputError(message, file=directory, hint="give the folder of the model to convert")
+    return f"{part}/"
 
 
 def _open_single(path: Path, weights: Path, directory: Path | None) -> Checkpoint:
@@ -290,8 +310,8 @@ def _weights_in(directory: Path) -> Path:
     for name in MODEL_FILES:
         if name in names:
             return directory / name
-    candidates = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_FILE]
-    if "adapter_config.json" in names:
+    candidates = [name for name in names if name.endswith(".safetensors") and name not in _ADAPTER_FILES]
+    if "adapter_config.json" in names or (not candidates and not ADAPTER_FILES.isdisjoint(names)):
         hint = "give the folder of the base model that it was trained on"
         raise InputError("is an adapter, not a model", file=directory, hint=hint)
     if len(candidates) == 1:

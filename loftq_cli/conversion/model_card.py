@@ -12,6 +12,7 @@ from loftq_cli.methods.method import METHODS
 from loftq_cli.output.records import RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.plan import Plan
 from loftq_cli.runtime.version import VERSION
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 
 
 def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str) -> str:
@@ -210,10 +211,10 @@ def _join_names(names: Iterable[str]) -> str:
 
 
 def _is_loaded_by_peft(plan: Plan) -> bool:
-    """Whether transformers and PEFT load base and adapter; otherwise the modules of `loftq_cli.nn` do."""
+    """Whether the model's library and PEFT load base and adapter; otherwise the modules of `loftq_cli.nn` do."""
     row, pooling = LAYOUTS[plan.layout], plan.recipe.pooling
     pools = pooling is None or (row.peft_pools and pooling.convention == "peft")
-    return row.in_transformers and pools
+    return plan.family.library.name in row.libraries and pools
 
 
 def _render_loading_lines(plan: Plan) -> str:
@@ -222,6 +223,8 @@ def _render_loading_lines(plan: Plan) -> str:
 
     PEFT pools inputs in some containers only, and by PEFT's own convention; transformers does not read every container.
     """
+    if plan.family.library is not DEFAULT_LIBRARY:
+        return _render_diffusers_lines(plan)
     architectures = plan.family.architectures
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
@@ -240,3 +243,28 @@ model = load_adapted(model, folder)"""
 from peft import PeftModel
 model = {auto}.from_pretrained(folder{arguments}){decoding}
 model = PeftModel.from_pretrained(model, folder, subfolder="{plan.adapter_dir}", is_trainable=True)"""
+
+
+def _render_diffusers_lines(plan: Plan) -> str:
+    """Return lines of Python that load base and adapter with diffusers. Without a dtype diffusers takes float16."""
+    dtype, folder = f"torch_dtype=torch.{plan.dtype}", plan.family.library.adapter_prefix(plan.family.config)[:-1]
+    if not _is_loaded_by_peft(plan):
+        name = plan.family.model_type
+        return f"""from diffusers import {name}
+from loftq_cli.nn import load_adapted
+model = {name}.from_config({name}.load_config(folder{_subfolder(plan)}))
+model = load_adapted(model, folder)"""
+    if plan.part:
+        return f"""import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(folder, {dtype})
+pipeline.load_lora_weights(folder + "/{plan.adapter_dir}")
+model = pipeline.{folder}"""
+    return f"""import torch
+from diffusers import {plan.family.model_type}
+model = {plan.family.model_type}.from_pretrained(folder, {dtype})
+model.load_lora_adapter(folder + "/{plan.adapter_dir}", prefix="{folder}")"""
+
+
+def _subfolder(plan: Plan) -> str:
+    return f', subfolder="{plan.part[:-1]}"' if plan.part else ""

@@ -322,6 +322,7 @@ def _make_texts(
         REPORT_NAME: dump_json(report),
     }
     if len(plan.shards) > 1:
-        texts["model.safetensors.index.json"] = index_json(plan.shard_of, plan.base_nbytes)
+        index = f"{plan.part}{plan.family.library.weights}.safetensors.index.json"
+        texts[index] = index_json(plan.shard_of, plan.base_nbytes)
     config = without_local_path(plan.model_config(conversion.config))
-    return texts | ({"config.json": dump_json(config)} if config else {})
+    return texts | ({f"{plan.part}config.json": dump_json(config)} if config else {})

@@ -27,6 +27,7 @@ from loftq_cli.output.records import MERGE_REPORT_NAME, PROVENANCE_NAME, RECIPE_
 from loftq_cli.planning.jobs import QuantizableMatrix
 from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.planning.recipe_files import recipe_json, resolve_recipe
+from loftq_cli.tensors.libraries import PIPELINE_FILES
 
 _HERE = "."
 
@@ -52,8 +53,9 @@ class OpenedDirectory:
         if self.base is None:
             return read
         index = self.base.checkpoint.index_file
-        config = {"config.json"} if (self.base.folder / "config.json").is_file() else set()
-        return {*read, *config, *([] if index is None else [index.name])}
+        part = self.base.checkpoint.part
+        config = {f"{part}config.json"} if (self.base.folder / part / "config.json").is_file() else set()
+        return {*read, *config, *([] if index is None else [f"{part}{index.name}"])}
 
     def fingerprinted_names(self) -> list[str]:
         """Names of the stored tensors under `base_fingerprint`."""
@@ -80,7 +82,9 @@ def open_directory(findings: Findings, listed_files: Mapping[str, str]) -> Opene
     """
     directory = findings.directory
     report = findings.attempt(read_report, directory)
-    is_adapter = is_adapter_directory(directory) and not any((directory / name).exists() for name in MODEL_FILES)
+    is_adapter = is_adapter_directory(directory) and not any(
+        (directory / name).exists() for name in (*MODEL_FILES, *PIPELINE_FILES)
+    )
     base = None if is_adapter else _open_base(findings)
     adapters = (_HERE,) if is_adapter else tuple(_adapter_names(directory, listed_files, report))
     weights = _open_weights(findings, base, adapters, listed_files)

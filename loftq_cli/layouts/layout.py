@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec, as_affine
 from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, LIBRARIES, Library
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,7 @@ class ModelFacts:
     quantized_modules        names of all quantized modules
     full_precision_modules   names of modules in full precision that a loader might quantize
     has_experts              whether experts are in full precision, as a matrix for each expert
+    library                  the library that loads the model
     other_specs              module -> number format, for quantized modules of uncommon integer formats
     refused_by               keys of LAYOUTS: containers whose loaders do not read models of the family
     """
@@ -79,6 +81,7 @@ class ModelFacts:
     quantized_modules: Sequence[str]
     full_precision_modules: Sequence[str]
     has_experts: bool = False
+    library: Library = DEFAULT_LIBRARY
     other_specs: Mapping[str, QuantSpec] = field(default_factory=dict)
     refused_by: Sequence[str] = ()
 
@@ -89,8 +92,12 @@ class ModelFacts:
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:
-    """List all linears in full precision, and the heads that a loader may add to the model."""
+    """List all linears in full precision, and the heads that a loader may add to the model. A library that skips layers
+    by the last part of a name adds no heads.
+    """
     names = list(facts.full_precision_modules)
+    if facts.library.skips_by_part:
+        return names
     return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
 
 
@@ -173,7 +180,7 @@ class LayoutRow:
     fused            names of sibling modules that servers fuse into a matrix with a single format
     stores_codes     whether weights stay quantized on disk; else the decoded values are stored
     config_key       key of config.json for the description of the quantization
-    in_transformers  whether transformers loads the base
+    libraries        names of the libraries that load the base: keys of LIBRARIES
     peft_pools       whether PEFT's use_qalora pools the inputs of layers in the container
     load_arguments   arguments of `from_pretrained` beside the path
     mixed_decoding   line of Python to run after loading several formats in a model, before PEFT sees the weights
@@ -193,7 +200,7 @@ class LayoutRow:
     fused: tuple[tuple[str, ...], ...] = ()
     stores_codes: bool = True
     config_key: str = "quantization_config"
-    in_transformers: bool = True
+    libraries: tuple[str, ...] = (DEFAULT_LIBRARY.name,)
     peft_pools: bool = False
     load_arguments: str = ""
     mixed_decoding: str = ""
@@ -239,7 +246,12 @@ _FUSED = (
 
 # The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
-    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "4-bit codebooks, for transformers", ("nf4", "fp4")),
+    "bitsandbytes": LayoutRow(
+        "loftq_cli.layouts.bitsandbytes",
+        "4-bit codebooks, for transformers and diffusers",
+        ("nf4", "fp4"),
+        libraries=("transformers", "diffusers"),
+    ),
     "compressed-tensors": LayoutRow(
         "loftq_cli.layouts.compressed_tensors",
         "integers, for transformers and vLLM",
@@ -279,10 +291,12 @@ LAYOUTS: dict[str, LayoutRow] = {
         keeps_dtype=False,
         group_sizes=(32, 64, 128),
         config_key="quantization",
-        in_transformers=False,
+        libraries=(),
     ),
     "dense": LayoutRow(
-        "loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS), stores_codes=False
+        *("loftq_cli.layouts.dequantized", "the decoded values, for anything", tuple(FORMATS)),
+        stores_codes=False,
+        libraries=tuple(LIBRARIES),
     ),
 }
 

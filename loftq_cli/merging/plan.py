@@ -34,6 +34,7 @@ from loftq_cli.output.records import (
 from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult
 from loftq_cli.output.staging import check_apart
+from loftq_cli.planning.format_options import check_library
 from loftq_cli.planning.jobs import Shard, pack_shards
 from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import common_spec
@@ -103,7 +104,8 @@ class Merge:
         """The small files to copy, of base and adapter's tokenizer: relative name of the copy -> source file."""
         card = {"README.md"} if (self.base.folder / REPORT_NAME).is_file() else set()
         directory, remote_code = self.base.checkpoint.directory, self.options.remote_code
-        copies = side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+        part, leave = self.base.checkpoint.part, _NOT_COPIED | card
+        copies = side_file_copies(directory, leave=leave, remote_code=remote_code, part=part)
         return self.tokenizer.apply(copies)
 
     @property
@@ -135,7 +137,7 @@ class Merge:
 
         Raises UsageError for a model unknown to the loaders of the container.
         """
-        dtype = {"dtype": self.dtype}
+        dtype = {"dtype": self.dtype} if self.base.family.library.states_dtype else {}
         config = {key: value for key, value in self._kept_config().items() if key != "torch_dtype"} | dtype
         nested = config.get("text_config")
         if isinstance(nested, dict):
@@ -170,6 +172,7 @@ class Merge:
             spec,
             list(specs),
             [module_of(loaded.get(name, name)) for name in dense],
+            library=self.base.family.library,
             has_experts=any(name in refs and kind_of(refs[name], self.base.family) == "expert" for name in dense),
             other_specs=other_specs,
             refused_by=self.base.family.row.refused_by,
@@ -192,6 +195,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     adapter, extra_notes = take_extras(adapter, base, force=options.force)
     provenance = check_provenance(base, adapter.path, adapter.config, force=options.force)
     form = choose_form(options, base, is_pooled=_check_pooled(base, adapter, options))
+    check_library(form.layout, base.family.library)
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
     if options.dtype not in (None, dtype):
         message = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
@@ -213,7 +217,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
         form=form,
         dtype=dtype,
         jobs=jobs,
-        shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
+        shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size), _stem_of(base)),
         provenance=provenance,
         unused=planner.unused,
         growth=planner.growth,
@@ -223,6 +227,11 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     merge = replace(merge, tokenizer=choose_tokenizer(options.tokenizer, merge.side_files, adapter.path))
     notes = [note for note in (merge.tokenizer.note, code_note(merge.code_files)) if note is not None]
     return replace(merge, notes=(*merge.notes, *notes))
+
+
+def _stem_of(base: BaseModel) -> str:
+    """The names of weight files without number and ending, inside the result."""
+    return f"{base.checkpoint.part}{base.family.library.weights}"
 
 
 def _notes(base: BaseModel, adapter: AdapterSource, growth: Growth | None) -> tuple[str, ...]:

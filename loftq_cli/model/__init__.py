@@ -6,5 +6,6 @@ families.py      the table of families, families.toml: a row for each model_type
 loaded_names.py  the table loaded_names.json: names that transformers gives to tensors while loading
 family.py        a config.json, and the loaders of the family
 targets.py       the tensors to quantize, and the reason of each decision
+skipping.py      layers in full precision that a library cannot tell from quantized layers
 stored.py        a dense or quantized model, read back as matrices
 """

@@ -18,6 +18,7 @@ from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
 from loftq_cli.model.families import FamilyRow, family_row
 from loftq_cli.model.loaded_names import LoadedNames, loaded_names
 from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, Library, library_of
 
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
 
@@ -60,13 +61,19 @@ class Family:
 
     @property
     def model_type(self) -> str:
-        """transformers' name of the family; "" for a config without a name."""
-        return str(self.config.get("model_type", ""))
+        """transformers' name of the family; for other libraries the name of the class; "" for a config without both."""
+        is_class = self.library is not DEFAULT_LIBRARY
+        return str(self.config.get(self.library.class_key if is_class else "model_type", ""))
 
     @property
     def row(self) -> FamilyRow:
         """The facts about the family in families.toml."""
         return family_row(self.model_type)
+
+    @property
+    def library(self) -> Library:
+        """The library that loads the model."""
+        return library_of(self.config)
 
     @property
     def architectures(self) -> list[str]:

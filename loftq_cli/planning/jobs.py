@@ -12,6 +12,7 @@ from loftq_cli.layouts.layout import StoredMatrix
 from loftq_cli.methods.method import Fitting
 from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.tensors.headers import OutTensor
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 from loftq_cli.tensors.specs import LoraSpec
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ class LayerJob:
     procedure         the way of computing base and adapter
     base_tensors      the layer's tensors in the base
     adapter_tensors   the layer's tensors in the adapter
+    library_tensors   the adapter's tensors once more, in the same order, under the names of the library's own adapter
+                      file; empty where the library reads PEFT's file
     note              the difference from the recipe and the reason; None for a layer in the recipe's format
     """
 
@@ -84,6 +87,7 @@ class LayerJob:
     base_tensors: tuple[OutTensor, ...]
     adapter_tensors: tuple[OutTensor, ...]
     note: str | None
+    library_tensors: tuple[OutTensor, ...] = ()
 
     @property
     def name(self) -> str:
@@ -153,11 +157,14 @@ class Shard:
     tensors: tuple[OutTensor, ...]
 
 
-def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:
+def pack_shards(
+    units: Sequence[Sequence[OutTensor]], max_nbytes: int, stem: str = DEFAULT_LIBRARY.weights
+) -> tuple[Shard, ...]:
     """Pack the tensors of `units` into shards, in order, each shard as full as `max_nbytes` allows.
 
     units        tensors to keep in a common shard, for each job
     max_nbytes   the largest size of a shard in bytes; a larger unit gets a shard alone
+    stem         the files' names without number and ending
 
     >>> units = [[OutTensor(name, "uint8", (6,))] for name in "abc"]
     >>> [shard.file for shard in pack_shards(units, max_nbytes=12)]
@@ -173,7 +180,7 @@ def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[
         groups[-1].extend(unit)
         filled += nbytes
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
+        return (Shard(f"{stem}.safetensors", tuple(groups[0])),)
     return tuple(
-        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
+        Shard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
     )

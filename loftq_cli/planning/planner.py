@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.adapter import library_adapter
 from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
+from loftq_cli.model.skipping import join_skipped
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import choose_targets, module_of
+from loftq_cli.planning.format_options import check_library
 from loftq_cli.planning.jobs import CopyJob, LayerJob, QuantizableMatrix, pack_shards
 from loftq_cli.planning.matrices import MatrixPlanner, model_dtype
 from loftq_cli.planning.plan import Plan
@@ -22,12 +25,13 @@ from loftq_cli.quant.formats import QuantSpec
 from loftq_cli.tensors.headers import TensorRef, config_file_beside
 
 
-def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe) -> Plan:
+def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe, *, part: str = "") -> Plan:
     """Build the plan of a conversion from headers alone.
 
     tensors   the headers of the original
     config    the content of config.json; empty for a checkpoint without a config
     recipe    the settled options
+    part      the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
 
     Raises UsageError when an option does not fit a tensor, when a tensor has the name of a part of a quantized weight,
     when no weight remains to quantize, and for a model that the container's loaders do not read; InputError for a
@@ -42,6 +46,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     (28, ['model.safetensors'])
     """
     family = Family(config, config_file_beside(tensors.values()))
+    check_library(recipe.layout, family.library)
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
@@ -54,8 +59,9 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     _check_overrides(recipe, jobs)
     check_names(planner.layout, [job.name for job in jobs if isinstance(job, LayerJob)], [job.name for job in jobs])
     notes = [*planner.notes, *_summarize_copies(jobs, planner.recast), *_note_fused_layers(recipe, jobs)]
-    shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
-    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes))
+    stem = f"{part}{family.library.weights}"
+    shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes, stem)
+    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes), part)
     plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
 
@@ -83,11 +89,18 @@ def _plan_tensors(
     tensors: Mapping[str, TensorRef], family: Family, recipe: Recipe
 ) -> tuple[str, MatrixPlanner, list[LayerJob | CopyJob]]:
     """Return the dtype of the stored model, the planner with notes, and the jobs."""
-    targets = choose_targets(tensors, family, recipe.include, recipe.exclude)
+    targets, notes = choose_targets(tensors, family, recipe.include, recipe.exclude), list[str]()
+    if LAYOUTS[recipe.layout].stores_codes:
+        targets, notes = join_skipped(targets, tensors, family)
     dtype = _choose_stored_dtype(recipe, model_dtype(tensors, targets, family))
     planner = _make_matrix_planner(tensors, family, recipe, dtype)
+    planner.notes += notes
     units = ((ref, planner.plan(ref, targets[name])) for name, ref in tensors.items())
-    return dtype, planner, [_make_job(recipe, planner, dtype, ref, unit) for ref, unit in units if unit is not None]
+    return (
+        dtype,
+        planner,
+        [_make_job(recipe, planner, family, dtype, ref, unit) for ref, unit in units if unit is not None],
+    )
 
 
 def _choose_stored_dtype(recipe: Recipe, dtype: str) -> str:
@@ -107,7 +120,12 @@ def _make_matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recip
 
 
 def _make_job(
-    recipe: Recipe, planner: MatrixPlanner, dtype: str, ref: TensorRef, unit: QuantizableMatrix | CopyJob
+    recipe: Recipe,
+    planner: MatrixPlanner,
+    family: Family,
+    dtype: str,
+    ref: TensorRef,
+    unit: QuantizableMatrix | CopyJob,
 ) -> LayerJob | CopyJob:
     """Make the job of a tensor. Raises UsageError for a rank above the smaller side of the matrix."""
     if isinstance(unit, CopyJob):
@@ -121,6 +139,8 @@ def _make_job(
             tensor=ref.name,
             hint=f"--rank {min(shape)}, an [[override]] with a smaller rank, or --exclude '{module}'",
         )
+    adapted = adapter_config.AdaptedModule(unit.module, shape, lora)
+    is_own = family.library.adapter_weights is not None and lora.pooling is None
     return LayerJob(
         matrix=unit.matrix,
         module=unit.module,
@@ -128,8 +148,9 @@ def _make_job(
         layout=recipe.layout,
         procedure=procedure_of(recipe),
         base_tensors=planner.layout.planned(unit.matrix),
-        adapter_tensors=adapter_config.planned(adapter_config.AdaptedModule(unit.module, shape, lora)),
+        adapter_tensors=adapter_config.planned(adapted),
         note=unit.note,
+        library_tensors=library_adapter.planned(adapted, family) if is_own else (),
     )
 
 
@@ -150,6 +171,12 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], recast: int) -> Iterat
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
         yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
+    modulation = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "modulation"]
+    if modulation:
+        yield (
+            f"{len(modulation)} modulation layers stay in full precision, since their numbers scale whole blocks "
+            f"(--include with a name chooses them); the first is {modulation[0].name}"
+        )
     converted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "converted at load"]
     if converted:
         yield (
