@@ -50,6 +50,7 @@ from loftq_cli.runtime.gpu import Device, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import Steps, in_order
 from loftq_cli.runtime.workers import Workers
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 from loftq_cli.tensors.metrics import LayerError, total_error
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ class ConversionWork:
             return conversion.statistics
         from loftq_cli.activations.weight_statistics import measure_weights
 
-        self._observer.phase(_without_text(conversion.plan, workers.threads))
+        if conversion.plan.family.library is DEFAULT_LIBRARY:  # no further library's models read text
+            self._observer.phase(_without_text(conversion.plan, workers.threads))
         device = "cpu" if self._gpu is None else self._gpu.device
         return measure_weights(conversion.checkpoint, conversion.plan.family, workers=workers, device=device)
 

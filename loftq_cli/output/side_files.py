@@ -80,9 +80,9 @@ def _check_folder(folder: Path, pipeline: Path) -> None:
     """Raises InputError for a linked folder out of the pipeline, or back to a folder above the link."""
     if not folder.is_symlink():
         return
-    _check_inside(folder, pipeline)
     if Path(os.path.realpath(folder)) in Path(os.path.realpath(folder.parent), "here").parents:
         raise InputError("is a link to a folder above itself", file=folder, hint="remove the link")
+    _check_inside(folder, pipeline)
 
 
 def side_file_copies(
@@ -118,8 +118,11 @@ def _check_inside(path: Path, folder: Path) -> None:
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(place in target.parents for place in allowed):
-        copy = shlex.join(["cp", "--remove-destination", str(target), str(path)])
-        hint = f"if the file belongs to the model, put a copy in place of the link: {copy}"
+        kind, copy = "file", shlex.join(["cp", "--remove-destination", str(target), str(path)])
+        if target.is_dir():
+            remove, copy = shlex.join(["rm", str(path)]), shlex.join(["cp", "-r", str(target), str(path)])
+            kind, copy = "folder", f"{remove} && {copy}"
+        hint = f"if the {kind} belongs to the model, put a copy in place of the link: {copy}"
         raise InputError(f"is a link out of the model's folder, to {target}", file=path, hint=hint)
 
 
@@ -134,7 +137,8 @@ def copy_side_files(copies: Mapping[str, Path], target: Path, *, remote_code: bo
     """
     for name, source in copies.items():
         copy = target / name
-        disk.make_directory(copy.parent)
+        for folder in reversed(Path(name).parents):
+            disk.make_directory(target / folder)
         edited = None if remote_code else _data_without_code(source)
         if edited is not None:
             disk.write_file(copy, edited)
