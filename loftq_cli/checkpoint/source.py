@@ -8,14 +8,17 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from loftq_cli.checkpoint import quantized_source
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
+from loftq_cli.checkpoint.quantized_source import ScaledWeight
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, HIDDEN_INSIDE, WatchedFile, absent
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
@@ -68,6 +71,7 @@ class Checkpoint:
     index_file : the index of the weight files, if any
     tensors    : name -> TensorRef, by file name, then in the order of each file
     part       : the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
+    scaled     : the float8 weights with scales, by name: reading decodes them, and `tensors` shows no scales
     """
 
     path: Path
@@ -79,21 +83,32 @@ class Checkpoint:
     _index: WatchedFile | None = field(repr=False)
     _config: WatchedFile | None = field(repr=False)
     part: str = ""
+    scaled: Mapping[str, ScaledWeight] = field(default_factory=dict)
 
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
         """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
 
         Raises KeyError for an unknown name, StorageError when the file changed or reading fails.
         """
-        return self._reader(name).load(name, pinned=pinned)
+        if name not in self.scaled:
+            return self._reader(name).load(name, pinned=pinned)
+        decoded = self.load_rows(name, 0, self.tensors[name].shape[0])
+        return decoded.pin_memory() if pinned else decoded
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Load rows [start, stop) of the first dimension, [stop - start, ...]. Raises ValueError outside the tensor."""
+        if name in self.scaled:
+            codes = self._reader(name).load_rows(name, start, stop)
+            return self.scaled[name].decode(codes, self._load_scale(name), start)
         return self._reader(name).load_rows(name, start, stop)
 
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
         """Yield the bytes of a tensor, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
-        return self._reader(name).chunks(name, chunk_nbytes)
+        reader = self._reader(name)
+        if name not in self.scaled:
+            return reader.chunks(name, chunk_nbytes)
+        load_codes, scale = partial(reader.load_rows, name), self._load_scale(name)
+        return quantized_source.decoded_chunks(self.scaled[name], load_codes, scale, chunk_nbytes)
 
     def raw(self, name: str) -> bytes:
         """Read all bytes of a small tensor, without torch."""
@@ -101,13 +116,21 @@ class Checkpoint:
 
     def sha256(self, name: str) -> str:
         """sha256 of the bytes of a tensor, as `chunks` yields the bytes."""
-        return self._reader(name).sha256(name)
+        if name not in self.scaled:
+            return self._reader(name).sha256(name)
+        return quantized_source.sha256_of(self.chunks(name))
 
     def config(self) -> dict[str, Any]:
-        """Read config.json beside the weights; an empty dict without a config.json.
+        """Read config.json beside the weights; an empty dict without a config.json. The description of a quantization,
+        from a part of the config or from a side file, is at the top; decoded weights need none.
 
         Raises InputError for a damaged file, StorageError when the file changed after opening.
         """
+        folder = None if self.directory is None else self.directory / self.part
+        return quantized_source.settle_description(self.raw_config(), folder, self.tensors, self.scaled)
+
+    def raw_config(self) -> dict[str, Any]:
+        """Read config.json as the file is. Raises the errors of `config`."""
         return {} if self._config is None else _json_in(self._config)
 
     def check_unchanged(self) -> None:
@@ -129,6 +152,10 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    def _load_scale(self, name: str) -> torch.Tensor:
+        scale = self.scaled[name].scale
+        return self._readers[scale.file].load(scale.name)
+
     def _reader(self, name: str) -> WeightsFile:
         return self._readers[self.tensors[name].file]
 
@@ -147,8 +174,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     if stat.S_ISDIR(_mode_of(path)):
         part = _part_of(path)
-        return replace(_open_folder(path / part), path=path, directory=path, part=part)
-    return _open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None)
+        return _decoding(replace(_open_folder(path / part), path=path, directory=path, part=part))
+    return _decoding(_open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None))
+
+
+def _decoding(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with decoded weights in place of float8 weights and scales."""
+    if not any(ref.dtype in quantized_source.FLOAT8 for ref in checkpoint.tensors.values()):
+        return checkpoint  # a damaged config is an error of reading the config
+    scaled = quantized_source.find_scaled_weights(checkpoint.tensors, checkpoint.raw_config())
+    return replace(checkpoint, tensors=quantized_source.without_companions(checkpoint.tensors, scaled), scaled=scaled)
 
 
 def faults(path: Path) -> Iterator[LoftqError]:

@@ -237,8 +237,8 @@ def _pack(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
     """Pack base and adapter into output tensors, by name. Raises InputError when a tensor would not be finite."""
     tensors = load_layout(job.layout).pack(job.matrix, initial.quantized)
     tensors |= adapter_config.pack(job.module, initial.lora)
-    for again, tensor in zip(job.library_tensors, job.adapter_tensors, strict=bool(job.library_tensors)):
-        tensors[again.name] = tensors[tensor.name]
+    for again, planned in zip(job.library_tensors, job.adapter_tensors, strict=bool(job.library_tensors)):
+        tensors[again.name] = tensors[planned.name]
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise InputError(

@@ -16,6 +16,7 @@ from loftq_cli.adapter.config import WEIGHTS_NAME
 from loftq_cli.adapter.library_adapter import metadata_of
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
+from loftq_cli.checkpoint.quantized_source import describe
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
@@ -227,7 +228,9 @@ def _build_plan(
     statistics from the weights later.
     """
     plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe, part=checkpoint.part)
-    plan = replace(plan, notes=(*plan.notes, *_note_further_models(checkpoint)))
+    decoded = describe(checkpoint.scaled)
+    notes = [*([decoded] if decoded else []), *plan.notes, *_note_further_models(checkpoint)]
+    plan = replace(plan, notes=tuple(notes))
     if recipe.calibration == WEIGHTS and not has_known_blocks(checkpoint.tensors.keys(), plan.family):
         is_text = plan.family.library is DEFAULT_LIBRARY
         return replace(plan, notes=(*plan.notes, _UNKNOWN_BLOCKS + (_TEXT_HINT if is_text else ""))), None

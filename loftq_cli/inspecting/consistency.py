@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import MODEL_FILES, WeightsFile, open_weights_file
 from loftq_cli.conversion.report import LayerResult, read_report
-from loftq_cli.errors import LoftqError, MismatchError
+from loftq_cli.errors import LoftqError, MismatchError, UnreadFormat
 from loftq_cli.inspecting.findings import Findings
 from loftq_cli.layouts.layout import DENSE
+from loftq_cli.model.foreign import foreign_note
 from loftq_cli.model.stored import BaseModel, faults
 from loftq_cli.output.records import MERGE_REPORT_NAME, PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.jobs import QuantizableMatrix
@@ -131,9 +133,18 @@ def recorded_fingerprints(findings: Findings, opened: OpenedDirectory) -> Iterat
 def _open_base(findings: Findings) -> BaseModel | None:
     is_intact = True
     for error in faults(findings.directory):
+        if isinstance(error, UnreadFormat):
+            findings.add_error_note(error, "config.json")
+            continue
         is_intact = False
         findings.add_error(error)
-    return findings.attempt(BaseModel.open, findings.directory) if is_intact else None
+    if not is_intact:
+        return None
+    base = findings.attempt(partial(BaseModel.open, any_format=True), findings.directory)
+    note = None if base is None else foreign_note(base.tensors)
+    if note is not None:
+        findings.add_note(note, "config.json")
+    return base
 
 
 def _adapter_names(

@@ -18,14 +18,6 @@ from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, LIBRARIES, Library
 if TYPE_CHECKING:
     import torch
 
-# Heads, often absent from checkpoints: tied to the embedding, or added by a task class. Loaders must not expect
-# quantized heads. The names come from transformers' classes.
-TASK_HEADS = (
-    *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
-    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
-    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense", "pooler"),
-)
-
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
@@ -92,13 +84,9 @@ class ModelFacts:
 
 
 def kept_modules(facts: ModelFacts) -> list[str]:
-    """List all linears in full precision, and the heads that a loader may add to the model. A library that skips layers
-    by the last part of a name adds no heads.
-    """
-    names = list(facts.full_precision_modules)
-    if facts.library.skips_by_part:
-        return names
-    return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
+    """List all linears in full precision, and the heads that a loader may add to the model."""
+    names, known = list(facts.full_precision_modules), {*facts.full_precision_modules, *facts.quantized_modules}
+    return names + [head for head in facts.library.task_heads if head not in known]
 
 
 class Layout(ABC):

@@ -13,6 +13,7 @@ from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.extras import take_extras
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.adapter.spelling import wrappers_in
+from loftq_cli.checkpoint.quantized_source import describe
 from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
 from loftq_cli.merging.form import MergeForm, MergeOptions, choose_form
@@ -20,6 +21,7 @@ from loftq_cli.merging.planner import MergeJob, MergePlanner
 from loftq_cli.merging.provenance import Provenance, check_provenance
 from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.merging.vocabulary import Growth, is_vocabulary_head
+from loftq_cli.model.foreign import check_read
 from loftq_cli.model.stored import BaseModel, check_names
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.output.checksums import CHECKSUMS
@@ -190,6 +192,7 @@ def prepare_merge(base_path: Path, adapter_path: Path, output: Path, options: Me
     UsageError for options in conflict with base, adapter or container.
     """
     base = BaseModel.open(base_path)
+    check_read(base.tensors)
     adapter = open_adapter(adapter_path)
     check_apart(output, [base.folder, *base.checkpoint.files, adapter.path])
     adapter, extra_notes = take_extras(adapter, base, force=options.force)
@@ -235,7 +238,9 @@ def _stem_of(base: BaseModel) -> str:
 
 
 def _notes(base: BaseModel, adapter: AdapterSource, growth: Growth | None) -> tuple[str, ...]:
-    return (*_growth_notes(growth), *_spelling_notes(base, adapter), *_untrained_notes(base, adapter))
+    decoded = describe(base.checkpoint.scaled)
+    notes = [*_growth_notes(growth), *_spelling_notes(base, adapter), *_untrained_notes(base, adapter)]
+    return (*([decoded] if decoded else []), *notes)
 
 
 def _growth_notes(growth: Growth | None) -> tuple[str, ...]:

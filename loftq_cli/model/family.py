@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import InputError, printable
+from loftq_cli.errors import SOURCE_HINT, InputError, UnreadFormat, printable
 from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
 from loftq_cli.model.families import FamilyRow, family_row
 from loftq_cli.model.loaded_names import LoadedNames, loaded_names
@@ -48,16 +48,12 @@ class Family:
     file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value of the wrong type, and for a quantized model."""
+        """Raises InputError for a value of the wrong type, UnreadFormat for a quantized model."""
         check_types(self.config, self.file)
         key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
         if key is not None:
             method = self.config[key].get("quant_method", layout_of_key(key) or "?")
-            raise InputError(
-                f"the model is quantized already ({method})",
-                file=self.file,
-                hint="start from the full-precision checkpoint",
-            )
+            raise UnreadFormat(f"the model is quantized already ({method})", file=self.file, hint=SOURCE_HINT)
 
     @property
     def model_type(self) -> str:

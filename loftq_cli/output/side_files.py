@@ -24,7 +24,9 @@ _WEIGHT_SUFFIXES = {
     *(".h5", ".msgpack", ".ot", ".tflite", ".pb", ".mlmodel", ".onnx", ".onnx_data", ".xml"),
     *(".gguf", ".ggml"),
 }
-_SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
+_SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt"}
+# Descriptions of the source's quantization: false about a result.
+_SKIPPED_NAMES |= {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 SOURCE_CARD = "SOURCE_README.md"
 MAX_NBYTES = 200_000_000  # bytes; the largest tokenizers have tens of MB
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})  # loaders import the named code under trust_remote_code
@@ -52,16 +54,16 @@ def find_side_files(directory: Path, part: str = "") -> tuple[list[Path], list[P
     for root, folders, names in os.walk(directory, followlinks=bool(part)):
         folder = Path(root).relative_to(directory)
         is_model = folder in (Path(), home) or not part
-        for linked in folders if part else ():
-            _check_folder(Path(root) / linked, directory)
         folders[:] = sorted(f for f in folders if not f.startswith(".")) if folder == Path() or part else []
+        for name in folders if part else ():
+            _check_folder(directory / folder / name, directory)
         if folder != Path() and "adapter_config.json" in names:
             folders[:] = []
             continue
         for name in sorted(names):
             path = folder / name
-            own = (folder in (Path(), home) and name in _SKIPPED_NAMES) or name.endswith(".index.json")
-            if name.startswith(".") or (is_model and own):
+            is_replaced = (folder in (Path(), home) and name in _SKIPPED_NAMES) or name.endswith(".index.json")
+            if name.startswith(".") or (is_model and is_replaced):
                 continue
             is_left = not is_tensor_name(str(path)) or not (directory / path).is_file()
             if is_left or (is_model and _is_heavy(directory / path)):

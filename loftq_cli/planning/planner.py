@@ -12,6 +12,7 @@ from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, fused_modules
 from loftq_cli.model.family import Family
+from loftq_cli.model.foreign import check_read
 from loftq_cli.model.skipping import join_skipped
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import choose_targets, module_of
@@ -34,8 +35,8 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     part      the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
 
     Raises UsageError when an option does not fit a tensor, when a tensor has the name of a part of a quantized weight,
-    when no weight remains to quantize, and for a model that the container's loaders do not read; InputError for a
-    config with a value of the wrong type.
+    when no weight remains to quantize, and for a model that the container's loaders do not read; UnreadFormat for
+    quantized weights; InputError for a config with a value of the wrong type.
 
     >>> from loftq_cli.checkpoint.source import open_checkpoint
     >>> from loftq_cli.model.builtin import resolve_model
@@ -46,6 +47,7 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     (28, ['model.safetensors'])
     """
     family = Family(config, config_file_beside(tensors.values()))
+    check_read(tensors)
     check_library(recipe.layout, family.library)
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():

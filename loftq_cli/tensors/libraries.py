@@ -19,8 +19,9 @@ class Library:
     weights          stem of the names of weight files and of their index
     torch_weights    the same stem for weights in torch's format
     states_dtype     whether config.json names the dtype; else a key `dtype` stops the class
+    task_heads       heads that a class may add to a checkpoint's model, in full precision
     skips_by_part    whether a layer is skipped when the list of layers in full precision holds the last part of the
-                     layer's name; else entries are patterns, and the library adds heads of its own
+                     layer's name; else entries are patterns
     modulation       expression for modules that scale and shift whole blocks, in full precision by default; None for no
                      such modules
     pipeline_file    file in the root of a pipeline: a folder of models; None for a library without pipelines
@@ -33,6 +34,7 @@ class Library:
     weights: str
     torch_weights: str
     states_dtype: bool = True
+    task_heads: tuple[str, ...] = ()
     skips_by_part: bool = False
     modulation: str | None = None
     pipeline_file: str | None = None
@@ -83,8 +85,16 @@ _MODULATION = (
     r"|time_emb_proj)(?:\.|$)"
 )
 
+# Heads, often absent from checkpoints: tied to the embedding, or added by a task class. Loaders must not expect
+# quantized heads. The names come from transformers' classes.
+_TASK_HEADS = (
+    *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
+    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
+    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense", "pooler"),
+)
+
 LIBRARIES: dict[str, Library] = {
-    "transformers": Library("transformers", "architectures", "model", "pytorch_model"),
+    "transformers": Library("transformers", "architectures", "model", "pytorch_model", task_heads=_TASK_HEADS),
     "diffusers": Library(
         "diffusers",
         "_class_name",
