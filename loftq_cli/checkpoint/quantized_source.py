@@ -28,8 +28,9 @@ _OF_INPUTS = ".input_scale"  # quantizes the inputs of a layer, not the weights
 _BLOCK = (128, 128)  # of DeepSeek-V3 and of every published checkpoint in blocks
 _SLAB_NUMEL = 1 << 22  # weights decoded at once: 16 MB in float32
 
-# File beside config.json -> the value of quant_method. The files of ModelOpt hold the description one level down.
-_SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
+# Files beside config.json with a description, of GPTQ, AWQ and ModelOpt. ModelOpt's description is one level down.
+_SIDE_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+SIDE_FILE = "side_file"  # key of a description from a side file, with the name of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,11 +248,11 @@ def _is_packed(name: str) -> bool:
 
 
 def _side_files_in(folder: Path) -> Iterator[dict[str, Any]]:
-    for name, method in _SIDE_FILES.items():
+    for name in _SIDE_FILES:
         if (folder / name).is_file():
             values = read_json_object(folder / name)
             nested = values.get("quantization")
-            yield {"quant_method": method, **(nested if isinstance(nested, dict) else values)}
+            yield {SIDE_FILE: name, **(nested if isinstance(nested, dict) else values)}
 
 
 def _without_description(config: Mapping[str, Any]) -> dict[str, Any]:

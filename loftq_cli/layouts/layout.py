@@ -168,6 +168,7 @@ class LayoutRow:
     fused            names of sibling modules that servers fuse into a matrix with a single format
     stores_codes     whether weights stay quantized on disk; else the decoded values are stored
     config_key       key of config.json for the description of the quantization
+    side_file        file beside config.json with a description that lacks a quant_method; None for no such file
     libraries        names of the libraries that load the base: keys of LIBRARIES
     peft_pools       whether PEFT's use_qalora pools the inputs of layers in the container
     load_arguments   arguments of `from_pretrained` beside the path
@@ -188,6 +189,7 @@ class LayoutRow:
     fused: tuple[tuple[str, ...], ...] = ()
     stores_codes: bool = True
     config_key: str = "quantization_config"
+    side_file: str | None = None
     libraries: tuple[str, ...] = (DEFAULT_LIBRARY.name,)
     peft_pools: bool = False
     load_arguments: str = ""
@@ -259,6 +261,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         keeps_dtype=False,
         mixed="none",
         peft_pools=True,
+        side_file="quantize_config.json",
         alternatives=("compressed-tensors", "metal"),
     ),
     "metal": LayoutRow(

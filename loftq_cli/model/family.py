@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.quantized_source import SIDE_FILE
 from loftq_cli.errors import SOURCE_HINT, InputError, UnreadFormat, printable
 from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
 from loftq_cli.model.families import FamilyRow, family_row
@@ -52,7 +53,9 @@ class Family:
         check_types(self.config, self.file)
         key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
         if key is not None:
-            method = self.config[key].get("quant_method", layout_of_key(key) or "?")
+            method = (
+                self.config[key].get("quant_method") or self.config[key].get(SIDE_FILE) or layout_of_key(key) or "?"
+            )
             raise UnreadFormat(f"the model is quantized already ({method})", file=self.file, hint=SOURCE_HINT)
 
     @property

@@ -13,7 +13,7 @@ from loftq_cli.tensors.headers import WEIGHT_DTYPES, TensorRef
 _PARTS = {
     "weight_scale_2": "NVFP4 of ModelOpt",
     "weight_global_scale": "NVFP4 of compressed-tensors",
-    "weight_packed": "compressed-tensors",
+    "weight_packed": "a packed form of compressed-tensors",
     "weight_scale_inv": "FP8 in blocks",
     "weight_scale": "FP8, INT8 or NVFP4",
     "scale_weight": "scaled FP8 of ComfyUI",
@@ -73,12 +73,9 @@ def foreign_note(tensors: Mapping[str, TensorRef]) -> str | None:
 
 
 def _has_codes(ref: TensorRef) -> bool:
-    """Whether a tensor holds codes by its dtype: a matrix of an 8-bit float, or a weight that is no number in full
-    precision. Complex numbers are numbers.
-    """
-    if len(ref.shape) < 2 or ref.dtype in WEIGHT_DTYPES or ref.dtype.startswith("complex"):
-        return False
-    return ref.name.endswith(".weight") or ref.dtype.startswith("float8")
+    """Whether a weight of two or more dimensions holds codes by its dtype. Complex numbers are numbers."""
+    is_weight = ref.name.endswith(".weight") and len(ref.shape) >= 2
+    return is_weight and ref.dtype not in WEIGHT_DTYPES and not ref.dtype.startswith("complex")
 
 
 def _form_beside(name: str, tensors: Mapping[str, TensorRef]) -> str | None:

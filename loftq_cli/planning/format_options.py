@@ -50,7 +50,8 @@ def check_library(layout: str, library: Library) -> None:
     """Raises UsageError when `library` has no loader for the container called `layout`. The default library is checked
     where a container needs more than a loader.
 
-    >>> check_library("gptq", LIBRARIES["diffusers"])
+    >>> from loftq_cli.tensors.libraries import library_of
+    >>> check_library("gptq", library_of({"_class_name": "UNet2DModel"}))
     Traceback (most recent call last):
     loftq_cli.errors.UsageError: diffusers loads no base in gptq (--quant-type nf4 or fp4, or --layout dense)
     """
