@@ -53,9 +53,8 @@ class Family:
         check_types(self.config, self.file)
         key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
         if key is not None:
-            method = (
-                self.config[key].get("quant_method") or self.config[key].get(SIDE_FILE) or layout_of_key(key) or "?"
-            )
+            description = self.config[key]
+            method = description.get("quant_method") or description.get(SIDE_FILE) or layout_of_key(key) or "?"
             raise UnreadFormat(f"the model is quantized already ({method})", file=self.file, hint=SOURCE_HINT)
 
     @property
