@@ -15,6 +15,9 @@ EXIT_QUALITY = 5
 EXIT_MEMORY = 6
 EXIT_INTERRUPTED = 130
 
+# The remedy for weights in a format that is not read.
+SOURCE_HINT = "start from the checkpoint in 16 bits, or from one in FP8 with its scales, which is decoded"
+
 _NAME_LIMIT = 160  # a name longer than two terminal lines hides the message
 
 
@@ -68,6 +71,10 @@ class UsageError(LoftqError):
 
 class InputError(LoftqError):
     """A checkpoint, an adapter or a config that is damaged, hostile or of an unsupported kind."""
+
+
+class UnreadFormat(InputError):
+    """A model in a format that the tool does not read. Nothing is damaged."""
 
 
 class NumericError(InputError):

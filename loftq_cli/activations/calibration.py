@@ -27,6 +27,7 @@ from loftq_cli.checkpoint.statistics import (
 )
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE
+from loftq_cli.model.foreign import check_read
 from loftq_cli.output.checksums import file_sha256
 from loftq_cli.output.records import TOOL, dump_json, source_name, write_texts
 from loftq_cli.output.staging import Staging, check_apart, check_output, check_space
@@ -159,6 +160,7 @@ def measurable_matrices(checkpoint: Checkpoint) -> tuple[QuantizableMatrix, ...]
     >>> measurable_matrices(open_checkpoint(resolve_model("builtin:tiny-llama")))[0].name
     'model.layers.0.mlp.down_proj.weight'
     """
+    check_read(checkpoint.tensors)
     jobs = quantizable_matrices(checkpoint.tensors, checkpoint.config(), layout=DENSE)
     return tuple(job for job in jobs if isinstance(job, QuantizableMatrix))
 

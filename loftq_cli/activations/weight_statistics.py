@@ -224,9 +224,9 @@ class _TokenForward:
 
         tokens, width = values.shape
         shape = (tokens, width // size)
-        draws = torch.rand(shape, generator=self._generator) * math.log(self._attended + 1)
+        draws = torch.rand(shape, generator=self._generator, dtype=torch.float32) * math.log(self._attended + 1)
         counts = draws.exp().long().clamp_(1, self._attended)
-        starts = (torch.rand(shape, generator=self._generator) * (tokens + 1 - counts)).long()
+        starts = (torch.rand(shape, generator=self._generator, dtype=torch.float32) * (tokens + 1 - counts)).long()
         ends, starts, counts = ((n[..., None].to(values.device)) for n in (starts + counts, starts, counts))
         sums = torch.cat([values.new_zeros(1, width), values]).double().cumsum(0).view(tokens + 1, -1, size)
         ends, starts = (rows.expand(-1, -1, size) for rows in (ends, starts))

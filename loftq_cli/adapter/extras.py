@@ -7,22 +7,18 @@ value head (`value_head.safetensors`). PEFT reads none of the files.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from loftq_cli.adapter.joined_weights import JoinedWeights
+from loftq_cli.adapter.library_adapter import library_file_in, open_library_file
 from loftq_cli.adapter.sorting import GATHER_ZERO3, plain_name
 from loftq_cli.adapter.source import WEIGHTS_NAMES, AdapterSource
 from loftq_cli.checkpoint.source import READERS, WeightsFile, open_weights_file
-from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES
 from loftq_cli.errors import InputError, MismatchError, printable
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
-from loftq_cli.tensors.headers import WEIGHT_DTYPES, TensorRef
-
-if TYPE_CHECKING:
-    import torch
+from loftq_cli.tensors.headers import WEIGHT_DTYPES
 
 # The state of a training run, which holds no weights of the model.
 _TRAINING_STATE = re.compile(
@@ -33,45 +29,6 @@ _WHOLE_MODEL = re.compile(r"(?:model|pytorch_model|consolidated)(?:-\d+-of-\d+|\
 _LEAVE = "--force leaves it out"
 _MAX_NAMES = 3  # more names hide the sentence around them
 _MAX_FILES = 10
-
-
-@dataclass(slots=True, eq=False)
-class JoinedWeights:
-    """Weight files under one list of names; a tensor of a further file is called `FILE:NAME`.
-
-    path      the adapter's weight file, for errors
-    tensors   name -> TensorRef
-    sources   name -> the file's reader, and the name in the file
-    """
-
-    path: Path
-    tensors: dict[str, TensorRef]
-    sources: Mapping[str, tuple[WeightsFile, str]]
-
-    def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
-        """Load a tensor, as the file's reader does."""
-        reader, inner = self.sources[name]
-        return reader.load(inner, pinned=pinned)
-
-    def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Load rows [start, stop) of a tensor, as the file's reader does."""
-        reader, inner = self.sources[name]
-        return reader.load_rows(inner, start, stop)
-
-    def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
-        """Yield the bytes of a tensor, as the file's reader does."""
-        reader, inner = self.sources[name]
-        return reader.chunks(inner, chunk_nbytes)
-
-    def sha256(self, name: str) -> str:
-        """The sha256 of the bytes of a tensor."""
-        reader, inner = self.sources[name]
-        return reader.sha256(inner)
-
-    def check_unchanged(self) -> None:
-        """Raises StorageError when one of the files changed since opening."""
-        for reader in {id(reader): reader for reader, _ in self.sources.values()}.values():
-            reader.check_unchanged()
 
 
 def take_extras(adapter: AdapterSource, base: BaseModel, *, force: bool) -> tuple[AdapterSource, tuple[str, ...]]:
@@ -111,6 +68,9 @@ class _Extras:
 
     def take_file(self, path: Path) -> None:
         """Place the tensors of a file; a tensor without a place becomes a fault."""
+        if path == library_file_in(self._adapter.path):
+            self._compare(path)
+            return
         if path.name in WEIGHTS_NAMES:
             self.notes.append(f"{path.name} is not needed: PEFT reads {self._adapter.weights.path.name} instead")
             return
@@ -129,6 +89,14 @@ class _Extras:
             listed = ", ".join(printable(name, 80) for name in names[:_MAX_NAMES])
             more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
             self.notes.append(f"{path.name} beside the adapter replaces {listed}{more}")
+
+    def _compare(self, path: Path) -> None:
+        """Compare the library's own adapter file with PEFT's. A trainer may have written one of the two."""
+        own, other = self._adapter.weights, open_library_file(path)[1]
+        is_equal = own.tensors.keys() == other.tensors.keys()
+        if not is_equal or any(own.sha256(name) != other.sha256(name) for name in own.tensors):
+            hint = f"move away the file that training did not write; {_LEAVE}"
+            self._leave(MismatchError(f"holds other numbers than {own.path.name}", file=path, hint=hint))
 
     def _take_tensor(self, weights: WeightsFile, name: str) -> str | None:
         """The place of a tensor in the loaded model, taken; None for a tensor left out."""

@@ -18,6 +18,7 @@ from loftq_cli.adapter.config import (
     tensor_names,
     values_of,
 )
+from loftq_cli.adapter.library_adapter import library_file_in, open_library_file
 from loftq_cli.adapter.naming import spelled_names
 from loftq_cli.adapter.parameters import read_targets
 from loftq_cli.adapter.sorting import LoraTensors, TokenRows, sort_tensors, targeted_modules
@@ -152,7 +153,8 @@ class AdapterSource:
 def open_adapter(path: Path) -> AdapterSource:
     """Open an adapter directory and sort the tensors, from headers alone.
 
-    path   directory with adapter_config.json and adapter_model.safetensors or adapter_model.bin
+    path   directory with adapter_config.json and adapter_model.safetensors or adapter_model.bin, or with
+           pytorch_lora_weights.safetensors of diffusers alone
 
     Raises InputError for a directory without an adapter and for a config with unreadable values; MismatchError for an
     adapter beyond W + s·B·A, for an adapter without tensors, and for tensors that contradict the config.
@@ -163,11 +165,17 @@ def open_adapter(path: Path) -> AdapterSource:
     """
     config_file = path / CONFIG_NAME
     if not config_file.is_file():
+        file = library_file_in(path)
+        if file is not None:
+            return _open_sorted(path, *open_library_file(file), file)
         message = f"holds no {CONFIG_NAME}" if path.is_dir() else "is no directory"
         raise absent(path, message, _adapters_below(path) or "name a PEFT adapter directory")
-    config = read_json_object(config_file)
+    return _open_sorted(path, read_json_object(config_file), open_weights_file(_weights_path(path)), config_file)
+
+
+def _open_sorted(path: Path, config: Mapping[str, Any], weights: WeightsFile, config_file: Path) -> AdapterSource:
+    """The adapter with sorted tensors; `config_file` is the file of the config, for errors."""
     _check_config(config, config_file)
-    weights = open_weights_file(_weights_path(path))
     if not weights.tensors:
         raise MismatchError("holds no tensor", file=weights.path)
     places = sort_tensors(config, weights, config_file)

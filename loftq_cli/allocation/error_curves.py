@@ -100,7 +100,7 @@ def _measure_curve(
         return values if weighting is None else weighting.rooted(values)
 
     squared_weight = _sum_squares(weigh(weight.rows(slice(0, weight.shape[0])).float()))
-    residual = torch.empty(weight.shape)
+    residual = torch.empty(weight.shape, dtype=torch.float32)
     squared_errors = {}
     for matrix in matrices:
         matrix_job = replace(job, matrix=matrix)

@@ -11,6 +11,7 @@ from loftq_cli.activations.text_windows import DEFAULT_TOKENS
 from loftq_cli.api.arguments import AnyPath, api_call, check_least, path_text, paths_of, texts_of, thread_count
 from loftq_cli.api.observer import Observer
 from loftq_cli.api.results import CheckpointInspection, ConvertedInspection, WorstError, check_errors
+from loftq_cli.checkpoint.quantized_source import describe
 from loftq_cli.conversion.report import read_report
 from loftq_cli.errors import UsageError
 from loftq_cli.inspecting.converted import Inspection, LayerRow, check_sort_key, inspect_converted, sorted_rows
@@ -18,6 +19,7 @@ from loftq_cli.inspecting.dense import inspect_checkpoint, sorted_tensors
 from loftq_cli.inspecting.findings import Verification
 from loftq_cli.inspecting.verification import verify as verify_files
 from loftq_cli.model.builtin import resolve_model
+from loftq_cli.model.foreign import foreign_note
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.output.records import REPORT_NAME
 from loftq_cli.runtime.gpu import check_device_name
@@ -171,7 +173,10 @@ def _check_only_verifies(request: _Request, fail_above: float | None) -> None:
 def _inspect(
     path: Path, request: _Request, observer: Observer, *, has_threads: bool
 ) -> ConvertedInspection | CheckpointInspection:
-    with BaseModel.open(path) as base:
+    with BaseModel.open(path, any_format=True) as base:
+        for note in (describe(base.checkpoint.scaled), base.unread, foreign_note(base.tensors)):
+            if note is not None:
+                observer.note(note)
         if base.quantized or (base.folder / REPORT_NAME).is_file():
             if request.tries:
                 raise UsageError("--try is for a full-precision checkpoint, and this one is converted", file=base.path)

@@ -8,18 +8,22 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from loftq_cli.checkpoint import quantized_source
 from loftq_cli.checkpoint.json_files import MAX_JSON_NBYTES, parse_json_object
+from loftq_cli.checkpoint.quantized_source import ScaledWeight
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.watched_file import CHUNK_NBYTES, HIDDEN_INSIDE, WatchedFile, absent
 from loftq_cli.errors import InputError, LoftqError, StorageError, printable
 from loftq_cli.tensors.headers import TensorRef
+from loftq_cli.tensors.libraries import ADAPTER_FILES, DEFAULT_LIBRARY, LIBRARIES, pipeline_in
 
 if TYPE_CHECKING:
     import torch
@@ -35,17 +39,12 @@ READERS = {
 }
 
 # Names in the order of the search in a model folder; an index names the files to read.
-MODEL_FILES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
+MODEL_FILES = tuple(name for library in LIBRARIES.values() for name in library.model_files)
 
-_ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_FILES = {"adapter_model.safetensors", *ADAPTER_FILES}
 _OTHER_KINDS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax"}
 _MAX_NAMES = 10  # more names hide the sentence around the names
-_LOOKED_FOR = f"looked for {', '.join(MODEL_FILES)} or one other .safetensors file"
+_LOOKED_FOR = f"looked for {', '.join(DEFAULT_LIBRARY.model_files)} or one other .safetensors file"
 _DOWNLOAD = "download the missing files again"
 
 
@@ -67,10 +66,12 @@ class Checkpoint:
     """A checkpoint of a single file or of many. No file stays open between reads.
 
     path       : the path from the user
-    directory  : the model folder (with config.json); None for a lone weight file
+    directory  : the model folder (with config.json), or the root of a pipeline; None for a lone weight file
     files      : the weight files, in the order of `tensors`
     index_file : the index of the weight files, if any
     tensors    : name -> TensorRef, by file name, then in the order of each file
+    part       : the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
+    scaled     : the float8 weights with scales, by name: reading decodes them, and `tensors` shows no scales
     """
 
     path: Path
@@ -81,21 +82,33 @@ class Checkpoint:
     _readers: dict[Path, WeightsFile] = field(repr=False)
     _index: WatchedFile | None = field(repr=False)
     _config: WatchedFile | None = field(repr=False)
+    part: str = ""
+    scaled: Mapping[str, ScaledWeight] = field(default_factory=dict)
 
     def load(self, name: str, *, pinned: bool = False) -> torch.Tensor:
         """Load a tensor, contiguous on the CPU, in fresh memory. `pinned` memory lets a GPU copy while computing.
 
         Raises KeyError for an unknown name, StorageError when the file changed or reading fails.
         """
-        return self._reader(name).load(name, pinned=pinned)
+        if name not in self.scaled:
+            return self._reader(name).load(name, pinned=pinned)
+        decoded = self.load_rows(name, 0, self.tensors[name].shape[0])
+        return decoded.pin_memory() if pinned else decoded
 
     def load_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Load rows [start, stop) of the first dimension, [stop - start, ...]. Raises ValueError outside the tensor."""
+        if name in self.scaled:
+            codes = self._reader(name).load_rows(name, start, stop)
+            return self.scaled[name].decode(codes, self._load_scale(name), start)
         return self._reader(name).load_rows(name, start, stop)
 
     def chunks(self, name: str, chunk_nbytes: int = CHUNK_NBYTES) -> Iterator[memoryview]:
         """Yield the bytes of a tensor, little-endian and row-major, in pieces of at most `chunk_nbytes`."""
-        return self._reader(name).chunks(name, chunk_nbytes)
+        reader = self._reader(name)
+        if name not in self.scaled:
+            return reader.chunks(name, chunk_nbytes)
+        load_codes, scale = partial(reader.load_rows, name), self._load_scale(name)
+        return quantized_source.decoded_chunks(self.scaled[name], load_codes, scale, chunk_nbytes)
 
     def raw(self, name: str) -> bytes:
         """Read all bytes of a small tensor, without torch."""
@@ -103,13 +116,21 @@ class Checkpoint:
 
     def sha256(self, name: str) -> str:
         """sha256 of the bytes of a tensor, as `chunks` yields the bytes."""
-        return self._reader(name).sha256(name)
+        if name not in self.scaled:
+            return self._reader(name).sha256(name)
+        return quantized_source.sha256_of(self.chunks(name))
 
     def config(self) -> dict[str, Any]:
-        """Read config.json beside the weights; an empty dict without a config.json.
+        """Read config.json beside the weights; an empty dict without a config.json. The description of a quantization,
+        from a part of the config or from a side file, is at the top; decoded weights need none.
 
         Raises InputError for a damaged file, StorageError when the file changed after opening.
         """
+        folder = None if self.directory is None else self.directory / self.part
+        return quantized_source.settle_description(self.raw_config(), folder, self.tensors, self.scaled)
+
+    def raw_config(self) -> dict[str, Any]:
+        """Read config.json as the file is. Raises the errors of `config`."""
         return {} if self._config is None else _json_in(self._config)
 
     def check_unchanged(self) -> None:
@@ -131,12 +152,17 @@ class Checkpoint:
     ) -> None:
         self.close()
 
+    def _load_scale(self, name: str) -> torch.Tensor:
+        scale = self.scaled[name].scale
+        return self._readers[scale.file].load(scale.name)
+
     def _reader(self, name: str) -> WeightsFile:
         return self._readers[self.tensors[name].file]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the checkpoint at `path`: a model folder or a single weight file.
+    """Open the checkpoint at `path`: a model folder, the root of a pipeline, or a single weight file. The checkpoint of
+    a pipeline has the tensors of the model that denoises.
 
     Raises InputError when `path` holds no checkpoint, an unsupported kind, a wrong header or a wrong index.
     Raises StorageError when a file or the folder cannot be read.
@@ -147,11 +173,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     (2, 3)
     """
     if stat.S_ISDIR(_mode_of(path)):
-        weights = _weights_in(path)
-        if weights.name.endswith(".index.json"):
-            return _open_indexed(path, weights)
-        return _open_single(path, weights, path)
-    return _open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None)
+        part = _part_of(path)
+        return _decoding(replace(_open_folder(path / part), path=path, directory=path, part=part))
+    return _decoding(_open_single(path, path, path.parent if os.path.isfile(path.parent / "config.json") else None))
+
+
+def _decoding(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with decoded weights in place of float8 weights and scales."""
+    if not any(ref.dtype in quantized_source.FLOAT8 for ref in checkpoint.tensors.values()):
+        return checkpoint  # a damaged config is an error of reading the config
+    scaled = quantized_source.find_scaled_weights(checkpoint.tensors, checkpoint.raw_config())
+    return replace(checkpoint, tensors=quantized_source.without_companions(checkpoint.tensors, scaled), scaled=scaled)
 
 
 def faults(path: Path) -> Iterator[LoftqError]:
@@ -162,7 +194,8 @@ def faults(path: Path) -> Iterator[LoftqError]:
     ['InputError']
     """
     try:
-        weights = _weights_in(path) if stat.S_ISDIR(_mode_of(path)) else path
+        path = path / _part_of(path) if stat.S_ISDIR(_mode_of(path)) else path
+        weights = _weights_in(path) if path.is_dir() else path
         if weights == path or not weights.name.endswith(".index.json"):
             open_weights_file(weights)
             return
@@ -211,6 +244,28 @@ def open_weights_file(path: Path) -> WeightsFile:
         )
     module, _, name = READERS[path.suffix].partition(":")
     return cast(WeightsFile, getattr(import_module(module), name)(path))
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    weights = _weights_in(path)
+    if weights.name.endswith(".index.json"):
+        return _open_indexed(path, weights)
+    return _open_single(path, weights, path)
+
+
+def _part_of(directory: Path) -> str:
+    """The folder of the model inside the pipeline in `directory`, with a slash at the end; empty for a model folder.
+
+    Raises InputError for a pipeline without a model that denoises.
+    """
+    library = pipeline_in(_names_in(directory))
+    if library is None:
+        return ""
+    part = next((name for name in library.denoisers if (directory / name).is_dir()), None)
+    if part is None:
+        message = f"is a pipeline of {library.name} without a folder {' or '.join(library.denoisers)}"
+        raise InputError(message, file=directory, hint="give the folder of the model to convert")
+    return f"{part}/"
 
 
 def _open_single(path: Path, weights: Path, directory: Path | None) -> Checkpoint:
@@ -290,8 +345,8 @@ def _weights_in(directory: Path) -> Path:
     for name in MODEL_FILES:
         if name in names:
             return directory / name
-    candidates = [name for name in names if name.endswith(".safetensors") and name != _ADAPTER_FILE]
-    if "adapter_config.json" in names:
+    candidates = [name for name in names if name.endswith(".safetensors") and name not in _ADAPTER_FILES]
+    if "adapter_config.json" in names or (not candidates and not ADAPTER_FILES.isdisjoint(names)):
         hint = "give the folder of the base model that it was trained on"
         raise InputError("is an adapter, not a model", file=directory, hint=hint)
     if len(candidates) == 1:

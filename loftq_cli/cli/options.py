@@ -31,7 +31,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A Hugging Face model directory, one .safetensors or torch .bin file, or builtin:NAME.",
+        help="A model directory of transformers or diffusers, a pipeline of diffusers, one .safetensors or torch .bin "
+        "file, or builtin:NAME. FP8 with scales is decoded.",
         show_default=False,
     ),
 ]

@@ -219,7 +219,7 @@ class DeviceRunner:
         is_fitted = METHODS[job.procedure.method].is_fitted(job.procedure.fitting.init)
         if not is_fitted or self._make_stack_key(job) is None:
             return None
-        return pinned(torch.randn(job.matrix.shape[1], job.lora.rank, generator=job.generator()))
+        return pinned(torch.randn(job.matrix.shape[1], job.lora.rank, generator=job.generator(), dtype=torch.float32))
 
     def _compute_stack(self, work: Mapping[int, tuple[LayerJob, DeviceWeight]]) -> StackOnDevice | None:
         """Launch the computation and the download of a stack. `work` has job and weight by place in the stack. None

@@ -233,5 +233,7 @@ def _pack(job: LayerJob, initial: Initialization) -> dict[str, torch.Tensor]:
     """Pack base and adapter into output tensors, by name. Raises InputError when a tensor would not be finite."""
     tensors = load_layout(job.layout).pack(job.matrix, initial.quantized)
     tensors |= adapter_config.pack(job.module, initial.lora)
+    for again, planned in zip(job.library_tensors, job.adapter_tensors, strict=bool(job.library_tensors)):
+        tensors[again.name] = tensors[planned.name]
     check_finite(tensors)
     return tensors

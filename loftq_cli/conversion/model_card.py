@@ -12,6 +12,7 @@ from loftq_cli.methods.method import METHODS
 from loftq_cli.output.records import RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.plan import Plan
 from loftq_cli.runtime.version import VERSION
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 
 
 def render_model_card(plan: Plan, layers: Sequence[LayerResult], *, source: str) -> str:
@@ -42,7 +43,7 @@ tags: [{recipe.method}, {recipe.quant_type}, lora, loftq-cli]
 
 ```python
 folder = "."  # the folder of this file, by its path
-{_render_loading_lines(plan)}
+{_render_loading_lines(plan, trains=False)}
 ```
 
 The adapter belongs to this base and to no other; `{plan.adapter_dir}/README.md` says how to train the adapter. Made by
@@ -70,7 +71,7 @@ The adapter belongs to this base and to no other, not to the original in 16 bits
 
 ```python
 folder = ".."  # the folder of the base, by its path
-{_render_loading_lines(plan)}
+{_render_loading_lines(plan, trains=True)}
 ```
 
 {loaded}{facts}
@@ -112,6 +113,12 @@ def _trainer_facts(plan: Plan) -> list[str]:
     """The traps of PEFT and TRL, as tests/loaders/test_trainers.py shows the traps."""
     if not _is_loaded_by_peft(plan):
         return []
+    if plan.family.library is not DEFAULT_LIBRARY:
+        file, name = plan.family.library.adapter_weights, plan.family.library.name
+        return [
+            f"**The other file.** `{file}` holds the same adapter for {name}'s own loaders, `load_lora_adapter` and "
+            "`load_lora_weights`. `merge` takes a trained adapter in either form."
+        ]
     return [
         "**Trainers.** TRL takes the loaded PeftModel alone: with a `peft_config` beside, TRL trains another adapter. "
         "`prepare_model_for_kbit_training` goes before `PeftModel.from_pretrained`: after, the adapter is frozen too. "
@@ -224,18 +231,21 @@ def _join_names(names: Iterable[str]) -> str:
 
 
 def _is_loaded_by_peft(plan: Plan) -> bool:
-    """Whether transformers and PEFT load base and adapter; otherwise the modules of `loftq_cli.nn` do."""
+    """Whether the model's library and PEFT load base and adapter; otherwise the modules of `loftq_cli.nn` do."""
     row, pooling = LAYOUTS[plan.layout], plan.recipe.pooling
     pools = pooling is None or (row.peft_pools and pooling.convention == "peft")
-    return row.in_transformers and pools
+    return plan.family.library.name in row.libraries and pools
 
 
-def _render_loading_lines(plan: Plan) -> str:
+def _render_loading_lines(plan: Plan, *, trains: bool) -> str:
     """Return lines of Python that load base and adapter from `folder` for training, with PEFT or with the modules of
     `loftq_cli.nn`.
 
     PEFT pools inputs in some containers only, and by PEFT's own convention; transformers does not read every container.
+    diffusers has lines of its own for inference, unless `trains`.
     """
+    if plan.family.library is not DEFAULT_LIBRARY:
+        return _render_diffusers_lines(plan, trains=trains)
     architectures = plan.family.architectures
     auto = architectures[0] if architectures else "AutoModel"
     if plan.adapter_config("")["task_type"] == "CAUSAL_LM":
@@ -254,3 +264,32 @@ model = load_adapted(model, folder)"""
 from peft import PeftModel
 model = {auto}.from_pretrained(folder{arguments}){decoding}
 model = PeftModel.from_pretrained(model, folder, subfolder="{plan.adapter_dir}", is_trainable=True)"""
+
+
+def _render_diffusers_lines(plan: Plan, *, trains: bool) -> str:
+    """Return lines of Python that load base and adapter with diffusers, for training with PEFT or for inference.
+    diffusers takes float16 without a dtype.
+    """
+    library, name, dtype = plan.family.library, plan.family.model_type, f"torch_dtype=torch.{plan.dtype}"
+    part = f', subfolder="{plan.part[:-1]}"' if plan.part else ""
+    if not _is_loaded_by_peft(plan):
+        return f"""from diffusers import {name}
+from loftq_cli.nn import load_adapted
+model = {name}.from_config({name}.load_config(folder{part}))
+model = load_adapted(model, folder)"""
+    if trains:
+        return f"""import torch
+from diffusers import {name}
+from peft import PeftModel
+model = {name}.from_pretrained(folder{part}, {dtype})
+model = PeftModel.from_pretrained(model, folder, subfolder="{plan.adapter_dir}", is_trainable=True)"""
+    if plan.part:
+        return f"""import torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(folder, {dtype})
+pipeline.load_lora_weights(folder + "/{plan.adapter_dir}")"""
+    prefix, weights = library.adapter_prefix(plan.family.config)[:-1], f'weight_name="{library.adapter_weights}"'
+    return f"""import torch
+from diffusers import {name}
+model = {name}.from_pretrained(folder, {dtype})
+model.load_lora_adapter(folder + "/{plan.adapter_dir}", prefix="{prefix}", {weights})"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +14,10 @@ from loftq_cli.activations.text_sources import TextSource, open_text
 from loftq_cli.activations.transformers_models import check_installed, library_versions, model_directory
 from loftq_cli.activations.weight_statistics import has_known_blocks
 from loftq_cli.adapter.config import WEIGHTS_NAME
+from loftq_cli.adapter.library_adapter import metadata_of
 from loftq_cli.allocation.allocation import Allocation, allocate
 from loftq_cli.allocation.candidates import Budget, Options
+from loftq_cli.checkpoint.quantized_source import describe
 from loftq_cli.checkpoint.safetensors_file import is_tensor_name
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from loftq_cli.checkpoint.statistics import Statistics, open_statistics
@@ -34,12 +36,11 @@ from loftq_cli.planning.jobs import CopyJob, LayerJob, input_sha256
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
 from loftq_cli.planning.recipe import NONE, RANDOM, SELF, WEIGHTS, Recipe, TextOptions
-from loftq_cli.tensors.headers import config_file_beside
+from loftq_cli.tensors.headers import OutTensor, config_file_beside
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 
-_UNKNOWN_BLOCKS = (
-    "the blocks of the model have an unknown structure, so the errors of all weights count alike: --text names a text "
-    "for the model to read"
-)
+_UNKNOWN_BLOCKS = "the blocks of the model have an unknown structure, so the errors of all weights count alike"
+_TEXT_HINT = ": --text names a text for the model to read"
 _OWN_FILES = {RECIPE_NAME, REPORT_NAME, PROVENANCE_NAME, CHECKSUMS}  # stay behind when the original is itself a result
 
 
@@ -71,7 +72,7 @@ class Conversion:
     @property
     def side_files(self) -> dict[str, Path]:
         """Name of each copy -> small file of the original to copy; records of this tool are left out."""
-        return side_file_copies(self.checkpoint.directory, leave=_OWN_FILES, remote_code=self.remote_code)
+        return _side_files(self.checkpoint, remote_code=self.remote_code)
 
     @property
     def code_files(self) -> list[str]:
@@ -106,6 +107,12 @@ class Conversion:
         return fingerprint if self.remote_code else fingerprint_of({"without remote code": fingerprint})
 
     @property
+    def _library_files(self) -> dict[str, tuple[OutTensor, ...]]:
+        """Relative name of the adapter in the library's own file -> the file's tensors; empty without the file."""
+        tensors, name = self.plan.library_tensors, self.plan.family.library.adapter_weights
+        return {f"{self.plan.adapter_dir}/{name}": tensors} if tensors else {}
+
+    @property
     def result(self) -> PlannedResult:
         """The planned output directory, for `run_staged`."""
         plan = self.plan
@@ -114,9 +121,10 @@ class Conversion:
             output=self.output,
             fingerprint=self.fingerprint,
             units=(*(job.name for job in plan.jobs), *(tensor.name for tensor in plan.head_tensors.values())),
-            files={**files, f"{plan.adapter_dir}/{WEIGHTS_NAME}": plan.adapter_tensors},
+            files={**files, f"{plan.adapter_dir}/{WEIGHTS_NAME}": plan.adapter_tensors, **self._library_files},
             side_files=self.side_files,
             remote_code=self.remote_code,
+            metadata={name: metadata_of(plan.adapter_config(""), plan.family) for name in self._library_files},
         )
 
 
@@ -236,8 +244,12 @@ def _open_original(model: str, output: Path, recipe: Recipe) -> Checkpoint:
         raise UsageError("is not a name that can be written as text (UTF-8)", file=output, hint="choose another output")
     checkpoint = open_checkpoint(path)
     check_apart(output, [checkpoint.directory or path, *checkpoint.files])
-    side_file_copies(checkpoint.directory, leave=_OWN_FILES)  # a link out of the folder is refused at once
+    _side_files(checkpoint, remote_code=True)  # a link out of the folder is refused at once
     return checkpoint
+
+
+def _side_files(checkpoint: Checkpoint, *, remote_code: bool) -> dict[str, Path]:
+    return side_file_copies(checkpoint.directory, leave=_OWN_FILES, remote_code=remote_code, part=checkpoint.part)
 
 
 def _build_plan(
@@ -246,13 +258,25 @@ def _build_plan(
     """Build the plan, and open the statistics of the recipe; `statistics` are open already, and hashed. A run measures
     statistics from the weights later.
     """
-    plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe)
+    plan = build_plan(checkpoint.tensors, checkpoint.config(), recipe, part=checkpoint.part)
+    decoded = describe(checkpoint.scaled)
+    notes = [*([decoded] if decoded else []), *plan.notes, *_note_further_models(checkpoint)]
+    plan = replace(plan, notes=tuple(notes))
     if recipe.calibration == WEIGHTS and not has_known_blocks(checkpoint.tensors.keys(), plan.family):
-        return replace(plan, notes=(*plan.notes, _UNKNOWN_BLOCKS)), None
+        is_text = plan.family.library is DEFAULT_LIBRARY
+        return replace(plan, notes=(*plan.notes, _UNKNOWN_BLOCKS + (_TEXT_HINT if is_text else ""))), None
     if recipe.calibration in (None, WEIGHTS):
         return plan, None
     statistics, notes = _open_model_statistics(Path(recipe.calibration), plan, statistics)
     return replace(plan, notes=(*plan.notes, *notes)), statistics
+
+
+def _note_further_models(checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a note about models of a pipeline that denoise too, like `transformer_2` beside `transformer`."""
+    if checkpoint.part and checkpoint.directory is not None:
+        part = checkpoint.part.rstrip("/")
+        for folder in sorted(checkpoint.directory.glob(f"{part}_[0-9]*")):
+            yield f"{folder.name} is copied as it is: loftq quantize takes the folder too"
 
 
 def _open_model_statistics(

@@ -53,6 +53,7 @@ from loftq_cli.runtime.gpu import Device, open_device
 from loftq_cli.runtime.kernel_choice import choose_kernels
 from loftq_cli.runtime.schedule import Steps, in_order
 from loftq_cli.runtime.workers import Workers
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 from loftq_cli.tensors.metrics import LayerError, total_error
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ class ConversionWork:
             return conversion.statistics
         from loftq_cli.activations.weight_statistics import measure_weights
 
-        self._observer.phase(_without_text(conversion.plan, workers.threads))
+        if conversion.plan.family.library is DEFAULT_LIBRARY:  # no further library's models read text
+            self._observer.phase(_without_text(conversion.plan, workers.threads))
         device = "cpu" if self._gpu is None else self._gpu.device
         family = conversion.plan.family
         experts = [job.name for job in conversion.plan.layers if job.input_module != job.module]
@@ -333,6 +335,7 @@ def _make_texts(
         REPORT_NAME: dump_json(report),
     }
     if len(plan.shards) > 1:
-        texts["model.safetensors.index.json"] = index_json(plan.shard_of, plan.base_nbytes)
+        index = f"{plan.part}{plan.family.library.weights}.safetensors.index.json"
+        texts[index] = index_json(plan.shard_of, plan.base_nbytes)
     config = without_local_path(plan.model_config(conversion.config))
-    return texts | ({"config.json": dump_json(config)} if config else {})
+    return texts | ({f"{plan.part}config.json": dump_json(config)} if config else {})

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.json_files import read_json_object
 from loftq_cli.checkpoint.source import MODEL_FILES, WeightsFile, open_weights_file
 from loftq_cli.conversion.report import LayerResult, read_report
-from loftq_cli.errors import LoftqError, MismatchError
+from loftq_cli.errors import LoftqError, MismatchError, UnreadFormat
 from loftq_cli.inspecting.findings import Findings
 from loftq_cli.layouts.layout import DENSE
+from loftq_cli.model.foreign import foreign_note
 from loftq_cli.model.stored import BaseModel, faults
 from loftq_cli.output.records import MERGE_REPORT_NAME, PROVENANCE_NAME, RECIPE_NAME, REPORT_NAME
 from loftq_cli.planning.jobs import QuantizableMatrix
 from loftq_cli.planning.matrices import quantizable_matrices
 from loftq_cli.planning.recipe_files import recipe_json, resolve_recipe
+from loftq_cli.tensors.libraries import PIPELINE_FILES
 
 _HERE = "."
 
@@ -55,8 +58,9 @@ class OpenedDirectory:
         if self.base is None:
             return read
         index = self.base.checkpoint.index_file
-        config = {"config.json"} if (self.base.folder / "config.json").is_file() else set()
-        return {*read, *config, *([] if index is None else [index.name])}
+        part = self.base.checkpoint.part
+        config = {f"{part}config.json"} if (self.base.folder / part / "config.json").is_file() else set()
+        return {*read, *config, *([] if index is None else [f"{part}{index.name}"])}
 
     def fingerprinted_names(self) -> list[str]:
         """Names of the stored tensors under `base_fingerprint`."""
@@ -84,7 +88,9 @@ def open_directory(findings: Findings, listed_files: Mapping[str, str]) -> Opene
     """
     directory = findings.directory
     report = findings.attempt(read_report, directory)
-    is_adapter = is_adapter_directory(directory) and not any((directory / name).exists() for name in MODEL_FILES)
+    is_adapter = is_adapter_directory(directory) and not any(
+        (directory / name).exists() for name in (*MODEL_FILES, *PIPELINE_FILES)
+    )
     base = None if is_adapter else _open_base(findings)
     adapters = (_HERE,) if is_adapter else tuple(_adapter_names(directory, listed_files, report))
     weights = _open_weights(findings, base, adapters, listed_files)
@@ -139,9 +145,18 @@ def _record_in_file(file: Path) -> dict[str, Any] | None:
 def _open_base(findings: Findings) -> BaseModel | None:
     is_intact = True
     for error in faults(findings.directory):
+        if isinstance(error, UnreadFormat):
+            findings.add_error_note(error, "config.json")
+            continue
         is_intact = False
         findings.add_error(error)
-    return findings.attempt(BaseModel.open, findings.directory) if is_intact else None
+    if not is_intact:
+        return None
+    base = findings.attempt(partial(BaseModel.open, any_format=True), findings.directory)
+    note = None if base is None else foreign_note(base.tensors)
+    if note is not None:
+        findings.add_note(note, "config.json")
+    return base
 
 
 def _adapter_names(

@@ -140,7 +140,8 @@ class _Numbers:
         covered = set(opened.fingerprinted_names())
         self._findings, self._opened = findings, opened
         self._weights = opened.weight_names()
-        self._model = {path.name for path in opened.base.checkpoint.files} if opened.base else set()
+        part = opened.base.checkpoint.part if opened.base else ""
+        self._model = {f"{part}{path.name}" for path in opened.base.checkpoint.files} if opened.base else set()
         self.tensors = [
             _TensorRead(
                 file, ref, reader, name in tensor_sums.get(file, {}) or (file in self._model and name in covered)
@@ -243,10 +244,12 @@ def _check_fingerprints(findings: Findings, opened: OpenedDirectory, sha256: Map
     """Add a problem for each record with a foreign base_fingerprint. Damaged weights prove nothing: skip the check."""
     base = opened.base
     names = opened.fingerprinted_names()
-    if base is None or not names or any(findings.has_problem_with(path.name) for path in base.checkpoint.files):
+    if base is None or not names:
         return
-    refs = base.checkpoint.tensors
-    sums = {name: sha256.get((refs[name].file.name, name), "") for name in names}
+    refs, part = base.checkpoint.tensors, base.checkpoint.part
+    if any(findings.has_problem_with(f"{part}{path.name}") for path in base.checkpoint.files):
+        return
+    sums = {name: sha256.get((f"{part}{refs[name].file.name}", name), "") for name in names}
     for file, recorded in recorded_fingerprints(findings, opened):
         if recorded != fingerprint_of(sums):
             findings.add_problem("is of other quantized weights than those here (base_fingerprint)", file)

@@ -13,8 +13,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint.json_files import parse_json_object
-from loftq_cli.errors import InputError
-from loftq_cli.layouts.layout import LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, kept_modules
+from loftq_cli.errors import InputError, UsageError
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, Fit, Layout, ModelFacts, StoredMatrix, kept_modules
 from loftq_cli.layouts.stored_parts import check_part, file_of
 from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
 from loftq_cli.quant.formats import QuantizedTensor, QuantSpec, as_codebook, as_codebook_tensor
@@ -274,7 +274,21 @@ def _renumber(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
 
 def _list_skip_modules(facts: ModelFacts) -> list[str]:
     """List all linears in full precision: an unlisted linear loads silently and fails in the first forward pass."""
+    if facts.library.skips_by_part:
+        return _check_told_apart(kept_modules(facts), facts)
     return [_disambiguate(name, facts.quantized_modules) for name in kept_modules(facts)]
+
+
+def _check_told_apart(kept: list[str], facts: ModelFacts) -> list[str]:
+    """Return `kept`. Raises UsageError for a layer that the library would not tell from a quantized layer."""
+    library = facts.library
+    for entry in kept:
+        module = next((module for module in facts.quantized_modules if library.skips(entry, module)), None)
+        if module is not None:
+            last = module.rpartition(".")[2]
+            message = f"{entry} stays in full precision, and {library.name} would take {module} for it"
+            raise UsageError(message, hint=rf"--exclude '(^|\.){last}$' keeps both, or {DENSE_HINT}")
+    return kept
 
 
 def _disambiguate(name: str, quantized: Any) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from loftq_cli.checkpoint.patterns import first_matches
-from loftq_cli.errors import InputError, UsageError, printable
+from loftq_cli.errors import SOURCE_HINT, InputError, UnreadFormat, UsageError, printable
 from loftq_cli.layouts.grouped import IntegerLayout, checked_bits, kept_names, scale_dtype, word_rows
 from loftq_cli.layouts.layout import ModelFacts, StoredMatrix, alternatives_to
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
@@ -80,7 +80,7 @@ class CompressedTensorsLayout(IntegerLayout):
             return []
         if config.get("format") != "pack-quantized":
             message = f"its compressed-tensors format is {config.get('format')!r}, of which we read pack-quantized"
-            raise InputError(message, file=stored.config_file)
+            raise UnreadFormat(message, file=stored.config_file, hint=SOURCE_HINT)
         return [name.removesuffix("_packed") for name in stored.refs if name.endswith(".weight_packed")]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:
@@ -192,14 +192,13 @@ def _find_scheme(module: str, stored: StoredTensors) -> Mapping[str, Any]:
         message = (
             f"a scheme of its config has the format {printable(repr(group['format']), 80)}; we read pack-quantized"
         )
-        raise InputError(message, file=stored.config_file)
+        raise UnreadFormat(message, file=stored.config_file, hint=SOURCE_HINT)
     if scheme.get("type", "int") != "int" or scheme.get("strategy") not in ("group", "channel"):
         message = f"its weights are {scheme.get('type')} by {scheme.get('strategy')}; we read int by group or channel"
-        raise InputError(message, file=stored.config_file)
+        raise UnreadFormat(message, file=stored.config_file, hint=SOURCE_HINT)
     if scheme.get("actorder") not in (None, False, "static", "weight"):
-        raise InputError(
-            "act-order: its groups are not neighbouring columns, which is not read", file=stored.config_file
-        )
+        message = "act-order: its groups are not neighbouring columns, which is not read"
+        raise UnreadFormat(message, file=stored.config_file, hint=SOURCE_HINT)
     return scheme
 
 

@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import SOURCE_HINT, InputError, UnreadFormat, UsageError
 from loftq_cli.layouts.grouped import IntegerLayout, checked_bits, scale_dtype
 from loftq_cli.layouts.layout import ModelFacts, StoredMatrix, alternatives_to, either
 from loftq_cli.layouts.stored_parts import check_part, file_of, quantization_config, whole_number
@@ -78,10 +78,8 @@ class GptqLayout(IntegerLayout):
         if config is None:
             return []
         if config.get("desc_act"):
-            raise InputError(
-                "act-order (desc_act): its groups are not neighbouring columns, which is not read",
-                file=stored.config_file,
-            )
+            message = "act-order (desc_act): its groups are not neighbouring columns, which is not read"
+            raise UnreadFormat(message, file=stored.config_file, hint=SOURCE_HINT)
         return [f"{name.removesuffix('qweight')}weight" for name in stored.refs if name.endswith(".qweight")]
 
     def stored_matrix(self, name: str, stored: StoredTensors, *, transposed: bool) -> StoredMatrix:

@@ -13,17 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from loftq_cli.layouts.stored_tensors import CodeRows, StoredTensors
 from loftq_cli.quant.formats import FORMATS, QuantizedTensor, QuantSpec, as_affine
 from loftq_cli.tensors.headers import MODEL_DTYPES, OutTensor
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, LIBRARIES, Library
 
 if TYPE_CHECKING:
     import torch
-
-# Heads, often absent from checkpoints: tied to the embedding, or added by a task class. Loaders must not expect
-# quantized heads. The names come from transformers' classes.
-TASK_HEADS = (
-    *("lm_head", "embed_out", "proj_out", "output_projection", "generator_lm_head", "cls.predictions.decoder"),
-    *("predictions.decoder", "pred_layer.proj", "mlm_score.decoder", "vocab_projector", "lm_loss", "^decoder$", "cls"),
-    *("classifier", "pre_classifier", "classification_head", "score", "qa_outputs", "pooler.dense", "pooler"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +63,7 @@ class ModelFacts:
     quantized_modules        names of all quantized modules
     full_precision_modules   names of modules in full precision that a loader might quantize
     has_experts              whether experts are in full precision, as a matrix for each expert
+    library                  the library that loads the model
     other_specs              module -> number format, for quantized modules of uncommon integer formats
     refused_by               keys of LAYOUTS: containers whose loaders do not read models of the family
     """
@@ -79,6 +73,7 @@ class ModelFacts:
     quantized_modules: Sequence[str]
     full_precision_modules: Sequence[str]
     has_experts: bool = False
+    library: Library = DEFAULT_LIBRARY
     other_specs: Mapping[str, QuantSpec] = field(default_factory=dict)
     refused_by: Sequence[str] = ()
 
@@ -90,8 +85,8 @@ class ModelFacts:
 
 def kept_modules(facts: ModelFacts) -> list[str]:
     """List all linears in full precision, and the heads that a loader may add to the model."""
-    names = list(facts.full_precision_modules)
-    return names + [head for head in TASK_HEADS if head not in names and head not in facts.quantized_modules]
+    names, known = list(facts.full_precision_modules), {*facts.full_precision_modules, *facts.quantized_modules}
+    return names + [head for head in facts.library.task_heads if head not in known]
 
 
 class Layout(ABC):
@@ -173,7 +168,8 @@ class LayoutRow:
     fused            names of sibling modules that servers fuse into a matrix with a single format
     stores_codes     whether weights stay quantized on disk; else the decoded values are stored
     config_key       key of config.json for the description of the quantization
-    in_transformers  whether transformers loads the base
+    side_file        file beside config.json with a description that lacks a quant_method; None for no such file
+    libraries        names of the libraries that load the base: keys of LIBRARIES
     peft_pools       whether PEFT's use_qalora pools the inputs of layers in the container
     experts          experts that loaders read from the container: "symmetric" for packed weights without zero points,
                      "any" for all, "" for none
@@ -195,7 +191,8 @@ class LayoutRow:
     fused: tuple[tuple[str, ...], ...] = ()
     stores_codes: bool = True
     config_key: str = "quantization_config"
-    in_transformers: bool = True
+    side_file: str | None = None
+    libraries: tuple[str, ...] = (DEFAULT_LIBRARY.name,)
     peft_pools: bool = False
     experts: str = ""
     load_arguments: str = ""
@@ -242,7 +239,12 @@ _FUSED = (
 
 # The default container of a number format is the first row with the format.
 LAYOUTS: dict[str, LayoutRow] = {
-    "bitsandbytes": LayoutRow("loftq_cli.layouts.bitsandbytes", "transformers, PEFT", ("nf4", "fp4")),
+    "bitsandbytes": LayoutRow(
+        "loftq_cli.layouts.bitsandbytes",
+        "transformers, PEFT, diffusers",
+        ("nf4", "fp4"),
+        libraries=("transformers", "diffusers"),
+    ),
     "compressed-tensors": LayoutRow(
         "loftq_cli.layouts.compressed_tensors",
         "transformers, PEFT, vLLM",
@@ -263,6 +265,7 @@ LAYOUTS: dict[str, LayoutRow] = {
         keeps_dtype=False,
         mixed="none",
         peft_pools=True,
+        side_file="quantize_config.json",
         alternatives=("compressed-tensors", "metal"),
     ),
     "metal": LayoutRow(
@@ -283,13 +286,12 @@ LAYOUTS: dict[str, LayoutRow] = {
         keeps_dtype=False,
         group_sizes=(32, 64, 128),
         config_key="quantization",
-        in_transformers=False,
+        libraries=(),
     ),
     "dense": LayoutRow(
-        "loftq_cli.layouts.dequantized",
-        "anything",
-        tuple(FORMATS),
+        *("loftq_cli.layouts.dequantized", "anything", tuple(FORMATS)),
         stores_codes=False,
+        libraries=tuple(LIBRARIES),
         experts="any",
     ),
 }

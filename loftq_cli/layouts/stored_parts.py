@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from loftq_cli.checkpoint.quantized_source import SIDE_FILE
 from loftq_cli.errors import InputError, printable
+from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.tensors.headers import OutTensor
 
@@ -42,13 +44,18 @@ def check_part(part: OutTensor, stored: StoredTensors, file: Path, *, asks: str,
 
 
 def quantization_config(stored: StoredTensors, quant_method: str) -> Mapping[str, Any] | None:
-    """The quantization_config of config.json; None for a config with a different quant_method, or without an entry.
+    """The quantization_config of config.json, or of the container's side file; None for a config with a different
+    quant_method, or without an entry.
 
     stored         the stored tensors and the config
     quant_method   the container's name in the config
     """
     config = stored.config.get("quantization_config")
-    return config if isinstance(config, dict) and config.get("quant_method") == quant_method else None
+    if not isinstance(config, dict):
+        return None
+    side_file = config.get(SIDE_FILE)
+    is_from_side_file = side_file is not None and side_file == LAYOUTS[quant_method].side_file
+    return config if is_from_side_file or config.get("quant_method") == quant_method else None
 
 
 def whole_number(values: Mapping[str, Any], key: str, stored: StoredTensors, *, least: int = 1) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 from loftq_cli.adapter.config import CONFIG_NAME
 from loftq_cli.adapter.source import AdapterSource
 from loftq_cli.adapter.spelling import wrappers_in
+from loftq_cli.checkpoint.quantized_source import describe
 from loftq_cli.checkpoint.source import WeightsFile
 from loftq_cli.errors import UsageError, printable
 from loftq_cli.layouts.layout import DENSE_HINT, ModelFacts, load_layout
@@ -28,6 +29,7 @@ from loftq_cli.merging.provenance import Provenance, check_provenance, join_prov
 from loftq_cli.merging.restacked import restack
 from loftq_cli.merging.tokenizer import TokenizerChoice, choose_tokenizer
 from loftq_cli.merging.vocabulary import Growth, is_vocabulary_head
+from loftq_cli.model.foreign import check_read
 from loftq_cli.model.stored import BaseModel, check_names
 from loftq_cli.model.targets import kind_of, module_of
 from loftq_cli.output.checksums import CHECKSUMS
@@ -42,6 +44,7 @@ from loftq_cli.output.records import (
 from loftq_cli.output.side_files import code_in, code_note, side_file_copies, without_code
 from loftq_cli.output.staged_run import PlannedResult
 from loftq_cli.output.staging import check_apart
+from loftq_cli.planning.format_options import check_library
 from loftq_cli.planning.jobs import Shard, pack_shards
 from loftq_cli.planning.sizes import parse_size
 from loftq_cli.quant.formats import common_spec
@@ -133,7 +136,8 @@ class Merge:
         """The small files to copy, of base and adapter's tokenizer: relative name of the copy -> source file."""
         card = {"README.md"} if (self.base.folder / REPORT_NAME).is_file() else set()
         directory, remote_code = self.base.checkpoint.directory, self.options.remote_code
-        copies = side_file_copies(directory, leave=_NOT_COPIED | card, remote_code=remote_code)
+        part, leave = self.base.checkpoint.part, _NOT_COPIED | card
+        copies = side_file_copies(directory, leave=leave, remote_code=remote_code, part=part)
         return self.tokenizer.apply(copies)
 
     @property
@@ -166,7 +170,7 @@ class Merge:
 
         Raises UsageError for a model unknown to the loaders of the container.
         """
-        dtype = {"dtype": self.dtype}
+        dtype = {"dtype": self.dtype} if self.base.family.library.states_dtype else {}
         config = {key: value for key, value in self._kept_config().items() if key != "torch_dtype"} | dtype
         nested = config.get("text_config")
         if isinstance(nested, dict):
@@ -203,6 +207,7 @@ class Merge:
             spec,
             list(specs),
             [module_of(loaded.get(name, name)) for name in dense],
+            library=self.base.family.library,
             has_experts=any(name in refs and kind_of(refs[name], self.base.family) == "expert" for name in dense),
             other_specs=other_specs,
             refused_by=self.base.family.row.refused_by,
@@ -222,6 +227,7 @@ def prepare_merge(
     UsageError for options in conflict with base, adapter or container.
     """
     base = BaseModel.open(base_path)
+    check_read(base.tensors)
     several = [(adapters, 1.0)] if isinstance(adapters, Path) else adapters
     check_apart(output, [base.folder, *base.checkpoint.files, *(path for path, _ in several)])
     opened = open_adapters(several, base, force=options.force)
@@ -231,6 +237,7 @@ def prepare_merge(
     head = settle_head(placed, base)
     settle_tied(placed, base, [head.architecture] if head else base.family.architectures)
     form = choose_form(options, base, is_pooled=_check_pooled(base, placed, options))
+    check_library(form.layout, base.family.library)
     dtype = form.model_dtype(options.dtype or base.family.dtype(base.tensors.values()))
     if options.dtype not in (None, dtype):
         message = f"--layout {form.layout} needs one dtype for scales and model, and --dtype is {options.dtype}"
@@ -246,7 +253,7 @@ def prepare_merge(
         form=form,
         dtype=dtype,
         jobs=jobs,
-        shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size)),
+        shards=pack_shards([job.outputs for job in jobs], parse_size(options.max_shard_size), _stem_of(base)),
         provenance=join_provenance(records),
         unused=placed.unused,
         growth=planner.growth,
@@ -255,6 +262,11 @@ def prepare_merge(
     )
     merge.model_config()  # refuses a model unknown to the container's loaders
     return _with_tokenizer(merge)
+
+
+def _stem_of(base: BaseModel) -> str:
+    """The names of weight files without number and ending, inside the result."""
+    return f"{base.checkpoint.part}{base.family.library.weights}"
 
 
 def _with_tokenizer(merge: Merge) -> Merge:
@@ -283,7 +295,8 @@ def _check_names(base: BaseModel, options: MergeOptions, form: MergeForm, jobs: 
 def _notes(
     base: BaseModel, adapters: Sequence[WeightedAdapter], placed: Placed, growth: Growth | None, head: NewHead | None
 ) -> tuple[str, ...]:
-    notes = [note for adapter in adapters for note in adapter.notes]
+    decoded = describe(base.checkpoint.scaled)
+    notes = [*([decoded] if decoded else []), *(note for adapter in adapters for note in adapter.notes)]
     notes += [*weight_notes(adapters, base), *placed.notes, *([head.note] if head else []), *_growth_notes(growth)]
     if placed.copies:
         names = ", ".join(printable(name, 80) for name in placed.copies)

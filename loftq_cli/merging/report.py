@@ -195,14 +195,14 @@ def write_side_files(merge: Merge, directory: Path, outcome: MergeOutcome) -> No
 
     Raises StorageError when the disk refuses a file.
     """
-    base = merge.base
+    base, part = merge.base, merge.base.checkpoint.part
     copy_side_files(merge.side_files, directory, remote_code=merge.options.remote_code)
     texts = {MERGE_REPORT_NAME: dump_json(_report(merge, outcome)), "README.md": _model_card(merge)}
     if len(merge.shards) > 1:
-        shard_of = {tensor.name: shard.file for shard in merge.shards for tensor in shard.tensors}
-        texts["model.safetensors.index.json"] = index_json(shard_of, merge.nbytes)
+        shard_of = {tensor.name: Path(shard.file).name for shard in merge.shards for tensor in shard.tensors}
+        texts[f"{part}{base.family.library.weights}.safetensors.index.json"] = index_json(shard_of, merge.nbytes)
     if base.config:
-        texts["config.json"] = dump_json(without_local_path(merge.model_config()))
+        texts[f"{part}config.json"] = dump_json(without_local_path(merge.model_config()))
     write_texts(directory, texts)
 
 

@@ -194,7 +194,7 @@ class _Iteration:
         if self._coordinates is not None:
             right = self._coordinates.spread(right)
         narrow = right.to(dtype).contiguous()
-        product = torch.empty(matrix.shape[0], right.shape[1], device=matrix.device)
+        product = torch.empty(matrix.shape[0], right.shape[1], dtype=torch.float32, device=matrix.device)
 
         def multiply(part: slice) -> None:
             product[part] = matrix[part].to(dtype) @ narrow
@@ -206,14 +206,14 @@ class _Iteration:
         """left.T @ M, float32 [width, in]; left.T @ M @ F, [width, k], if there are coordinates."""
         dtype = product_dtype(matrix)
         narrow = left.T.to(dtype).contiguous()
-        product = torch.zeros(left.shape[1], matrix.shape[1], device=matrix.device)
+        product = torch.zeros(left.shape[1], matrix.shape[1], dtype=torch.float32, device=matrix.device)
         for term in self._workers.map(lambda part: narrow[:, part] @ matrix[part].to(dtype), _slabs(matrix)):
             product += term
         return product if self._coordinates is None else self._coordinates.gather(product)
 
     def _draw_start(self, matrix: torch.Tensor, width: int) -> torch.Tensor:
         """Normal numbers [in, width], or Fᵀ times the numbers. The CPU draws, so every device gets equal numbers."""
-        normal = torch.randn(matrix.shape[1], width, generator=self._generator).to(matrix.device)
+        normal = torch.randn(matrix.shape[1], width, generator=self._generator, dtype=torch.float32).to(matrix.device)
         return normal if self._coordinates is None else self._coordinates.gather(normal.T).T
 
 

@@ -268,6 +268,6 @@ def zero_adapter(weight: Rows, lora: LoraSpec, generator: torch.Generator) -> Lo
 
     out_features, inputs = weight.shape[0], weight.shape[1] // lora.group_size
     bound, dtype = 1.0 / math.sqrt(inputs), getattr(torch, lora.dtype)
-    lora_A = torch.empty(lora.rank, inputs).uniform_(-bound, bound, generator=generator)
+    lora_A = torch.empty(lora.rank, inputs, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
     lora_B = torch.zeros(out_features, lora.rank, dtype=dtype, device=weight.device)
     return lora_pair(lora_A.to(weight.device, dtype), lora_B, lora.scaling, lora.pooling)

@@ -44,7 +44,7 @@ def initialize(
     """
     del sink, weighting
     solve = make_solver(fitting.svd, lora.rank, weight.shape, generator, workers)
-    residual = torch.empty(weight.shape, device=weight.device)
+    residual = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     alone = quantizer.quantize(weight, workers=workers)
     squared_alone = quantizer.residual(weight, alone, residual, workers=workers)
     del alone

@@ -87,7 +87,7 @@ def fit_adapter(
     rank = factors.left.shape[1]
     root = math.sqrt(start.scaling)
     lora_A = start.lora_A.float().clone()
-    lora_B = torch.zeros(len(residual), lora.rank, device=residual.device)
+    lora_B = torch.zeros(len(residual), lora.rank, dtype=torch.float32, device=residual.device)
     lora_A[:rank], lora_B[:, :rank] = right / root, factors.left / root
     dtype = getattr(torch, lora.dtype)
     pair = lora_pair(lora_A.to(dtype), lora_B.to(dtype), lora.scaling, lora.pooling)
@@ -96,7 +96,7 @@ def fit_adapter(
 
 def _group_means(residual: torch.Tensor, group_size: int) -> torch.Tensor:
     """The mean of each group, float32 [out, in / group_size]."""
-    means = torch.empty(len(residual), residual.shape[1] // group_size, device=residual.device)
+    means = torch.empty(len(residual), residual.shape[1] // group_size, dtype=torch.float32, device=residual.device)
     for part in slabs_of(TensorRows(residual)):
         groups = residual[part].float().view(-1, means.shape[1], group_size)
         means[part] = groups.mean(dim=2)

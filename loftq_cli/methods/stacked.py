@@ -168,9 +168,12 @@ class _Best:
     def make_empty(cls, weight: torch.Tensor, rank: int) -> _Best:
         n, out_features, in_features = weight.shape
         device = weight.device
-        zeros = (torch.zeros(n, out_features, rank, device=device), torch.zeros(n, rank, in_features, device=device))
+        shapes = ((n, out_features, rank), (n, rank, in_features))
+        left, right = (torch.zeros(shape, dtype=torch.float32, device=device) for shape in shapes)
         iteration = torch.zeros(n, dtype=torch.int64, device=device)
-        return cls(iteration, torch.full((n,), math.inf, dtype=torch.float64, device=device), zeros, zeros)
+        return cls(
+            iteration, torch.full((n,), math.inf, dtype=torch.float64, device=device), (left, right), (left, right)
+        )
 
     def take_better(
         self,

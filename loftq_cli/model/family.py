@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loftq_cli.errors import InputError, printable
+from loftq_cli.checkpoint.quantized_source import SIDE_FILE
+from loftq_cli.errors import SOURCE_HINT, InputError, UnreadFormat, printable
 from loftq_cli.layouts.layout import CONFIG_KEYS, layout_of_key
 from loftq_cli.model.families import FamilyRow, family_row
 from loftq_cli.model.loaded_names import LoadedNames, loaded_names
 from loftq_cli.tensors.headers import MODEL_DTYPES, WEIGHT_DTYPES, TensorRef
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, Library, library_of
 
 _HEAD_CLASS = re.compile(r"For[A-Z]\w*$|(?:LMHead|DoubleHeads)Model$|WithLMHead")
 
@@ -48,26 +50,29 @@ class Family:
     file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        """Raises InputError for a value of the wrong type, and for a quantized model."""
+        """Raises InputError for a value of the wrong type, UnreadFormat for a quantized model."""
         check_types(self.config, self.file)
         key = next((key for key in CONFIG_KEYS if self.config.get(key)), None)
         if key is not None:
-            method = self.config[key].get("quant_method", layout_of_key(key) or "?")
-            raise InputError(
-                f"the model is quantized already ({method})",
-                file=self.file,
-                hint="start from the full-precision checkpoint",
-            )
+            description = self.config[key]
+            method = description.get("quant_method") or description.get(SIDE_FILE) or layout_of_key(key) or "?"
+            raise UnreadFormat(f"the model is quantized already ({method})", file=self.file, hint=SOURCE_HINT)
 
     @property
     def model_type(self) -> str:
-        """transformers' name of the family; "" for a config without a name."""
-        return str(self.config.get("model_type", ""))
+        """transformers' name of the family; for other libraries the name of the class; "" for a config without both."""
+        is_class = self.library is not DEFAULT_LIBRARY
+        return str(self.config.get(self.library.class_key if is_class else "model_type", ""))
 
     @property
     def row(self) -> FamilyRow:
         """The facts about the family in families.toml."""
         return family_row(self.model_type)
+
+    @property
+    def library(self) -> Library:
+        """The library that loads the model."""
+        return library_of(self.config)
 
     @property
     def architectures(self) -> list[str]:

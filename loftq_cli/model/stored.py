@@ -5,14 +5,14 @@ computations. Writes nothing.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from loftq_cli.checkpoint import source
 from loftq_cli.checkpoint.source import Checkpoint, open_checkpoint, open_files
-from loftq_cli.errors import InputError, LoftqError, UsageError, printable
+from loftq_cli.errors import InputError, LoftqError, UnreadFormat, UsageError, printable
 from loftq_cli.layouts.layout import CONFIG_KEYS, DENSE, DENSE_HINT, LAYOUTS, Layout, StoredMatrix, load_layout
 from loftq_cli.layouts.stored_tensors import StoredTensors
 from loftq_cli.model.family import Family, check_types
@@ -39,6 +39,7 @@ class BaseModel:
     config       config.json without the keys about quantization
     checkpoint   the stored tensors; closed at the end of a `with` block
     stored       the stored tensors as input of the container
+    unread       the reason why the weights are not read, for a model opened in any format; None for weights that are
     """
 
     path: Path
@@ -49,18 +50,26 @@ class BaseModel:
     config: dict[str, Any]
     checkpoint: Checkpoint
     stored: StoredTensors
+    unread: str | None = None
 
     @classmethod
-    def open(cls, path: Path) -> BaseModel:
+    def open(cls, path: Path, *, any_format: bool = False) -> BaseModel:
         """Open a model and recognize the container of quantized weights.
 
-        path   a path for `open_checkpoint`
+        path         a path for `open_checkpoint`
+        any_format   whether a format that is not read is no error: codes and scales are then tensors of the model
 
         Raises InputError for a quantized model in an unknown container, and for a weight with contradictory parts; all
         errors of `open_checkpoint`.
         """
         checkpoint = open_checkpoint(path)
-        return cls._assemble(path, checkpoint, checkpoint.config())
+        if not any_format:
+            return cls._assemble(path, checkpoint, checkpoint.config())
+        try:
+            return cls._assemble(path, checkpoint, checkpoint.config())
+        except UnreadFormat as error:
+            config = _drop_container_keys(checkpoint.config())
+            return replace(cls._assemble(path, checkpoint, config), unread=error.message)
 
     @classmethod
     def of_shards(cls, directory: Path, names: Sequence[str], config: Mapping[str, Any]) -> BaseModel:

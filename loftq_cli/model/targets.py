@@ -29,6 +29,10 @@ _NEVER = {
 }
 
 
+# Kinds that --include chooses only by an expression with the last part of the name: 4 bits save little here, and harm.
+_SPELLED = ("head", "modulation")
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """The decision about a tensor.
@@ -98,7 +102,7 @@ def kind_of(ref: TensorRef, family: Family) -> str:
     """A word for a tensor, by name, dtype and shape.
 
     The words: "linear", "head", "embedding", "router", "expert", "not a matrix", "not floating point",
-    "kept in float32", "no adapter", "shared" and "converted at load".
+    "kept in float32", "no adapter", "shared", "converted at load" and "modulation".
 
     >>> from pathlib import Path
     >>> kind_of(TensorRef("lm_head.weight", "float32", (64, 64), Path("model.safetensors")), Family({}))
@@ -123,6 +127,8 @@ def kind_of(ref: TensorRef, family: Family) -> str:
         return "shared"
     if family.is_converted(module):
         return "converted at load"
+    if family.library.is_modulation(module):
+        return "modulation"
     return "head" if _HEADS.search(module) else "linear"
 
 
@@ -141,10 +147,10 @@ def _decide(
         if spelled:
             raise UsageError(f"--include asks for {never}", tensor=name)
         return Target(False, kind, kind)
-    if kind == "head":
+    if kind in _SPELLED:
         if spelled and family.ties_embeddings() and "lm_head" in module:
             raise UsageError("--include asks for a head that shares the embedding's weight", tensor=name)
-        return Target(spelled, kind, "included" if spelled else "head")
+        return Target(spelled, kind, "included" if spelled else kind)
     if include:
         return Target(bool(matching), kind, "included" if matching else "not included")
     in_block = bool(_IN_A_BLOCK.search(module))

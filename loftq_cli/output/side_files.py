@@ -24,7 +24,9 @@ _WEIGHT_SUFFIXES = {
     *(".h5", ".msgpack", ".ot", ".tflite", ".pb", ".mlmodel", ".onnx", ".onnx_data", ".xml"),
     *(".gguf", ".ggml"),
 }
-_SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt", "quantize_config.json"}
+_SKIPPED_NAMES = {"config.json", "training_args.bin", "optimizer.pt"}
+# Descriptions of the source's quantization: false about a result.
+_SKIPPED_NAMES |= {"quantize_config.json", "quant_config.json", "hf_quant_config.json"}
 SOURCE_CARD = "SOURCE_README.md"
 MAX_NBYTES = 200_000_000  # bytes; the largest tokenizers have tens of MB
 _CODE_KEYS = frozenset({"auto_map", "custom_pipelines"})  # loaders import the named code under trust_remote_code
@@ -32,8 +34,11 @@ _MAX_NAMES = 5  # more names hide the sentence around the names
 _CONFIG_ENDING = "config.json"  # loaders look for the keys in config.json, tokenizer_config.json and their like
 
 
-def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
-    """(copied, skipped): relative paths of the files beside the weights, at most a folder deep, sorted.
+def find_side_files(directory: Path, part: str = "") -> tuple[list[Path], list[Path]]:
+    """(copied, skipped): relative paths of the files beside the weights, at most a folder deep, sorted. In a pipeline,
+    every file in the folders of the other models is copied, weights included.
+
+    part   the folder of the model inside the pipeline `directory`, with a slash at the end; empty for a model folder
 
     Skipped are weights in foreign formats, oversized files, and names outside UTF-8, because no JSON can list the
     names. Hidden files, `config.json` (the result has a fresh config.json) and folders with an adapter are in no list.
@@ -45,27 +50,50 @@ def find_side_files(directory: Path) -> tuple[list[Path], list[Path]]:
     """
     copied: list[Path] = []
     skipped: list[Path] = []
-    for root, folders, names in os.walk(directory):
+    home = Path(part)
+    for root, folders, names in os.walk(directory, followlinks=bool(part)):
         folder = Path(root).relative_to(directory)
-        folders[:] = sorted(f for f in folders if not f.startswith(".")) if folder == Path() else []
+        is_model = folder in (Path(), home) or not part
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if folder == Path() or part else []
+        for name in folders if part else ():
+            _check_folder(directory / folder / name, directory)
         if folder != Path() and "adapter_config.json" in names:
+            folders[:] = []
             continue
         for name in sorted(names):
             path = folder / name
-            if name.startswith(".") or (folder == Path() and name in _SKIPPED_NAMES) or name.endswith(".index.json"):
+            is_replaced = (folder in (Path(), home) and name in _SKIPPED_NAMES) or name.endswith(".index.json")
+            if name.startswith(".") or (is_model and is_replaced):
                 continue
-            full = directory / path
-            is_left = full.suffix.lower() in _WEIGHT_SUFFIXES or not is_tensor_name(str(path))
-            if is_left or not full.is_file() or full.stat().st_size > MAX_NBYTES:
+            is_left = not is_tensor_name(str(path)) or not (directory / path).is_file()
+            if is_left or (is_model and _is_heavy(directory / path)):
                 skipped.append(path)
             else:
                 copied.append(path)
     return copied, skipped
 
 
-def side_file_copies(source: Path | None, *, leave: Collection[str] = (), remote_code: bool = True) -> dict[str, Path]:
+def _is_heavy(path: Path) -> bool:
+    """True for weights in any format, and for a file too large to be a small file."""
+    return path.suffix.lower() in _WEIGHT_SUFFIXES or path.stat().st_size > MAX_NBYTES
+
+
+def _check_folder(folder: Path, pipeline: Path) -> None:
+    """Raises InputError for a linked folder out of the pipeline, or back to a folder above the link."""
+    if not folder.is_symlink():
+        return
+    if Path(os.path.realpath(folder)) in Path(os.path.realpath(folder.parent), "here").parents:
+        raise InputError("is a link to a folder above itself", file=folder, hint="remove the link")
+    _check_inside(folder, pipeline)
+
+
+def side_file_copies(
+    source: Path | None, *, leave: Collection[str] = (), remote_code: bool = True, part: str = ""
+) -> dict[str, Path]:
     """Name of each copy in the result -> file in the folder `source`, without the names in `leave`, and without Python
     files unless `remote_code`.
+
+    part   as for `find_side_files`
 
     README.md of the source becomes SOURCE_README.md: a result has a fresh README.md. Raises InputError for a link out
     of the folder.
@@ -75,12 +103,12 @@ def side_file_copies(source: Path | None, *, leave: Collection[str] = (), remote
     >>> side_file_copies(Path("source")), side_file_copies(None)
     ({'SOURCE_README.md': PosixPath('source/README.md')}, {})
     """
-    paths = [] if source is None else find_side_files(source)[0]
+    paths = [] if source is None else find_side_files(source, part)[0]
     path_of = {SOURCE_CARD if path == Path("README.md") else path.as_posix(): path for path in paths}
     folder = Path(source or "")
     kept = {name: path for name, path in path_of.items() if path.as_posix() not in leave}
     copies = {name: folder / path for name, path in kept.items() if remote_code or path.suffix != ".py"}
-    for path in (*copies.values(), folder / "config.json"):  # the config of a result repeats the config's values
+    for path in (*copies.values(), folder / part / "config.json"):  # the config of a result repeats the config's values
         _check_inside(path, folder)
     return copies
 
@@ -92,8 +120,11 @@ def _check_inside(path: Path, folder: Path) -> None:
     target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     allowed = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     if not any(place in target.parents for place in allowed):
-        copy = shlex.join(["cp", "--remove-destination", str(target), str(path)])
-        hint = f"if the file belongs to the model, put a copy in place of the link: {copy}"
+        kind, copy = "file", shlex.join(["cp", "--remove-destination", str(target), str(path)])
+        if target.is_dir():
+            remove, copy = shlex.join(["rm", str(path)]), shlex.join(["cp", "-r", str(target), str(path)])
+            kind, copy = "folder", f"{remove} && {copy}"
+        hint = f"if the {kind} belongs to the model, put a copy in place of the link: {copy}"
         raise InputError(f"is a link out of the model's folder, to {target}", file=path, hint=hint)
 
 
@@ -108,7 +139,8 @@ def copy_side_files(copies: Mapping[str, Path], target: Path, *, remote_code: bo
     """
     for name, source in copies.items():
         copy = target / name
-        disk.make_directory(copy.parent)
+        for folder in reversed(Path(name).parents):
+            disk.make_directory(target / folder)
         edited = None if remote_code else _data_without_code(source)
         if edited is not None:
             disk.write_file(copy, edited)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -39,6 +39,7 @@ class PlannedResult:
     files         relative name of a weight file -> the file's tensors
     side_files    relative name of a copy -> the small file to copy
     remote_code   whether copied configs keep the names of custom code
+    metadata      relative name of a weight file -> further metadata of the file's header
     """
 
     output: Path
@@ -47,6 +48,7 @@ class PlannedResult:
     files: Mapping[str, Sequence[OutTensor]]
     side_files: Mapping[str, Path]
     remote_code: bool = True
+    metadata: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -129,7 +131,7 @@ def run_staged(
         if staging.entries:
             finished, total = len(staging.entries), len(planned.units)
             work.announce(f"continuing: {finished} of {total} tensors are finished; hashing them")
-        with started(threads) as workers, OutputFiles(staging.path, planned.files) as files:
+        with started(threads) as workers, OutputFiles(staging.path, planned.files, planned.metadata) as files:
             entries = _run_units(work, staging, files, workers)
             work.check_result(files, entries, staging.path, workers)
             tensor_sums = files.sums_by_file(outputs_of(entries.values()))

@@ -11,7 +11,7 @@ import os
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
 from loftq_cli.checkpoint.safetensors_file import DTYPES, rows_shape, unread_tensor
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     import torch
 
 
-def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, int], int]:
+def safetensors_layout(
+    tensors: Sequence[OutTensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> tuple[bytes, dict[str, int], int]:
     """Lay out a file: the header bytes, the offset of each tensor, and the size of the file in bytes.
 
     Wide dtypes come first, then names in order, so every tensor is aligned and the layout depends on nothing else.
-    `__metadata__` holds a single key: the order of several keys in safetensors' writer varies between processes.
+    `__metadata__` holds a single key, and after that key the keys of `metadata`: the order of several keys in
+    safetensors' writer varies between processes.
 
     >>> header, offsets, nbytes = safetensors_layout([OutTensor("b", "uint8", (2,)), OutTensor("a", "float32", (3,))])
     >>> nbytes - len(header), offsets["b"] - offsets["a"]
@@ -35,7 +38,7 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
     """
     rank = {dtype: place for place, dtype in enumerate(DTYPES.values())}
     short_name = {dtype: name for name, dtype in DTYPES.items()}
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offsets: dict[str, int] = {}
     end = 0
     for tensor in sorted(tensors, key=lambda t: (-rank[t.dtype], t.name.encode())):
@@ -59,11 +62,13 @@ def safetensors_layout(tensors: Sequence[OutTensor]) -> tuple[bytes, dict[str, i
 class SafetensorsWriter:
     """An output file, open for writing. An existing file of the right size is kept, for a resumed run."""
 
-    def __init__(self, path: Path, tensors: Sequence[OutTensor]) -> None:
+    def __init__(
+        self, path: Path, tensors: Sequence[OutTensor], metadata: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Lay out `path` for `tensors`. Raises StorageError when the disk refuses."""
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in tensors}
-        header, self._offsets, size = safetensors_layout(tensors)
+        header, self._offsets, size = safetensors_layout(tensors, metadata)
         self._fd = disk.open_file(path)
         disk.resize(self._fd, size, path)
         self._write_at(0, header)
@@ -171,14 +176,21 @@ class TensorPlace:
 class OutputFiles:
     """Output files, open for writing, and the writer of each tensor by tensor name."""
 
-    def __init__(self, directory: Path, files: Mapping[str, Sequence[OutTensor]]) -> None:
-        """Lay out `files`, relative name -> tensors. Raises StorageError when the disk refuses."""
+    def __init__(
+        self,
+        directory: Path,
+        files: Mapping[str, Sequence[OutTensor]],
+        metadata: Mapping[str, Mapping[str, str]] = MappingProxyType({}),
+    ) -> None:
+        """Lay out `files`, relative name -> tensors; `metadata` is relative name -> keys of the header. Raises
+        StorageError when the disk refuses.
+        """
         self._files = files
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
         for name, tensors in files.items():
             disk.make_directory((directory / name).parent)
-            writer = SafetensorsWriter(directory / name, tensors)
+            writer = SafetensorsWriter(directory / name, tensors, metadata.get(name, {}))
             self._writers.append(writer)
             self._writer_of |= {tensor.name: writer for tensor in tensors}
 

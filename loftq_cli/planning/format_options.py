@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import LAYOUTS
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, either
 from loftq_cli.methods.method import METHODS
 from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, FormatOptions, RecipeFields
 from loftq_cli.quant.foreign_names import foreign_hint
 from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors.headers import MODEL_DTYPES
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, Library
 
 CODEBOOK_OPTIONS = ("block_size", "double_quant")
 AFFINE_OPTIONS = ("group_size", "symmetric", "scale_dtype")
@@ -44,6 +45,23 @@ def settle_format(fields: RecipeFields, quant_type: str, layout: str, typed: Col
         check_choice("scale_dtype", fields.scale_dtype, MODEL_DTYPES)
     symmetric = _default_symmetry(fields, quant_type, layout) if fields.symmetric is None else fields.symmetric
     return AffineOptions(quant_type, fields.group_size or _GROUP_SIZE, symmetric, fields.scale_dtype)
+
+
+def check_library(layout: str, library: Library) -> None:
+    """Raises UsageError when `library` has no loader for the container called `layout`. The default library is checked
+    where a container needs more than a loader.
+
+    >>> from loftq_cli.tensors.libraries import library_of
+    >>> check_library("gptq", library_of({"_class_name": "UNet2DModel"}))
+    Traceback (most recent call last):
+    loftq_cli.errors.UsageError: diffusers loads no base in gptq (--quant-type nf4 or fp4, or --layout dense)
+    """
+    if library is DEFAULT_LIBRARY or library.name in LAYOUTS[layout].libraries:
+        return
+    rows = [row for row in LAYOUTS.values() if library.name in row.libraries and row.stores_codes]
+    quant_types = either([quant_type for row in rows for quant_type in row.quant_types])
+    hint = f"--quant-type {quant_types}, or {DENSE_HINT}"
+    raise UsageError(f"{library.name} loads no base in {layout}", hint=hint)
 
 
 def check_layout(options: FormatOptions, layout: str) -> None:

@@ -16,6 +16,7 @@ from loftq_cli.model.experts import ExpertPart
 from loftq_cli.output.checksums import fingerprint_of
 from loftq_cli.quant.formats import Quantizer, make_quantizer
 from loftq_cli.tensors.headers import FLOAT_PREFIXES, ITEMSIZE, OutTensor
+from loftq_cli.tensors.libraries import DEFAULT_LIBRARY
 from loftq_cli.tensors.specs import LoraSpec
 
 if TYPE_CHECKING:
@@ -99,6 +100,8 @@ class LayerJob:
     procedure         the way of computing base and adapter
     base_tensors      the layer's tensors in the base
     adapter_tensors   the layer's tensors in the adapter
+    library_tensors   the adapter's tensors once more, in the same order, under the names of the library's own adapter
+                      file; empty where the library reads PEFT's file
     note              the difference from the recipe and the reason; None for a layer in the recipe's format
     experts           the matrices of the experts; empty for a weight alone
     is_parameter      whether PEFT adapts a parameter (`target_parameters`) and no module
@@ -113,6 +116,7 @@ class LayerJob:
     base_tensors: tuple[OutTensor, ...]
     adapter_tensors: tuple[OutTensor, ...]
     note: str | None
+    library_tensors: tuple[OutTensor, ...] = ()
     experts: tuple[ExpertMatrix, ...] = ()
     is_parameter: bool = False
     is_turned: bool = False
@@ -323,11 +327,14 @@ class Shard:
     tensors: tuple[OutTensor, ...]
 
 
-def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[Shard, ...]:
+def pack_shards(
+    units: Sequence[Sequence[OutTensor]], max_nbytes: int, stem: str = DEFAULT_LIBRARY.weights
+) -> tuple[Shard, ...]:
     """Pack the tensors of `units` into shards, in order, each shard as full as `max_nbytes` allows.
 
     units        tensors to keep in a common shard, for each job
     max_nbytes   the largest size of a shard in bytes; a larger unit gets a shard alone
+    stem         the files' names without number and ending
 
     >>> units = [[OutTensor(name, "uint8", (6,))] for name in "abc"]
     >>> [shard.file for shard in pack_shards(units, max_nbytes=12)]
@@ -343,7 +350,7 @@ def pack_shards(units: Sequence[Sequence[OutTensor]], max_nbytes: int) -> tuple[
         groups[-1].extend(unit)
         filled += nbytes
     if len(groups) == 1:
-        return (Shard("model.safetensors", tuple(groups[0])),)
+        return (Shard(f"{stem}.safetensors", tuple(groups[0])),)
     return tuple(
-        Shard(f"model-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
+        Shard(f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)
     )

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
@@ -48,6 +49,7 @@ class Plan:
     notes    sentences for the user, before the work starts
     head     the head of the task that the user names; None for the task of the model's class
     sources  tensor of the head -> the original's tensor with the same numbers; no entry for a new tensor
+    part     the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
     """
 
     recipe: Recipe
@@ -58,6 +60,7 @@ class Plan:
     notes: tuple[str, ...]
     head: TaskHead | None = None
     sources: Mapping[str, str] = field(default_factory=dict)
+    part: str = ""
 
     @cached_property
     def layers(self) -> tuple[LayerJob, ...]:
@@ -90,6 +93,11 @@ class Plan:
         shapes = {} if self.head is None else self.head.tensors
         dtype, prefix = self.recipe.adapter_dtype, adapter_config.PREFIX
         return {name: OutTensor(prefix + name, dtype, shape) for name, shape in shapes.items()}
+
+    @property
+    def library_tensors(self) -> tuple[OutTensor, ...]:
+        """All tensors of the adapter in the library's own file; none where the library reads PEFT's file."""
+        return tuple(t for job in self.layers for t in job.library_tensors)
 
     @property
     def base_nbytes(self) -> int:
@@ -156,7 +164,7 @@ class Plan:
     @property
     def shard_of(self) -> dict[str, str]:
         """Tensor name -> file name for each tensor of the base: the weight map of a safetensors index."""
-        return {tensor.name: shard.file for shard in self.shards for tensor in shard.tensors}
+        return {tensor.name: Path(shard.file).name for shard in self.shards for tensor in shard.tensors}
 
     def model_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Build config.json of the base; `config` is the content of the original's config.json.
@@ -177,12 +185,15 @@ class Plan:
             )
         refused_by = self.family.row.refused_by
         modules = [name for job in self.layers for name in _loaded_modules(job)]
-        facts = ModelFacts(self.dtype, spec, modules, unquantized, has_experts, uncommon, refused_by)
+        facts = ModelFacts(
+            self.dtype, spec, modules, unquantized, has_experts, self.family.library, uncommon, refused_by
+        )
         layout = load_layout(self.layout)
         # Loaders of quantized weights decode to the dtype in the config: no tensor names the dtype.
         config_with_dtype = {**{k: v for k, v in config.items() if k != "torch_dtype"}, "dtype": self.dtype}
         lacks_dtype = (layout.row.stores_codes or config) and not ("dtype" in config or "torch_dtype" in config)
-        return layout.model_config(config_with_dtype if lacks_dtype or layout.row.one_dtype else config, facts)
+        states_dtype = self.family.library.states_dtype and (lacks_dtype or layout.row.one_dtype)
+        return layout.model_config(config_with_dtype if states_dtype else config, facts)
 
     def _loaded_names_of_kept(self, names: Sequence[str]) -> Iterator[str]:
         """Yield the names of linears in full precision for every loader; `names` are all modules in the files."""

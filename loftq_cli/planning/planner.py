@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.adapter import config as adapter_config
+from loftq_cli.adapter import library_adapter
 from loftq_cli.adapter.expert_factors import DOWN, AdaptedParameter, parameter_tensor_names
 from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, fused_modules
 from loftq_cli.model.experts import ExpertGroup
 from loftq_cli.model.family import Family
+from loftq_cli.model.foreign import check_read
+from loftq_cli.model.skipping import join_skipped
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import Target, choose_targets, module_of
 from loftq_cli.model.task_heads import TaskHead, head_of_task
+from loftq_cli.planning.format_options import check_library
 from loftq_cli.planning.jobs import CopyJob, ExpertMatrix, LayerJob, QuantizableMatrix, pack_shards
 from loftq_cli.planning.matrices import ExpertChoice, MatrixPlanner, choose_experts, model_dtype
 from loftq_cli.planning.plan import Plan
@@ -26,7 +30,12 @@ from loftq_cli.tensors.headers import OutTensor, TensorRef, config_file_beside
 
 
 def build_plan(
-    tensors: Mapping[str, TensorRef], config: Mapping[str, Any], recipe: Recipe, *, modules_only: bool = False
+    tensors: Mapping[str, TensorRef],
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    *,
+    modules_only: bool = False,
+    part: str = "",
 ) -> Plan:
     """Build the plan of a conversion from headers alone.
 
@@ -34,10 +43,11 @@ def build_plan(
     config         the content of config.json; empty for a checkpoint without a config
     recipe         the settled options
     modules_only   whether to quantize linears whose adapter is one of a module, and no experts: for a model in memory
+    part           the folder of the model inside a pipeline, with a slash at the end; empty for a model folder
 
     Raises UsageError when an option does not fit a tensor, when a tensor has the name of a part of a quantized weight,
-    when no weight remains to quantize, and for a model that the container's loaders do not read; InputError for a
-    config with a value of the wrong type.
+    when no weight remains to quantize, and for a model that the container's loaders do not read; UnreadFormat for
+    quantized weights; InputError for a config with a value of the wrong type.
 
     >>> from loftq_cli.checkpoint.source import open_checkpoint
     >>> from loftq_cli.model.builtin import resolve_model
@@ -49,6 +59,8 @@ def build_plan(
     """
     head = _choose_head(config, recipe)
     family = Family(config if head is None else head.change(config), config_file_beside(tensors.values()))
+    check_read(tensors)
+    check_library(recipe.layout, family.library)
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe, modules_only=modules_only)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit() and not _are_experts_modules(jobs):
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
@@ -63,10 +75,11 @@ def build_plan(
     check_names(planner.layout, stored, [*stored, *(job.name for job in jobs if isinstance(job, CopyJob))])
     _check_expert_formats(recipe, jobs)
     notes = [*planner.notes, *_summarize_copies(jobs, planner), *_note_fused_layers(recipe, jobs)]
-    shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes)
+    stem = f"{part}{family.library.weights}"
+    shards = pack_shards([job.base_tensors for job in jobs], recipe.max_shard_nbytes, stem)
     sources = {} if head is None else _head_sources(tensors, family, head)
     notes += [] if head is None else _note_head(head, sources)
-    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes), head, sources)
+    plan = Plan(recipe, family, dtype, tuple(jobs), shards, tuple(notes), head, sources, part)
     plan.model_config(config)  # raises for a model that the container's loaders do not read
     return plan
 
@@ -82,9 +95,7 @@ def _choose_head(config: Mapping[str, Any], recipe: Recipe) -> TaskHead | None:
             raise UsageError("--num-labels is for --task SEQ_CLS and TOKEN_CLS", hint="leave --num-labels out")
         return None
     head, row, pooling = head_of_task(config, recipe.task, recipe.num_labels), LAYOUTS[recipe.layout], recipe.pooling
-    if not head.tensors or (
-        row.in_transformers and (pooling is None or (row.peft_pools and pooling.convention == "peft"))
-    ):
+    if not head.tensors or (row.libraries and (pooling is None or (row.peft_pools and pooling.convention == "peft"))):
         return head
     kind = f"--layout {recipe.layout}" if pooling is None else f"pooled inputs on --layout {recipe.layout}"
     message = f"--task {recipe.task} needs PEFT, which trains the head, and PEFT does not train on {kind}"
@@ -145,8 +156,12 @@ def _plan_tensors(
     targets = choose_targets(
         tensors, family, recipe.include, recipe.exclude, choice.tensors, moves_adapters=by_parameter
     )
+    notes: list[str] = []
+    if LAYOUTS[recipe.layout].stores_codes:
+        targets, notes = join_skipped(targets, tensors, family)
     dtype = _choose_stored_dtype(recipe, model_dtype(tensors, targets, family))
     planner = _make_matrix_planner(tensors, family, recipe, dtype)
+    planner.notes += notes
     planner.expert_reason = choice.reason
     experts, kept = _plan_experts(recipe, planner, dtype, choice.groups, targets), choice.tensors | choice.others
     jobs: list[LayerJob | CopyJob] = []
@@ -273,7 +288,11 @@ def _make_matrix_planner(tensors: Mapping[str, TensorRef], family: Family, recip
 
 
 def _make_job(
-    recipe: Recipe, planner: MatrixPlanner, dtype: str, ref: TensorRef, unit: QuantizableMatrix | CopyJob
+    recipe: Recipe,
+    planner: MatrixPlanner,
+    dtype: str,
+    ref: TensorRef,
+    unit: QuantizableMatrix | CopyJob,
 ) -> LayerJob | CopyJob:
     """Make the job of a tensor. Raises UsageError for a rank above the smaller side of the matrix."""
     if isinstance(unit, CopyJob):
@@ -281,6 +300,8 @@ def _make_job(
     module, shape = module_of(ref.name), unit.matrix.shape
     _, lora, _ = layer_settings(recipe, module, dtype)
     _check_rank(lora.rank, shape, ref.name, module)
+    adapted = adapter_config.AdaptedModule(unit.module, shape, lora)
+    is_own = planner.family.library.adapter_weights is not None and lora.pooling is None
     return LayerJob(
         matrix=unit.matrix,
         module=unit.module,
@@ -288,9 +309,10 @@ def _make_job(
         layout=recipe.layout,
         procedure=procedure_of(recipe),
         base_tensors=planner.layout.planned(unit.matrix),
-        adapter_tensors=adapter_config.planned(adapter_config.AdaptedModule(unit.module, shape, lora)),
+        adapter_tensors=adapter_config.planned(adapted),
         note=unit.note,
         is_parameter=planner.family.moves_adapter(module),
+        library_tensors=library_adapter.planned(adapted, planner.family) if is_own else (),
     )
 
 
@@ -324,6 +346,12 @@ def _summarize_copies(jobs: Sequence[LayerJob | CopyJob], planner: MatrixPlanner
     unadapted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "no adapter"]
     if unadapted:
         yield f"{len(unadapted)} linear layers stay in full precision: PEFT takes no adapter on them in this family"
+    modulation = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "modulation"]
+    if modulation:
+        yield (
+            f"{len(modulation)} modulation layers stay in full precision, since their numbers scale whole blocks "
+            f"(--include with a name chooses them); the first is {modulation[0].name}"
+        )
     converted = [job for job in jobs if isinstance(job, CopyJob) and job.reason == "converted at load"]
     if converted:
         yield (

@@ -69,7 +69,7 @@ class CodebookQuantizer:
         spec, (out_features, in_features) = self.spec, weight.shape
         numel = out_features * in_features
         packed = torch.empty(0 if sink else (numel + 1) // 2, dtype=torch.uint8, device=weight.device)
-        absmax = torch.empty(-(-numel // spec.block_size), device=weight.device)
+        absmax = torch.empty(-(-numel // spec.block_size), dtype=torch.float32, device=weight.device)
         start_absmax = None if start is None or self.scales != "search" else start.decoded_absmax()
 
         def encode(part: slice) -> torch.Tensor:

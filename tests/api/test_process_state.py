@@ -208,3 +208,16 @@ def _convert(output: Path, iterations: int, threads: int, observer: loftq.Observ
     output.parent.mkdir()
     options = {**ONE_LAYER, "iterations": iterations, "fit": "loftq"}
     loftq.quantize("builtin:tiny-llama", output, threads=threads, observer=observer, **options)
+
+
+@pytest.mark.parametrize("method", ["loftq", "pissa"])
+def test_results_do_not_depend_on_the_dtype_that_the_process_gives_new_tensors(tmp_path, method):
+    """A failed load in diffusers leaves float16 behind."""
+    expected = loftq.quantize("builtin:tiny-llama", tmp_path / "expected", **{**ONE_LAYER, "method": method})
+    torch.set_default_dtype(torch.float16)
+    try:
+        made = loftq.quantize("builtin:tiny-llama", tmp_path / "made", **{**ONE_LAYER, "method": method})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name in ("model.safetensors", f"{expected.adapter.name}/adapter_model.safetensors"):
+        assert (made.output / name).read_bytes() == (expected.output / name).read_bytes()

@@ -340,7 +340,7 @@ REFUSED: dict[str, tuple[Any, type[LoftqError], str]] = {
     "a quantized model": (
         lambda: attach(quantized_already()),
         InputError,
-        "the model is quantized already (bitsandbytes) (start from the full-precision checkpoint)",
+        "the model is quantized already (bitsandbytes) (start from the checkpoint in 16 bits",
     ),
     "a module that is no linear": (
         lambda: attach(nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"rot": Rotary()})])}), rank=4),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loftq_cli.errors import InputError, UsageError
+from loftq_cli.errors import InputError, UnreadFormat, UsageError
 from loftq_cli.planning.jobs import CopyJob, LayerJob
 from loftq_cli.planning.plan import Plan
 from loftq_cli.planning.planner import build_plan
@@ -91,10 +91,13 @@ def test_what_looks_like_a_linear_but_is_none_is_copied(name, shape, reason):
     assert reasons(plan(*BLOCK, (name, shape)))[name] == reason
 
 
-def test_integers_and_scaled_8_bit_weights_are_copied():
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int32", "float8_e4m3fn"])
+def test_codes_without_known_scales_are_refused_and_other_integers_are_copied(dtype):
     name = "model.layers.0.mlp.up_proj.weight"
-    for dtype in ("int8", "float8_e4m3fn"):
-        assert reasons(plan(*BLOCK, (name, (64, 64), dtype)))[name] == "not floating point"
+    with pytest.raises(UnreadFormat, match=f"up_proj.weight: is {dtype}: codes of a quantized weight"):
+        plan(*BLOCK, (name, (64, 64), dtype))
+    assert reasons(plan(*BLOCK, (name, (64,), dtype)))[name] == "not floating point"
+    assert reasons(plan(*BLOCK, ("model.rotation", (64, 64), dtype)))["model.rotation"] == "not floating point"
 
 
 def test_shared_experts_are_ordinary_linears():

@@ -42,7 +42,11 @@ def search_scales(
     weight: torch.Tensor, block_size: int, levels: Levels, start: Blocks | None, importance: torch.Tensor | None
 ) -> Blocks:
     """See refinement/reference.py."""
-    relative_importance = torch.empty(0, block_size) if importance is None else block_importance(importance, block_size)
+    relative_importance = (
+        torch.empty(0, block_size, dtype=torch.float32)
+        if importance is None
+        else block_importance(importance, block_size)
+    )
     shape = (weight.shape[0], weight.shape[1] // block_size)
     blocks, codes = weight.view(-1, block_size).numpy(), np.empty((weight.numel() // block_size, block_size), np.uint8)
     scales, zeros, biases = (np.empty(len(codes), np.float32) for _ in range(3))

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from loftq_cli.adapter.config import is_adapter_directory
-from loftq_cli.adapter.extras import JoinedWeights, take_extras
+from loftq_cli.adapter.extras import take_extras
+from loftq_cli.adapter.joined_weights import JoinedWeights
 from loftq_cli.adapter.sorting import LoraTensors
 from loftq_cli.adapter.source import AdapterSource, open_adapter
 from loftq_cli.checkpoint.source import WeightsFile

@@ -76,7 +76,7 @@ def replace_lora_weights(
 
 def _fit(layer: PeftLayer, weight: torch.Tensor, svd: str, workers: Workers) -> LoraPair:
     """The adapter of W − dequant(Q), float32. Raises MismatchError for a weight of another model than the base."""
-    quantized, rows, residual = layer.quantized(), TensorRows(weight), torch.empty(layer.shape)
+    quantized, rows, residual = layer.quantized(), TensorRows(weight), torch.empty(layer.shape, dtype=torch.float32)
     squared = make_quantizer(quantized.spec, quantized.dtype).residual(rows, quantized, residual, workers=workers)
     _check_residual(layer.name, squared, float(weight.double().square().sum()))
     solve = make_solver(svd, layer.rank, layer.shape, torch.Generator().manual_seed(0), workers)
