@@ -42,8 +42,9 @@ def build_plan(tensors: Mapping[str, TensorRef], config: Mapping[str, Any], reci
     >>> len(plan.layers), [shard.file for shard in plan.shards]
     (28, ['model.safetensors'])
     """
+    family = Family(config, config_file_beside(tensors.values()))
     head = _choose_head(config, recipe)
-    family = Family(config if head is None else head.change(config), config_file_beside(tensors.values()))
+    family = family if head is None else Family(head.change(config), family.file)
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe)
     if planner.layout.row.stores_codes and not family.loads_in_4_bit():
         raise UsageError(f"transformers cannot load {family.model_type} from quantized tensors", hint=DENSE_HINT)
@@ -81,7 +82,7 @@ def _choose_head(config: Mapping[str, Any], recipe: Recipe) -> TaskHead | None:
         return head
     kind = f"--layout {recipe.layout}" if pooling is None else f"pooled inputs on --layout {recipe.layout}"
     message = f"--task {recipe.task} needs PEFT, which trains the head, and PEFT does not train on {kind}"
-    raise UsageError(message, hint=f"--method loftq --quant-type nf4, or {DENSE_HINT}")
+    raise UsageError(message, hint=DENSE_HINT if pooling is None else "--method loftq")
 
 
 def _head_sources(tensors: Mapping[str, TensorRef], family: Family, head: TaskHead) -> dict[str, str]:
