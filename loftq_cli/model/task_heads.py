@@ -65,11 +65,23 @@ def with_labels(config: Mapping[str, Any], count: int, names: Mapping[str, str] 
     >>> with_labels({"vocab_size": 8}, 1)["id2label"]
     {'0': 'LABEL_0'}
     """
-    own = config.get("id2label")
-    names = names or (own if isinstance(own, dict) and len(own) == count else None)
-    names = names or {str(label): f"LABEL_{label}" for label in range(count)}
+    own = label_names(config)
+    names = names or (own if len(own) == count else None) or {str(label): f"LABEL_{label}" for label in range(count)}
     ids = {name: int(label) for label, name in names.items()}
     return {**config, "num_labels": count, "id2label": dict(names), "label2id": ids}
+
+
+def label_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The names of the labels in a config, as {"0": ...}; empty for a config without names, or with other values.
+
+    >>> label_names({"id2label": {"0": "no", "1": "yes"}}), label_names({"id2label": {"first": "no"}})
+    ({'0': 'no', '1': 'yes'}, {})
+    """
+    names = config.get("id2label")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        return {}
+    numbers = sorted(int(label) for label in names if isinstance(label, str) and label.isdecimal() and len(label) < 9)
+    return dict(names) if numbers == list(range(len(names))) else {}
 
 
 def head_of_task(config: Mapping[str, Any], task: str, labels: int | None) -> TaskHead:
@@ -104,11 +116,12 @@ def head_of_task(config: Mapping[str, Any], task: str, labels: int | None) -> Ta
         message = f"--task {task}: the config does not say {error.args[0]}, the width of the head's input"
         raise UsageError(message, hint="leave --task out, and train the head beside the adapter") from None
     std = config.get("initializer_range", config.get("init_std", _DEFAULT_STD))
-    return TaskHead(task, architecture, count, tensors, float(std) if isinstance(std, (int, float)) else _DEFAULT_STD)
+    is_usual = isinstance(std, (int, float)) and 0 <= std <= 1
+    return TaskHead(task, architecture, count, tensors, float(std) if is_usual else _DEFAULT_STD)
 
 
 def _labels_of(config: Mapping[str, Any], architecture: str) -> int:
-    for value in (config.get("num_labels"), len(config.get("id2label") or ())):
+    for value in (config.get("num_labels"), len(label_names(config))):
         if type(value) is int and value > 0:
             return value
     return 1 if architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) else 2
@@ -118,4 +131,4 @@ def _widths(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
     """Yield the whole numbers of a config by key; those of the text model first, if the config has parts."""
     nested = config.get("text_config")
     for part in (nested if isinstance(nested, dict) else {}, config):
-        yield from ((key, value) for key, value in part.items() if type(value) is int)
+        yield from ((key, value) for key, value in part.items() if type(value) is int and value > 0)

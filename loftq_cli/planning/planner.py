@@ -57,8 +57,9 @@ def build_plan(
     >>> len(plan.layers), [shard.file for shard in plan.shards]
     (28, ['model.safetensors'])
     """
+    family = Family(config, config_file_beside(tensors.values()))
     head = _choose_head(config, recipe)
-    family = Family(config if head is None else head.change(config), config_file_beside(tensors.values()))
+    family = family if head is None else Family(head.change(config), family.file)
     check_read(tensors)
     check_library(recipe.layout, family.library)
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe, modules_only=modules_only)
@@ -99,7 +100,7 @@ def _choose_head(config: Mapping[str, Any], recipe: Recipe) -> TaskHead | None:
         return head
     kind = f"--layout {recipe.layout}" if pooling is None else f"pooled inputs on --layout {recipe.layout}"
     message = f"--task {recipe.task} needs PEFT, which trains the head, and PEFT does not train on {kind}"
-    raise UsageError(message, hint=f"--method loftq --quant-type nf4, or {DENSE_HINT}")
+    raise UsageError(message, hint=DENSE_HINT if pooling is None else "--method loftq")
 
 
 def _head_sources(tensors: Mapping[str, TensorRef], family: Family, head: TaskHead) -> dict[str, str]:

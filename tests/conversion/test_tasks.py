@@ -5,6 +5,7 @@ them: every adapter arrives, and the new head trains and is saved.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from support.adapters import tensors_of
+from support.adapters import edit_json, tensors_of
 from support.conversions import run_conversion
 from support.trained import IDS, LLAMA, SIZES, config_of, loaded, outputs, saved
 
@@ -125,7 +126,7 @@ def test_the_head_depends_on_the_seed_alone(checkpoints, tmp_path):
         ),
         (
             ("--task", "SEQ_CLS", "--recipe", "qalora-int4", "--group-size", "32"),
-            "PEFT does not train on pooled inputs on --layout metal (--method loftq --quant-type nf4",
+            "PEFT does not train on pooled inputs on --layout compressed-tensors (--method loftq)",
         ),
     ],
 )
@@ -139,3 +140,24 @@ def test_a_family_without_a_head_for_the_task_is_refused(tmp_path, capsys):
     saved("MambaForCausalLM", tmp_path / "mamba", vocab_size=160, hidden_size=64, num_hidden_layers=1)
     assert _run(["quantize", str(tmp_path / "mamba"), str(tmp_path / "out"), "--task", "SEQ_CLS"]) == 2
     assert "--task SEQ_CLS: no head" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        {"id2label": {"first": "a", "second": "b"}},
+        {"id2label": {"0": ["a"], "1": {}}},
+        {"id2label": 3, "num_labels": "many"},
+        {"initializer_range": 1e300},
+        {"initializer_range": "wide"},
+    ],
+    ids=str,
+)
+def test_labels_and_widths_of_no_meaning_are_passed_over(junk, checkpoints, tmp_path):
+    shutil.copytree(checkpoints / "llama", tmp_path / "junk")
+    edit_json(tmp_path / "junk" / "config.json", **junk)
+
+    made = run_conversion(tmp_path / "junk", tmp_path / "base", rank=4, method="qlora", task="SEQ_CLS")
+
+    assert config_of(made.output)["id2label"] == {"0": "LABEL_0"}
+    assert tensors_of(made.adapter)["base_model.model.score.weight"].abs().max() < 0.1

@@ -15,7 +15,7 @@ from loftq_cli.merging.adapters.weighted import mismatch
 from loftq_cli.model.loaded_names import LoadedNames, class_for_task, loaded_names
 from loftq_cli.model.stored import BaseModel
 from loftq_cli.model.targets import module_of
-from loftq_cli.model.task_heads import LABELLED, TASK_CLASSES, with_labels
+from loftq_cli.model.task_heads import LABELLED, TASK_CLASSES, label_names, with_labels
 
 _LAST = ("out_proj.weight", "score.weight", ".classifier.weight", "classification_head.weight")
 _CONFIG = "config.json"
@@ -116,11 +116,8 @@ def _count(heads: Mapping[str, Replacement]) -> int | None:
 def _label_names(head: Replacement, labels: int | None) -> Mapping[str, str] | None:
     """Names of the labels in a config beside the adapter, which some trainers save."""
     file = head.source.path / _CONFIG
-    names = read_json_object(file).get("id2label") if file.is_file() else None
-    if not isinstance(names, dict) or len(names) != labels:
-        return None
-    is_plain = all(isinstance(name, str) for name in names.values()) and all(label.isdecimal() for label in names)
-    return names if is_plain else None
+    names = label_names(read_json_object(file)) if file.is_file() else {}
+    return names if names and len(names) == labels else None
 
 
 def _class_of(base: BaseModel, ending: str) -> str | None:
