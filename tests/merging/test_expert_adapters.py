@@ -117,7 +117,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_any_choice_of_parameters_merges(case, bases, tmp_path):
     name, values, config = CASES[case]
-    base = bases(name, num_hidden_layers=2, **values)
+    base = bases(name, num_hidden_layers=2 if "complete" in case else 1, **values)
     adapter = trained(base, tmp_path / "adapter", **config)
     assert (logits(load(base)) - adapter.logits).abs().max() > 0.02
     out = merged(base, adapter.path, tmp_path / "out")
