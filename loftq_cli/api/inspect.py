@@ -230,7 +230,7 @@ def _compare(base: BaseModel, inspection: Inspection, request: _Request, observe
     return compare(
         base,
         request.reference,
-        [row.name for row in inspection.rows],
+        [row.name for row in inspection.rows if row.name in base.tensors and len(base.tensors[row.name].shape) == 2],
         report[0]["adapter_dir"] if report else None,
         request.texts,
         tokens=request.tokens,

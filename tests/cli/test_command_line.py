@@ -30,7 +30,7 @@ OPTIONS = {"loftq": FAST, "qlora": ("--rank", 4)}
 def test_results_go_to_stdout_and_everything_else_to_stderr(run, source):
     status, out, err = run("quantize", source, "out", *FAST)
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["base", "adapter", "error"]
+    assert [line.split()[0] for line in out.splitlines()] == ["base", "adapter", "error", "model"]
     lines = err.splitlines()
     assert sum(line.startswith("[") for line in lines) == 14
     assert "  rank = 4" in lines
@@ -41,12 +41,12 @@ def test_results_go_to_stdout_and_everything_else_to_stderr(run, source):
 def test_quiet_says_nothing_but_the_result(run, source):
     status, out, err = run("quantize", source, "out", *FAST, "--start", "zero", "-q")
     assert (status, err) == (0, "")
-    assert len(out.splitlines()) == 3
+    assert len(out.splitlines()) == 4
 
 
 def test_quiet_says_that_a_base_needs_its_adapter(run, source):
     status, out, err = run("quantize", source, "out", *FAST, "--start", "principal", "-q")
-    assert (status, len(out.splitlines()), len(err.splitlines())) == (0, 3, 1)
+    assert (status, len(out.splitlines()), len(err.splitlines())) == (0, 4, 1)
     assert err.startswith("warning: this base is no model without its adapter: ")
 
 
@@ -383,7 +383,7 @@ def test_names_of_files_are_data_too(run, source, tmp_path, name):
     shutil.copytree(source, tmp_path / folder)
     output = "out " + name.decode(errors="ignore")
     status, out, err = run("quantize", f"./{folder}", output, *FAST)
-    assert (status, len(out.splitlines())) == (0, 3), err
+    assert (status, len(out.splitlines())) == (0, 4), err
     assert "\x1b" not in out + err
     card = (tmp_path / output / "README.md").read_text()
     compile(card.partition("```python\n")[2].partition("```")[0], "card", "exec")

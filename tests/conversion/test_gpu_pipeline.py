@@ -235,6 +235,17 @@ class TestStacks:
         assert sorted(place for stack in stacks for place in stack) == layers_in(jobs)
 
 
+def test_experts_of_packed_integers_are_converted_on_the_device(tmp_path):
+    source = mixtral(tmp_path / "model")
+    recipe = {"method": "qlora", "quant_type": "int4", "symmetric": True, "rank": 2}
+    cpu = on_cpu(source, tmp_path / "cpu", **recipe)
+    with a_gpu():
+        gpu = on_gpu(source, tmp_path / "gpu", **recipe)
+    experts = [layer for layer in gpu.layers if layer.experts]
+    assert len(experts) == 4
+    assert gpu.total.error == pytest.approx(cpu.total.error, rel=1e-5)
+
+
 class TestMemory:
     RECIPE = MappingProxyType({"method": "loftq", "iterations": 2, "rank": 4})
 

@@ -45,7 +45,7 @@ REFUSALS = {
     **{
         f"experts of {family} in compressed-tensors with zero points": Refusal(
             r"transformers decodes experts of compressed-tensors without zero points \(--symmetric\)",
-            int4("compressed-tensors"),
+            int4("compressed-tensors", symmetric=False),
             build,
         )
         for family, build in (("mixtral", models.mixtral), ("qwen2_moe", models.qwen2_moe))
