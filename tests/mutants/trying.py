@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,9 @@ import pytest
 
 from tests.mutants.making import PACKAGES, Mutant, functions
 
+_NOT_PLACED = 98  # exit status of a fork
 _START = 20.0  # seconds that a fork may take before its tests' own seconds count, on a busy machine
+_FORK = 0.1  # seconds that a fork takes anyway
 _FACTOR = 5.0  # times as long as without the change may tests take
 _MEMORY = 16 << 30  # bytes of address space of a fork
 _FILE = 1 << 30  # bytes of a file that a fork writes
@@ -143,18 +146,23 @@ class Trial:
         finally:
             path.write_text(source)
         took = time.perf_counter() - start
+        if status == _NOT_PLACED:
+            raise SystemExit(f"{mutant.key}: cannot be put in place: see {self.work / 'fork.log'}")
         verdict = {0: "survived", 1: "killed", None: "timeout"}.get(status, "crashed")
         killer = report.read_text() if report.is_file() else None
         return {**record, "verdict": verdict, "took": round(took, 1), "killer": killer}
 
     def _tests_of(self, mutant: Mutant) -> tuple[list[str], bool]:
-        """The tests that run the changed statement, quick tests first, and whether `seconds` left some out."""
-        lines = self.coverage["lines"].get(mutant.file, {})
+        """The tests that run the changed statement, and whether `seconds` left some out. First come tests that run many
+        lines of the file in a short time: such tests are about the file.
+        """
+        lines, seconds = self.coverage["lines"].get(mutant.file, {}), self.coverage["seconds"]
         span = statement_lines(Path(mutant.file).read_text(), mutant)
         found = {test for line in span for test in lines.get(str(line), ()) if test in self.items}
+        n_lines = Counter(test for tests in lines.values() for test in tests)
         chosen, total = [], 0.0
-        for test in sorted(found, key=lambda test: (self.coverage["seconds"][test], test)):
-            total += self.coverage["seconds"][test]
+        for test in sorted(found, key=lambda test: (-n_lines[test] / (seconds[test] + _FORK), test)):
+            total += seconds[test]
             if total > self.seconds and chosen:
                 return chosen, True
             chosen.append(test)
@@ -164,7 +172,11 @@ class Trial:
         """In the fork: 1 when a test fails, 0 when none does."""
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
         resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE, _FILE))
-        put_in_place(mutant, changed)
+        try:
+            put_in_place(mutant, changed)
+        except Exception:
+            traceback.print_exc()
+            return _NOT_PLACED
         items = [self.items[test] for test in tests]
         for item, following in zip(items, [*items[1:], None], strict=True):
             if not _passes(item, following):
@@ -243,10 +255,11 @@ def put_in_place(mutant: Mutant, changed: str) -> None:
     node = dict(functions(ast.parse(changed)))[mutant.function]
     owner, _, name = mutant.function.rpartition(".")
     node.decorator_list = []
-    # A method that says super() reads the cell __class__ of the scope around.
-    around = ast.parse(f"def around(__class__):\n    pass\n    return {name}").body[0]
+    # A method that says super() reads the cell __class__ of the scope around. A function that calls itself by its name
+    # reads a global.
+    around = ast.parse(f"def around(__class__):\n    global {name}\n    pass\n    return {name}").body[0]
     assert isinstance(around, ast.FunctionDef)
-    around.body[0] = node
+    around.body[1] = node
     tree = ast.fix_missing_locations(ast.Module([around], []))
     scope: dict[str, Any] = dict(vars(module))
     exec(
