@@ -403,3 +403,15 @@ def test_the_sum_of_a_file_is_of_all_its_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "is_name"), [("w", True), ("重み", True), ("", False), ("\ud800", False), (7, False)])
 def test_names_are_texts_that_utf_8_can_write(name: object, is_name: bool) -> None:
     assert is_tensor_name(name) is is_name
+
+
+def test_a_file_that_changed_says_what_to_do(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+
+    for read in (file.check_unchanged, file.file_sha256):
+        with pytest.raises(StorageError, match="changed while it was being read") as caught:
+            read()
+        assert caught.value.file == str(tmp_path / "a.safetensors")
+        assert caught.value.hint == "run the command again when nothing else writes to it"
