@@ -55,9 +55,9 @@ def _sample(mutants: list[Mutant], size: int | None, seed: int) -> list[Mutant]:
         files[mutant.file].append(mutant)
     for file, group in files.items():
         order = random.Random(f"{seed} {file}").sample(group, len(group))
-        firsts = {mutant.function: mutant for mutant in reversed(order)}.values()
-        rest = [mutant for mutant in order if mutant not in firsts]
-        chosen += [*firsts, *rest[: max(0, size - len(firsts))]]
+        firsts = {mutant.function: mutant for mutant in reversed(order)}
+        rest = [mutant for mutant in order if mutant is not firsts[mutant.function]]
+        chosen += [*firsts.values(), *rest[: max(0, size - len(firsts))]]
     return random.Random(seed).sample(chosen, len(chosen))  # whoever stops the command has tried some of each file
 
 

@@ -153,15 +153,15 @@ class Trial:
         return {**record, "verdict": verdict, "took": round(took, 1), "killer": killer}
 
     def _tests_of(self, mutant: Mutant) -> tuple[list[str], bool]:
-        """The tests that run the changed statement, and whether `seconds` left some out. First come tests that run many
-        lines of the file in a short time: such tests are about the file.
+        """The tests that run the changed statement, and whether `seconds` left some out. First come examples in
+        docstrings, then tests that run many lines of the file in a short time: such tests are about the file.
         """
         lines, seconds = self.coverage["lines"].get(mutant.file, {}), self.coverage["seconds"]
         span = statement_lines(Path(mutant.file).read_text(), mutant)
         found = {test for line in span for test in lines.get(str(line), ()) if test in self.items}
         n_lines = Counter(test for tests in lines.values() for test in tests)
         chosen, total = [], 0.0
-        for test in sorted(found, key=lambda test: (-n_lines[test] / (seconds[test] + _FORK), test)):
+        for _, _, test in sorted(("docstrings" not in t, -n_lines[t] / (seconds[t] + _FORK), t) for t in found):
             total += seconds[test]
             if total > self.seconds and chosen:
                 return chosen, True

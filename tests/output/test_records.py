@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from loftq_cli.errors import InputError
-from loftq_cli.output.checksums import Checksums, read_checksums
-from loftq_cli.output.records import source_name
+from loftq_cli.output.checksums import Checksums, files_in, read_checksums
+from loftq_cli.output.records import index_json, source_name
 from loftq_cli.output.side_files import are_copied, copy_side_files
 
 A, B = "a" * 64, "b" * 64
@@ -86,3 +86,21 @@ def test_side_files_are_those_that_were_copied_while_their_bytes_are(tmp_path):
         assert are_copied(sources, sums) is remote_code
         assert not are_copied(sources, {"tokenizer.json": sums["tokenizer.json"]}, remote_code=remote_code)
     assert json.loads((tmp_path / "copies" / "tokenizer_config.json").read_text()) == {"a": 1}
+
+
+def test_an_index_names_the_file_of_each_tensor_and_the_bytes_of_all():
+    index = json.loads(index_json({"b": "model-2.safetensors", "a": "model-1.safetensors"}, 64))
+    assert index == {
+        "metadata": {"total_size": 64},
+        "weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"},
+    }
+    assert list(index["weight_map"]) == ["a", "b"]
+
+
+def test_links_to_folders_are_listed_on_demand_alone(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "model" / "config.json").touch()
+    assert files_in(tmp_path / "model") == ["config.json"]
+    assert files_in(tmp_path / "model", links=True) == ["config.json", "linked"]

@@ -98,6 +98,16 @@ def test_the_mark_holds_one_hash_of_the_inputs_of_all_units(tmp_path: Path) -> N
     assert mark["input_sha256"] == fingerprint_of({unit: hash_input(unit) for unit in UNITS})
 
 
+def test_the_mark_holds_the_sum_of_every_file_and_of_every_tensor(tmp_path: Path) -> None:
+    run(Doubling(), tmp_path / "out")
+    mark = json.loads((tmp_path / "out" / "checksums.json").read_text())
+    files = {name: data for name, data in files_of(tmp_path / "out").items() if name != "checksums.json"}
+    assert mark["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    numbers = {unit: torch.tensor([2.0 * place]).numpy().tobytes() for place, unit in enumerate(UNITS)}
+    sums = {unit: hashlib.sha256(data).hexdigest() for unit, data in numbers.items()}
+    assert mark["tensors"] == {"model.safetensors": sums}
+
+
 @pytest.mark.parametrize("step", ["run b", "done b", "check", "side files", "inputs"])
 def test_an_error_that_keeps_nothing_leaves_nothing(step: str, tmp_path: Path) -> None:
     with pytest.raises(QualityError, match="stopped here"):
