@@ -1,7 +1,7 @@
 """`python -m tests.mutants`: change `output`, `checkpoint` and `merging` in one place at a time; tests must notice.
 
 Prints a table and the survivors without a reason in survivors.toml. Ends with status 1 where more than 5 % of the tried
-mutants have none. Verdicts are kept in mutants/: a second call goes on where the first one stopped.
+mutants have none. Verdicts are kept in .mutants/: a second call goes on where the first one stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
     again = {"all": {*verdicts.values()}, "survivors": _SURVIVAL, None: set()}[options.again]
     left = [mutant for mutant in chosen if mutant.key not in verdicts or verdicts[mutant.key] in again]
     if left and not options.report:
-        _try(left, options)
+        _try(sorted(left, key=lambda mutant: mutant.key not in verdicts), options)
         verdicts = _verdicts(mutants)
     return _report(mutants, refused, {mutant.key: verdicts[mutant.key] for mutant in chosen if mutant.key in verdicts})
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-WORK = ROOT / "mutants"
+WORK = ROOT / ".mutants"  # hidden: tests read every page of the other folders
 TREE = WORK / "tree"
 PACKAGES = ("output", "checkpoint", "merging")
 _COPIED = ("loftq_cli", "triton_kernels", "configs", "tests", "README.md", "CHANGELOG.md", "pyproject.toml")
