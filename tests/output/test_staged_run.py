@@ -182,3 +182,15 @@ def test_a_result_takes_the_bytes_of_its_tensors_and_side_files(tmp_path: Path) 
     assert plan.nbytes == 3 * 4
     with_side_file = PlannedResult(plan.output, "f", UNITS, plan.files, {"t": tmp_path / "tokenizer.json"})
     assert with_side_file.nbytes == 3 * 4 + 5
+
+
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_is_continued_on_an_equal_kind_of_device_only(first: str, second: str, tmp_path: Path) -> None:
+    plan, options = planned(tmp_path / "out"), {"overwrite": False, "restart": False}
+    with pytest.raises(StorageError):
+        run_staged(plan, Doubling("run c", StorageError), **options, device=first)
+    with pytest.raises(UsageError, match="another version or device"):
+        run_staged(plan, Doubling(), **options, device=second)
+    work = Doubling()
+    run_staged(plan, work, **options, device=first)
+    assert "run a" not in work.steps
