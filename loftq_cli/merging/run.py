@@ -80,7 +80,7 @@ def merge_adapter(
     Raises UsageError for an absent GPU; MismatchError for a fitted adapter on a foreign base, unless forced;
     InputError or NumericError naming a tensor for numbers that cannot be merged; QualityError when quantizing again,
     rounding offsets or rounding to 16 bits erases more than half of the adapter, unless forced. A refused merge leaves
-    nothing behind. After an interrupt, or a StorageError, a second run continues the merge.
+    nothing behind. After an interrupt, or a StorageError, a second run on an equal kind of device continues the merge.
     """
     gpu, device_note = _open_gpu(merge, device)
     sums = InputSums(merge)
@@ -94,7 +94,8 @@ def merge_adapter(
         if note is not None:
             observer.note(note)
     work = MergeWork(merge, observer, sums, gpu, (*provenance.warnings, *notes))
-    run_staged(merge.result, work, overwrite=overwrite, restart=restart, threads=threads)
+    kind = "cpu" if gpu is None else gpu.kind
+    run_staged(merge.result, work, overwrite=overwrite, restart=restart, threads=threads, device=kind)
     return work.outcome
 
 

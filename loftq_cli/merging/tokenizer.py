@@ -70,7 +70,7 @@ def choose_tokenizer(choice: str | None, base_files: Mapping[str, Path], adapter
     gone = sorted(left - theirs.keys())
     without = f"; without the base's {', '.join(printable(name, 80) for name in gone)}" if gone else ""
     note = f"the tokenizer is the adapter's, which differs from the base's (--tokenizer base): {listed}{without}"
-    if not _has_template(theirs) and "chat_template" in _config_of(ours):
+    if _CONFIG in left and not _has_template(theirs) and "chat_template" in _config_of(ours):
         note += "; the base's chat template, which the adapter's tokenizer lacks, is left out"
     return TokenizerChoice(left, theirs, note)
 

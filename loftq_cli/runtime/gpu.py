@@ -175,6 +175,11 @@ class SharedDevice:
     def __str__(self) -> str:
         return str(self._device)
 
+    @property
+    def kind(self) -> str:
+        """The kind of the device, like "cuda"."""
+        return self._device.device.type
+
     def run(self, work: Callable[[Inputs], Value], read: Callable[[], Inputs], nbytes: int) -> Value | None:
         """Compute `work` on the GPU. Returns the result in the processor's memory, or None for the caller to compute on
         the processor.

@@ -240,3 +240,10 @@ def test_a_failing_disk_is_a_storage_error() -> None:
 def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="is not a possible file name"):
         read_json_object(Path(name))
+
+
+def test_colons_in_texts_are_no_keys() -> None:
+    """In a large file: texts that are shorter than a key may be, beside as many colons."""
+    values = {"short": ["x"] * 300_000, "colons": ":" * 300_000}
+
+    assert parse_json_object(json.dumps(values, separators=(",", ":")).encode(), file=Path("a.json")) == values

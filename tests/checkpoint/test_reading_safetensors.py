@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from loftq_cli.checkpoint.safetensors_file import SafetensorsFile
+from loftq_cli.checkpoint.safetensors_file import SafetensorsFile, is_tensor_name
 from loftq_cli.errors import InputError, StorageError
 from loftq_cli.tensors.headers import ITEMSIZE
 
@@ -390,3 +391,27 @@ def test_no_file_stays_open_between_reads(tmp_path: Path) -> None:
     list(file.chunks("w"))
 
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_sum_of_a_file_is_of_all_its_bytes(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(300_000)}, path)  # more than one piece of reading
+
+    assert SafetensorsFile(path).file_sha256() == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(("name", "is_name"), [("w", True), ("重み", True), ("", False), ("\ud800", False), (7, False)])
+def test_names_are_texts_that_utf_8_can_write(name: object, is_name: bool) -> None:
+    assert is_tensor_name(name) is is_name
+
+
+def test_a_file_that_changed_says_what_to_do(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "a.safetensors")
+    file = SafetensorsFile(tmp_path / "a.safetensors")
+    save_file({"w": torch.ones(3)}, tmp_path / "a.safetensors")
+
+    for read in (file.check_unchanged, file.file_sha256):
+        with pytest.raises(StorageError, match="changed while it was being read") as caught:
+            read()
+        assert caught.value.file == str(tmp_path / "a.safetensors")
+        assert caught.value.hint == "run the command again when nothing else writes to it"

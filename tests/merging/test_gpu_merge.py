@@ -19,7 +19,7 @@ from test_gpu_pipeline import a_gpu
 
 from loftq_cli.adapter.config import PREFIX
 from loftq_cli.cli.main import _run
-from loftq_cli.errors import InputError, LoftqError
+from loftq_cli.errors import InputError, LoftqError, UsageError
 from loftq_cli.inspecting.converted import Inspection, inspect_converted
 from loftq_cli.inspecting.dense import TensorRow, inspect_checkpoint
 from loftq_cli.merging.form import MergeOptions
@@ -64,6 +64,17 @@ class Converted:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """A Llama of one layer, linears of 32 to 96 features."""
     return Converted(tmp_path_factory.mktemp("llama"), hidden=64, layers=1)
+
+
+class Stopping(Silent):
+    """Interrupts a merge at its third layer."""
+
+    merged = 0
+
+    def layer_merged(self, layer: MergedLayer) -> None:
+        self.merged += 1
+        if self.merged == 3:
+            raise KeyboardInterrupt
 
 
 def small_gpt2(folder: Path) -> Path:
@@ -228,14 +239,6 @@ class TestMerge:
         assert calls == ["retention_sums on cuda"] * 7
 
     def test_an_interrupted_merge_is_continued_on_a_gpu(self, converted, tmp_path, monkeypatch):
-        class Stopping(Silent):
-            merged = 0
-
-            def layer_merged(self, layer: MergedLayer) -> None:
-                self.merged += 1
-                if self.merged == 3:
-                    raise KeyboardInterrupt
-
         base, output = converted("nf4"), tmp_path / "out"
         with a_gpu():
             merged(base, tmp_path / "expected", "cuda")
@@ -244,6 +247,15 @@ class TestMerge:
             merged(base, output, "cuda")
         expected, made = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("expected", "out"))
         assert made == expected
+
+    @pytest.mark.parametrize("devices", [("cpu", "cuda"), ("cuda", "cpu")])
+    def test_an_interrupted_merge_is_not_continued_on_another_device(self, devices, converted, tmp_path):
+        """Sums are taken in another order there: one result would be made of two."""
+        base, output = converted("nf4"), tmp_path / "out"
+        with a_gpu(), pytest.raises(KeyboardInterrupt):
+            merged(base, output, devices[0], Stopping())
+        with a_gpu(), pytest.raises(UsageError, match=r"another version or device .*--restart"):
+            merged(base, output, devices[1])
 
 
 class TestRefusals:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,31 @@ def test_a_chat_template_alone_leaves_the_bases_vocabulary(base, tmp_path):
 
     assert files == {**BASE, "chat_template.jinja": "adapter"}
     assert note.endswith(": chat_template.jinja")
+
+
+LOST = "the base's chat template, which the adapter's tokenizer lacks, is left out"
+
+
+def with_a_template_in_its_config(base: Path, tmp_path: Path) -> Path:
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "tokenizer_config.json").write_text('{"chat_template": "base"}')
+    return tmp_path / "base"
+
+
+def test_a_template_that_goes_with_the_bases_config_is_said(base, tmp_path):
+    files, (note,) = merged_files(with_a_template_in_its_config(base, tmp_path), tmp_path, NEW)
+
+    assert files["tokenizer_config.json"] == "{}"
+    assert LOST in note
+
+
+def test_a_template_that_stays_in_the_bases_config_is_not_said_to_be_lost(base, tmp_path):
+    new = {"special_tokens_map.json": '{"pad_token": "<pad>"}'}
+
+    files, (note,) = merged_files(with_a_template_in_its_config(base, tmp_path), tmp_path, new)
+
+    assert files["tokenizer_config.json"] == '{"chat_template": "base"}'
+    assert "special_tokens_map.json" in note and LOST not in note
 
 
 def test_the_base_is_kept_on_demand_and_the_difference_said(base, tmp_path):

@@ -22,7 +22,7 @@ import loftq_cli
 from loftq_cli.errors import InputError, StorageError, UsageError
 from loftq_cli.nn import load_adapted
 from loftq_cli.output.records import TOOL, write_texts
-from loftq_cli.output.staging import Staging
+from loftq_cli.output.staging import Staging, check_output
 
 OLD = {"README.md": "old", "adapter/adapter_model.safetensors": "initial", "config.json": "{}"}
 NEW = {"README.md": "new", "config.json": "{}"}
@@ -359,3 +359,32 @@ def test_the_marker_says_when_the_folder_must_not_be_deleted(tmp_path: Path) -> 
     Staging(tmp_path / "out", fingerprint="f", overwrite=False, restart=False).close()
     text = (tmp_path / ".out.partial" / ".loftq-cli").read_text()
     assert re.search(r"Never delete .* while `replaced`", text)
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"), [(1, "a"), (3, "a, b, c"), (4, "a, b, c and 1 more files"), (5, "a, b, c and 2 more files")]
+)
+def test_three_foreign_files_are_named_and_the_rest_counted(count: int, shown: str, tmp_path: Path) -> None:
+    publish(tmp_path / "out", OLD, overwrite=False)
+    for name in "abcde"[:count]:
+        (tmp_path / "out" / name).touch()
+    with pytest.raises(UsageError) as caught:
+        check_output(tmp_path / "out", overwrite=True)
+    assert caught.value.message == f"holds {shown}, which the run that made it did not write"
+    assert caught.value.file == str(tmp_path / "out")
+
+
+def test_files_are_hashed_before_a_run_unless_the_caller_hashes_them_later(tmp_path: Path) -> None:
+    publish(tmp_path / "out", OLD, overwrite=False)
+    edit_in_place(tmp_path / "out" / "README.md")
+    check_output(tmp_path / "out", overwrite=True, hashes=False)
+    with pytest.raises(UsageError, match=r"holds README\.md, changed since the run that made it"):
+        check_output(tmp_path / "out", overwrite=True)
+
+
+def test_an_output_without_a_parent_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="its parent directory does not exist") as caught:
+        check_output(tmp_path / "no" / "such" / "out", overwrite=False)
+    assert caught.value.file == str(tmp_path / "no" / "such" / "out")
+    subprocess.run(str(caught.value.hint), shell=True, check=True)
+    check_output(tmp_path / "no" / "such" / "out", overwrite=False)

@@ -98,6 +98,16 @@ def test_the_mark_holds_one_hash_of_the_inputs_of_all_units(tmp_path: Path) -> N
     assert mark["input_sha256"] == fingerprint_of({unit: hash_input(unit) for unit in UNITS})
 
 
+def test_the_mark_holds_the_sum_of_every_file_and_of_every_tensor(tmp_path: Path) -> None:
+    run(Doubling(), tmp_path / "out")
+    mark = json.loads((tmp_path / "out" / "checksums.json").read_text())
+    files = {name: data for name, data in files_of(tmp_path / "out").items() if name != "checksums.json"}
+    assert mark["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    numbers = {unit: torch.tensor([2.0 * place]).numpy().tobytes() for place, unit in enumerate(UNITS)}
+    sums = {unit: hashlib.sha256(data).hexdigest() for unit, data in numbers.items()}
+    assert mark["tensors"] == {"model.safetensors": sums}
+
+
 @pytest.mark.parametrize("step", ["run b", "done b", "check", "side files", "inputs"])
 def test_an_error_that_keeps_nothing_leaves_nothing(step: str, tmp_path: Path) -> None:
     with pytest.raises(QualityError, match="stopped here"):
@@ -172,3 +182,15 @@ def test_a_result_takes_the_bytes_of_its_tensors_and_side_files(tmp_path: Path) 
     assert plan.nbytes == 3 * 4
     with_side_file = PlannedResult(plan.output, "f", UNITS, plan.files, {"t": tmp_path / "tokenizer.json"})
     assert with_side_file.nbytes == 3 * 4 + 5
+
+
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_is_continued_on_an_equal_kind_of_device_only(first: str, second: str, tmp_path: Path) -> None:
+    plan, options = planned(tmp_path / "out"), {"overwrite": False, "restart": False}
+    with pytest.raises(StorageError):
+        run_staged(plan, Doubling("run c", StorageError), **options, device=first)
+    with pytest.raises(UsageError, match="another version or device"):
+        run_staged(plan, Doubling(), **options, device=second)
+    work = Doubling()
+    run_staged(plan, work, **options, device=first)
+    assert "run a" not in work.steps

@@ -113,3 +113,35 @@ def test_a_failing_fsync_is_an_error(tmp_path, monkeypatch):
 def test_non_contiguous_tensors_are_written_row_by_row():
     tensor = torch.arange(6, dtype=torch.int16).view(2, 3).T
     assert bytes(tensor_bytes(tensor)) == torch.tensor([0, 3, 1, 4, 2, 5], dtype=torch.int16).numpy().tobytes()
+
+
+def test_rows_that_were_written_are_read_back(tmp_path):
+    tensor = torch.arange(24, dtype=torch.int32).view(4, 3, 2)
+    writer = SafetensorsWriter(tmp_path / "f.safetensors", planned({"before": torch.ones(3), "x": tensor}))
+    writer.write("before", torch.ones(3))
+    writer.write("x", tensor)
+    assert torch.equal(writer.load("x"), tensor)
+    assert torch.equal(writer.load_rows("x", 1, 3), tensor[1:3])
+    with pytest.raises(ValueError, match="no rows 3:5"):
+        writer.load_rows("x", 3, 5)
+    writer.close()
+
+
+def test_short_reads_are_continued(tmp_path, monkeypatch):
+    tensor = torch.arange(100, dtype=torch.float32)
+    writer = SafetensorsWriter(tmp_path / "f.safetensors", planned({"x": tensor}))
+    writer.write("x", tensor)
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: real(fd, [buffers[0][:7]], offset))
+    assert torch.equal(writer.load("x"), tensor)
+    writer.close()
+
+
+@pytest.mark.parametrize("read", [SafetensorsWriter.load, SafetensorsWriter.sha256])
+def test_a_file_that_somebody_cut_is_named_and_never_read_for_ever(read, tmp_path):
+    writer = SafetensorsWriter(tmp_path / "f.safetensors", planned({"x": torch.zeros(8)}))
+    writer.write("x", torch.zeros(8))
+    os.truncate(tmp_path / "f.safetensors", (tmp_path / "f.safetensors").stat().st_size - 1)
+    with pytest.raises(StorageError, match=r"f\.safetensors: the file became shorter while it was written"):
+        read(writer, "x")
+    writer.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import subprocess
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from support.torch_files import Runs, refusal, saved, with_pickle, zipped
 
 from loftq_cli.checkpoint.torch_file import TorchFile
+from loftq_cli.checkpoint.torch_pickle import read_state_dict
 
 STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x06tQ"
 BYTES = STORAGE.replace(b"ctorch\nFloatStorage\nX", b"ctorch.storage\nUntypedStorage\nX").replace(b"K\x06", b"K\x18")
@@ -204,3 +206,11 @@ def test_a_script_module_is_refused_by_the_name_of_its_class(tmp_path: Path) -> 
     path = with_pickle(tmp_path / "a.pt", b"\x80\x02c__torch__.modules.Linear\nLinear\n)\x81.")
 
     assert "names __torch__.modules.Linear.Linear, which is not part of a tensor" in refusal(path).message
+
+
+def test_an_odd_backslash_is_no_warning_of_python() -> None:
+    """Python decodes such a text with a DeprecationWarning, before the opcode is refused by name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="STRING"):
+            read_state_dict(bytearray(b"S'\\d'\n."))
