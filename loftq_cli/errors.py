@@ -5,6 +5,7 @@ Any exception outside the family is a bug and shows a traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 
 EXIT_OK = 0
@@ -98,10 +99,27 @@ class MemoryShortage(LoftqError):
     exit_code = EXIT_MEMORY
 
 
+# How torch, the C++ library and the loader of libraries say that memory is short.
+_SHORTAGES = (
+    *("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc", "bad allocation"),
+    *("failed to map segment", "cannot create shared object descriptor", "cannot allocate"),
+)
+
+
 def is_memory_shortage(error: BaseException) -> bool:
-    """Whether Python, numpy or torch ran out of memory. torch raises a RuntimeError; the text tells the reason."""
-    if isinstance(error, RuntimeError):
-        return "can't allocate memory" in str(error) or "out of memory" in str(error)
+    """Whether Python, numpy, torch or the loader of libraries ran out of memory.
+
+    >>> is_memory_shortage(MemoryError()), is_memory_shortage(RuntimeError("std::bad_alloc"))
+    (True, True)
+    >>> is_memory_shortage(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    True
+    >>> is_memory_shortage(ImportError("No module named 'torch'"))
+    False
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (RuntimeError, ImportError, OSError)):
+        return any(text in str(error) for text in _SHORTAGES)
     return isinstance(error, MemoryError)
 
 

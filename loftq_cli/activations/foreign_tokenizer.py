@@ -12,8 +12,8 @@ import select
 import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,6 +25,7 @@ from loftq_cli.errors import InputError, LoftqError, StorageError, is_memory_sho
 _SECONDS = 120.0  # to load a tokenizer: the largest take seconds
 _NBYTES_PER_SECOND = 50_000  # of text beside; a tokenizer in Python has twice the speed, in Rust twenty times
 _READ_NBYTES = 1 << 20
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAX_DESCRIPTOR = 1 << 20  # Linux has no more by default (fs.nr_open)
 
 
@@ -88,15 +89,16 @@ def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) 
     """The JSON value of `function()`, called in a child process. `directory` holds the tokenizer, for errors."""
     reading, writing = os.pipe()
     try:
-        with warnings.catch_warnings(action="ignore"):  # of threads beside a fork: the child needs none of them
+        # Without signals: an interrupt in the child would raise in a copy of all callers, and their clean-up would run.
+        with _blocked_signals(), warnings.catch_warnings(action="ignore"):  # of threads beside a fork
             child = os.fork()
+            if not child:
+                os.close(reading)
+                _answer(function, writing, seconds)
     except OSError as error:
         os.close(reading)
         os.close(writing)
         raise StorageError(f"no process for its tokenizer can start: {error.strerror}", file=directory) from None
-    if not child:
-        os.close(reading)
-        _answer(function, writing, seconds)
     os.close(writing)
     try:
         answer = _read_answer(reading, time.monotonic() + seconds)
@@ -109,6 +111,16 @@ def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) 
         hint = "give less text, or the tokenizer files of another source"
         raise InputError(f"its tokenizer takes more than {seconds:.0f} seconds", file=directory, hint=hint)
     return _value_of(answer, directory)
+
+
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Signals that interrupt a command wait until the end of the block, in this thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _answer(function: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
@@ -133,8 +145,9 @@ def _confine(seconds: float, writing: int) -> None:
     """Signals end the child, prints of libraries go nowhere, files and locks of the parent are closed, and the child
     ends even when the parent is killed. `writing` stays open.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)

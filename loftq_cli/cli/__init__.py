@@ -9,4 +9,5 @@ merge.py                the command `loftq merge`
 quantize.py             the command `loftq quantize`
 inspect.py              the command `loftq inspect`
 main.py                 all commands together; an error becomes a line on stderr and an exit status here only
+start.py                catches signals, and runs the command line
 """

@@ -22,6 +22,7 @@ from loftq_cli.output import disk
 from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, own_files, read_checksums
 from loftq_cli.output.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
 from loftq_cli.output.place import Place
+from loftq_cli.output.writer import NotDurableError
 
 _SYNC_SECONDS = 2.0  # a power failure costs work of so many seconds and the unit at hand; a kill costs the unit only
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # network file systems without locks answer so
@@ -96,7 +97,11 @@ class Staging:
                 since = time.monotonic()
 
         with ThreadPoolExecutor(1, "loftq-sync") as background:
-            yield record
+            try:
+                yield record
+            except NotDurableError:
+                journal.cut()
+                raise
             for future in running:
                 future.result()
         make_durable(journal.end)

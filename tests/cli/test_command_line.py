@@ -398,9 +398,9 @@ def test_a_full_device_behind_stdout_is_status_3_without_a_traceback():
 def test_a_second_signal_ends_the_program_at_once():
     program = """
 import os, signal
-from loftq_cli.cli import main
+from loftq_cli.cli import start
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, main._interrupt)
+    signal.signal(number, start._interrupt)
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except KeyboardInterrupt:
@@ -466,7 +466,7 @@ def test_damage_is_refused_in_less_time_than_importing_torch_takes(tmp_path, sou
     else:
         (model / "config.json").write_text("{")
     last = {"quantize": [tmp_path / "out"], "merge": [tmp_path / "adapter", tmp_path / "out"], "inspect": []}
-    program = "import sys; sys.modules['torch'] = None; from loftq_cli.cli.main import main; main()"
+    program = "import sys; sys.modules['torch'] = None; from loftq_cli.cli.start import main; main()"
     arguments = [sys.executable, "-c", program, command, str(model), *map(str, last[command])]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 2
