@@ -19,14 +19,22 @@ EXIT_INTERRUPTED = 130
 _NAME_LIMIT = 160  # a name longer than two terminal lines hides the message
 
 
+def escape(text: str) -> str:
+    """`text` with unprintable characters escaped: a terminal would obey them.
+
+    >>> escape("\\x1b[2J")
+    '\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def printable(text: object, limit: int = _NAME_LIMIT) -> str:
     """`text` on a single line, unprintable characters escaped, cut at `limit` characters.
 
     >>> printable("a\\nb")
     'a\\\\nb'
     """
-    shown = str(text)[: limit + 1]  # escaping never shortens, and a hostile text may be as long as a file
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in shown)
+    escaped = escape(str(text)[: limit + 1])  # escaping never shortens, and a hostile text may be as long as a file
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 

@@ -272,15 +272,23 @@ def _renumber(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(packed.numpy().data).translate(pairs), dtype=torch.uint8)
 
 
+_PLAIN_NAME = re.compile(r"[\w.\-]+")  # safe as an expression
+
+
 def _list_skip_modules(facts: ModelFacts) -> list[str]:
     """List all linears in full precision: an unlisted linear loads silently and fails in the first forward pass."""
     return [_disambiguate(name, facts.quantized_modules) for name in kept_modules(facts)]
 
 
 def _disambiguate(name: str, quantized: Any) -> str:
-    """Return `name`, or a pattern for `name` alone if transformers' suffix match would skip a quantized module too."""
-    clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
-    return f"^{re.escape(name)}$" if clash else name
+    """Return `name`, or a pattern for `name` alone if transformers' suffix match would skip a quantized module too, or
+    would take a name of a stranger for an expression.
+    """
+    if _PLAIN_NAME.fullmatch(name):
+        clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
+        if not clash:
+            return name
+    return f"^{re.escape(name)}$"
 
 
 def _encode_state(matrix: StoredMatrix, offset: float) -> bytes:
