@@ -34,6 +34,7 @@ STATE_PREFIX = ".quant_state.bitsandbytes__"
 _OFFSET_WIDTH = 15
 # The CPU kernels of bitsandbytes read 32 rows at a time; a model with a broken group of rows does not run.
 _ROW_MULTIPLE = 32
+_PLAIN_NAME = re.compile(r"[\w.\-]+")  # of a module: safe as an expression
 _MAX_STATE_NBYTES = 10_000  # bitsandbytes writes 200
 
 # bitsandbytes' numbers for the values of an ascending table: FP4 values are numbered by sign, exponent and mantissa.
@@ -270,9 +271,6 @@ def _renumber(packed: torch.Tensor, pairs: bytes) -> torch.Tensor:
     if pairs == _IDENTITY or not packed.numel():
         return packed
     return torch.frombuffer(bytearray(packed.numpy().data).translate(pairs), dtype=torch.uint8)
-
-
-_PLAIN_NAME = re.compile(r"[\w.\-]+")  # safe as an expression
 
 
 def _list_skip_modules(facts: ModelFacts) -> list[str]:

@@ -1,5 +1,5 @@
-"""Commands on recipes, statistics, adapters, names, texts and reports of any content: exit status 0 with a right result,
-or one line of our own with another status. Nothing that looks finished is left by a refusal.
+"""Commands on recipes, statistics, adapters, names, texts and reports of any content: exit status 0 with a right
+result, or one line of our own with another status. Nothing that looks finished is left by a refusal.
 
 GGUF files, answers of a hub and pages of HTML are not read or written by this version, so nothing here feeds them.
 """
@@ -148,13 +148,17 @@ words = st.sampled_from(
         *("\x7f", "\x1b[2J", "[bold]", "é\u202e", "\u2028", "%s{0}", ""),
     ]
 )
-numbers = st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 256, -1, 10**9, 2**63, 10**30, 0.0, 0.3, 1.0, -1.5, 1e308])
+numbers = st.sampled_from(
+    [0, 1, 2, 3, 4, 8, 16, 32, 64, 128, 256, -1, 10**9, 2**63, 10**30, 0.0, 0.3, 1.0, -1.5, 1e308]
+)
 scalars = words | numbers | st.booleans() | st.text(max_size=5)
 values = scalars | st.lists(scalars, max_size=3)
 keys = st.sampled_from([*RecipeFields.__dataclass_fields__, "max-shard-size", "Rank", "x"])
 overrides = st.lists(
     st.dictionaries(
-        st.sampled_from(["match", "quantize", "quant_type", "group_size", "block_size", "double_quant", "rank", "alpha"]),
+        st.sampled_from(
+            ["match", "quantize", "quant_type", "group_size", "block_size", "double_quant", "rank", "alpha"]
+        ),
         values,
         max_size=4,
     ),
@@ -321,15 +325,46 @@ test_an_adapter_config_of_any_content_merges_rightly_or_is_one_line, test_many_a
 
 pieces = st.sampled_from(
     [
-        *("model", "layers", "h", "0", "1", "00", "-1", "²", "٣", "9" * 30, "1e5", "self_attn", "q_proj", "mlp", "experts"),
-        *("up_proj", "attn", "c_attn", "encoder", "block", "lm_head", "embed_tokens", "", " ", "\x1b[31m", "[red]", "[/]"),
+        *(
+            "model",
+            "layers",
+            "h",
+            "0",
+            "1",
+            "00",
+            "-1",
+            "²",
+            "٣",
+            "9" * 30,
+            "1e5",
+            "self_attn",
+            "q_proj",
+            "mlp",
+            "experts",
+        ),
+        *(
+            "up_proj",
+            "attn",
+            "c_attn",
+            "encoder",
+            "block",
+            "lm_head",
+            "embed_tokens",
+            "",
+            " ",
+            "\x1b[31m",
+            "[red]",
+            "[/]",
+        ),
         *("a\nb", "\u202e", "\ud7ff", "\x00", "..", "/", "x" * 300, "weight", "lora_A", "absmax", "qweight", "%s{}"),
     ]
 )
 names = st.lists(pieces, min_size=1, max_size=6).map(".".join)
 
 
-@fuzzed(QUICK, MANY, stems=st.lists(names, min_size=1, max_size=4, unique=True), ending=st.sampled_from([".weight", ""]))
+@fuzzed(
+    QUICK, MANY, stems=st.lists(names, min_size=1, max_size=4, unique=True), ending=st.sampled_from([".weight", ""])
+)
 def name_tests(stems: list[str], ending: str) -> None:
     with folder() as place:
         tensors = {f"{stem}{ending}": weight(32, 64, seed=i) for i, stem in enumerate(stems)}
@@ -383,7 +418,7 @@ ends = st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"])
     raw=st.binary(max_size=12),
     by_line=st.booleans(),
 )
-def text_tests(lines: list[Any], end: str, escaped: bool, raw: bytes, by_line: bool) -> None:  # noqa: FBT001
+def text_tests(lines: list[Any], end: str, escaped: bool, raw: bytes, by_line: bool) -> None:
     encoded = [json.dumps(line, ensure_ascii=escaped).encode("utf-8", "surrogatepass") for line in lines]
     with folder() as place:
         path = place / "given" / "text.jsonl"
@@ -403,7 +438,7 @@ def text_tests(lines: list[Any], end: str, escaped: bool, raw: bytes, by_line: b
             whole = b"".join(line["text"].encode() for line in lines if isinstance(line.get("text"), str))
             read = b"".join(bytes(window) for group in windows.values() for window in group)
             only_texts = all(isinstance(line.get("text"), str) for line in lines)
-            assert not only_texts or whole.startswith(read) and len(read) > len(whole) - 100
+            assert not only_texts or (whole.startswith(read) and len(read) > len(whole) - 100)
 
 
 test_a_file_of_conversations_of_any_content_is_read_or_refused, test_many_conversations = text_tests
@@ -424,7 +459,9 @@ def test_a_line_of_conversations_ends_at_a_line_feed_alone(tmp_path: Path) -> No
 report_values = scalars | st.none() | st.lists(scalars, max_size=2) | st.dictionaries(words, scalars, max_size=2)
 
 
-@fuzzed(QUICK, MANY, key=st.sampled_from(["layers", "recipe", "adapter_dir", "notes"]), value=report_values, data=st.data())
+@fuzzed(
+    QUICK, MANY, key=st.sampled_from(["layers", "recipe", "adapter_dir", "notes"]), value=report_values, data=st.data()
+)
 def report_tests(base: Path, key: str, value: Any, data: st.DataObject) -> None:
     report = json.loads((base / "loftq_report.json").read_text())
     layer = report["layers"][0]
