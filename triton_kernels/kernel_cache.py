@@ -5,11 +5,12 @@ compiled again. numba itself ends with an exception over a cut file, and runs a 
 from __future__ import annotations
 
 import hashlib
-import pickle
+import pickletools
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-_PARTS = ("_dump", "_load_data", "_load_index", "_data_path", "_index_path", "_version")  # of numba 0.61 and later
+_PARTS = ("_dump", "_load_data", "_load_index", "_data_path", "_index_path")  # of numba 0.61 and later
 _SEAL_NBYTES = 32
 
 
@@ -41,12 +42,12 @@ def _seal(file: Any) -> None:
         return data + hashlib.sha256(data).digest()
 
     def load_whole_data(name: str) -> Any:
-        _check_seal(file._data_path(name), b"")
+        _check_seal(file._data_path(name))
         return load_data(name)
 
     def load_whole_index() -> Any:
         try:
-            _check_seal(file._index_path, pickle.dumps(file._version, protocol=-1))
+            _check_seal(file._index_path, has_version=True)
         except OSError:
             return {}
         return load_index()
@@ -54,10 +55,20 @@ def _seal(file: Any) -> None:
     file._dump, file._load_data, file._load_index = dump_with_seal, load_whole_data, load_whole_index
 
 
-def _check_seal(path: str, start: bytes) -> None:
-    """Raises OSError, which numba takes for an absent file, unless `path` holds `start`, then data and its seal."""
-    with open(path, "rb") as stream:
-        content = stream.read()
-    data, seal = content[len(start) : -_SEAL_NBYTES], content[-_SEAL_NBYTES:]
-    if not content.startswith(start) or hashlib.sha256(data).digest() != seal:
+def _check_seal(path: str, *, has_version: bool = False) -> None:
+    """Raises OSError, which numba takes for an absent file, unless `path` holds data and the seal of the data. With
+    `has_version`, the version of numba, a pickle, comes first.
+    """
+    content = Path(path).read_bytes()
+    start = _end_of_pickle(content) if has_version else 0
+    data, seal = content[start:-_SEAL_NBYTES], content[-_SEAL_NBYTES:]
+    if hashlib.sha256(data).digest() != seal:
         raise OSError(f"{path} is damaged")
+
+
+def _end_of_pickle(content: bytes) -> int:
+    """The end of the first pickle in `content`, which is not run; the end of `content` where no pickle ends."""
+    try:
+        return max(place + 1 for _, _, place in pickletools.genops(content))
+    except ValueError:
+        return len(content)
