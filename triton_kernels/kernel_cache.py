@@ -48,9 +48,9 @@ def _seal(file: Any) -> None:
     def load_whole_index() -> Any:
         try:
             _check_seal(file._index_path, has_version=True)
-        except OSError:
+            return load_index()
+        except Exception:  # pickle raises what it likes over a damaged version, which has no seal
             return {}
-        return load_index()
 
     file._dump, file._load_data, file._load_index = dump_with_seal, load_whole_data, load_whole_index
 

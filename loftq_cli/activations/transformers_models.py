@@ -4,6 +4,7 @@ other module imports transformers. Every import waits for a call, and nothing us
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy

@@ -54,7 +54,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
     "emptied": lambda data: b"",
     "cut by a byte": lambda data: data[:-1],
     "cut in half": lambda data: data[: len(data) // 2],
-    "a bit at the beginning": lambda data: flip(data, 3),
+    "a bit at the beginning": lambda data: flip(data, 14),
     "a bit in the middle": lambda data: flip(data, len(data) // 2),
     "a bit at the end": lambda data: flip(data, len(data) - 1),
     "of something else": lambda data: b"cos\nsystem\n(S'touch ran'\ntR." + data,
