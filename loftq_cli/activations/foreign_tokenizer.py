@@ -24,6 +24,8 @@ from loftq_cli.errors import InputError, LoftqError, StorageError, is_memory_sho
 
 _SECONDS = 120.0  # to load a tokenizer: the largest take seconds
 _NBYTES_PER_SECOND = 50_000  # of text beside; a tokenizer in Python has twice the speed, in Rust twenty times
+_MEMORY_NBYTES = 4_000_000_000  # beside the memory of the parent; the largest tokenizers take 1 GB
+_MEMORY_PER_NBYTE = 400  # of text: a token of one character is a Python number, a text and two offsets
 _READ_NBYTES = 1 << 20
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAX_DESCRIPTOR = 1 << 20  # Linux has no more by default (fs.nr_open)
@@ -59,8 +61,7 @@ def cut_windows(
             texts, tokenizer, tokens=tokens, context=context, lines=lines, longest=longest, vocabulary=vocabulary
         )
 
-    seconds = _SECONDS + sum(text.nbytes for text in texts) / _NBYTES_PER_SECOND
-    by_length = _run_in_child(cut, seconds, directory)
+    by_length = _run_in_child(cut, sum(text.nbytes for text in texts), directory)
     return Windows.of({int(length): windows for length, windows in by_length.items()})
 
 
@@ -80,13 +81,16 @@ def read_facts(directory: Path, config: Any) -> TokenizerFacts:
         tokenizer = transformers_models.load_tokenizer(directory)
         return dataclasses.asdict(TokenizerFacts.of(tokenizer, transformers_models.longest_input(config, tokenizer)))
 
-    facts = _run_in_child(find, _SECONDS, directory)
+    facts = _run_in_child(find, 0, directory)
     lists = {key: tuple(facts[key]) for key in ("before", "after", "special")}
     return TokenizerFacts(**{**facts, **lists})
 
 
-def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) -> Any:
-    """The JSON value of `function()`, called in a child process. `directory` holds the tokenizer, for errors."""
+def _run_in_child(function: Callable[[], Any], text_nbytes: int, directory: Path) -> Any:
+    """The JSON value of `function()`, called in a child process with bounds for a text of `text_nbytes` bytes.
+    `directory` holds the tokenizer, for errors.
+    """
+    seconds = _SECONDS + text_nbytes / _NBYTES_PER_SECOND
     reading, writing = os.pipe()
     try:
         # Without signals: an interrupt in the child would raise in a copy of all callers, and their clean-up would run.
@@ -94,7 +98,7 @@ def _run_in_child(function: Callable[[], Any], seconds: float, directory: Path) 
             child = os.fork()
             if not child:
                 os.close(reading)
-                _answer(function, writing, seconds)
+                _answer(function, writing, seconds, text_nbytes)
     except OSError as error:
         os.close(reading)
         os.close(writing)
@@ -123,10 +127,10 @@ def _blocked_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _answer(function: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
+def _answer(function: Callable[[], Any], writing: int, seconds: float, text_nbytes: int) -> NoReturn:
     """Call `function` in the child, write the value or the error as JSON, and end the child."""
     try:
-        _confine(seconds, writing)
+        _confine(seconds, text_nbytes, writing)
         answer = {"value": function()}
     except LoftqError as error:
         place = {"file": error.file, "tensor": error.tensor, "hint": error.hint}
@@ -141,9 +145,9 @@ def _answer(function: Callable[[], Any], writing: int, seconds: float) -> NoRetu
         os._exit(0)  # nothing of the parent is flushed or closed
 
 
-def _confine(seconds: float, writing: int) -> None:
-    """Signals end the child, prints of libraries go nowhere, files and locks of the parent are closed, and the child
-    ends even when the parent is killed. `writing` stays open.
+def _confine(seconds: float, text_nbytes: int, writing: int) -> None:
+    """Signals end the child, prints of libraries go nowhere, files and locks of the parent are closed, no file can be
+    written, memory is bounded, and the child ends even when the parent is killed. `writing` stays open.
     """
     for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_DFL)
@@ -153,11 +157,24 @@ def _confine(seconds: float, writing: int) -> None:
         os.dup2(nowhere, descriptor)
     os.closerange(3, writing)
     os.closerange(writing + 1, _MAX_DESCRIPTOR)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = int(seconds) * (os.cpu_count() or 1) + 1  # of processor time, over all threads of a tokenizer
-    bound = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_DATA, _data_nbytes() + _MEMORY_NBYTES + _MEMORY_PER_NBYTE * text_nbytes)
+    _limit(resource.RLIMIT_CPU, int(seconds) * (os.cpu_count() or 1) + 1)  # over all threads of a tokenizer
+
+
+def _limit(kind: int, most: int) -> None:
+    """Limit a resource of this process, for good."""
+    bound = resource.getrlimit(kind)[1]
     most = most if bound == resource.RLIM_INFINITY else min(most, bound)
-    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+    resource.setrlimit(kind, (most, most))
+
+
+def _data_nbytes() -> int:
+    """Bytes that the process may write to in its memory: the memory of the parent counts in a child."""
+    with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
+    return 0
 
 
 def _read_answer(reading: int, deadline: float) -> bytes | None:

@@ -49,6 +49,17 @@ def test_quiet_says_that_a_base_needs_its_adapter(run, source):
     assert err.startswith("warning: this base is no model without its adapter: ")
 
 
+def test_a_path_of_the_machine_in_the_adapter_is_said(run, source, tmp_path):
+    """PEFT loads the base from there, so the path stays; a relative one is nobody's secret."""
+    for output, is_said in ((tmp_path / "absolute", True), ("relative", False)):
+        status, _, err = run("quantize", source, output, *FAST)
+        assert status == 0
+        note = f"note: the adapter's config names the base as typed, {output}: type a relative OUTPUT"
+        assert (note in err) == is_said
+        config = json.loads((tmp_path / output / "loftq_init" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(output)
+
+
 def test_verbose_shows_every_iteration_and_every_copied_tensor(run, source):
     _, _, err = run("quantize", source, "out", "--rank", 4, "--iterations", 3, "--rounds", 0, "-v")
     iterations = [line for line in err.splitlines() if "iterations:" in line]
