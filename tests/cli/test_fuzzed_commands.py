@@ -12,6 +12,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +35,7 @@ from loftq_cli.planning.recipe import RecipeFields
 
 LAYERS = {"model.layers.0.self_attn.q_proj": (32, 64), "model.layers.0.mlp.up_proj": (64, 64)}
 STATUSES = {2, 3, 4, 5, 6}  # of an error of our own
-QUICK, MANY = 25, 1000
+QUICK, MANY = 20, 200
 
 Property = Callable[..., None]
 
@@ -411,7 +413,7 @@ ends = st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"])
 
 @fuzzed(
     150,
-    20_000,
+    5_000,
     lines=st.lists(records, max_size=6),
     end=ends,
     escaped=st.booleans(),
@@ -485,3 +487,46 @@ def report_tests(base: Path, key: str, value: Any, data: st.DataObject) -> None:
 
 
 test_a_report_of_any_content_is_shown_or_one_line, test_many_reports = report_tests
+
+
+# A terminal
+
+TERMINAL = """
+import sys
+from loftq_cli.cli.start import main
+main()
+"""
+HOSTILE_NAMES = (
+    *(
+        "\x1b]0;owned\x07",
+        "\x1b[2J\x1b[31m",
+        "[red]red[/red]",
+        "[/]",
+        "[link=http://x]x[/link]",
+        "[bold",
+        "\r\nerror: ",
+    ),
+    *("\u202etxt", "\x9b31m", "\x00", "{task.fields[peak]}", "%s%n", ":skull:"),
+)
+
+
+def test_names_reach_a_terminal_as_text(tmp_path: Path) -> None:
+    """Bars and tables of rich, on a pseudo-terminal: no control character and no markup of a name takes effect."""
+    tensors = {f"model.layers.{n}.{name}.q_proj.weight": weight(32, 64, seed=n) for n, name in enumerate(HOSTILE_NAMES)}
+    model = save_model(tmp_path / "model", tensors)
+    shown = ""
+    for arguments in (["quantize", model, tmp_path / "out", "--rank", "2", "-v"], ["inspect", model]):
+        master, terminal = os.openpty()
+        command = [sys.executable, "-c", TERMINAL, *map(str, arguments)]
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+        process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
+        os.close(terminal)
+        with contextlib.suppress(OSError):  # the end of a terminal is an error on Linux
+            while part := os.read(master, 1 << 16):
+                shown += part.decode("utf-8", "replace")
+        os.close(master)
+        assert process.wait() == 0, shown
+    for obeyed in ("\x1b]0;owned", "\x1b[2J", "\x9b", "\u202e", "\x00", "\x07", "💀", "\r\nerror: "):
+        assert obeyed not in shown
+    for text in ("[red]red[/red]", "[/]", "[bold", "\\x1b]0;owned\\x07", "{task.fields[peak]}", ":skull:"):
+        assert text in shown
