@@ -232,11 +232,11 @@ def _rename_in(place: Place, check: Callable[[Path], None]) -> None:
             _sync_names(place)
             try:
                 check(place.result)
+                disk.rename(place.result, place.root / _DISCARDED)
             except LoftqError:
                 disk.exchange(place.result, place.target)
                 _sync_names(place)
                 raise
-            disk.rename(place.result, place.root / _DISCARDED)
             disk.sync_directory(place.root)
             return
         disk.rename(place.target, place.replaced)
