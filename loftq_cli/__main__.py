@@ -1,6 +1,6 @@
 """`python -m loftq_cli` is `loftq`."""
 
-from loftq_cli.cli.main import main
+from loftq_cli.cli.start import main
 
 if __name__ == "__main__":
     main()

@@ -5,6 +5,7 @@ Any exception outside the family is a bug and shows a traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 
 EXIT_OK = 0
@@ -21,14 +22,22 @@ SOURCE_HINT = "start from the checkpoint in 16 bits, or from one in FP8 with its
 _NAME_LIMIT = 160  # a name longer than two terminal lines hides the message
 
 
+def escape(text: str) -> str:
+    """`text` with unprintable characters escaped: a terminal would obey them.
+
+    >>> escape("\\x1b[2J")
+    '\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
 def printable(text: object, limit: int = _NAME_LIMIT) -> str:
     """`text` on a single line, unprintable characters escaped, cut at `limit` characters.
 
     >>> printable("a\\nb")
     'a\\\\nb'
     """
-    shown = str(text)[: limit + 1]  # escaping never shortens, and a hostile text may be as long as a file
-    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in shown)
+    escaped = escape(str(text)[: limit + 1])  # escaping never shortens, and a hostile text may be as long as a file
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
 
 
@@ -105,10 +114,27 @@ class MemoryShortage(LoftqError):
     exit_code = EXIT_MEMORY
 
 
+# How torch, the C++ library and the loader of libraries say that memory is short.
+_SHORTAGES = (
+    *("can't allocate memory", "Cannot allocate memory", "out of memory", "bad_alloc", "bad allocation"),
+    *("failed to map segment", "cannot create shared object descriptor", "cannot allocate"),
+)
+
+
 def is_memory_shortage(error: BaseException) -> bool:
-    """Whether Python, numpy or torch ran out of memory. torch raises a RuntimeError; the text tells the reason."""
-    if isinstance(error, RuntimeError):
-        return "can't allocate memory" in str(error) or "out of memory" in str(error)
+    """Whether Python, numpy, torch or the loader of libraries ran out of memory.
+
+    >>> is_memory_shortage(MemoryError()), is_memory_shortage(RuntimeError("std::bad_alloc"))
+    (True, True)
+    >>> is_memory_shortage(ImportError("libtorch_cpu.so: failed to map segment from shared object"))
+    True
+    >>> is_memory_shortage(ImportError("No module named 'torch'"))
+    False
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno == errno.ENOMEM
+    if isinstance(error, (RuntimeError, ImportError, OSError)):
+        return any(text in str(error) for text in _SHORTAGES)
     return isinstance(error, MemoryError)
 
 

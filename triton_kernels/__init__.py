@@ -1,6 +1,7 @@
 """Numeric primitives; installed as `loftq_cli.triton_kernels`. They know tensors and numbers, no files and no methods.
 
 backend.py        which implementation of an operation runs on which device
+kernel_cache.py   the files in which numba keeps compiled loops, under a seal
 cpu_kernels.py    the loops that numba compiles for a processor
 launch_triton.py  how every Triton kernel is launched
 codebook/         block-wise codebooks (NF4, FP4)

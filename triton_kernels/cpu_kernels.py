@@ -8,7 +8,6 @@ and bfloat16 arrive as unsigned integers, because numba has no bfloat16.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import numba
@@ -19,6 +18,8 @@ from llvmlite.binding import get_host_cpu_features
 from numba import config, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from loftq_cli.triton_kernels.kernel_cache import guard_cache
 
 # Elements of a buffer that a kernel widens, computes and narrows in one go: 4 KB, so a few buffers fit the first cache
 # of a processor.
@@ -48,22 +49,10 @@ def kernel(
             made: Any = numba.njit(cache=True, **options)(function)
         except RuntimeError:  # neither the folder of the package nor the cache of the user is writable
             return numba.njit(**options)(function)  # type: ignore[no-any-return]
-        _forgive(getattr(made, "_cache", None))
+        guard_cache(getattr(made, "_cache", None))
         return made  # type: ignore[no-any-return]
 
     return compiled
-
-
-def _forgive(cache: Any) -> None:
-    """Ignore a failed write to numba's cache, as on a full disk: the next run compiles again. numba would raise."""
-    save: Any = getattr(cache, "save_overload", None)
-
-    def try_to_save(*arguments: Any) -> None:
-        with suppress(OSError):
-            save(*arguments)
-
-    if save is not None:
-        cache.save_overload = try_to_save
 
 
 def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -11,8 +11,8 @@ import select
 import signal
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +21,9 @@ from loftq_cli import errors
 from loftq_cli.activations.transformers_models import reason_of
 from loftq_cli.errors import InputError, LoftqError, StorageError, is_memory_shortage, printable
 
+MEMORY_NBYTES = 4_000_000_000  # beside the memory of the parent; the largest tokenizers take 1 GB
 _READ_NBYTES = 1 << 20
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _MAX_DESCRIPTOR = 1 << 20  # Linux has no more by default (fs.nr_open)
 
 
@@ -41,8 +43,16 @@ class Subject:
     remedy: str
 
 
-def run_in_child(function: Callable[[], Any], seconds: float, directory: Path, subject: Subject) -> Any:
-    """The JSON value of `function()`, called in a child process. `directory` and `subject` are for errors.
+def run_in_child(
+    function: Callable[[], Any],
+    seconds: float,
+    directory: Path,
+    subject: Subject,
+    *,
+    memory_nbytes: int = MEMORY_NBYTES,
+) -> Any:
+    """The JSON value of `function()`, called in a child process with `memory_nbytes` beside the memory of the parent.
+    `directory` and `subject` are for errors.
 
     Raises InputError when the function fails or takes more than `seconds`, the LoftqError of the function, StorageError
     when no process can start, MemoryError when the child lacks memory.
@@ -53,15 +63,16 @@ def run_in_child(function: Callable[[], Any], seconds: float, directory: Path, s
     """
     reading, writing = os.pipe()
     try:
-        with warnings.catch_warnings(action="ignore"):  # of threads beside a fork: the child needs none of them
+        # Without signals: an interrupt in the child would raise in a copy of all callers, and their clean-up would run.
+        with _blocked_signals(), warnings.catch_warnings(action="ignore"):  # of threads beside a fork
             child = os.fork()
+            if not child:
+                os.close(reading)
+                _answer(function, writing, seconds, memory_nbytes)
     except OSError as error:
         os.close(reading)
         os.close(writing)
         raise StorageError(f"no process for {subject.name} can start: {error.strerror}", file=directory) from None
-    if not child:
-        os.close(reading)
-        _answer(function, writing, seconds)
     os.close(writing)
     try:
         answer = _read_answer(reading, time.monotonic() + seconds)
@@ -76,10 +87,20 @@ def run_in_child(function: Callable[[], Any], seconds: float, directory: Path, s
     return _value_of(answer, directory, subject)
 
 
-def _answer(function: Callable[[], Any], writing: int, seconds: float) -> NoReturn:
+@contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Signals that interrupt a command wait until the end of the block, in this thread."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _answer(function: Callable[[], Any], writing: int, seconds: float, memory_nbytes: int) -> NoReturn:
     """Call `function` in the child, write the value or the error as JSON, and end the child."""
     try:
-        _confine(seconds, writing)
+        _confine(seconds, memory_nbytes, writing)
         answer = {"value": function()}
     except LoftqError as error:
         place = {"file": error.file, "tensor": error.tensor, "hint": error.hint}
@@ -94,22 +115,36 @@ def _answer(function: Callable[[], Any], writing: int, seconds: float) -> NoRetu
         os._exit(0)  # nothing of the parent is flushed or closed
 
 
-def _confine(seconds: float, writing: int) -> None:
-    """Signals end the child, prints of libraries go nowhere, files and locks of the parent are closed, and the child
-    ends even when the parent is killed. `writing` stays open.
+def _confine(seconds: float, memory_nbytes: int, writing: int) -> None:
+    """Signals end the child, prints of libraries go nowhere, files and locks of the parent are closed, no file can be
+    written, memory is bounded, and the child ends even when the parent is killed. `writing` stays open.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
     os.closerange(3, writing)
     os.closerange(writing + 1, _MAX_DESCRIPTOR)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    most = int(seconds) * (os.cpu_count() or 1) + 1  # of processor time, over all threads of a tokenizer
-    bound = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    _limit(resource.RLIMIT_CORE, 0)
+    _limit(resource.RLIMIT_FSIZE, 0)
+    _limit(resource.RLIMIT_DATA, _data_nbytes() + memory_nbytes)
+    _limit(resource.RLIMIT_CPU, int(seconds) * (os.cpu_count() or 1) + 1)  # over all threads of a tokenizer
+
+
+def _limit(kind: int, most: int) -> None:
+    """Limit a resource of this process, for good."""
+    bound = resource.getrlimit(kind)[1]
     most = most if bound == resource.RLIM_INFINITY else min(most, bound)
-    resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+    resource.setrlimit(kind, (most, most))
+
+
+def _data_nbytes() -> int:
+    """Bytes that the process may write to in its memory: the memory of the parent counts in a child."""
+    with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[5]) * resource.getpagesize()
+    return 0
 
 
 def _read_answer(reading: int, deadline: float) -> bytes | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loftq_cli.activations import transformers_models
-from loftq_cli.activations.child_process import Subject, run_in_child
+from loftq_cli.activations.child_process import MEMORY_NBYTES, Subject, run_in_child
 from loftq_cli.activations.text_windows import TextFile, TokenizerFacts, Windows, cut_ids
 
 _SECONDS = 120.0  # to load a tokenizer: the largest take seconds
@@ -21,6 +21,7 @@ _TOKENIZER = Subject(
     "give less text, or the tokenizer files of another source",
     "copy the model's tokenizer files into it again",
 )
+_MEMORY_PER_NBYTE = 400  # of text: a token of one character is a Python number, a text and two offsets
 
 
 def cut_windows(
@@ -53,8 +54,9 @@ def cut_windows(
             texts, tokenizer, tokens=tokens, context=context, lines=lines, longest=longest, vocabulary=vocabulary
         )
 
-    seconds = _SECONDS + sum(text.nbytes for text in texts) / _NBYTES_PER_SECOND
-    by_length = run_in_child(cut, seconds, directory, _TOKENIZER)
+    nbytes = sum(text.nbytes for text in texts)
+    memory = MEMORY_NBYTES + _MEMORY_PER_NBYTE * nbytes
+    by_length = run_in_child(cut, _SECONDS + nbytes / _NBYTES_PER_SECOND, directory, _TOKENIZER, memory_nbytes=memory)
     return Windows.of({int(length): windows for length, windows in by_length.items()})
 
 

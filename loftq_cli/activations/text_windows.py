@@ -189,11 +189,13 @@ def split_documents(text: TextFile, tokenizer: Any, *, lines: bool = False) -> l
     """
     if text.path.suffix != ".jsonl":
         return [line.strip() for line in text.text.splitlines() if line.strip()] if lines else [text.text]
-    numbered = [(number, line) for number, line in enumerate(text.text.splitlines(), 1) if line.strip()]
+    # A JSON text may hold the further characters that end a line for `splitlines`.
+    numbered = [(number, line) for number, line in enumerate(text.text.split("\n"), 1) if line.strip()]
     documents = []
     for number, line in numbered:
         try:
             documents.append(_render_record(json.loads(line), tokenizer))
+            documents[-1].encode()  # JSON can escape half a character, and no tokenizer takes half a character
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             message = f"line {number} is no text: {printable(str(error), 200)}"
             hint = 'lines of {"text": "..."}, {"messages": [...]} or {"prompt": ..., "completion": ...}'

@@ -4,6 +4,7 @@ other module but loader_question imports transformers. Every import waits for a 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -352,7 +353,9 @@ def model_class(directory: Path, config: Any) -> Any:
     hint = "models that bring code of their own are not run"
     if not names:
         raise InputError("names no class of model", file=file, hint=hint)
-    with report_failures(file, f"transformers cannot import {printable(names[0], 80)}"):
+    # transformers builds classes from docstrings, which `python -OO` leaves out.
+    without = "run without PYTHONOPTIMIZE=2" if sys.flags.optimize > 1 else None
+    with report_failures(file, f"transformers cannot import {printable(names[0], 80)}", without):
         kind = getattr(transformers, str(names[0]), None)
     if kind is None:
         raise InputError(f"names the class {names[0]}, which transformers has not", file=file, hint=hint)

@@ -33,7 +33,7 @@ def api_call(function: Callable[Given, Result]) -> Callable[Given, Result]:
     def call(*arguments: Given.args, **options: Given.kwargs) -> Result:
         try:
             return with_own_kernels(function)(*arguments, **options)
-        except (MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError, ImportError, OSError) as error:
             if not is_memory_shortage(error):
                 raise
             raise memory_shortage() from error

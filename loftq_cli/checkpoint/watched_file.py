@@ -108,12 +108,15 @@ class WatchedFile:
 
     def check_unchanged(self) -> None:
         """Raises StorageError when the file was replaced or written since opening."""
-        try:
-            identity = _identity(os.stat(self.path))
-        except OSError as exc:
-            raise _changed(self.path) from exc
-        if identity != self.identity:
+        if not self.is_unchanged():
             raise _changed(self.path)
+
+    def is_unchanged(self) -> bool:
+        """False when the file was replaced, written or removed since opening."""
+        try:
+            return _identity(os.stat(self.path)) == self.identity
+        except OSError:
+            return False
 
 
 def open_regular_file(path: Path) -> int:

@@ -11,4 +11,5 @@ inspect.py              the command `loftq inspect`
 recipes.py              the command `loftq recipes`
 guidance.py             examples of the help, and hints for mistyped options
 main.py                 all commands together; an error becomes a line on stderr and an exit status here only
+start.py                catches signals, and runs the command line
 """

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from io import TextIOWrapper
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -29,7 +26,6 @@ from loftq_cli.errors import (
     is_memory_shortage,
     memory_shortage,
 )
-from loftq_cli.runtime.allocator import keep_freed_buffers
 from loftq_cli.runtime.version import VERSION
 
 # Typer contains a copy of click, and exports a subclass of the copy's error class.
@@ -69,28 +65,6 @@ def _root(
     del version  # the callback prints the version
 
 
-def main() -> None:
-    """Run the command line in sys.argv, and exit with the status of the command.
-
-    SIGINT and SIGTERM interrupt the command in order; a second signal ends the process at once.
-    """
-    keep_freed_buffers()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # shells start background jobs with signals ignored
-            signal.signal(number, _interrupt)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # some terminals lack our characters
-    sys.exit(_run(sys.argv[1:]))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    """Interrupt the run in order, after the current matrix; a second signal ends the process at once."""
-    for interrupt in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(interrupt, signal.SIG_DFL)
-    raise KeyboardInterrupt
-
-
 def _describe_mistake(error: Exception) -> str:
     """The message of an error in the command line, with what the user probably meant, or the command of the help."""
     context = getattr(error, "ctx", None)
@@ -120,15 +94,16 @@ def _run(arguments: list[str]) -> int:
         return EXIT_INPUT
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
-        if not is_memory_shortage(error):
-            raise
-        say(f"error: {memory_shortage()}")
-        return EXIT_MEMORY
     except (BrokenPipeError, SystemExit):  # the reader of stdout is gone; Typer raises SystemExit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # drop further output
         return EXIT_STORAGE
-    except OSError as error:  # the terminal or a cache failed, no weight file
+    except Exception as error:
+        if is_memory_shortage(error):
+            say(f"error: {memory_shortage()}")
+            return EXIT_MEMORY
+        if not isinstance(error, OSError):
+            raise
+        # The terminal or a cache failed, no weight file.
         say(f"error: {StorageError(error.strerror or 'input/output error', file=error.filename)}")
         return EXIT_STORAGE
     if status == EXIT_INTERRUPTED:  # Typer turns a KeyboardInterrupt into a silent status

@@ -6,7 +6,7 @@ from loftq_cli.api.quantize import quantize as quantize_checkpoint
 from loftq_cli.api.results import QuantizePlan
 from loftq_cli.cli import options, options_quantize
 from loftq_cli.cli.render.console import say, say_done
-from loftq_cli.cli.render.conversion import print_plan, print_result
+from loftq_cli.cli.render.conversion import print_plan, print_result, say_path_in_adapter
 from loftq_cli.cli.render.progress import CommandProgress
 from loftq_cli.errors import UsageError
 
@@ -90,5 +90,6 @@ def quantize(
             print_result(result, as_json=True)
     else:
         if not quiet:
+            say_path_in_adapter(output)
             say_done()
         print_result(result, as_json=as_json)

@@ -34,6 +34,7 @@ STATE_PREFIX = ".quant_state.bitsandbytes__"
 _OFFSET_WIDTH = 15
 # The CPU kernels of bitsandbytes read 32 rows at a time; a model with a broken group of rows does not run.
 _ROW_MULTIPLE = 32
+_PLAIN_NAME = re.compile(r"[\w.\-]+")  # of a module: safe as an expression
 _MAX_STATE_NBYTES = 10_000  # bitsandbytes writes 200
 
 # bitsandbytes' numbers for the values of an ascending table: FP4 values are numbered by sign, exponent and mantissa.
@@ -292,9 +293,14 @@ def _check_told_apart(kept: list[str], facts: ModelFacts) -> list[str]:
 
 
 def _disambiguate(name: str, quantized: Any) -> str:
-    """Return `name`, or a pattern for `name` alone if transformers' suffix match would skip a quantized module too."""
-    clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
-    return f"^{re.escape(name)}$" if clash else name
+    """Return `name`, or a pattern for `name` alone if transformers' suffix match would skip a quantized module too, or
+    would take a name of a stranger for an expression.
+    """
+    if _PLAIN_NAME.fullmatch(name):
+        clash = any(module.endswith(name) or re.match(rf"{name}(?:\.|$)", module) for module in quantized)
+        if not clash:
+            return name
+    return f"^{re.escape(name)}$"
 
 
 def _encode_state(matrix: StoredMatrix, offset: float) -> bytes:

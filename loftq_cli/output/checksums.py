@@ -103,6 +103,23 @@ def own_files(directory: Path, mark: Checksums, names: Iterable[str]) -> tuple[l
     return own, others
 
 
+def foreign_names(directory: Path) -> list[str]:
+    """Names of the files in a result that the run of the result did not write, or that changed; all names without a
+    completeness mark.
+
+    >>> Path("result").mkdir()
+    >>> _ = Path("result/notes.txt").write_text("mine")
+    >>> foreign_names(Path("result"))
+    ['notes.txt']
+    """
+    names = files_in(directory, links=True)
+    try:
+        mark = read_checksums(directory)
+    except InputError:
+        mark = None
+    return names if mark is None else own_files(directory, mark, names)[1]
+
+
 def files_in(directory: Path, *, links: bool = False) -> list[str]:
     """Relative names of all files below `directory`, sorted; with `links`, links to directories too.
 

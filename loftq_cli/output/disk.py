@@ -20,7 +20,7 @@ _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FREE),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOW),
     errno.EIO: "check the disk, then run the same command to continue",
-    errno.EMFILE: "a larger --max-shard-size, or ulimit -n",
+    errno.EMFILE: "ulimit -n shows how many a process may have open",
 }
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # from linux/fcntl.h and linux/fs.h
 # A kernel, a file system or a sandbox without the exchange answers so. A plain rename finds every other reason.

@@ -1,7 +1,7 @@
 """The folder of a result in the making, and the publication: the folder lies beside the output, and a single rename
 makes the result visible. An earlier result and the new one exchange their names, so that the output is never absent;
-where the system cannot exchange, the earlier result moves into the folder first. A marker tells the folder from folders
-of other owners.
+where the system cannot exchange, the earlier result moves into the folder first. An earlier result is removed when
+nobody can write into it by its name any more, and nobody has. A marker tells the folder from folders of other owners.
 
 A mount point, or a parent without write permission, rules a rename out. The result is then made in `.partial` inside
 the output, and publication moves file by file, config.json and then the checksums last. No file of a result is read
@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from loftq_cli.checkpoint.watched_file import HIDDEN_INSIDE, REPLACED, WatchedFile, hidden_folder
 from loftq_cli.errors import InputError, LoftqError, UsageError
 from loftq_cli.output import disk
-from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, read_checksums
+from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, foreign_names, read_checksums
 from loftq_cli.output.journal import read_journal
 
 _JOURNAL, _RESULT, _MARKER = ".journal", "result", ".loftq-cli"
+_DISCARDED = "discarded"  # an earlier result, known to hold nothing of anybody else
 _MARKER_TEXT = b"""An unfinished result of loftq-cli. The same command completes the result and removes the folder.
 Never delete the folder while `replaced` in the folder holds the only copy of an earlier result.
 """
@@ -147,12 +148,16 @@ class Place:
         """True if a relative name below `target` belongs to an unfinished result."""
         return self.moves and name.startswith(f"{HIDDEN_INSIDE}/")
 
-    def publish(self) -> None:
-        """Make the complete result visible; the journal records the start. Then remove the hidden directory."""
+    def publish(self, check: Callable[[Path], None]) -> None:
+        """Make the complete result visible; the journal records the start. Then remove the hidden directory.
+
+        check   called with the folder of the earlier result as soon as the folder no longer has the output's name;
+                raises LoftqError when somebody wrote into the folder, and the earlier result comes back
+        """
         if self.moves:
-            _move_in(self)
+            _move_in(self, check)
         else:
-            _rename_in(self)
+            _rename_in(self, check)
         self.clear()
 
     def recover(self) -> None:
@@ -166,7 +171,14 @@ class Place:
             disk.rename(self.replaced, self.target)
 
     def empty(self) -> None:
-        """Remove everything in the hidden directory but the marker, the journal last."""
+        """Remove everything in the hidden directory but the marker, the journal last.
+
+        Raises UsageError when a run died before it could look for files of somebody else in the earlier result.
+        """
+        if not self.moves and self.result.is_dir() and self.is_published() and (names := foreign_names(self.result)):
+            message = f"holds {', '.join(names[:3])}, which came into an earlier result while a run replaced it"
+            hint = "move what you need out of the folder, then give the same command again"
+            raise UsageError(message, file=self.result, hint=hint)
         names = [name for name in os.listdir(self.root) if name != _MARKER]
         for name in sorted(names, key=lambda name: (name == _JOURNAL, name)):
             path = self.root / name
@@ -212,17 +224,26 @@ def _is_mount(path: Path, mounts: Path) -> bool:
     return os.fsencode(path) in points  # ismount misses bind mounts within a file system
 
 
-def _rename_in(place: Place) -> None:
+def _rename_in(place: Place, check: Callable[[Path], None]) -> None:
     is_replacing = place.target.exists() and any(place.target.iterdir())
     if is_replacing:
         disk.remove_tree(place.replaced)
         if disk.exchange(place.result, place.target):
-            disk.sync_directory(place.target.parent)
+            _sync_names(place)
+            try:
+                check(place.result)
+                disk.rename(place.result, place.root / _DISCARDED)
+            except LoftqError:
+                disk.exchange(place.result, place.target)
+                _sync_names(place)
+                raise
             disk.sync_directory(place.root)
             return
         disk.rename(place.target, place.replaced)
         disk.sync_directory(place.root)
     try:
+        if is_replacing:
+            check(place.replaced)
         disk.rename(place.result, place.target)  # rename replaces an empty directory
     except BaseException:
         place.recover()
@@ -230,13 +251,24 @@ def _rename_in(place: Place) -> None:
     disk.sync_directory(place.target.parent)
 
 
-def _move_in(place: Place) -> None:
+def _sync_names(place: Place) -> None:
+    """Return when exchanged names are on the disk."""
+    disk.sync_directory(place.target.parent)
+    disk.sync_directory(place.root)
+
+
+def _move_in(place: Place, check: Callable[[Path], None]) -> None:
     before = read_checksums(place.target)
     if before is not None:
         disk.make_directory(place.replaced)
         disk.sync_directory(place.root)
         names = [name for name in _top_names(before) if os.path.lexists(place.target / name)]
         _take_out(names, place.target, place.replaced)
+        try:
+            check(place.replaced)
+        except LoftqError:
+            _move_back(place)
+            raise
     _bring_in(os.listdir(place.result), place.result, place.target)
 
 

@@ -13,15 +13,25 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from loftq_cli.checkpoint.watched_file import WatchedFile
 from loftq_cli.errors import InputError, StorageError, UsageError
 from loftq_cli.output import disk
-from loftq_cli.output.checksums import CHECKSUMS, Checksums, file_sha256, files_in, own_files, read_checksums
+from loftq_cli.output.checksums import (
+    CHECKSUMS,
+    Checksums,
+    file_sha256,
+    files_in,
+    foreign_names,
+    own_files,
+    read_checksums,
+)
 from loftq_cli.output.journal import Journal, JournalContents, JournalEntry, by_unit, read_journal
 from loftq_cli.output.place import Place
+from loftq_cli.output.writer import NotDurableError
 
 _SYNC_SECONDS = 2.0  # a power failure costs work of so many seconds and the unit at hand; a kill costs the unit only
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # network file systems without locks answer so
@@ -97,7 +107,11 @@ class Staging:
                 since = time.monotonic()
 
         with ThreadPoolExecutor(1, "loftq-sync") as background:
-            yield record
+            try:
+                yield record
+            except NotDurableError:
+                journal.cut()
+                raise
             for future in running:
                 future.result()
         make_durable(journal.end)
@@ -128,9 +142,9 @@ class Staging:
         except StorageError:
             journal.cut(to_nothing=True)
             raise
-        self._check_earlier_unchanged()
+        self._check_earlier_unchanged(self._place.target)
         journal.publish(file_sha256(result / CHECKSUMS))
-        self._place.publish()
+        self._place.publish(self._check_earlier_unchanged)
 
     @contextmanager
     def whole(self, tool: Mapping[str, Any]) -> Iterator[Path]:
@@ -173,12 +187,21 @@ class Staging:
         assert self._journal is not None
         return self._journal
 
-    def _check_earlier_unchanged(self) -> None:
-        """Raises StorageError when somebody wrote into the output during the run."""
+    def _check_earlier_unchanged(self, folder: Path) -> None:
+        """Raises StorageError when somebody wrote into the earlier result in `folder` during the run."""
+        place, known = self._place, {str(file.path.relative_to(self._place.target)): file for file in self._earlier}
         try:
-            for file in self._earlier:
-                file.check_unchanged()
-            _check_replaceable(self._place, self.output, overwrite=bool(self._earlier), hashes=False)
+            if folder == place.target:
+                _check_replaceable(place, self.output, overwrite=bool(known), hashes=False)
+            elif place.moves:  # moving a file changes the times of the file
+                _refuse(foreign_names(folder), "changed since the run that made it", self.output)
+                return
+            else:
+                added = [name for name in files_in(folder, links=True) if name not in known]
+                _refuse(added, "which the run that made it did not write", self.output)
+            for name, file in known.items():
+                if not replace(file, path=folder / name).is_unchanged():
+                    raise StorageError("changed while it was being replaced", file=file.path)
         except (StorageError, UsageError) as error:
             message = f"{error.message}, and the result would replace it"
             hint = "move what you need out of the output, then run the same command to finish"

@@ -1,5 +1,5 @@
-"""Header-first writing of a .safetensors file: the plan knows every name, dtype and shape, so the layout comes first
-and tensors follow in any order. Bytes equal a file written by safetensors.
+"""Header-first writing of .safetensors files: the plan knows every name, dtype and shape, so the layout comes first and
+tensors follow in any order. Bytes equal a file written by safetensors.
 """
 
 from __future__ import annotations
@@ -8,9 +8,13 @@ import hashlib
 import json
 import math
 import os
+import resource
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING
 
@@ -59,19 +63,107 @@ def safetensors_layout(
     )
 
 
+class NotDurableError(StorageError):
+    """The system could not bring a file to the disk: written bytes of finished units may be lost."""
+
+
+@dataclass(slots=True)
+class _OpenFile:
+    """A descriptor, and the number of threads that use the descriptor now."""
+
+    descriptor: int
+    users: int = 0
+
+
+class Descriptors:
+    """Descriptors of output files, for several threads. Of more files than `most`, the file used longest ago is brought
+    to the disk and closed, and opened again on the next use: a run with thousands of files needs few descriptors.
+
+    most   most files to keep open; None takes half of the descriptors that the process may have
+    """
+
+    def __init__(self, most: int | None = None) -> None:
+        self._most = _half_of_all_descriptors() if most is None else most
+        self._files: dict[Path, _OpenFile] = {}  # the file used last comes last
+        self._inodes: dict[Path, int] = {}
+        self._lock = Lock()
+
+    @contextmanager
+    def of(self, path: Path) -> Iterator[int]:
+        """Yield a descriptor of the file `path` during the block; an absent file is made at the first use. Raises
+        StorageError when the disk refuses, or when another file has taken the name since the first use.
+        """
+        with self._lock:
+            file = self._files.pop(path, None) or _OpenFile(self._opened(path))
+            self._files[path] = file
+            file.users += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.users -= 1
+                self._close_surplus()
+
+    def sync(self, path: Path) -> None:
+        """Return when all bytes written to `path` are on the disk. Raises StorageError otherwise."""
+        with self._lock:
+            is_open = path in self._files
+        if is_open:  # a closed file is on the disk
+            with self.of(path) as descriptor:
+                disk.sync(descriptor, path)
+
+    def close(self, path: Path) -> None:
+        """Close `path` without a sync."""
+        with self._lock:
+            file = self._files.pop(path, None)
+        if file is not None:
+            os.close(file.descriptor)
+
+    def _opened(self, path: Path) -> int:
+        descriptor = disk.open_file(path)
+        inode = os.fstat(descriptor).st_ino
+        if self._inodes.setdefault(path, inode) != inode:
+            os.close(descriptor)
+            raise StorageError("was replaced by another file while it was written", file=path)
+        return descriptor
+
+    def _close_surplus(self) -> None:
+        idle = [path for path, file in self._files.items() if not file.users][: max(0, len(self._files) - self._most)]
+        for path in idle:
+            file = self._files.pop(path)
+            try:
+                disk.sync(file.descriptor, path)
+            except StorageError as error:
+                raise NotDurableError(error.message, file=path, hint=error.hint) from None
+            finally:
+                os.close(file.descriptor)
+
+
+def _half_of_all_descriptors() -> int:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 16 if most == resource.RLIM_INFINITY else most // 2
+
+
 class SafetensorsWriter:
     """An output file, open for writing. An existing file of the right size is kept, for a resumed run."""
 
     def __init__(
-        self, path: Path, tensors: Sequence[OutTensor], metadata: Mapping[str, str] = MappingProxyType({})
+        self,
+        path: Path,
+        tensors: Sequence[OutTensor],
+        metadata: Mapping[str, str] = MappingProxyType({}),
+        descriptors: Descriptors | None = None,
     ) -> None:
-        """Lay out `path` for `tensors`. Raises StorageError when the disk refuses."""
+        """Lay out `path` for `tensors`. `descriptors` are shared with other files. Raises StorageError when the disk
+        refuses.
+        """
         self.path = path
         self._tensors = {tensor.name: tensor for tensor in tensors}
+        self._descriptors = descriptors or Descriptors()
         header, self._offsets, size = safetensors_layout(tensors, metadata)
-        self._fd = disk.open_file(path)
-        disk.resize(self._fd, size, path)
-        self._write_at(0, header)
+        with self._descriptors.of(path) as descriptor:
+            disk.resize(descriptor, size, path)
+            disk.write_at(descriptor, 0, header, path)
 
     def write(self, name: str, tensor: torch.Tensor) -> str:
         """Write a whole tensor; return the sha256 of the bytes.
@@ -113,14 +205,15 @@ class SafetensorsWriter:
 
     def _read(self, dtype: str, shape: tuple[int, ...], position: int) -> torch.Tensor:
         tensor, view = unread_tensor(dtype, shape)
-        try:
+        with self._descriptors.of(self.path) as descriptor:
             while view:
-                count = os.preadv(self._fd, [view], position)
+                try:
+                    count = os.preadv(descriptor, [view], position)
+                except OSError as error:
+                    raise disk.storage_error(error, self.path) from None
                 if not count:
                     raise StorageError("the file became shorter while it was written", file=self.path)
                 view, position = view[count:], position + count
-        except OSError as error:
-            raise disk.storage_error(error, self.path) from None
         return tensor
 
     def sha256(self, name: str) -> str:
@@ -128,26 +221,26 @@ class SafetensorsWriter:
         digest = hashlib.sha256()
         position = self._offsets[name]
         end = position + self._tensors[name].nbytes
-        while position < end:
-            chunk = os.pread(self._fd, min(1 << 22, end - position), position)
-            if not chunk:
-                raise StorageError("the file became shorter while it was written", file=self.path)
-            digest.update(chunk)
-            position += len(chunk)
+        with self._descriptors.of(self.path) as descriptor:
+            while position < end:
+                chunk = os.pread(descriptor, min(1 << 22, end - position), position)
+                if not chunk:
+                    raise StorageError("the file became shorter while it was written", file=self.path)
+                digest.update(chunk)
+                position += len(chunk)
         return digest.hexdigest()
 
     def sync(self) -> None:
         """Return when all written bytes are on the disk. Raises StorageError otherwise."""
-        disk.sync(self._fd, self.path)
+        self._descriptors.sync(self.path)
 
     def close(self) -> None:
         """Close the file."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._descriptors.close(self.path)
 
     def _write_at(self, position: int, data: bytes | memoryview) -> None:
-        disk.write_at(self._fd, position, data, self.path)
+        with self._descriptors.of(self.path) as descriptor:
+            disk.write_at(descriptor, position, data, self.path)
 
 
 class TensorPlace:
@@ -174,7 +267,9 @@ class TensorPlace:
 
 
 class OutputFiles:
-    """Output files, open for writing, and the writer of each tensor by tensor name."""
+    """Output files, open for writing, and the writer of each tensor by tensor name. Most of many files are closed when
+    nobody writes or reads, see `Descriptors`.
+    """
 
     def __init__(
         self,
@@ -185,12 +280,12 @@ class OutputFiles:
         """Lay out `files`, relative name -> tensors; `metadata` is relative name -> keys of the header. Raises
         StorageError when the disk refuses.
         """
-        self._files = files
+        self._files, descriptors = files, Descriptors()
         self._writers: list[SafetensorsWriter] = []
         self._writer_of: dict[str, SafetensorsWriter] = {}
         for name, tensors in files.items():
             disk.make_directory((directory / name).parent)
-            writer = SafetensorsWriter(directory / name, tensors, metadata.get(name, {}))
+            writer = SafetensorsWriter(directory / name, tensors, metadata.get(name, {}), descriptors)
             self._writers.append(writer)
             self._writer_of |= {tensor.name: writer for tensor in tensors}
 

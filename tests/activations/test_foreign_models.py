@@ -166,6 +166,46 @@ def test_a_tokenizer_without_memory_is_a_shortage_of_memory(model, refusal, monk
     assert "not enough memory" in refusal(6)
 
 
+@pytest.mark.parametrize(("nbytes", "status", "said"), [(100_000_000, 2, "it fits"), (600_000_000, 6, "not enough")])
+def test_the_memory_of_a_tokenizer_is_bounded(model, refusal, monkeypatch, nbytes, status, said):
+    def greedy(directory: Path) -> Any:
+        raise ValueError(f"it fits in {len(bytearray(nbytes))} bytes")
+
+    monkeypatch.setattr(foreign_tokenizer, "_MEMORY_NBYTES", 300_000_000)
+    monkeypatch.setattr(transformers_models, "load_tokenizer", greedy)
+    assert said in refusal(status)
+
+
+def test_a_tokenizer_writes_no_file(model, refusal, monkeypatch, tmp_path):
+    def write(directory: Path) -> Any:
+        (tmp_path / "written").write_text("by a tokenizer")
+
+    monkeypatch.setattr(transformers_models, "load_tokenizer", write)
+    assert "its tokenizer fails on this text: [Errno 27] File too large" in refusal()
+    assert not (tmp_path / "written").stat().st_size
+
+
+def test_a_signal_between_the_fork_and_the_child_ends_the_child_alone(model, refusal, monkeypatch):
+    """An exception there would run the clean-up of every caller twice."""
+    real = os.fork
+
+    def fork() -> int:
+        child = real()
+        if not child:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return child
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    monkeypatch.setattr(os, "fork", fork)
+    try:
+        assert "its tokenizer fails on this text: its process ended" in refusal()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_no_process_is_left_behind(model, refusal, monkeypatch):
     monkeypatch.setattr(transformers_models, "load_tokenizer", lambda directory: os.kill(os.getpid(), signal.SIGKILL))
     refusal()

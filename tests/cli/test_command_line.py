@@ -50,6 +50,17 @@ def test_quiet_says_that_a_base_needs_its_adapter(run, source):
     assert err.startswith("warning: this base is no model without its adapter: ")
 
 
+def test_a_path_of_the_machine_in_the_adapter_is_said(run, source, tmp_path):
+    """PEFT loads the base from there, so the path stays; a relative one is nobody's secret."""
+    for output, is_said in ((tmp_path / "absolute", True), ("relative", False)):
+        status, _, err = run("quantize", source, output, *FAST)
+        assert status == 0
+        note = f"note: the adapter's config names the base as typed, {output}: type a relative OUTPUT"
+        assert (note in err) == is_said
+        config = json.loads((tmp_path / output / "loftq_init" / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(output)
+
+
 def test_verbose_shows_every_iteration_and_every_copied_tensor(run, source):
     _, _, err = run("quantize", source, "out", "--rank", 4, "--iterations", 3, "--rounds", 0, "-v")
     iterations = [line for line in err.splitlines() if "iterations:" in line]
@@ -216,7 +227,7 @@ def test_the_version_is_printed(run, option):
 
 def test_a_shell_can_complete_commands(tmp_path):
     words = {"COMP_WORDS": "loftq q", "COMP_CWORD": "1", "_LOFTQ_COMPLETE": "complete_bash"}
-    program = "import sys; sys.argv[0] = 'loftq'; from loftq_cli.cli.main import main; main()"
+    program = "import sys; sys.argv[0] = 'loftq'; from loftq_cli.cli.start import main; main()"
     environment = {**os.environ, **words}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["quantize"]
@@ -507,9 +518,9 @@ def test_a_full_device_behind_stdout_is_status_3_without_a_traceback():
 def test_a_second_signal_ends_the_program_at_once():
     program = """
 import os, signal
-from loftq_cli.cli import main
+from loftq_cli.cli import start
 for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, main._interrupt)
+    signal.signal(number, start._interrupt)
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except KeyboardInterrupt:
@@ -575,7 +586,7 @@ def test_damage_is_refused_in_less_time_than_importing_torch_takes(tmp_path, sou
     else:
         (model / "config.json").write_text("{")
     last = {"quantize": [tmp_path / "out"], "merge": [tmp_path / "adapter", tmp_path / "out"], "inspect": []}
-    program = "import sys; sys.modules['torch'] = None; from loftq_cli.cli.main import main; main()"
+    program = "import sys; sys.modules['torch'] = None; from loftq_cli.cli.start import main; main()"
     arguments = [sys.executable, "-c", program, command, str(model), *map(str, last[command])]
     done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 2

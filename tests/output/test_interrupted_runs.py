@@ -226,7 +226,7 @@ def test_files_have_normal_modes(source, out):
 # The command, which gets a signal as soon as its second layer has been reported.
 SIGNALLING = """
 import os, sys
-from loftq_cli.cli.main import main
+from loftq_cli.cli.start import main
 
 class Signalling:
     def __init__(self, stream, number):

@@ -276,7 +276,7 @@ def test_where_the_file_system_has_no_locks_the_work_is_done_without(source, out
         (errno.EACCES, "check its permissions, or write elsewhere"),
         (errno.EROFS, "check its permissions, or write elsewhere"),
         (errno.EIO, "check the disk, then run the same command to continue"),
-        (errno.EMFILE, "a larger --max-shard-size, or ulimit -n"),
+        (errno.EMFILE, "ulimit -n shows how many a process may have open"),
         (errno.EDQUOT, "free some space or write elsewhere, then run the same command to continue"),
     ],
 )

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from support.crashes import FailingDisk, Killed
 import loftq_cli
 from loftq_cli.errors import InputError, StorageError, UsageError
 from loftq_cli.nn import load_adapted
+from loftq_cli.output import disk
 from loftq_cli.output.records import TOOL, write_texts
 from loftq_cli.output.staging import Staging, check_output
 
@@ -145,6 +147,93 @@ def test_an_adapter_that_was_trained_in_place_survives_overwrite(source: Path, o
     assert again.returncode == 2
     assert "holds qlora_init/adapter_model.safetensors, changed since the run that made it" in again.stderr
     assert files_of(out) == before
+
+
+# Between the last look at the earlier result and its replacement.
+
+
+def just_before(patch: pytest.MonkeyPatch, name: str, write: Callable[[], object]) -> None:
+    """Call `write` once, at the first use of an operation of the disk that moves a result."""
+    real, calls = getattr(disk, name), []
+
+    def operation(*arguments: Path) -> object:
+        if not calls:
+            calls.append(arguments)
+            write()
+        return real(*arguments)
+
+    patch.setattr(disk, name, operation)
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
+@pytest.mark.parametrize("name", ["README.md", "adapter/adapter_model.safetensors", "adapter/mine.txt"])
+def test_what_comes_into_the_output_in_the_last_moment_is_not_deleted(
+    result: Path, name: str, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not exchanges:
+        monkeypatch.setattr(ctypes, "CDLL", lambda *arguments, **options: object())
+    before = files_of(result)
+    is_mounted = os.path.ismount(result)
+    with monkeypatch.context() as patch:
+        moment = "exchange" if exchanges and not is_mounted else "rename"
+        just_before(patch, moment, lambda: (result / name).write_text("trained meanwhile"))
+        with pytest.raises(StorageError, match=r", and the result would replace it \(move what you need out of"):
+            publish(result, NEW)
+    assert files_of(result) == {**before, name: b"trained meanwhile"}
+    shutil.move(result / name, result.parent / "mine")
+    publish(result, NEW)
+    assert (result / "README.md").read_text() == "new"
+    assert sorted(os.listdir(result.parent)) == ["mine", "out"]
+
+
+def test_a_first_result_does_not_replace_what_took_its_name_in_the_last_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+
+    def write() -> None:
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+
+    just_before(monkeypatch, "rename", write)
+    with pytest.raises(StorageError, match="directory not empty"):
+        publish(output, NEW)
+    assert files_of(output) == {"mine.txt": b"mine"}
+
+
+def killed_after_exchange(folder: Path) -> AbstractContextManager[FailingDisk]:
+    """Killed right after the exchange, before anybody looked at the earlier result again."""
+    return FailingDisk(folder / "trash", at=0, fail="after", only=("exchange",)).installed()
+
+
+@pytest.mark.parametrize("name", ["README.md", "mine.txt"])
+def test_after_a_kill_in_the_last_moment_the_next_command_deletes_nothing_either(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    publish(output, OLD, overwrite=False)
+    with killed_after_exchange(tmp_path), monkeypatch.context() as patch, pytest.raises((Killed, UsageError)):
+        just_before(patch, "exchange", lambda: (output / name).write_text("trained meanwhile"))
+        publish(output, NEW)
+    earlier = tmp_path / ".out.partial" / "result"
+    assert (output / "README.md").read_text() == "new" and (earlier / name).read_text() == "trained meanwhile"
+    for command in (lambda: publish(output, NEW), lambda: publish(output, OLD)):
+        with pytest.raises(UsageError, match=rf"holds {name}, which came into an earlier result while a run replaced"):
+            command()
+        assert (earlier / name).read_text() == "trained meanwhile"
+    shutil.move(earlier / name, tmp_path / "mine")
+    publish(output, OLD)
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
+
+
+def test_after_a_kill_right_behind_the_exchange_an_untouched_result_is_removed(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    publish(output, OLD, overwrite=False)
+    with killed_after_exchange(tmp_path), pytest.raises(Killed):
+        publish(output, NEW)
+    publish(output, OLD)
+    assert (output / "README.md").read_text() == "old"
+    assert sorted(os.listdir(tmp_path)) == ["out"]
 
 
 # An interrupted replacement.

@@ -56,7 +56,8 @@ class _NameChange:
 
 @dataclass
 class FailingDisk:
-    """Counts operations, and at number `at` (from 0) does what `fail` says: "kill", or an errno to report.
+    """Counts operations, and at number `at` (from 0) does what `fail` says: "kill", or an errno to report, or "after"
+    to kill after the operation.
 
     Of `only` these operations, if given. With `loses_power`, a kill also takes back what was not synced: data in any
     part and order, and names, all from some moment on or any of them.
@@ -89,7 +90,11 @@ class FailingDisk:
                 if self.is_dead:
                     raise Killed
                 self._fail_if_due(name, arguments)
-                return getattr(self, f"_{name}")(*arguments)
+                outcome = getattr(self, f"_{name}")(*arguments)
+                if self.fail == "after" and name in self.only and self.count - 1 == self.at:
+                    self.is_dead = True
+                    raise Killed
+                return outcome
 
         return operation
 
@@ -98,7 +103,7 @@ class FailingDisk:
             return
         self.count += 1
         self.log.append(f"{name} {arguments if name in ('rename', 'exchange') else arguments[-1]}")
-        if self.count - 1 != self.at:
+        if self.count - 1 != self.at or self.fail == "after":
             return
         if self.fail != "kill":
             error = OSError(self.fail, os.strerror(int(self.fail)))

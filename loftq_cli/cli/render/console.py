@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from loftq_cli.errors import printable
+from loftq_cli.errors import escape, printable
 
 _FILE_WIDTH = 200  # columns of a table in a file or a pipe: wide enough for the longest usual tensor names
 
@@ -22,12 +22,12 @@ def say(text: str) -> None:
 
 
 def write_result(text: str) -> None:
-    """Print `text` on stdout at once.
+    """Print `text` on stdout at once, with unprintable characters of each line escaped.
 
     >>> write_result("28 layers")
     28 layers
     """
-    print(text, flush=True)
+    print("\n".join(map(escape, text.split("\n"))), flush=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 from loftq_cli.allocation.allocation import Allocation
 from loftq_cli.api.results import QuantizePlan, QuantizeResult
@@ -50,6 +51,15 @@ def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
         write_result(f"{file.name}  {format_nbytes(file.nbytes)}, {file.tensors} tensors")
     write_result(f"{plan.adapter.name}  {format_nbytes(plan.adapter.nbytes)}")
     write_result(f"model  {_describe_model(plan)}")
+
+
+def say_path_in_adapter(output: Path) -> None:
+    """Print a note on stderr when a path of the machine stands in a file that people publish."""
+    if output.is_absolute():
+        say(
+            f"note: the adapter's config names the base as typed, {printable(output)}: "
+            "type a relative OUTPUT for an adapter to publish"
+        )
 
 
 def print_result(outcome: QuantizeResult, *, as_json: bool) -> None:

@@ -110,7 +110,7 @@ class CommandProgress(Observer):
 
     def _times(self) -> str:
         """Elapsed seconds, remaining seconds and peak memory, as text."""
-        seconds = time.monotonic() - self._since
+        seconds = max(0.0, time.monotonic() - self._since)
         remaining = seconds / self._done * (self._total - self._done)
         return f"{seconds:.1f} s, {remaining:.0f} s left, peak {format_nbytes(peak_nbytes())}"
 
