@@ -94,7 +94,7 @@ def damped(kind: str, in_features: int = 128) -> torch.Tensor:
         return torch.eye(in_features, dtype=torch.float64)
     h = (torch.diag(found) if found.dim() == 1 else found).double()
     h, one = h / h.diagonal().mean(), torch.eye(in_features, dtype=torch.float64)
-    return h + 1e-3 * one if found.dim() == 1 else 0.7 * h + (0.3 * h.diagonal() + 0.1) * one
+    return h + 0.1 * one if found.dim() == 1 else 0.7 * h + (0.3 * h.diagonal() + 0.1) * one
 
 
 def cost(error: torch.Tensor, h: torch.Tensor) -> float:

@@ -73,7 +73,7 @@ def hessian_of(kind: str) -> torch.Tensor:
         return torch.eye(128, dtype=torch.float64)
     hessian = (torch.diag(moment) if moment.dim() == 1 else moment).double()
     hessian, one = hessian / hessian.diagonal().mean(), torch.eye(128, dtype=torch.float64)
-    return hessian + 1e-3 * one if moment.dim() == 1 else 0.7 * hessian + (0.3 * hessian.diagonal() + 0.1) * one
+    return hessian + 0.1 * one if moment.dim() == 1 else 0.7 * hessian + (0.3 * hessian.diagonal() + 0.1) * one
 
 
 def cost(error: torch.Tensor, hessian: torch.Tensor) -> float:
