@@ -198,8 +198,10 @@ def _plain(text: str) -> str:
     return "\n".join(line for line in lines if line) + "\n"
 
 
-def measure(original: Path, texts: Mapping[str, Path], directory: Path, names: Sequence[str]) -> Iterator[Row]:
-    """Rows in the order of `names`. Two variants are converted and scored at a time, on one thread each."""
+def measure(
+    original: Path, texts: Mapping[str, Path], directory: Path, names: Sequence[str], jobs: int = 2
+) -> Iterator[Row]:
+    """Rows in the order of `names`. `jobs` variants are converted and scored at a time, on one thread each."""
 
     def measure_variant(index: int) -> Row:
         output = directory / str(index)
@@ -211,7 +213,7 @@ def measure(original: Path, texts: Mapping[str, Path], directory: Path, names: S
         shutil.rmtree(output)
         return Row(names[index], report["bits_per_weight"], report["error"], seconds, scores)
 
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         yield from pool.map(measure_variant, range(len(names)))
 
 
@@ -256,6 +258,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--handbook", type=Path, default=HANDBOOK, metavar="FOLDER", help="HTML pages")
     parser.add_argument("--jargon", type=Path, default=JARGON, metavar="FILE", help="dictionary")
     parser.add_argument("--count", type=int, default=len(VARIANTS), metavar="N", help="measure the first N variants")
+    parser.add_argument("--only", action="append", choices=VARIANTS, metavar="NAME", help="measure the variant")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="variants at a time")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--resume", action="store_true", help="keep the rows of --json and measure the missing rows")
     options = parser.parse_args()
@@ -280,14 +284,15 @@ def main() -> None:
         if stored["settings"] != settings:
             raise SystemExit(f"{options.json}: rows of other settings; measure without --resume")
         rows, runs = read_rows(options.json), [*stored["runs"], about]
-    missing = [name for name in list(VARIANTS)[: options.count] if name not in {row.variant for row in rows}]
+    wanted = options.only or list(VARIANTS)[: options.count]
+    missing = [name for name in wanted if name not in {row.variant for row in rows}]
     with TemporaryDirectory() as name:
         directory = Path(name)
         original = directory / "original"
         write_original(options.gguf, original)
         texts = write_texts(options.handbook, options.jargon, directory)
-        for row in measure(original, texts, directory, missing):
-            rows.append(row)
+        for row in measure(original, texts, directory, missing, options.jobs):
+            rows = sorted([*rows, row], key=lambda row: list(VARIANTS).index(row.variant))
             print(f"{row.variant}: {row.seconds:.0f} s", flush=True)
             if options.json:
                 values = {"runs": runs, "settings": settings, "rows": [asdict(row) for row in rows]}

@@ -86,15 +86,15 @@ def fitted(
 
 
 def damped(kind: str, in_features: int = 128) -> torch.Tensor:
-    """H in float64 as errors are to be weighed by it: in units of its mean diagonal; the products of a full one are
-    shrunk by 0.3 and a tenth is added to its diagonal, to a diagonal a thousandth.
+    """H in float64 as errors are to be weighed by it: in units of its mean diagonal, to which a tenth is added; the
+    products of a full one are shrunk by 0.3.
     """
     found = statistics(kind, in_features)
     if found is None:
         return torch.eye(in_features, dtype=torch.float64)
     h = (torch.diag(found) if found.dim() == 1 else found).double()
     h, one = h / h.diagonal().mean(), torch.eye(in_features, dtype=torch.float64)
-    return h + 1e-3 * one if found.dim() == 1 else 0.7 * h + (0.3 * h.diagonal() + 0.1) * one
+    return 0.7 * h + (0.3 * h.diagonal() + 0.1) * one
 
 
 def cost(error: torch.Tensor, h: torch.Tensor) -> float:

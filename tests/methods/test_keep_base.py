@@ -65,15 +65,13 @@ def statistics(kind: str) -> torch.Tensor | None:
 
 
 def hessian_of(kind: str) -> torch.Tensor:
-    """H in float64, with a mean diagonal of 1 and a thousandth added; the products of a full H are shrunk by 0.3, and a
-    tenth is added.
-    """
+    """H in float64, with a mean diagonal of 1 and a tenth added; the products of a full H are shrunk by 0.3."""
     moment = statistics(kind)
     if moment is None:
         return torch.eye(128, dtype=torch.float64)
     hessian = (torch.diag(moment) if moment.dim() == 1 else moment).double()
     hessian, one = hessian / hessian.diagonal().mean(), torch.eye(128, dtype=torch.float64)
-    return hessian + 1e-3 * one if moment.dim() == 1 else 0.7 * hessian + (0.3 * hessian.diagonal() + 0.1) * one
+    return 0.7 * hessian + (0.3 * hessian.diagonal() + 0.1) * one
 
 
 def cost(error: torch.Tensor, hessian: torch.Tensor) -> float:
