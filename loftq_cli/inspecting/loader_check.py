@@ -68,10 +68,9 @@ def _check_packed(findings: Findings, base: BaseModel, answer: LoaderAnswer) -> 
             findings.add_problem(f"is {shapes}", file, name)
         replaced.discard(module)
     places = {module_of(place): name for name, place in answer.places.items()}
-    for module in sorted(replaced):
-        stored = f"stores {places[module]} in 16 bits" if module in places else "stores nothing for it"
-        text = f"lets {loader} load {module} from packed weights, and the directory {stored}"
-        findings.add_problem(text, _MODEL_CONFIG)
+    for module in sorted(replaced & places.keys()):  # a layer with nothing stored is among the missing tensors
+        stored = f"and the directory stores {places[module]} in 16 bits"
+        findings.add_problem(f"lets {loader} load {module} from packed weights, {stored}", _MODEL_CONFIG)
 
 
 def _check_dropped(findings: Findings, base: BaseModel, answer: LoaderAnswer) -> None:
