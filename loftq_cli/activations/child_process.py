@@ -142,8 +142,8 @@ def _limit(kind: int, most: int) -> None:
 
 def _data_nbytes() -> int:
     """Bytes that the process may write to in its memory: the memory of the parent counts in a child."""
-    with suppress(OSError, ValueError), open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[5]) * resource.getpagesize()
+    with suppress(OSError, ValueError):
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[5]) * resource.getpagesize()
     return 0
 
 

@@ -76,6 +76,6 @@ def read_facts(directory: Path, config: Any) -> TokenizerFacts:
         tokenizer = transformers_models.load_tokenizer(directory)
         return dataclasses.asdict(TokenizerFacts.of(tokenizer, transformers_models.longest_input(config, tokenizer)))
 
-    facts = run_in_child(find, _SECONDS, directory, _TOKENIZER)
+    facts = run_in_child(find, _SECONDS, directory, _TOKENIZER, memory_nbytes=MEMORY_NBYTES)
     lists = {key: tuple(facts[key]) for key in ("before", "after", "special")}
     return TokenizerFacts(**{**facts, **lists})

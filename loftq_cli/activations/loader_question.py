@@ -108,8 +108,10 @@ def _answer(directory: Path, names: tuple[str, ...]) -> LoaderAnswer:
             model = kind(config)
         matrices, kinds = dict(_matrices(model)), {name: type(module) for name, module in model.named_modules()}
         state = dict(model.state_dict())
-        places, converted = _places(model, names, state)
         _prepare(directory, config, model)
+        unpacked = {name: shape for name, shape in _matrices(model) if name not in kinds}
+        state, matrices = _without_replaced(state, model, unpacked), {**matrices, **unpacked}
+        places, converted = _places(model, names, state)
     replaced = [name for name, module in model.named_modules() if _is_replaced(module, kinds.get(name))]
     kept = [name for name in state if not _is_ignored(model, "missing", name)]
     covered = {target for target in places.values() if target in state} | _tied(model)
@@ -123,6 +125,15 @@ def _answer(directory: Path, names: tuple[str, ...]) -> LoaderAnswer:
         ignored=tuple(name for name in names if _is_ignored(model, "unexpected", places[name])),
         missing=() if converted else tuple(name for name in kept if name not in covered),
     )
+
+
+def _without_replaced(state: dict[str, Any], model: nn.Module, unpacked: Iterable[str]) -> dict[str, Any]:
+    """`state`, the parts of the model in full precision, after the quantizer has replaced modules: a tensor of all
+    experts may have become a linear, one of `unpacked`, for each expert.
+    """
+    after = model.state_dict()
+    kept = {name: part for name, part in state.items() if name in after or name.endswith((".weight", ".bias"))}
+    return {**kept, **{f"{name}.weight": None for name in unpacked}}
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:

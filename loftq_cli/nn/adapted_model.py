@@ -36,7 +36,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_adapted(
-    model: Model, directory: str | Path, *, adapter: str | Path | None = None, cache: bool = False
+    model: Model,
+    directory: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    cache: bool = False,
+    force: bool = False,
 ) -> Model:
     """`model` with the numbers of a converted directory, in place, ready to train the adapter and nothing else.
 
@@ -44,6 +49,7 @@ def load_adapted(
     directory  the output of `loftq quantize` or `loftq merge`, in any container
     adapter    the adapter directory; by default the adapter inside `directory`, or no adapter
     cache      True lets QuantizedLinear keep the decoded weight
+    force      True takes an adapter whose records do not tell the base, or tell another base
 
     Quantized weights become QuantizedLinear. Adapted weights become LoftQLinear, QLoRALinear or QALoRALinear over a
     QuantizedLinear, or over a frozen nn.Linear where the directory is dense. All further tensors are copied into the
@@ -53,7 +59,7 @@ def load_adapted(
     ValueError for a model on the meta device.
     """
     with BaseModel.open(Path(directory)) as base:
-        source = _adapter_for(base, None if adapter is None else Path(adapter))
+        source = _adapter_for(base, None if adapter is None else Path(adapter), force=force)
         plan = _Plan.of(model, base, source)
         origin = None if source is None else origin_of(source.path, base.folder)
         method = None if origin is None else _method_of(base, origin)
@@ -225,7 +231,7 @@ def _linear(
     return _Linear(module, name, lora, spec)
 
 
-def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
+def _adapter_for(base: BaseModel, path: Path | None, *, force: bool) -> AdapterSource | None:
     """The adapter to load; None without one.
 
     Raises MismatchError for an adapter of another base, or with tensors beside lora_A and lora_B of linears.
@@ -236,7 +242,7 @@ def _adapter_for(base: BaseModel, path: Path | None) -> AdapterSource | None:
         if path is None:
             return None
     source = open_adapter(path)
-    check_provenance(base, source.path, source.config, force=False)
+    check_provenance(base, source.path, source.config, force=force)
     odd = [*source.whole.values()]
     odd += [lora.lora_A for lora in source.lora.values() if lora.is_embedding]
     odd += [name for lora in source.lora.values() for name in (lora.lora_bias, lora.magnitude) if name is not None]

@@ -56,6 +56,15 @@ def make_directories(path: Path) -> list[Path]:
     return made
 
 
+def nearest_path(path: Path) -> Path:
+    """The path, or the innermost existing path above.
+
+    >>> nearest_path(Path("absent/base")).as_posix()
+    '.'
+    """
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
+
+
 def remove_empty(path: Path) -> None:
     """Remove a directory if the directory is empty and the disk allows so.
 

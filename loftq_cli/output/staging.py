@@ -238,7 +238,7 @@ def check_output(output: Path, *, overwrite: bool, hashes: bool = True) -> None:
     >>> check_output(Path("absent"), overwrite=False)
     """
     place = Place.of(output)
-    parent = _nearest_directory(place.target.parent)
+    parent = disk.nearest_path(place.target.parent)
     if not parent.is_dir():
         raise UsageError(f"lies below {parent}, which is no directory", file=output, hint="choose another output")
     place.check_owned()
@@ -335,18 +335,13 @@ def check_space(output: Path, nbytes: int) -> None:
     """
     place = Place.of(output)
     staged_nbytes = sum(os.lstat(place.root / name).st_blocks * 512 for name in files_in(place.root))
-    free = shutil.disk_usage(_nearest_directory(place.root.parent)).free
+    free = shutil.disk_usage(disk.nearest_path(place.root.parent)).free
     if free + staged_nbytes < nbytes:
         raise StorageError(
             f"needs {(nbytes - staged_nbytes) / 1e9:.2f} GB and {free / 1e9:.2f} GB are free",
             file=output,
             hint="free some space or write elsewhere",
         )
-
-
-def _nearest_directory(path: Path) -> Path:
-    """The path, or the innermost existing path above."""
-    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def _locked(place: Place, output: Path) -> int:

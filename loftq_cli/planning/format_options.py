@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from loftq_cli.errors import UsageError
+from loftq_cli.layouts.foreign_names import foreign_hint
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, either
 from loftq_cli.methods.method import METHODS
 from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, FormatOptions, RecipeFields
-from loftq_cli.quant.foreign_names import foreign_hint
 from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors.headers import MODEL_DTYPES
 from loftq_cli.tensors.libraries import DEFAULT_LIBRARY, Library

@@ -15,13 +15,13 @@ from typing import Any, get_args, get_type_hints
 
 from loftq_cli.checkpoint.watched_file import read_small_file
 from loftq_cli.errors import UsageError
+from loftq_cli.layouts.foreign_names import foreign_hint
 from loftq_cli.layouts.layout import LAYOUTS
 from loftq_cli.methods.method import DEFAULT_METHOD, METHODS
 from loftq_cli.planning.format_options import AFFINE_OPTIONS, CODEBOOK_OPTIONS
 from loftq_cli.planning.recipe import NONE, TEXT_OPTIONS, WEIGHTS, AffineOptions, Override, Recipe, RecipeFields
 from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
-from loftq_cli.quant.foreign_names import foreign_hint
 from loftq_cli.quant.formats import FORMATS
 
 _EXPERTS_FORMAT, _GROUP_SIZE = "int4", 64  # of experts; the group size of integers in other models is equal

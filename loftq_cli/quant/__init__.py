@@ -1,7 +1,6 @@
 """Number formats: the names that `--quant-type` takes. Each family has a file; the files know no methods and no disk.
 
 formats.py         the table of formats, and the protocol of a quantizer
-foreign_names.py   names in other tools, for hints
 blocks.py          the search and the refinement of constants, for all families
 affine.py          integers in groups: 2, 3, 4 and 8 bits
 codebook.py        codebooks in blocks: NF4 and FP4

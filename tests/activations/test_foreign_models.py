@@ -171,7 +171,7 @@ def test_the_memory_of_a_tokenizer_is_bounded(model, refusal, monkeypatch, nbyte
     def greedy(directory: Path) -> Any:
         raise ValueError(f"it fits in {len(bytearray(nbytes))} bytes")
 
-    monkeypatch.setattr(foreign_tokenizer, "_MEMORY_NBYTES", 300_000_000)
+    monkeypatch.setattr(foreign_tokenizer, "MEMORY_NBYTES", 300_000_000)
     monkeypatch.setattr(transformers_models, "load_tokenizer", greedy)
     assert said in refusal(status)
 

@@ -217,7 +217,10 @@ def test_the_table_of_presets_has_the_sizes_of_a_model_of_7_billion_weights(run)
     assert nf4["base_nbytes"] == pytest.approx(nf4["bits_per_weight"] / 8 * matrices + 2 * (embeddings + norms))
     inputs_and_outputs = 32 * (4 * 2 * 4096 + 3 * (4096 + 11008))
     assert nf4["adapter_nbytes"] == 4 * 16 * inputs_and_outputs
-    assert (presets["loftq-int4"]["loaders"], nf4["loaders"]) == ("transformers, PEFT, vLLM", "transformers, PEFT")
+    assert (presets["loftq-int4"]["loaders"], nf4["loaders"]) == (
+        "transformers, PEFT, vLLM",
+        "transformers, PEFT, diffusers",
+    )
 
 
 @pytest.mark.parametrize("option", ["--version", "-V"])

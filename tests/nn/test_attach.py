@@ -268,7 +268,9 @@ def test_what_is_trained_is_saved_and_loads_over_the_converted_directory(checkpo
 
     save_adapter(model, tmp_path / "trained")
 
-    again = load_adapted(loaded(checkpoints["gpt2"]), tmp_path / "out", adapter=tmp_path / "trained")
+    with pytest.raises(MismatchError, match="could not check that the adapter belongs to this base"):
+        load_adapted(loaded(checkpoints["gpt2"]), tmp_path / "out", adapter=tmp_path / "trained")
+    again = load_adapted(loaded(checkpoints["gpt2"]), tmp_path / "out", adapter=tmp_path / "trained", force=True)
     assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 

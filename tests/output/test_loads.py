@@ -133,7 +133,8 @@ def test_a_file_that_is_closed_was_brought_to_the_disk_before(tmp_path: Path, mo
     monkeypatch.setattr(os, "fsync", lambda fd: (synced.add(os.fstat(fd).st_ino), real(fd)))
     descriptors = Descriptors(1)
     first, second = (
-        SafetensorsWriter(tmp_path / name, [OutTensor("x", "float32", (4,))], descriptors) for name in ("a", "b")
+        SafetensorsWriter(tmp_path / name, [OutTensor("x", "float32", (4,))], descriptors=descriptors)
+        for name in ("a", "b")
     )
     synced.clear()
     first.write("x", torch.ones(4))
@@ -145,7 +146,7 @@ def test_a_file_that_is_closed_was_brought_to_the_disk_before(tmp_path: Path, mo
 def test_a_file_replaced_between_two_writes_is_refused(tmp_path: Path) -> None:
     descriptors = Descriptors(0)
     path = tmp_path / "a.safetensors"
-    first = SafetensorsWriter(path, [OutTensor("x", "float32", (4,))], descriptors)
+    first = SafetensorsWriter(path, [OutTensor("x", "float32", (4,))], descriptors=descriptors)
     path.rename(tmp_path / "b.safetensors")
     with pytest.raises(StorageError, match="was replaced by another file while it was written"):
         first.write("x", torch.ones(4))

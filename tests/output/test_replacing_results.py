@@ -469,11 +469,3 @@ def test_files_are_hashed_before_a_run_unless_the_caller_hashes_them_later(tmp_p
     check_output(tmp_path / "out", overwrite=True, hashes=False)
     with pytest.raises(UsageError, match=r"holds README\.md, changed since the run that made it"):
         check_output(tmp_path / "out", overwrite=True)
-
-
-def test_an_output_without_a_parent_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="its parent directory does not exist") as caught:
-        check_output(tmp_path / "no" / "such" / "out", overwrite=False)
-    assert caught.value.file == str(tmp_path / "no" / "such" / "out")
-    subprocess.run(str(caught.value.hint), shell=True, check=True)
-    check_output(tmp_path / "no" / "such" / "out", overwrite=False)

@@ -36,10 +36,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
+# Names of codes, like qweight, are refused before: tests/checkpoint/test_quantized_sources.py.
 PARTS = {
     "bitsandbytes": ((), [f"{WEIGHT}.absmax", f"{WEIGHT}.quant_map", f"{WEIGHT}.nested_absmax"]),
-    "compressed-tensors": (INT4, [f"{WEIGHT}_scale", f"{WEIGHT}_packed", f"{WEIGHT}_zero_point"]),
-    "gptq": ((*INT4, "--layout", "gptq"), [f"{MODULE}qweight", f"{MODULE}scales", f"{MODULE}g_idx"]),
+    "compressed-tensors": (INT4, [f"{WEIGHT}_zero_point", f"{WEIGHT}_shape"]),
+    "gptq": ((*INT4, "--layout", "gptq"), [f"{MODULE}scales", f"{MODULE}g_idx"]),
     "metal": ((*INT4, "--layout", "metal"), [f"{MODULE}scales", f"{MODULE}qbiases"]),
     "mlx": ((*INT4, "--layout", "mlx"), [f"{MODULE}scales", f"{MODULE}biases"]),
 }

@@ -193,8 +193,8 @@ class Ran:
 
     @property
     def line(self) -> str:
-        """The one line of a refusal."""
-        lines = [line for line in self.err.splitlines() if not line.startswith("note: ")]
+        """The one line of a refusal, beside notes and warnings."""
+        lines = [line for line in self.err.splitlines() if not line.startswith(("note: ", "warning: "))]
         assert len(lines) == 1, self.err
         return lines[0]
 
