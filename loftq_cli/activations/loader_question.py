@@ -113,6 +113,7 @@ def _answer(directory: Path, names: tuple[str, ...]) -> LoaderAnswer:
         state, matrices = _without_replaced(state, model, unpacked), {**matrices, **unpacked}
         places, converted = _places(model, names, state)
     replaced = [name for name, module in model.named_modules() if _is_replaced(module, kinds.get(name))]
+    replaced += [name for name in unpacked if name not in replaced]  # linears that only the quantizer makes
     kept = [name for name in state if not _is_ignored(model, "missing", name)]
     covered = {target for target in places.values() if target in state} | _tied(model)
     return LoaderAnswer(

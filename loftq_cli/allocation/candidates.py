@@ -12,7 +12,8 @@ from loftq_cli.adapter import config as adapter_config
 from loftq_cli.allocation.error_curves import ErrorCurve
 from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, either, fused_modules, load_layout, mixing_layouts
+from loftq_cli.layouts.fused import fused_modules
+from loftq_cli.layouts.layout import LAYOUTS, StoredMatrix, either, load_layout, mixing_layouts
 from loftq_cli.methods.method import METHODS
 from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import LayerJob

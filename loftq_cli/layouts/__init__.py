@@ -2,6 +2,7 @@
 
 stored_tensors.py      the input of reading a container
 layout.py              the contract of a container, and the table of all facts about containers
+fused.py               modules that servers fuse into a matrix
 foreign_names.py       names of formats and containers in other tools, for hints
 dequantized.py         decoded values as an ordinary checkpoint
 stored_parts.py        checks of the stored parts of a matrix

@@ -5,7 +5,7 @@ Planning needs no torch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -378,22 +378,3 @@ def layout_of_key(key: str) -> str | None:
     """
     names = [name for name, row in LAYOUTS.items() if row.config_key == key]
     return names[0] if len(names) == 1 else None
-
-
-def fused_modules(layout: str, modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """List groups of two or more modules that servers of the container called `layout` fuse into a matrix.
-
-    >>> fused_modules("compressed-tensors", ["mlp.up_proj", "mlp.gate_proj", "mlp.down_proj"])
-    [('mlp.gate_proj', 'mlp.up_proj')]
-    """
-    siblings = {name: names for names in LAYOUTS[layout].fused for name in names}
-    groups: dict[tuple[str, tuple[str, ...]], set[str]] = {}
-    for module in modules:
-        parent, _, name = module.rpartition(".")
-        if name in siblings:
-            groups.setdefault((parent, siblings[name]), set()).add(name)
-    return [
-        tuple(f"{parent}.{name}" if parent else name for name in names if name in present)
-        for (parent, names), present in groups.items()
-        if len(present) > 1
-    ]

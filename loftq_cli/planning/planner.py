@@ -11,7 +11,8 @@ from loftq_cli.adapter import library_adapter
 from loftq_cli.adapter.expert_factors import DOWN, AdaptedParameter, parameter_tensor_names
 from loftq_cli.checkpoint.patterns import finds
 from loftq_cli.errors import UsageError
-from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix, fused_modules
+from loftq_cli.layouts.fused import fused_modules
+from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix
 from loftq_cli.model.experts import ExpertGroup
 from loftq_cli.model.family import Family
 from loftq_cli.model.foreign import check_read
