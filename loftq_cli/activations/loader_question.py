@@ -112,8 +112,8 @@ def _answer(directory: Path, names: tuple[str, ...]) -> LoaderAnswer:
         unpacked = {name: shape for name, shape in _matrices(model) if name not in kinds}
         state, matrices = _without_replaced(state, model, unpacked), {**matrices, **unpacked}
         places, converted = _places(model, names, state)
-    replaced = [name for name, module in model.named_modules() if _is_replaced(module, kinds.get(name))]
-    replaced += [name for name in unpacked if name not in replaced]  # linears that only the quantizer makes
+    modules = ((name, module) for name, module in model.named_modules() if name in matrices)
+    replaced = [name for name, module in modules if _is_replaced(module, kinds.get(name))]
     kept = [name for name in state if not _is_ignored(model, "missing", name)]
     covered = {target for target in places.values() if target in state} | _tied(model)
     return LoaderAnswer(
