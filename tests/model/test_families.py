@@ -29,10 +29,12 @@ def test_the_table_is_read_once():
     assert families() is families()
 
 
-def test_the_table_is_part_of_the_installed_package():
+def test_every_table_is_part_of_the_installed_package():
     data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     folder = Path(table.__file__).parent
-    assert folder / "families.toml" in {path for glob in data["loftq_cli.model"] for path in folder.glob(glob)}
+    tables = {*folder.glob("*.toml"), *folder.glob("*.json")}
+    assert len(tables) >= 4
+    assert tables <= {path for glob in data["loftq_cli.model"] for path in folder.glob(glob)}
 
 
 def test_a_family_without_a_row_has_no_facts():
