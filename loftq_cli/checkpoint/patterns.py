@@ -39,7 +39,8 @@ _PIECES = (
     r"\(\?(?:[:=!>]|<[=!]|P<[A-Za-z_][A-Za-z_0-9]*>|[aimsu]+\)|[ims]*(?:-[ims]+)?:)",
     r"\{[0-9]{1,4}(?:,[0-9]{0,4})?\}",  # `regex` reads further braces as fuzzy matching, `re` as braces
 )
-_SYNTAX = re.compile(f"(?:{'|'.join(_PIECES)})*+", re.DOTALL)
+# Without a possessive group: before 3.11.5 Python takes the beginning of a piece for a whole one there (gh-106052).
+_SYNTAX = re.compile(f"(?:{'|'.join(_PIECES)})*", re.DOTALL)
 _COUNT = re.compile(r"\{([0-9]+)")
 
 

@@ -198,11 +198,11 @@ def answer(bomb: str, name: str) -> str | None:
 
 @pytest.mark.parametrize("bomb", BOMBS, ids=lambda bomb: bomb[:20])
 def test_a_hostile_expression_is_answered_or_refused_within_a_second(bomb: str) -> None:
-    began = time.process_time()
+    began = time.thread_time()
 
     said = answer(bomb, "a" * 60 + "!")
 
-    assert time.process_time() - began < SECOND
+    assert time.thread_time() - began < SECOND
     assert said is None or said.startswith("the key '")
 
 
