@@ -26,8 +26,8 @@ _LINEAR = ("lora_A.weight", "lora_B.weight")
 _EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 _BIAS = "lora_B.bias"
 _MAGNITUDE = "lora_magnitude_vector"  # DoRA; the state of a model has ".weight" behind the name
-_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS, _MAGNITUDE)))})")
-_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+_LORA = re.compile(rf"(.+)\.({'|'.join(map(re.escape, (*_LINEAR, *_EMBEDDING, _BIAS, _MAGNITUDE)))})", re.DOTALL)
+_TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta", re.DOTALL)
 
 # PEFT wraps a module of the base: LoRA adds ".base_layer", and a trained copy has an untrained ".original_module".
 _WRAPPERS = re.compile(r"\.(?:token_adapter\.base_layer|base_layer|modules_to_save(?:\.default)?)(?=\.)")

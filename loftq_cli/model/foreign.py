@@ -4,9 +4,10 @@ as they are, the codes would lose their scales: a loader would compute with the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 
-from loftq_cli.errors import SOURCE_HINT, UnreadFormat
+from loftq_cli.errors import SOURCE_HINT, UnreadFormat, UsageError
 from loftq_cli.tensors.headers import WEIGHT_DTYPES, TensorRef
 
 # Last part of a name -> the format with tensors of the name. No layer in full precision has such tensors.
@@ -27,6 +28,8 @@ _BESIDE = {
     "_scale_2": (("",), "NVFP4 of ModelOpt"),
     "_scale": (("", "_packed"), "FP8 or NVFP4"),
 }
+# Tensors that PEFT adds to a model: a checkpoint with the tensors is a model in training, saved as a whole.
+_ADAPTER = re.compile(r"(?:^|\.)lora_(?:[AB]|embedding_[AB]|magnitude_vector)(?:\.|$)")
 _MAX_NAMES = 3  # more names hide the sentence around them
 
 
@@ -46,6 +49,19 @@ def foreign_parts(tensors: Mapping[str, TensorRef]) -> Iterator[tuple[str, str]]
             yield name, f"is a part of a weight in {form}, which is not read"
         elif _has_codes(ref):
             yield name, f"is {ref.dtype}: codes of a quantized weight in a format that is not read"
+
+
+def check_merged(tensors: Mapping[str, TensorRef]) -> None:
+    """Raises UsageError for a checkpoint with the tensors of an adapter beside the weights: the model without the
+    adapter is another model.
+
+    >>> check_merged({})
+    """
+    for name, ref in tensors.items():
+        if _ADAPTER.search(name):
+            message = "belongs to an adapter that is not merged"
+            hint = "merge_and_unload() and save_pretrained() of PEFT write a model to convert"
+            raise UsageError(message, file=ref.file, tensor=name, hint=hint)
 
 
 def check_read(tensors: Mapping[str, TensorRef]) -> None:

@@ -15,7 +15,7 @@ from loftq_cli.layouts.fused import fused_modules
 from loftq_cli.layouts.layout import DENSE_HINT, LAYOUTS, StoredMatrix
 from loftq_cli.model.experts import ExpertGroup
 from loftq_cli.model.family import Family
-from loftq_cli.model.foreign import check_read
+from loftq_cli.model.foreign import check_merged, check_read
 from loftq_cli.model.skipping import join_skipped
 from loftq_cli.model.stored import check_names
 from loftq_cli.model.targets import Target, choose_targets, module_of
@@ -61,6 +61,7 @@ def build_plan(
     family = Family(config, config_file_beside(tensors.values()))
     head = _choose_head(config, recipe)
     family = family if head is None else Family(head.change(config), family.file)
+    check_merged(tensors)
     check_read(tensors)
     check_library(recipe.layout, family.library)
     dtype, planner, jobs = _plan_tensors(tensors, family, recipe, modules_only=modules_only)

@@ -104,3 +104,13 @@ def test_a_merge_that_quantizes_again_refuses_the_name_too(tmp_path, capsys):
         in line
     )
     assert _run(["merge", str(model), str(adapter), str(tmp_path / "out"), "--quiet"]) == 0
+
+
+@pytest.mark.parametrize(("part", "is_refused"), [("lora_A.weight", True), ("lora_Attention.weight", False)])
+def test_a_model_in_training_is_refused_by_the_name_of_the_adapters_tensor(part, is_refused, tmp_path, capsys):
+    model = model_with(tmp_path, f"{MODULE}{part}")
+    if not is_refused:
+        assert _run(["quantize", str(model), str(tmp_path / "out"), *QUANTIZE]) == 0
+        return
+    line = refusal(capsys, "quantize", model, tmp_path / "out", *QUANTIZE)
+    assert f"tensor {MODULE}{part}: belongs to an adapter that is not merged (merge_and_unload()" in line
