@@ -142,8 +142,8 @@ class MergePlanner:
         tokens = self._placed.tokens.get(job.name, ())
         if tokens and lora:
             raise mismatch(tokens[0].source, "trains rows of a matrix under an adapter", tokens[0].tokens.tensor)
-        rows, width = self._file_shape(like)[0], self._file_shape(like)[1:]
         for trained in tokens:
+            rows, *width = self._file_shape(like)
             self._check_shape(trained.source, trained.tokens.tensor, like, (len(trained.tokens.indices), *width))
             if max(trained.tokens.indices, default=-1) >= rows:
                 message = f"trains the row {max(trained.tokens.indices)}, and {like} of the base has {rows}"

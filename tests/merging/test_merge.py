@@ -160,6 +160,16 @@ def test_a_merged_model_computes_what_peft_computes(name, auto, checkpoints, tmp
     assert shapes == {key: value.shape for key, value in tensors_of(model).items()}
 
 
+def test_a_tensor_without_dimensions_is_copied(checkpoints, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints / "llama", model)
+    weights = model / "model.safetensors"
+    save_file({**load_file(weights), "logit_scale": torch.tensor(2.5)}, weights, metadata={"format": "pt"})
+    output = run_conversion(model, tmp_path / "out", rank=2, method="qlora").output
+    assert merge(output, output / "qlora_init", tmp_path / "merged") == 0
+    assert load_file(tmp_path / "merged" / "model.safetensors")["logit_scale"] == 2.5
+
+
 def test_a_tied_model_stays_tied(checkpoints, tmp_path):
     outcome = run_conversion(checkpoints / "tied_llama", tmp_path / "base", rank=4)
 
