@@ -4,17 +4,14 @@ for which loaders of the original look.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 
 from loftq_cli.adapter.expert_factors import gate_rows
-from loftq_cli.adapter.experts.places import INTERLEAVED, ROLES, model_types
+from loftq_cli.adapter.experts.places import EXPERT, INTERLEAVED, ROLES, model_types
 from loftq_cli.merging.planner import MergeJob
 from loftq_cli.model.family import Family
 from loftq_cli.tensors.headers import OutTensor
-
-_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(\w+)\.weight")
 
 # Families with a tensor [experts, in, out] under the name of the parameter, by transformers 5.24.
 _ONE_TENSOR = frozenset({"gpt_oss", "openai_privacy_filter", "llama4", "llama4_text"})
@@ -30,7 +27,7 @@ def restack(jobs: Iterable[MergeJob], family: Family) -> tuple[MergeJob, ...]:
         return listed
     groups: dict[str, dict[tuple[int, int | None], MergeJob]] = {}
     for job in listed:
-        if (match := _EXPERT.fullmatch(job.name)) and match[3] in ROLES:
+        if (match := EXPERT.fullmatch(job.name)) and match[3] in ROLES:
             leaf, part = ROLES[match[3]]
             groups.setdefault(f"{match[1]}.{leaf}", {})[int(match[2]), part] = job
     joined = {name: new for name, group in groups.items() if (new := _join(name, group)) is not None}

@@ -1,5 +1,6 @@
 """Quantized weights in a format that the tool does not read, known by dtypes and names, whatever a config says. Copied
-as they are, the codes would lose their scales: a loader would compute with the codes.
+as they are, the codes would lose their scales: a loader would compute with the codes. The same for the tensors of an
+adapter beside the weights: a loader would compute without the adapter.
 """
 
 from __future__ import annotations

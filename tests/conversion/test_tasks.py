@@ -15,7 +15,7 @@ import transformers
 from peft import PeftModel
 from support.adapters import edit_json, tensors_of
 from support.conversions import run_conversion
-from support.trained import IDS, LLAMA, SIZES, config_of, loaded, outputs, saved
+from support.trained import IDS, LLAMA, SIZES, config_of, loaded, outputs, saved, saved_all
 
 from loftq_cli.cli.main import _run
 
@@ -39,10 +39,7 @@ TASKS: dict[str, tuple[str, str, dict[str, Any], int, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, (kind, config) in BASES.items():
-        saved(kind, folder / name, **config)
-    return folder
+    return saved_all(BASES, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("case", TASKS)

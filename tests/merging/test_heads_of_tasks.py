@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.adapters import edit_json, tensors_of
 from support.conversions import run_conversion
-from support.trained import LLAMA, SIZES, config_of, loaded, outputs, saved, trained
+from support.trained import LLAMA, SIZES, config_of, loaded, outputs, saved, saved_all, trained
 
 from loftq_cli.cli.main import _run
 
@@ -65,10 +65,7 @@ TASKS: dict[str, tuple[str, str, int, dict[str, Any], str, set[str]]] = {
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, (kind, config) in BASES.items():
-        saved(kind, folder / name, **config)
-    return folder
+    return saved_all(BASES, tmp_path_factory.mktemp("checkpoints"))
 
 
 def merge(base: Path, adapter: Path, out: Path, *arguments: str) -> int:

@@ -54,6 +54,13 @@ def saved(kind: str, directory: Path, **config: Any) -> Path:
     return directory
 
 
+def saved_all(bases: dict[str, tuple[str, dict[str, Any]]], folder: Path) -> Path:
+    """A model of each of `bases`, name -> (class, config), in `folder` under the name; returns `folder`."""
+    for name, (kind, config) in bases.items():
+        saved(kind, folder / name, **config)
+    return folder
+
+
 def outputs(model: Any) -> torch.Tensor:
     """The model's outputs over `IDS`, computed in float64."""
     with torch.no_grad():

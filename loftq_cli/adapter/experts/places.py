@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from loftq_cli.model.family import Family
 
-_EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(\w+)\.weight")
+# The holder, the number and the last part of the name of one expert's matrix.
+EXPERT = re.compile(r"(.+\.experts)\.(\d{1,9})\.(\w+)\.weight")
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 # Last part of the name of one expert's matrix -> the parameter, and the part of gate_up_proj: transformers puts the
@@ -62,13 +63,13 @@ def place_of(name: str, family: Family, names: Iterable[str]) -> ExpertPlace | N
     >>> place_of(name, family, [name])
     ExpertPlace(parameter='model.layers.0.mlp.experts.gate_up_proj', expert=3, part=1)
     """
-    match, loader = _EXPERT.fullmatch(name), family.loader
+    match, loader = EXPERT.fullmatch(name), family.loader
     found = loader.find(name) if loader is not None else (family.loaded_name(name, names),)
     if len(found) != 1:
         return None
     leaf = match[3] if match else name.removesuffix(".weight").rpartition(".")[2]
     if match and found[0].endswith(".weight"):  # no conversion known: the names of transformers' own experts
-        holder = _EXPERT.fullmatch(found[0])
+        holder = EXPERT.fullmatch(found[0])
         if leaf not in ROLES or holder is None:
             return None
         module = holder[1].replace(".block_sparse_moe.", ".mlp.") if loader is None else holder[1]
