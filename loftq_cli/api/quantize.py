@@ -88,6 +88,7 @@ def quantize(
     restart: bool = False,
     verify: bool = True,
     remote_code: bool = True,
+    base_name: str | None = None,
     observer: Observer | None = None,
 ) -> QuantizeResult | QuantizePlan:
     """Convert a checkpoint to quantized base weights plus a LoRA adapter.
@@ -134,6 +135,8 @@ def quantize(
         restart: discard an interrupted run.
         verify: read the result back and check the reported errors.
         remote_code: keep the original's Python files and `auto_map`, which loaders run with trust_remote_code.
+        base_name: the name of the base in the adapter's config, a hub id or a relative path; None is `output`, without
+            the folders of an absolute path.
         observer: hears of the progress.
 
     Returns:
@@ -174,8 +177,9 @@ def quantize(
     )
     source = None if recipe is None else path_text(recipe)
     conversion = _prepare(
-        path_text(model), path_of(output), source, settings, target, count, observer, remote_code=remote_code
-    )
+        path_text(model), path_of(output), source, settings, target, count, observer, remote_code=remote_code,
+        base_name=base_name,
+    )  # fmt: skip
     done = is_done(lambda: is_conversion_done(conversion, overwrite=overwrite), dry_run=dry_run, note=observer.note)
     plan = _plan(conversion, already_done=done)
     if dry_run:
@@ -206,13 +210,14 @@ def _prepare(
     observer: Observer,
     *,
     remote_code: bool,
+    base_name: str | None,
 ) -> Conversion:
     """The conversion, ready to run. A target needs the errors of every weight: the function measures the errors."""
     recipe = resolve_recipe(
         source, settings, mixes=target.chooses_formats, expert_rows=lambda: expert_rows(model, PACKED_EXPERTS)
     )
     if target == Budget():
-        return prepare_conversion(model, output, recipe, remote_code=remote_code)
+        return prepare_conversion(model, output, recipe, remote_code=remote_code, base_name=base_name)
     return prepare_within_target(
         model,
         output,
@@ -221,6 +226,7 @@ def _prepare(
         threads=threads,
         observe=observer.layer_measured,
         remote_code=remote_code,
+        base_name=base_name,
     )
 
 

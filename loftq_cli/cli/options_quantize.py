@@ -40,6 +40,15 @@ Task = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+BaseName = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Name of the base in the adapter's config, such as a hub id: AutoPeftModel loads the base by the name. "
+        "[default: OUTPUT, without the folders of an absolute path]",
+        rich_help_panel=ADVANCED,
+    ),
+]
 NumLabels = Annotated[
     int | None,
     typer.Option(

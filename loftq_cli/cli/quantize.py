@@ -6,7 +6,7 @@ from loftq_cli.api.quantize import quantize as quantize_checkpoint
 from loftq_cli.api.results import QuantizePlan
 from loftq_cli.cli import options, options_quantize
 from loftq_cli.cli.render.console import say, say_done
-from loftq_cli.cli.render.conversion import print_plan, print_result, say_path_in_adapter
+from loftq_cli.cli.render.conversion import print_plan, print_result, say_name_of_base
 from loftq_cli.cli.render.progress import CommandProgress
 from loftq_cli.errors import UsageError
 
@@ -59,6 +59,7 @@ def quantize(
     restart: options.Restart = False,
     no_verify: options_quantize.NoVerify = False,
     no_remote_code: options.NoRemoteCode = False,
+    base_name: options_quantize.BaseName = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -80,7 +81,8 @@ def quantize(
             sequential=sequential, layout=layout, task=task, num_labels=num_labels, max_shard_size=max_shard_size,
             include=include, exclude=exclude, target_bpw=target_bpw, target_size=target_size, lora_budget=lora_budget,
             threads=threads, device=device, max_memory=max_memory, dry_run=dry_run, overwrite=overwrite,
-            restart=restart, verify=not no_verify, remote_code=not no_remote_code, observer=progress,
+            restart=restart, verify=not no_verify, remote_code=not no_remote_code, base_name=base_name,
+            observer=progress,
         )  # fmt: skip
     if isinstance(result, QuantizePlan):
         print_plan(result, as_json=as_json, verbose=verbose)
@@ -90,6 +92,7 @@ def quantize(
             print_result(result, as_json=True)
     else:
         if not quiet:
-            say_path_in_adapter(output)
+            if base_name is None:
+                say_name_of_base(output)
             say_done()
         print_result(result, as_json=as_json)

@@ -128,13 +128,17 @@ class Conversion:
         )
 
 
-def prepare_conversion(model: str, output: Path, recipe: Recipe, *, remote_code: bool = True) -> Conversion:
+def prepare_conversion(
+    model: str, output: Path, recipe: Recipe, *, remote_code: bool = True, base_name: str | None = None
+) -> Conversion:
     """Open the original, read headers and plan. Writes nothing; needs no torch.
 
     model         a directory, a file, or "builtin:" and a name
     output        directory of the result
     recipe        all options
     remote_code   whether the result keeps the original's code for loaders
+    base_name     name of the base in the adapter's config; None for the output as typed, or for the last part of an
+                  absolute output: no path of the machine is published
 
     Raises LoftqError for every error that shows before the first weight is read.
 
@@ -146,7 +150,8 @@ def prepare_conversion(model: str, output: Path, recipe: Recipe, *, remote_code:
     checkpoint = _open_original(model, output, recipe)
     plan, statistics = _build_plan(checkpoint, recipe)
     text = None if recipe.text is None else _open_model_text(checkpoint, recipe.text)
-    return _conversion(checkpoint, plan, output, statistics, None, text, remote_code=remote_code)
+    base_model = _name_base(output, base_name)
+    return _conversion(checkpoint, plan, output, base_model, statistics, None, text, remote_code=remote_code)
 
 
 def expert_rows(model: str, layout: str) -> frozenset[int]:
@@ -175,6 +180,7 @@ def prepare_within_target(
     threads: int = 1,
     observe: Callable[[str, int, int], None],
     remote_code: bool = True,
+    base_name: str | None = None,
 ) -> Conversion:
     """Prepare a conversion with number formats and ranks chosen within `target`, see `allocate`. Reads every weight to
     quantize, and computes on the processor. Statistics from the weights alone do not count in the choice.
@@ -186,6 +192,7 @@ def prepare_within_target(
     observe         receives the name of each measured layer, the number of measured layers, and the number of all
                     layers
     remote_code     as for `prepare_conversion`
+    base_name       as for `prepare_conversion`
 
     Raises LoftqError in the cases of `prepare_conversion` and of `allocate`.
     """
@@ -199,13 +206,24 @@ def prepare_within_target(
         statistics, _ = _open_model_statistics(Path(str(recipe.calibration)), widest)
     allocation = allocate(checkpoint, recipe, target, statistics, threads=threads, observe=observe)
     plan, statistics = _build_plan(checkpoint, allocation.recipe, statistics)
-    return _conversion(checkpoint, plan, output, statistics, allocation, None, remote_code=remote_code)
+    base_model = _name_base(output, base_name)
+    return _conversion(checkpoint, plan, output, base_model, statistics, allocation, None, remote_code=remote_code)
 
 
 def _last_part(path: str) -> str:
     """The last part of a path; a file or folder called like a word of an option keeps a "./" before the name."""
     name, words = source_name(Path(path)), (SELF, RANDOM, WEIGHTS, NONE)
     return f"./{name}" if name in words and path not in words else name
+
+
+def _name_base(output: Path, base_name: str | None) -> str:
+    """The name of the base in the adapter's config. Raises UsageError for a name that loaders cannot take."""
+    if base_name is None:
+        return output.name if output.is_absolute() else output.as_posix()
+    if not base_name.strip() or not is_tensor_name(base_name) or Path(base_name).is_absolute():
+        hint = "a hub id such as you/model-nf4, or a relative path"
+        raise UsageError(f"--base-name {printable(base_name)} cannot name a base that travels", hint=hint)
+    return base_name
 
 
 def _open_model_text(checkpoint: Checkpoint, options: TextOptions) -> TextSource:
@@ -219,6 +237,7 @@ def _conversion(
     checkpoint: Checkpoint,
     plan: Plan,
     output: Path,
+    base_model: str,
     statistics: Statistics | None,
     allocation: Allocation | None,
     text: TextSource | None,
@@ -227,9 +246,7 @@ def _conversion(
 ) -> Conversion:
     """The conversion with a note about the original's code."""
     config = checkpoint.config() if remote_code else without_code(checkpoint.config())
-    conversion = Conversion(
-        checkpoint, config, plan, output, output.as_posix(), statistics, allocation, text, remote_code
-    )
+    conversion = Conversion(checkpoint, config, plan, output, base_model, statistics, allocation, text, remote_code)
     note = code_note(conversion.code_files)
     return conversion if note is None else replace(conversion, plan=replace(plan, notes=(*plan.notes, note)))
 

@@ -50,15 +50,33 @@ def test_quiet_says_that_a_base_needs_its_adapter(run, source):
     assert err.startswith("warning: this base is no model without its adapter: ")
 
 
-def test_a_path_of_the_machine_in_the_adapter_is_said(run, source, tmp_path):
-    """PEFT loads the base from there, so the path stays; a relative one is nobody's secret."""
+def test_the_adapter_names_its_base_without_a_path_of_the_machine(run, source, tmp_path):
+    """PEFT loads the base by the name; a relative path is nobody's secret."""
     for output, is_said in ((tmp_path / "absolute", True), ("relative", False)):
         status, _, err = run("quantize", source, output, *FAST)
         assert status == 0
-        note = f"note: the adapter's config names the base as typed, {output}: type a relative OUTPUT"
+        note = "note: the adapter's config names the base absolute, without the path of this machine: --base-name"
         assert (note in err) == is_said
         config = json.loads((tmp_path / output / "loftq_init" / "adapter_config.json").read_text())
-        assert config["base_model_name_or_path"] == str(output)
+        assert config["base_model_name_or_path"] == Path(output).name
+
+
+def test_a_name_for_the_base_stands_in_the_adapter_and_nowhere_else(run, source, tmp_path):
+    assert run("quantize", source, "plain", *FAST)[0] == 0
+    status, _, err = run("quantize", source, tmp_path / "named", *FAST, "--base-name", "you/model-nf4")
+    assert (status, "names the base" in err) == (0, False)
+    config = json.loads((tmp_path / "named" / "loftq_init" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "you/model-nf4"
+    for name in ("model.safetensors", "loftq_init/adapter_model.safetensors", "loftq_report.json", "README.md"):
+        assert (tmp_path / "named" / name).read_bytes() == (tmp_path / "plain" / name).read_bytes(), name
+    status, _, err = run("quantize", source, tmp_path / "named", *FAST)  # another name is another result
+    assert (status, "exists already" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["/home/user/base", "", " "])
+def test_a_name_that_does_not_travel_is_refused(run, source, name):
+    status, _, err = run("quantize", source, "out", *FAST, "--base-name", name)
+    assert (status, "cannot name a base that travels (a hub id such as you/model-nf4" in err) == (2, True)
 
 
 def test_verbose_shows_every_iteration_and_every_copied_tensor(run, source):

@@ -58,7 +58,7 @@ def test_two_outputs_differ_in_the_name_of_the_base_alone(source: Path, run: Run
     assert different == {"loftq_init/adapter_config.json", "checksums.json"}
 
     configs = [json.loads(files["loftq_init/adapter_config.json"]) for files in (one, two)]
-    assert [config.pop("base_model_name_or_path") for config in configs] == [str(first), str(second)]
+    assert [config.pop("base_model_name_or_path") for config in configs] == ["one", "two"]
     assert configs[0] == configs[1]
     marks = [json.loads(files["checksums.json"]) for files in (one, two)]
     for mark in marks:
@@ -66,7 +66,7 @@ def test_two_outputs_differ_in_the_name_of_the_base_alone(source: Path, run: Run
     assert marks[0] == marks[1]
 
 
-def test_no_file_but_the_adapters_config_holds_a_path_of_the_machine(source: Path, run: Run, tmp_path: Path) -> None:
+def test_no_file_holds_a_path_of_the_machine(source: Path, run: Run, tmp_path: Path) -> None:
     """Not even one that the original, or somebody's adapter, carries."""
     stats = statistics(source, tmp_path / "stats")
     assert run("quantize", source, tmp_path / "out", *OPTIONS, "--calibration", stats)[0] == 0
@@ -78,7 +78,7 @@ def test_no_file_but_the_adapters_config_holds_a_path_of_the_machine(source: Pat
     roots = [str(tmp_path).encode(), str(source.parent).encode()]
     for output in ("out", "merged0", "merged1", "merged2"):
         telling = {n for n, data in files_of(tmp_path / output).items() if any(root in data for root in roots)}
-        assert telling == ({"loftq_init/adapter_config.json"} if output == "out" else set())
+        assert not telling
 
 
 def test_the_lines_of_the_card_work_in_the_folder_wherever_it_is(source: Path, run: Run, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ ROWS = {
     "overwrite": Row((), ("--overwrite",), seen_in="overwriting"),
     "restart": Row((), ("--restart",), seen_in="restarting"),
     "no_remote_code": Row((), ("--no-remote-code",), seen_in="test_side_files"),
+    "base_name": values("--base-name", "first", "you/second"),
     "no_verify": Row((), ("--no-verify",), seen_in="said"),
     "as_json": Row((), ("--json",), seen_in="said"),
     "quiet": Row((), ("--quiet",), seen_in="said"),

@@ -53,12 +53,12 @@ def print_plan(plan: QuantizePlan, *, as_json: bool, verbose: bool) -> None:
     write_result(f"model  {_describe_model(plan)}")
 
 
-def say_path_in_adapter(output: Path) -> None:
-    """Print a note on stderr when a path of the machine stands in a file that people publish."""
+def say_name_of_base(output: Path) -> None:
+    """Print a note on stderr when the adapter's config names the base without the folders of an absolute OUTPUT."""
     if output.is_absolute():
         say(
-            f"note: the adapter's config names the base as typed, {printable(output)}: "
-            "type a relative OUTPUT for an adapter to publish"
+            f"note: the adapter's config names the base {printable(output.name)}, without the path of this machine: "
+            "--base-name gives another name, such as a hub id"
         )
 
 
