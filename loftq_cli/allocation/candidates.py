@@ -19,7 +19,7 @@ from loftq_cli.model.targets import module_of
 from loftq_cli.planning.jobs import LayerJob
 from loftq_cli.planning.recipe import AffineOptions, CodebookOptions, Recipe
 from loftq_cli.planning.settle import revise
-from loftq_cli.quant.formats import QuantSpec, specs_of_sizes
+from loftq_cli.quant.formats import FORMATS, QuantSpec, specs_of_sizes
 
 _GROUP_SIZES = (32, 64, 128)
 _BLOCK_SIZES = (32, 64, 128, 256)
@@ -56,6 +56,16 @@ class Budget:
     def chooses_formats(self) -> bool:
         """Whether the format of a layer may differ from the recipe's."""
         return self.bits_per_weight is not None or self.total_nbytes is not None
+
+    @property
+    def needs_integers(self) -> bool:
+        """Whether fewer bits than those of any codebook are asked for.
+
+        >>> Budget(bits_per_weight=3.5).needs_integers, Budget(bits_per_weight=4.5).needs_integers
+        (True, False)
+        """
+        fewest = min(row.bits for row in FORMATS.values() if not row.is_affine)
+        return self.bits_per_weight is not None and self.bits_per_weight < fewest
 
     @property
     def chooses_ranks(self) -> bool:

@@ -35,6 +35,7 @@ from loftq_cli.conversion.report import ModelErrors, bits_per_weight, read_repor
 from loftq_cli.conversion.run import Outcome, convert_checkpoint
 from loftq_cli.layouts.layout import PACKED_EXPERTS
 from loftq_cli.planning.recipe_files import resolve_recipe
+from loftq_cli.quant.formats import FORMATS
 from loftq_cli.tensors.metrics import total_error
 
 
@@ -214,8 +215,15 @@ def _prepare(
 ) -> Conversion:
     """The conversion, ready to run. A target needs the errors of every weight: the function measures the errors."""
     recipe = resolve_recipe(
-        source, settings, mixes=target.chooses_formats, expert_rows=lambda: expert_rows(model, PACKED_EXPERTS)
+        source,
+        settings,
+        mixes=target.chooses_formats,
+        needs_integers=target.needs_integers,
+        expert_rows=lambda: expert_rows(model, PACKED_EXPERTS),
     )
+    is_chosen_here = source is None and settings["quant_type"] is None and FORMATS[recipe.quant_type].is_affine
+    if target.needs_integers and is_chosen_here:
+        observer.note(f"no codebook takes {target.bits_per_weight:g} bits a weight: integers, as --quant-type int4")
     if target == Budget():
         return prepare_conversion(model, output, recipe, remote_code=remote_code, base_name=base_name)
     return prepare_within_target(

@@ -24,7 +24,7 @@ from loftq_cli.planning.settle import fields_of, settle
 from loftq_cli.planning.sizes import MAX_INT
 from loftq_cli.quant.formats import FORMATS
 
-_EXPERTS_FORMAT, _GROUP_SIZE = "int4", 64  # of experts; the group size of integers in other models is equal
+_INTEGERS, _GROUP_SIZE = "int4", 64  # of experts, and under a bound; the group size of all integers is equal
 MAX_RECIPE_NBYTES = 1_000_000  # a recipe with an override for each layer of the largest models has a tenth
 
 
@@ -33,6 +33,7 @@ def resolve_recipe(
     flags: Mapping[str, Any],
     *,
     mixes: bool = False,
+    needs_integers: bool = False,
     expert_rows: Callable[[], Collection[int]] | None = None,
 ) -> Recipe:
     """Settle a recipe from three sources: flags win over `source`, and `source` wins over defaults.
@@ -40,6 +41,7 @@ def resolve_recipe(
     source   a preset's name or the path of a TOML file; None for defaults and flags alone
     flags    values by the names of RecipeFields; None: the flag was not typed
     mixes    whether to choose defaults for a model of several number formats, even without an override
+    needs_integers   whether integers are the default format, because no codebook meets a bound on the size
     expert_rows   returns the input features of a model's experts that packed integers hold, no number for a model
                   without; asked only where the answer decides about a default
 
@@ -60,6 +62,8 @@ def resolve_recipe(
         for override in values.get("override", ())
     )
     fields = RecipeFields(**{**{name: value for name, value in values.items() if name not in outdated}, **typed})
+    if needs_integers and _leaves_format_open(fields):
+        fields = replace(fields, quant_type=_INTEGERS)
     recipe = settle(fields, typed)
     is_asymmetric = isinstance(recipe.quant, AffineOptions) and not recipe.quant.symmetric
     if mixes and fields.symmetric is None and is_asymmetric and recipe.pooling is None:
@@ -78,21 +82,26 @@ def _default_for_experts(
     recipe        the options, settled without a look at the model
     expert_rows   as for `resolve_recipe`
     """
-    codebooks = any(o.quant_type or o.block_size or o.double_quant is not None for o in fields.override or ())
-    wishes = (fields.quant_type, fields.layout, fields.block_size, fields.double_quant)
-    is_open = not codebooks and all(wish is None for wish in wishes)
+    is_open = _leaves_format_open(fields)
     if recipe.pooling is not None or not (is_open or LAYOUTS[recipe.layout].experts == "symmetric"):
         return fields
     rows = expert_rows()
     if not rows:
         return fields
     if is_open:
-        fields = replace(fields, quant_type=_EXPERTS_FORMAT)
+        fields = replace(fields, quant_type=_INTEGERS)
     if fields.group_size is None:
         sizes = sorted(FORMATS[fields.quant_type or recipe.quant_type].group_sizes, reverse=True)
         fitting = [size for size in sizes if size <= _GROUP_SIZE and not any(row % size for row in rows)]
         fields = replace(fields, group_size=next(iter(fitting), None))
     return fields if fields.symmetric is not None else replace(fields, symmetric=True)
+
+
+def _leaves_format_open(fields: RecipeFields) -> bool:
+    """True where no requested option chooses a format or a container."""
+    codebooks = any(o.quant_type or o.block_size or o.double_quant is not None for o in fields.override or ())
+    wishes = (fields.quant_type, fields.layout, fields.block_size, fields.double_quant)
+    return not codebooks and all(wish is None for wish in wishes)
 
 
 def _drop_options(override: Override, names: set[str]) -> Override:

@@ -491,6 +491,23 @@ def test_options_that_make_no_sense_together_are_refused(
     assert message in said
 
 
+def test_a_bound_that_no_codebook_meets_means_integers(run: Run, source: Path) -> None:
+    """Four bits are the fewest of a codebook; a format that the user names is not changed."""
+    status, shown, said = run("quantize", source, "out", "--target-bpw", 3.9, "--dry-run", "--json")
+    assert status == 0, said
+    assert "note: no codebook takes 3.9 bits a weight: integers, as --quant-type int4" in said
+    implied, typed = (
+        json.loads(run("quantize", source, "out", *options, "--target-bpw", 3.9, "--dry-run", "--json")[1])
+        for options in ((), ("--quant-type", "int4"))
+    )
+    assert implied == typed
+    for options in (("--quant-type", "nf4"), ("--block-size", "64"), ("--layout", "bitsandbytes")):
+        status, _, said = run("quantize", source, "out", *options, "--target-bpw", 3.9, "--dry-run")
+        assert (status, "is smaller than" in said, "no codebook" in said) == (2, True, False), said
+    status, shown, said = run("quantize", source, "out", "--target-bpw", 4.9, "--dry-run", "--json")
+    assert (status, {layer["quant_type"] for layer in json.loads(shown)["layers"]}) == (0, {"nf4"}), said
+
+
 def test_the_built_in_model_loses_less_at_no_more_bytes(tmp_path: Path) -> None:
     recipe: dict[str, Any] = {"quant_type": "int3", "rank": 16, "layout": "mlx"}
     recipe |= {"fit": "loftq", "iterations": 1, "svd": "exact"}

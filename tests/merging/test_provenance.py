@@ -323,7 +323,8 @@ def test_a_trained_adapter_merges_into_its_base(trained, tmp_path, capsys):
 def test_without_a_record_the_report_of_its_base_refuses_a_trained_adapter_on_the_original(
     original, trained, tmp_path, capsys
 ):
-    base, adapter = trained[0], without_record(trained[1], tmp_path / "adapter")
+    base = trained[0]
+    adapter = without_record(trained[1], tmp_path / "adapter", base_model_name_or_path=str(base))
 
     status, said = merge(capsys, original, adapter, tmp_path / "out")
 
@@ -339,15 +340,17 @@ def test_a_trained_loftq_adapter_on_the_original_merges_by_force(original, train
 
 
 def test_without_a_record_a_trained_adapter_knows_its_base_by_the_path(trained, tmp_path, capsys):
-    status, said = merge(capsys, trained[0], without_record(trained[1], tmp_path / "adapter"), tmp_path / "out")
+    adapter = without_record(trained[1], tmp_path / "adapter", base_model_name_or_path=str(trained[0]))
+    status, said = merge(capsys, trained[0], adapter, tmp_path / "out")
 
     assert (status, "note: the adapter names this base by its path" in said) == (0, True), said
 
 
 def test_without_a_record_a_trained_adapter_knows_a_copy_of_its_base(trained, tmp_path, capsys):
     base = copy_of(trained[0], tmp_path / "copy")
+    adapter = without_record(trained[1], tmp_path / "adapter", base_model_name_or_path=str(trained[0]))
 
-    status, said = merge(capsys, base, without_record(trained[1], tmp_path / "adapter"), tmp_path / "out")
+    status, said = merge(capsys, base, adapter, tmp_path / "out")
 
     assert (status, f"the adapter names {trained[0].name}, which is the same base" in said) == (0, True), said
 
