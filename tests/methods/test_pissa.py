@@ -176,7 +176,7 @@ def test_a_trained_adapter_is_refused_there_too_with_a_record_and_without(
         (trained / name).write_bytes((converted / "pissa_init" / name).read_bytes())
     with pytest.raises(MismatchError, match="the pissa adapter was made for"):
         run_merge(source, trained, tmp_path / "merged")
-    edit_json(trained / "adapter_config.json", megatron_core="megatron.core")
+    edit_json(trained / "adapter_config.json", megatron_core="megatron.core", base_model_name_or_path=str(converted))
     with pytest.raises(MismatchError, match="another base with a fitted adapter of its own"):
         run_merge(source, trained, tmp_path / "merged")
 
